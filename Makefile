@@ -1,0 +1,30 @@
+# Two commands on a fresh machine with Python >= 3.11 and a package index: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# Each stamp is remade when what it installs has changed.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/.installed
+	$(BIN)/recursify demo
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) -e .
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(INSTALL) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

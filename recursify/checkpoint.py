@@ -1,0 +1,437 @@
+"""Recursive models on disk, in two forms that every command reads.
+
+    X.pt + X_tokenizer/   {format, config, plan, notes, generation_config, model_state_dict} with the guides' names, beside its tokenizer
+    a folder              the Hugging Face layout; loads through AutoModelForCausalLM, also without recursify installed
+
+Both are written aside and renamed, so what is there is whole. `.pt` files are read with `weights_only=True` and nothing else: a pickle that
+carries code is refused. Derived fields of a configuration are recomputed, never trusted. Floor 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from .configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
+from .donor import first_line, load_tokenizer, read_json
+from .errors import UserError
+from .modeling_recursive_llm import FAMILIES, RecursiveLLM
+from .plan import ConversionPlan
+from .weights import from_guides, to_guides
+
+FORMAT = "recursify/1"
+RECORD = "recursify.json"  # in a folder: what a .pt holds beside config and weights
+# What a save replaces in a folder that is there already. Anything else in it is somebody's, and stays.
+_WRITTEN = (".json", ".safetensors", ".py", ".md", ".jinja")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass
+class Checkpoint:
+    """What a path holds.
+
+    Args:
+        model: On the CPU, in the stored dtype, in evaluation mode.
+        tokenizer: None where the path has none.
+        plan: How it was converted, None for a model that was never converted.
+        notes: What else its maker wrote down: donor, package version, a training summary. JSON types.
+    """
+
+    model: RecursiveLLM
+    tokenizer: PreTrainedTokenizerBase | None
+    plan: ConversionPlan | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def tokenizer_folder(path: str | Path) -> Path:
+    """Where the tokenizer of a checkpoint is: `X_tokenizer/` beside `X.pt`, the folder itself otherwise."""
+    path = Path(path)
+    return path.with_name(path.stem + "_tokenizer") if is_file_form(path) else path
+
+
+def is_file_form(path: str | Path) -> bool:
+    return Path(path).suffix == ".pt"
+
+
+def load(path: str | Path, *, tokenizer_path: str | None = None, **overrides: Any) -> Checkpoint:
+    """Read a checkpoint of either form.
+
+    Args:
+        tokenizer_path: A tokenizer from elsewhere, instead of the checkpoint's own.
+        overrides: Fields of the configuration, such as `H_cycles=5`.
+
+    Raises:
+        UserError: Missing, not ours, truncated, a pickle with code in it, or a field that is unknown or out of range.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint; expected a .pt file or a folder that convert or train wrote")
+    found = _load_folder(path, overrides) if path.is_dir() else _load_file(path, overrides)
+    folder = tokenizer_folder(path)
+    if tokenizer_path is not None:
+        found.tokenizer = load_tokenizer(tokenizer_path)
+    elif (folder / "tokenizer_config.json").is_file():
+        found.tokenizer = load_tokenizer(str(folder))
+    return found
+
+
+def need_tokenizer(found: Checkpoint, path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint that must have one.
+
+    Raises:
+        UserError: It has none.
+    """
+    if found.tokenizer is None:
+        raise UserError(f"{path}: no tokenizer in {tokenizer_folder(path)}; name one with --tokenizer_path")
+    return found.tokenizer
+
+
+def save(
+    path: str | Path,
+    model: RecursiveLLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plan: ConversionPlan | None = None,
+    notes: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all; the suffix `.pt` chooses the form.
+
+    Args:
+        dtype: Type of the stored weights; the model's own where None.
+
+    Raises:
+        UserError: The folder above is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    check_writable(path)
+    stored = dtype or model.dtype
+    notes = notes or {}
+    writers: dict[Path, Callable[[Path], Any]] = {}
+    if is_file_form(path):
+        if tokenizer is not None:
+            writers[tokenizer_folder(path)] = tokenizer.save_pretrained
+        config: Any = model.config
+        content = {
+            "format": FORMAT,
+            "config": _config_dict(model, stored),
+            "plan": None if plan is None else plan.to_dict(),
+            "notes": notes,
+            "generation_config": model.generation_config.to_diff_dict(),
+            "model_state_dict": to_guides(_stored_state(model, stored), config),
+        }
+        writers[path] = lambda target: torch.save(content, target)
+    else:
+        writers[path] = lambda folder: _write_folder(folder, model, tokenizer, plan, notes, stored)
+    write_whole(writers)
+
+
+def check_writable(path: str | Path) -> None:
+    """Whether an output path could be written, before hours are spent on what goes there.
+
+    Raises:
+        UserError: Its folder is missing or not writable, or what stands there already is not a recursive model.
+    """
+    path = Path(path)
+    parent = path.absolute().parent
+    try:
+        if not parent.is_dir():
+            raise UserError(f"{path}: the folder {parent} does not exist; make it first (mkdir -p {parent})")
+        _check_replaceable(path)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot write in {parent} ({error.strerror}); choose another --output_path") from error
+
+
+def _check_replaceable(path: Path) -> None:
+    if is_file_form(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is a folder; expected the name of a .pt file")
+    elif path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{str(path)!r}: is the folder you are in, or one above it; expected the name of a .pt file or of a new folder")
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; expected a new folder, or a name that ends in .pt")
+    elif path.is_dir() and any(path.iterdir()) and not _holds_ours(path):
+        raise UserError(f"{path}: is a folder with other things in it; expected a new or empty one, or one that holds a recursive model")
+
+
+def _holds_ours(folder: Path) -> bool:
+    try:
+        return read_json(folder / "config.json").get("model_type") in CONFIGS
+    except UserError:
+        return False
+
+
+def _load_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
+    content = _read_pt(path)
+    try:
+        fields, stored, notes = content["config"], content["model_state_dict"], content["notes"]
+        plan = content["plan"] and ConversionPlan.from_dict(content["plan"])
+        generation_config = GenerationConfig.from_dict(content["generation_config"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: a part of this checkpoint is missing or damaged ({error!r}); make it again with convert") from error
+    config = _read_config(fields, overrides, str(path))
+    model = build(config, from_guides(stored, _stored_names(config), config, str(path)), str(path))
+    model.generation_config = generation_config
+    return Checkpoint(model, None, plan, notes)
+
+
+def _read_pt(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: truncated, or not a .pt file at all; expected one that convert or train wrote")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: not a checkpoint of recursify: a pickle with objects other than tensors and plain values, which could run code; "
+            "it was not loaded. Make one with convert"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: truncated, corrupt, or not a .pt file ({first_line(error)}); make it again with convert") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        has = f"a {type(content).__name__}"
+        if isinstance(content, dict):
+            has = repr(content["format"]) if "format" in content else f"a dict of {', '.join(map(str, list(content)[:6]))}"
+        raise UserError(f"{path}: not a checkpoint of recursify: expected format {FORMAT!r}, got {has}; make one with convert")
+    return content
+
+
+def _load_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json in this folder; expected a folder that convert or train wrote")
+    config = _read_config(read_json(path / "config.json"), overrides, str(path))
+    record = read_json(path / RECORD) if (path / RECORD).is_file() else {"plan": None, "notes": {}}
+    try:
+        plan, notes = record["plan"] and ConversionPlan.from_dict(record["plan"]), record["notes"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / RECORD}: missing parts or damaged ({error!r}); delete it to load the model without its plan") from error
+    try:
+        with quiet():
+            model, info = FAMILIES[config.model_type].from_pretrained(path, config=config, use_safetensors=True, output_loading_info=True)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{path}: its weights are missing, truncated, corrupt or of another shape ({first_line(error)})") from error
+    _nothing_lost([*info["missing_keys"], *info["unexpected_keys"]], str(path))
+    return Checkpoint(model, None, plan, notes)
+
+
+def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
+    """The configuration in a file, with overrides.
+
+    Raises:
+        UserError: Not one of ours, a value out of range, or a name that looks like a misspelt field of ours.
+    """
+    if not isinstance(fields, dict) or fields.get("model_type") not in CONFIGS:
+        given = fields.get("model_type") if isinstance(fields, dict) else fields
+        raise UserError(f"{where}: not a recursive model (model_type {given!r}, expected one of {', '.join(CONFIGS)}); convert it first")
+    config_class = CONFIGS[fields["model_type"]]
+    merged = {**fields, **overrides}
+    for name in set(merged) - set(config_class.__dataclass_fields__):
+        if close := difflib.get_close_matches(name, RecursiveLLMConfig.__dataclass_fields__, n=1, cutoff=0.8):
+            raise UserError(f"{where}: unknown field {name} in its config; did you mean {close[0]}?")
+    try:
+        return config_class.from_dict(merged)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def build(config: Any, state: dict[str, torch.Tensor], where: str, dtype: torch.dtype | None = None) -> RecursiveLLM:
+    """A model of `config` around the tensors of `state`, under our names; parameters of the recursion that are not there start fresh.
+
+    The tensors become the parameters: nothing is copied. Donor layers are never filled with random values in silence.
+
+    Args:
+        dtype: Type of the parameters; that of the first tensor where None. Tensors of another type are converted, which copies them.
+
+    Raises:
+        UserError: A shape that the configuration does not have, or a tensor outside the recursion that is missing.
+    """
+    dtype = dtype or next(iter(state.values())).dtype
+    family = FAMILIES[config.model_type]
+    try:
+        with quiet():
+            model, info = family.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True)
+    except RuntimeError as error:
+        raise UserError(f"{where}: {first_line(error)}") from error
+    fresh = {name for name in info["missing_keys"] if name.startswith("model.recursion.")}
+    _nothing_lost([*(set(info["missing_keys"]) - fresh), *info["unexpected_keys"]], where)
+    return model.eval()
+
+
+def _nothing_lost(names: list[str], where: str) -> None:
+    if names:
+        raise UserError(f"{where}: tensors missing or left over: {', '.join(sorted(names))}; the weights do not match their config")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, and its table of fresh parameters: what is missing is judged here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _stored_names(config: Any) -> list[str]:
+    with torch.device("meta"):
+        return list(FAMILIES[config.model_type](config).state_dict())
+
+
+def _stored_state(model: RecursiveLLM, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state dict on the CPU in `dtype`; the tied head stays the same tensor as the embeddings."""
+    seen: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen[tensor.data_ptr()] = tensor.detach().to("cpu", dtype)
+        state[name] = seen[tensor.data_ptr()]
+    return state
+
+
+def _config_dict(model: RecursiveLLM, dtype: torch.dtype) -> dict[str, Any]:
+    fields = json.loads(model.config.to_json_string(use_diff=False))  # JSON types, whatever the configuration holds
+    return {**fields, "dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
+
+
+def _write_folder(
+    folder: Path,
+    model: RecursiveLLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plan: ConversionPlan | None,
+    notes: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    own = model.config.dtype
+    model.config.dtype = dtype
+    try:
+        model.save_pretrained(folder, state_dict=_stored_state(model, dtype))
+    finally:
+        model.config.dtype = own
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    record = {"format": FORMAT, "plan": None if plan is None else plan.to_dict(), "notes": notes}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(model, plan, notes), encoding="utf-8")
+
+
+def model_card(model: RecursiveLLM, plan: ConversionPlan | None, notes: dict[str, Any]) -> str:
+    """The README.md of a folder: what the model is, how it was made, how to load it."""
+    config = model.config
+    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [recursify, recursive-reasoning]"]
+    lines = [
+        f"# {plan.donor if plan else config.model_type}, made recursive",
+        "",
+        f"`L_level` of {config.L_layers} layers, applied H_cycles {config.H_cycles} x (L_cycles {config.L_cycles} + 1) times, "
+        f"between {config.prelude_layers} prelude and {config.coda_layers} coda layers. Made by recursify.",
+        "",
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer",
+        '    model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)   # or: import recursify, and no flag',
+        '    tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        '    model.generate(**tokenizer("Once upon a time", return_tensors="pt"), H_cycles=5)',
+        "",
+    ]
+    if plan:
+        if not os.path.exists(plan.donor):  # a hub id; a folder of this machine means nothing to others
+            front.append(f"base_model: {plan.donor}")
+        rows = [("prelude", plan.prelude), ("L_level", plan.loop), ("coda", plan.coda), ("dropped", plan.dropped)]
+        table = [f"| {name} | {', '.join(map(str, layers)) or 'none'} |" for name, layers in rows]
+        lines += ["| part | donor layers |", "|---|---|", *table, ""]
+    lines += [f"- {key}: {value}" for key, value in notes.items()]
+    return "\n".join(["---", *front, "---", "", *lines]).rstrip() + "\n"
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    write_whole({path: write})
+
+
+def write_whole(writers: dict[Path, Callable[[Path], Any]]) -> None:
+    """Write files and folders side by side in one folder, all or none.
+
+    Args:
+        writers: Path -> what writes it. Each writes on a fresh path (of a folder that exists, unless the name ends in .pt). When all have
+            succeeded, the results are put in their places, in this order.
+
+    Raises:
+        UserError: The disk is full, or the folder cannot be written; what was there is as it was.
+    """
+    last = [*writers][-1]
+    aside = None
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=".recursify-", dir=last.absolute().parent))
+        for path, write in writers.items():
+            target = aside / path.name
+            if not is_file_form(path):
+                target.mkdir()
+            write(target)
+            _flush(target)
+        for path in writers:
+            _put(aside / path.name, path)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and tokenizers report a full disk with errors of their own
+        if (reason := _disk_fault(error)) is None:
+            raise
+        free = shutil.disk_usage(last.absolute().parent).free / 1e6
+        raise UserError(
+            f"{last}: could not be written: {reason} ({free:.0f} MB free in {last.absolute().parent}); nothing was changed. "
+            "Free some space or choose another output path"
+        ) from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(target: Path) -> None:
+    """To the disk, so that a power cut after the rename finds contents behind the name."""
+    for file in [target] if target.is_file() else target.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _put(new: Path, path: Path) -> None:
+    """Rename into place. A folder that is there makes way first, and hands over what no save of ours would have written."""
+    if not path.is_dir():
+        new.rename(path)
+        return
+    old = new.with_name(new.name + ".old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    for entry in old.iterdir():
+        if (entry.is_dir() or entry.suffix not in _WRITTEN) and not (path / entry.name).exists():
+            entry.rename(path / entry.name)
+
+
+def _disk_fault(error: Exception) -> str | None:
+    """Why the disk did not take it; None where the disk is not to blame."""
+    in_words = re.search(r"os error (\d+)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(in_words[1]) if in_words else None
+    if code in _FULL or "PytorchStreamWriter" in str(error):
+        return "the disk is full"
+    return None if code is None else os.strerror(code)

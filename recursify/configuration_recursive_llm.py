@@ -1,0 +1,290 @@
+# Copyright 2026 The recursify authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The shape of a recursive language model: the donor's own configuration plus how its layers are looped.
+
+    prelude_layers, L_layers, coda_layers   layers that exist, in this order
+    H_cycles, L_cycles                      how often the looped block is applied: max(1, H_cycles * (L_cycles + 1)) times
+
+`num_hidden_layers` and `layer_types` are derived: the *virtual* depth, one entry per application of a layer, because that is how
+transformers' caches count their slots (the convention of transformers' own recursive model, `hrm_text`). They are recomputed whenever
+the shape changes and never trusted from a file. Slots run prelude, coda, then the applications of the loop, so that every depth uses
+a prefix of the slots of a deeper one.
+
+Floor 0. One of the two files that travel with the weights: imports transformers only.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+from transformers.utils import auto_docstring
+
+# |A| + |B| stays below 2 * GAIN_MAX = 0.8 in every channel, so the states stay bounded for any number of cycles.
+GAIN_MAX = 0.4
+INJECTIONS = ("anchored", "sum_norm")
+PREFIX = "recursive_"
+
+_LAYERS = {"prelude_layers": 0, "L_layers": 1, "coda_layers": 0}  # name: least value
+_CYCLES = {"H_cycles": 0, "L_cycles": 0}
+
+
+def applications(H_cycles: int, L_cycles: int) -> int:
+    """How often the looped block runs in one forward pass; `H_cycles = 0` is one plain pass."""
+    return max(1, H_cycles * (L_cycles + 1))
+
+
+@dataclass(kw_only=True)
+class RecursiveLLMConfig:
+    """What every recursive model has in its configuration, whatever the donor family; mixed into the donor's own class.
+
+    Called by this name, or with `from_pretrained`, it makes the class of the family: `RecursiveLLMConfig(model_type="recursive_llama", ...)`.
+    The default family is Qwen2.
+
+    Args:
+        prelude_layers, L_layers, coda_layers: Layers before the loop, in it, and after it.
+        H_cycles: Cycles, each of which ends in a state that can be read out. 0 is one plain pass through the layers.
+        L_cycles: Updates of `z_L` within a cycle, before the one update of `z_H`.
+        injection: `anchored` (an affine mix around the embedding) or `sum_norm` (TRM's bare sum, normalised after the block).
+        gain_init: Start value of the four per-channel gains of `anchored`, below GAIN_MAX. At 0 every cycle equals the plain pass.
+        state_init_std: Standard deviation of `H_init` and `L_init` at the start.
+        freeze_embeddings: Keep the token embeddings (and a tied head) out of training.
+        block_types: Attention type of each layer that exists; None derives it as the donor's class does.
+        layer_types: Derived, one per cache slot.
+
+    Raises:
+        ValueError: A value out of range, or a list whose length is not the number of layers.
+    """
+
+    prelude_layers: int = 0
+    L_layers: int = 4
+    coda_layers: int = 0
+    H_cycles: int = 3
+    L_cycles: int = 3
+    injection: str = "anchored"
+    gain_init: float = 0.0
+    state_init_std: float = 0.02
+    freeze_embeddings: bool = False
+    block_types: list[str] | None = None
+    layer_types: list[str] | None = None
+
+    base_model_pp_plan = None  # the donor's pipeline plan is for a stack; a loop is none
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        family = family_config(kwargs.get("model_type", PREFIX + "qwen2")) if cls is RecursiveLLMConfig else cls
+        return super().__new__(family)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_pretrained`; from the common name it finds the family of the file."""
+        if cls is RecursiveLLMConfig:
+            found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            return family_config(found.get("model_type", "")).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        _check(key, value)
+        made = self.__dict__.get("_made", False)
+        if made and key in _LAYERS and value != getattr(self, key):
+            raise ValueError(f"{key}: the layers of a configuration are fixed, expected {getattr(self, key)}, got {value}; make a new one")
+        super().__setattr__(key, value)
+        if made and key in _CYCLES:
+            self._derive()
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("model_type", None)
+        count = self.physical_layers
+        types = self.block_types
+        if types is not None and len(types) != count:
+            raise ValueError(f"block_types: expected one entry for each of the {count} layers of the plan, got {len(types)}: {types}")
+        # The donor's constructor counts the layers that exist; what a file says of the virtual depth is not trusted.
+        self.num_hidden_layers, self.layer_types = count, types
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        windowed = getattr(self, "sliding_window", None) is not None
+        self.block_types = self.layer_types or ["sliding_attention" if windowed else "full_attention"] * count
+        self._derive()
+        self._made = True
+
+    @property
+    def physical_layers(self) -> int:
+        """Number of layers that exist: prelude, looped block and coda."""
+        return self.prelude_layers + self.L_layers + self.coda_layers
+
+    def depth(self, H_cycles: int | None = None, L_cycles: int | None = None) -> int:
+        """Number of layer applications of one pass, hence of cache slots; the configuration's cycles where none are given."""
+        H = self.H_cycles if H_cycles is None else H_cycles
+        L = self.L_cycles if L_cycles is None else L_cycles
+        return self.prelude_layers + self.L_layers * applications(H, L) + self.coda_layers
+
+    def at_depth(self, H_cycles: int | None = None, L_cycles: int | None = None) -> "RecursiveLLMConfig":
+        """A copy whose caches have the slots of another depth."""
+        other = copy.copy(self)
+        other.H_cycles = self.H_cycles if H_cycles is None else H_cycles
+        other.L_cycles = self.L_cycles if L_cycles is None else L_cycles
+        return other
+
+    def as_physical(self) -> "RecursiveLLMConfig":
+        """A copy in which `num_hidden_layers` and `layer_types` are those of the layers that exist, as the donor's classes want them."""
+        other = copy.copy(self)
+        other.num_hidden_layers, other.layer_types = self.physical_layers, self.block_types
+        return other
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only, as `PreTrainedConfig.to_dict`."""
+        out = super().to_dict()  # type: ignore[misc]
+        out.pop("_made", None)
+        return out
+
+    def _derive(self) -> None:
+        P, K, types = self.prelude_layers, self.L_layers, self.block_types or []
+        self.layer_types = types[:P] + types[P + K :] + types[P : P + K] * applications(self.H_cycles, self.L_cycles)
+        self.num_hidden_layers = len(self.layer_types)
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise a ValueError for a field of ours that is out of range."""
+    least = (_LAYERS | _CYCLES).get(name)
+    if least is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if name == "injection" and value not in INJECTIONS:
+        raise ValueError(f"injection: expected one of {', '.join(INJECTIONS)}, got {value!r}")
+    if name == "gain_init" and not 0.0 <= value < GAIN_MAX:
+        raise ValueError(f"gain: expected 0 <= gain < {GAIN_MAX} (gains are {GAIN_MAX} * tanh(theta)), got {value}")
+
+
+class RecursiveQwen2Config(RecursiveLLMConfig, Qwen2Config):
+    model_type = "recursive_qwen2"
+
+
+class RecursiveQwen3Config(RecursiveLLMConfig, Qwen3Config):
+    model_type = "recursive_qwen3"
+
+
+class RecursiveLlamaConfig(RecursiveLLMConfig, LlamaConfig):
+    model_type = "recursive_llama"
+
+
+class RecursiveMistralConfig(RecursiveLLMConfig, MistralConfig):
+    model_type = "recursive_mistral"
+
+
+class RecursiveSmolLM3Config(RecursiveLLMConfig, SmolLM3Config):
+    model_type = "recursive_smollm3"
+
+
+class RecursiveOlmo2Config(RecursiveLLMConfig, Olmo2Config):
+    model_type = "recursive_olmo2"
+
+
+class RecursivePhi3Config(RecursiveLLMConfig, Phi3Config):
+    model_type = "recursive_phi3"
+
+
+CONFIGS: dict[str, Any] = {
+    config.model_type: config
+    for config in (
+        RecursiveQwen2Config,
+        RecursiveQwen3Config,
+        RecursiveLlamaConfig,
+        RecursiveMistralConfig,
+        RecursiveSmolLM3Config,
+        RecursiveOlmo2Config,
+        RecursivePhi3Config,
+    )
+}
+
+
+def family_config(model_type: str) -> Any:
+    """The configuration class of a recursive `model_type`.
+
+    Raises:
+        ValueError: Not one of ours.
+    """
+    if model_type not in CONFIGS:
+        raise ValueError(f"model_type: expected one of {', '.join(CONFIGS)}, got {model_type!r}")
+    return CONFIGS[model_type]
+
+
+# Lists with one entry per donor layer: selected by the donor's own layer index, so sliding windows and layers without RoPE stay exact.
+_PER_LAYER = {"layer_types": "block_types", "no_rope_layers": "no_rope_layers"}
+
+
+def from_donor(donor: PreTrainedConfig, indices: list[int], **recursion: Any) -> Any:
+    """The recursive configuration over layers of a donor.
+
+    Args:
+        donor: The donor's own configuration.
+        indices: The donor layer behind each of our layers: prelude, looped block, coda.
+        recursion: Fields of `RecursiveLLMConfig`.
+    """
+    fields = donor.to_dict()
+    for name in ("num_hidden_layers", "architectures", "auto_map", "transformers_version", "model_type"):
+        fields.pop(name, None)
+    for theirs, ours in _PER_LAYER.items():
+        values = fields.pop(theirs, None)
+        if values is not None:
+            fields[ours] = [values[i] for i in indices]
+    return family_config(PREFIX + donor.model_type)(**fields, **recursion)
+
+
+_GUIDE_FIELDS = {"num_heads": "num_attention_heads", "seq_len": "max_position_embeddings"}
+_GUIDE_ONLY = {"batch_size", "pos_encodings", "expansion", "pretrained_model_name", *_GUIDE_FIELDS}
+
+
+def from_guide(guide: dict[str, Any]) -> Any:
+    """The configuration that the technical guide's dictionary describes (step 3 of its "Detailed Implementation").
+
+    With `pretrained_model_name` the donor's own configuration wins over the widths in the dictionary, and the layers are those of the
+    guide's step 4, `int(i * N / K)`. `batch_size` and `seq_len` bound nothing here: any batch and any length within the positions works.
+
+    Raises:
+        ValueError: An unknown key, or a `pos_encodings` other than `rope`.
+    """
+    given = dict(guide)
+    config_class = family_config(given.pop("model_type", PREFIX + "qwen2"))
+    known = set(config_class.__dataclass_fields__) | _GUIDE_ONLY
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"RecursiveLLM: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    if given.pop("pos_encodings", "rope") != "rope":
+        raise ValueError(f"pos_encodings: expected 'rope' (the donor's own rotary embedding), got {guide['pos_encodings']!r}")
+    given.pop("batch_size", None)
+    expansion, name = given.pop("expansion", None), given.pop("pretrained_model_name", None)
+    fields = {_GUIDE_FIELDS.get(key, key): value for key, value in given.items()}
+    if name is None:
+        return config_class(**_guide_widths(fields, expansion))
+    donor = AutoConfig.from_pretrained(name)
+    shape = {key: value for key, value in fields.items() if key in RecursiveLLMConfig.__dataclass_fields__}
+    count = shape.get("L_layers", RecursiveLLMConfig.L_layers)
+    return from_donor(donor, [int(i * donor.num_hidden_layers / count) for i in range(count)], **shape)
+
+
+def _guide_widths(fields: dict[str, Any], expansion: float | None) -> dict[str, Any]:
+    """The widths that the guide leaves open: feed-forward from `expansion`, one key/value head per head."""
+    missing = [name for name in ("vocab_size", "hidden_size", "num_attention_heads") if name not in fields]
+    if missing:
+        raise ValueError(f"RecursiveLLM: without pretrained_model_name the dictionary needs {', '.join(missing)}")
+    widths = {"num_key_value_heads": fields["num_attention_heads"]}
+    if expansion is not None:
+        widths["intermediate_size"] = int(fields["hidden_size"] * expansion)
+    return widths | fields

@@ -1,0 +1,108 @@
+"""What a recursive model is made of and what a token costs, from its configuration alone: no tensor is read.
+
+Cost is counted in layer applications per token, the unit that depth is bought in: one application of one transformer layer. Floor 2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .configuration_recursive_llm import RecursiveLLMConfig
+from .modeling_recursive_llm import FAMILIES
+from .plan import ConversionPlan
+
+
+@dataclass(kw_only=True)
+class InspectSettings:
+    """Show what a checkpoint is made of, and what a token costs at several cycle counts, beside the donor."""
+
+    checkpoint: str
+    """A .pt file, or a folder in the Hugging Face layout."""
+    json: bool = False
+    """Print the result as one JSON object on stdout."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The make-up of a model.
+
+    Args:
+        parameters: Part -> number of parameters; a tied head counts 0.
+        applications: H_cycles -> layer applications per token, at the configuration's L_cycles.
+        donor_applications: What a token costs in the donor; None when there is no plan.
+    """
+
+    config: dict[str, Any]
+    plan: ConversionPlan | None
+    parameters: dict[str, int]
+    applications: dict[int, int]
+    donor_applications: int | None
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {
+            "config": self.config,
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "parameters": {**self.parameters, "total": self.total_parameters},
+            "layer_applications_per_token": self.applications,
+            "donor_layer_applications_per_token": self.donor_applications,
+        }
+
+    def render(self) -> str:
+        """The same for a person."""
+        c = self.config
+        lines = [f"{c['model_type']}: hidden_size={c['hidden_size']}, vocab_size={c['vocab_size']}, injection={c['injection']}"]
+        lines += [f"  H_cycles={c['H_cycles']}, L_cycles={c['L_cycles']}, L_layers={c['L_layers']}", ""]
+        if self.plan is not None:
+            lines += [f"donor {self.plan.donor} ({self.plan.donor_layers} layers), selection {self.plan.layer_selection}"]
+            lines += [f"  layer {i:>3}  ->  {self.plan.fate(i)}" for i in range(self.plan.donor_layers)]
+            lines += [""]
+        lines += ["parameters"] + [f"  {part:<12} {count:>14,}" for part, count in self.parameters.items()]
+        lines += [f"  {'total':<12} {self.total_parameters:>14,}", "", "cost per token (each application also takes one cache slot)"]
+        lines += [f"  {'H_cycles':>8}  {'layer applications':>18}  {'x donor':>7}"]
+        for cycles, cost in self.applications.items():
+            ratio = f"{cost / self.donor_applications:.2f}" if self.donor_applications else "-"
+            mark = "  <- this checkpoint" if cycles == c["H_cycles"] else ""
+            lines += [f"  {cycles:>8}  {cost:>18}  {ratio:>7}{mark}"]
+        if self.donor_applications:
+            lines += [f"  {'donor':>8}  {self.donor_applications:>18}  {'1.00':>7}"]
+        return "\n".join(lines)
+
+
+def parameters_by_part(config: RecursiveLLMConfig) -> dict[str, int]:
+    """Part -> number of parameters, counted on shapes without storage."""
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type](config)  # type: ignore[attr-defined]
+    model.tie_weights()
+    inner = model.inner
+    parts = {
+        "embeddings": inner.embed_tokens,
+        "prelude": inner.prelude,
+        "L_level": inner.L_level,
+        "coda": inner.coda,
+        "norm": inner.norm,
+        "recursion": model.model.recursion,
+    }
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    return {**counts, "lm_head": 0 if config.tie_word_embeddings else model.lm_head.weight.numel()}  # type: ignore[attr-defined]
+
+
+def inspect(config: RecursiveLLMConfig, plan: ConversionPlan | None, depths: Sequence[int] | None = None) -> Inspection:
+    """Describe a model that need not exist yet.
+
+    Args:
+        depths: Cycle counts to price; 0 to at least 5 and the configuration's own where None.
+    """
+    depths = sorted({0, 1, 2, 3, 4, 5, config.H_cycles}) if depths is None else depths
+    fields = json.loads(config.to_json_string(use_diff=False))  # type: ignore[attr-defined]
+    donor = None if plan is None else plan.donor_layers
+    return Inspection(fields, plan, parameters_by_part(config), {H: config.depth(H) for H in depths}, donor)

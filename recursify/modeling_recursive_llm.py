@@ -1,0 +1,715 @@
+# Copyright 2026 The recursify authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The network: a donor's layers, looped over two states in the manner of Tiny Recursive Models (TRM, arXiv 2510.04871).
+
+    e = prelude(embed(x))
+    z_L, z_H = e + L_init, e + H_init
+    for each of H_cycles:
+        L_cycles times:  z_L = F(e + A_L * (z_L - e) + B_L * (z_H - e))        F is L_level, the looped block
+        once:            z_H = F(e + A_H * (z_H - e) + B_H * (z_L - e))
+        logits = lm_head(norm(coda(z_H)))                                      any cycle can be read out
+
+The affine mix is TRM's bare sum z_L + z_H + e, anchored at e: a donor's pre-norm blocks would let a bare sum grow without bound.
+With all gains A, B at 0 every F sees e, so any number of cycles gives the plain pass, bit for bit.
+
+The layers are the donor's own classes from transformers; only the way through them is ours. A layer met n times has n cache slots,
+reached through a view of the cache that adds the offset of the application, so no module changes its `layer_idx`.
+
+Shape letters: B batch, T tokens, D hidden size, V vocabulary. Floor 1. One of the two files that travel with the weights: imports only
+torch, transformers and the configuration beside it.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    Olmo2ForCausalLM,
+    Olmo2Model,
+    Phi3ForCausalLM,
+    Phi3Model,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_recursive_llm import (
+    GAIN_MAX,
+    RecursiveLlamaConfig,
+    RecursiveLLMConfig,
+    RecursiveMistralConfig,
+    RecursiveOlmo2Config,
+    RecursivePhi3Config,
+    RecursiveQwen2Config,
+    RecursiveQwen3Config,
+    RecursiveSmolLM3Config,
+    from_guide,
+)
+
+
+class CacheSlots(Cache):
+    """A view of a cache in which the slots of one application of a layer stand where that layer looks for them."""
+
+    def __init__(self, cache: Cache, offset: int):
+        self.cache, self.offset = cache, offset
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self.cache.update(key_states, value_states, layer_idx + self.offset, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.cache.get_seq_length(layer_idx + self.offset)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+class PeekSlots(CacheSlots):
+    """As `CacheSlots`, but what is written is forgotten: for the coda of a cycle that is only looked at."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx + self.offset >= len(self.cache.layers):  # a cache that grows its layers, before the first token
+            return key_states, value_states
+        layer = copy.copy(self.cache.layers[layer_idx + self.offset])
+        # a static layer writes in place
+        layer.__dict__.update({name: value.clone() for name, value in vars(layer).items() if isinstance(value, torch.Tensor)})
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+
+class PagedCacheSlots(PagedAttentionCache):
+    """`CacheSlots` for continuous batching, whose attention functions test for this class."""
+
+    def __init__(self, cache: PagedAttentionCache, offset: int):
+        self.cache, self.offset = cache, offset
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]) -> Any:
+        return self.cache.update(key_states=key_states, value_states=value_states, layer_idx=layer_idx + self.offset, kwargs=kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+class ShiftedInstances(dict):
+    """`CacheSlots` for engines that keep one attention object per slot and look it up by `layer_idx` (vLLM, SGLang)."""
+
+    def __init__(self, instances: Any, offset: int):
+        super().__init__()
+        self.instances, self.offset = instances, offset
+
+    def __getitem__(self, layer_idx: int) -> Any:
+        return self.instances[layer_idx + self.offset]
+
+
+@auto_docstring(custom_intro="What the base model returns.")
+@dataclass
+class RecursiveModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    cycle_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_states=True`):
+        One `[B, T, D]` per cycle, after coda and final norm: what `lm_head` reads. The last is `last_hidden_state`.
+    halt_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_states=True`):
+        One `[B, T]` per cycle: the logit of "good enough to stop here", from `q_head` on the detached state.
+    """
+
+    cycle_states: tuple[torch.FloatTensor, ...] | None = None
+    halt_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@auto_docstring(custom_intro="What the model with its head returns.")
+@dataclass
+class RecursiveCausalLMOutputWithPast(CausalLMOutputWithPast):
+    r"""
+    cycle_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_logits=True`):
+        One `[B, T, V]` per cycle, the last equal to `logits`. Without a cache, entry c equals a run at `H_cycles = c + 1`.
+        With a cache and a coda, an early cycle's readout sees the coda's keys and values of earlier tokens from *their* last cycle.
+    halt_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_logits=True`):
+        One `[B, T]` per cycle, from `q_head`.
+    """
+
+    cycle_logits: tuple[torch.FloatTensor, ...] | None = None
+    halt_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+class AnchoredInjection(nn.Module):
+    """x = e + A * (own - e) + B * (other - e), with per-channel gains `GAIN_MAX * tanh(theta)`."""
+
+    def __init__(self, config: RecursiveLLMConfig):
+        super().__init__()
+        self.theta_A = nn.Parameter(torch.zeros(config.hidden_size))
+        self.theta_B = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def gains(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, each `[D]`; computed in float32, once per pass."""
+        return tuple((GAIN_MAX * torch.tanh(theta.float())).to(dtype) for theta in (self.theta_A, self.theta_B))  # type: ignore[return-value]
+
+    def forward(
+        self, e: torch.Tensor, own: torch.Tensor, other: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        A, B = gains
+        return e + A * (own - e) + B * (other - e)
+
+
+class HaltHead(nn.Module):
+    """One logit per token. Not an `nn.Linear`, so that quantisers and LoRA on "all-linear" leave it alone, idle as it is."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T]`."""
+        return nn.functional.linear(z, self.weight, self.bias).squeeze(-1)
+
+
+class Recursion(nn.Module):
+    """Everything that the donor has not got.
+
+    A module of its own, because the donor's constructor has already marked its own as initialised: parameters that were added there
+    would stay at zero in silence. Idle parameters are frozen, since DDP stops at a parameter without gradient.
+    """
+
+    def __init__(self, config: RecursiveLLMConfig):
+        super().__init__()
+        self.H_init = nn.Parameter(torch.zeros(config.hidden_size))
+        self.L_init = nn.Parameter(torch.zeros(config.hidden_size))
+        self.anchored = config.injection == "anchored"
+        if self.anchored:
+            self.inject_L = AnchoredInjection(config).requires_grad_(config.L_cycles > 0)
+            self.inject_H = AnchoredInjection(config)
+        self.eps = config.rms_norm_eps
+        self.q_head = HaltHead(config.hidden_size).requires_grad_(False)
+
+    def steps(self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int) -> Iterator[torch.Tensor]:
+        """The loop. Yields `z_H` `[B, T, D]` at the end of each cycle.
+
+        Args:
+            e: Output of the prelude, `[B, T, D]`.
+            block: `block(x, n)` applies the looped block to `x` as application number `n`.
+        """
+        z_L, z_H, n = e + self.L_init.to(e.dtype), e + self.H_init.to(e.dtype), 0
+        if self.anchored:
+            gains_L, gains_H = self.inject_L.gains(e.dtype), self.inject_H.gains(e.dtype)
+        for _ in range(H_cycles):
+            for _ in range(L_cycles):
+                x = self.inject_L(e, z_L, z_H, gains_L) if self.anchored else z_L + z_H + e
+                z_L, n = self._leave(block(x, n)), n + 1
+            x = self.inject_H(e, z_H, z_L, gains_H) if self.anchored else z_H + z_L
+            z_H, n = self._leave(block(x, n)), n + 1
+            yield z_H
+
+    def _leave(self, z: torch.Tensor) -> torch.Tensor:
+        """TRM's weightless norm at the end of its block; the anchored form is bounded without it."""
+        return z if self.anchored else nn.functional.rms_norm(z.float(), z.shape[-1:], eps=self.eps).to(z.dtype)
+
+
+class ForwardPass:
+    """What all applications of a layer share within one forward pass: masks, positions, the cache and its slots."""
+
+    def __init__(self, model: Any, masks: dict[str, Any], rope: Any, position_ids: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]):
+        self.layers, self.types, self.masks = model.layers, model.config.block_types, masks
+        self.P, self.K, self.C = model.config.prelude_layers, model.config.L_layers, model.config.coda_layers
+        self.shared = {"position_embeddings": rope, "position_ids": position_ids, **kwargs}
+        self.cache, self.paged, self.instances = cache, self.shared.pop("cache", None), self.shared.pop("attention_instances", None)
+
+    def prelude(self, x: torch.Tensor) -> torch.Tensor:
+        return self._run(x, 0, self.P, 0)
+
+    def block(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        """The looped block as application number `n`; its first slot follows those of prelude and coda."""
+        return self._run(x, self.P, self.K, self.C + n * self.K)
+
+    def coda(self, x: torch.Tensor, slots: type[CacheSlots] = CacheSlots) -> torch.Tensor:
+        return self._run(x, self.P + self.K, self.C, -self.K, slots)
+
+    def _run(self, x: torch.Tensor, first: int, count: int, offset: int, slots: type[CacheSlots] = CacheSlots) -> torch.Tensor:
+        kwargs = dict(self.shared)
+        if self.paged is not None:
+            kwargs["cache"] = PagedCacheSlots(self.paged, offset)
+        if self.instances is not None:
+            kwargs["attention_instances"] = ShiftedInstances(self.instances, offset)
+        cache = None if self.cache is None else slots(self.cache, offset)
+        for i in range(first, first + count):
+            x = self.layers[i](x, attention_mask=self.masks[self.types[i]], past_key_values=cache, **kwargs)
+        return x
+
+
+class RecursiveModelMixin:
+    """The base model of a family, without head: the donor's own modules, and our way through its layers."""
+
+    config: Any
+
+    def __init__(self, config: Any):
+        shape = config.num_hidden_layers, config.layer_types
+        # The donor's constructor builds the layers that exist. It must see the very object that the model keeps.
+        config.num_hidden_layers, config.layer_types = config.physical_layers, config.block_types
+        try:
+            super().__init__(config)  # type: ignore[call-arg]
+        finally:
+            config.num_hidden_layers, config.layer_types = shape
+        self.recursion = Recursion(config)
+        if config.freeze_embeddings:
+            self.embed_tokens.requires_grad_(False)  # type: ignore[attr-defined]
+        self.post_init()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, AnchoredInjection):
+            theta = math.atanh(self.config.gain_init / GAIN_MAX)
+            init.constant_(module.theta_A, theta)
+            init.constant_(module.theta_B, theta)
+        elif isinstance(module, Recursion):
+            init.normal_(module.H_init, std=self.config.state_init_std)
+            init.normal_(module.L_init, std=self.config.state_init_std)
+        elif isinstance(module, HaltHead):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+
+    def cycles(self, H_cycles: int | None = None, L_cycles: int | None = None) -> tuple[int, int]:
+        """(H, L) of a pass: the call's, else the configuration's.
+
+        A lowered `num_hidden_layers`, which is how transformers' `assistant_early_exit` asks for a draft, goes before both.
+        """
+        config = self.config
+        L = config.L_cycles if L_cycles is None else L_cycles
+        H = config.H_cycles if H_cycles is None else H_cycles
+        if config.num_hidden_layers < config.depth():
+            loop = config.num_hidden_layers - config.prelude_layers - config.coda_layers
+            H = max(0, loop) // (config.L_layers * (L + 1))
+        for name, value in (("H_cycles", H), ("L_cycles", L)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+        return H, L
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        H_cycles: int | None = None,
+        L_cycles: int | None = None,
+        output_cycle_states: bool = False,
+        **kwargs: Any,
+    ) -> RecursiveModelOutputWithPast:
+        """One pass at a depth: `[B, T]` token ids (or `[B, T, D]` embeddings) to `[B, T, D]` states that `lm_head` can read.
+
+        Raises:
+            ValueError: Not exactly one of ids and embeddings; a negative depth; a cache that belongs to another depth.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        H, L = self.cycles(H_cycles, L_cycles)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        seen = past_key_values
+        if seen is not None:
+            claim_cache(seen, self.config, H, L)
+        elif use_cache and not self.training:
+            # Filled in this pass, and kept out of the masks: packed documents are only told apart where there is no cache.
+            past_key_values = DynamicCache(config=self.config.at_depth(H, L))
+            claim_cache(past_key_values, self.config, H, L)
+        # before positions are made up: only positions that are given can restart within a row
+        masks = attention_mask if isinstance(attention_mask, dict) else self._masks(inputs_embeds, attention_mask, seen, position_ids)
+        if position_ids is None:
+            start = 0 if seen is None else seen.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
+        rope = self.rotary_emb(inputs_embeds, position_ids)
+        one_pass = ForwardPass(self, masks, rope, position_ids, past_key_values, {"use_cache": use_cache, **kwargs})
+
+        e = one_pass.prelude(inputs_embeds)
+        states, halts, z_H = [], [], None
+        for cycle, z_H in enumerate(self.recursion.steps(e, one_pass.block, H, L), start=1):
+            if output_cycle_states:
+                halts.append(self.recursion.q_head(z_H.detach()))
+                if cycle < H:
+                    states.append(self.norm(one_pass.coda(z_H, PeekSlots)))
+        last = self.norm(one_pass.coda(one_pass.block(e, 0) if z_H is None else z_H))
+        return RecursiveModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=past_key_values if use_cache else None,
+            cycle_states=(*states, last) if output_cycle_states else None,
+            halt_logits=tuple(halts) if output_cycle_states else None,
+        )
+
+    def _masks(self, inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor) -> dict[str, Any]:
+        return {
+            kind: LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
+            for kind in dict.fromkeys(self.config.block_types)
+        }
+
+
+def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int) -> None:
+    """Bind a cache to the depth that first fills it: keys and values of another depth mean something else.
+
+    Raises:
+        ValueError: Too few slots, or filled at another depth.
+    """
+    slots = config.depth(H_cycles, L_cycles)
+    if cache.layer_class_to_replicate is None and len(cache.layers) < slots:
+        raise ValueError(
+            f"past_key_values: H_cycles={H_cycles}, L_cycles={L_cycles} needs a cache of {slots} slots, this one has {len(cache.layers)}; "
+            f"make it with DynamicCache(config=model.config.at_depth({H_cycles}, {L_cycles}))"
+        )
+    if torch.compiler.is_compiling():  # the first pass, which is not compiled in `generate`, has claimed it
+        return
+    owner = getattr(cache, "recursive_depth", None)
+    if owner is not None and owner != (H_cycles, L_cycles) and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values: filled at H_cycles={owner[0]}, L_cycles={owner[1]}, called at H_cycles={H_cycles}, L_cycles={L_cycles}; "
+            "use one cache per depth"
+        )
+    cache.recursive_depth = (H_cycles, L_cycles)  # type: ignore[attr-defined]
+
+
+# The guides' names on the left; on the right the names in transformers, which the modules keep.
+GUIDE_NAMES = {
+    "self_attn": {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"},
+    "mlp": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+}
+GUIDE_RECURSION = ("H_init", "L_init", "q_head", "inject_H", "inject_L")
+
+
+class View:
+    """Other names for a module's parts: the same parameters, nothing copied, nothing registered."""
+
+    names: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, module: nn.Module):
+        object.__setattr__(self, "module", module)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.names and not hasattr(self.module, self.names[name]):
+            parts = ", ".join(child for child, _ in self.module.named_children())
+            raise AttributeError(f"{type(self.module).__name__} has no {name}: its projections are fused; it has {parts}")
+        return getattr(self.module, self.names.get(name, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.module, self.names.get(name, name), value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.module!r})"
+
+
+class Attention(View):
+    """A donor's attention with the guides' names `wq`, `wk`, `wv`, `wo`."""
+
+    names = GUIDE_NAMES["self_attn"]
+
+
+class SwiGLU(View):
+    """A donor's feed-forward with the guides' names `w1` (gate), `w2` (down), `w3` (up)."""
+
+    names = GUIDE_NAMES["mlp"]
+
+
+class Layer(View):
+    """A donor's layer whose `self_attn` and `mlp` answer to the guides' names."""
+
+    @property
+    def self_attn(self) -> Attention:
+        return Attention(self.module.self_attn)
+
+    @property
+    def mlp(self) -> SwiGLU:
+        return SwiGLU(self.module.mlp)
+
+
+class LLevel(View):
+    """The looped block as the guides have it: `L_level.layers[i]`."""
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [Layer(layer) for layer in self.module]  # type: ignore[attr-defined]
+
+
+class Inner(View):
+    """`model.inner`, the guides' name for what is inside: embed_tokens, prelude, L_level, coda, norm, lm_head, H_init, L_init, q_head."""
+
+    def _owner(self, name: str) -> nn.Module:
+        base = self.module.model
+        return self.module if name == "lm_head" else base.recursion if name in GUIDE_RECURSION else base
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._owner(name), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._owner(name), name, value)
+
+    @property
+    def prelude(self) -> LLevel:
+        return LLevel(self.module.model.layers[: self.module.config.prelude_layers])
+
+    @property
+    def L_level(self) -> LLevel:
+        first = self.module.config.prelude_layers
+        return LLevel(self.module.model.layers[first : first + self.module.config.L_layers])
+
+    @property
+    def coda(self) -> LLevel:
+        return LLevel(self.module.model.layers[self.module.config.prelude_layers + self.module.config.L_layers :])
+
+
+# What says where a configuration is, among the arguments of `from_pretrained`.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+class RecursiveLLM(PreTrainedModel, GenerationMixin):
+    """A recursive language model with its head, of whatever donor family; every model of ours is an instance.
+
+    Called with a configuration, or with the technical guide's dictionary, it makes the class of the right family.
+
+    Args:
+        config: A `RecursiveLLMConfig`, or a dictionary as in the guide. With `pretrained_model_name` in it, everything outside the layers
+            is loaded from that donor; the layers are left to the guide's step 4.
+    """
+
+    donor_class: Any
+    base_class: Any
+
+    def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Self:
+        return super().__new__(FAMILIES[_resolve(config).model_type] if cls is RecursiveLLM else cls)
+
+    def __init__(self, config: Any):
+        donor = config.get("pretrained_model_name") if isinstance(config, dict) else None
+        config = _resolve(config)
+        super(self.donor_class, self).__init__(config)  # the donor's own constructor would build the donor's base model
+        self.model = self.base_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        if donor is not None:
+            self._load_outside_layers(donor)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; the base model, too, is found with `trust_remote_code`."""
+        if self.is_remote_code():
+            known = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = known | {"AutoModel": f"{type(self).__module__.split('.')[-1]}.{self.base_class.__name__}"}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; `H_cycles=5` and other fields of the configuration may be given."""
+        if cls is RecursiveLLM:
+            config = kwargs.get("config")
+            if config is None:
+                hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+                config = RecursiveLLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            return FAMILIES[config.model_type].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @property
+    def inner(self) -> Inner:
+        """The guides' names for the parts of the model: a view of the same parameters."""
+        return Inner(self)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        H_cycles: int | None = None,
+        L_cycles: int | None = None,
+        output_cycle_logits: bool = False,
+        **kwargs: Any,
+    ) -> RecursiveCausalLMOutputWithPast:
+        """Logits `[B, T, V]` after the last cycle, and the next-token loss in nats when `labels` `[B, T]` are given (-100 does not count).
+
+        Args:
+            H_cycles, L_cycles: Depth of this pass; the configuration's where None. 0 H cycles is one plain pass.
+            output_cycle_logits: Also return the logits of every cycle, and those of `q_head`.
+            logits_to_keep: Only the last so many positions (0: all), or the positions in a tensor.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            H_cycles=H_cycles,
+            L_cycles=L_cycles,
+            output_cycle_states=output_cycle_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        cycle_logits = None
+        if output_cycle_logits:
+            early = [self.lm_head(slice_logits_to_keep(state, logits_to_keep)) for state in outputs.cycle_states[:-1]]
+            cycle_logits = (*early, logits)
+        return RecursiveCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cycle_logits=cycle_logits,
+            halt_logits=outputs.halt_logits,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The cache of `generate(H_cycles=...)` has the slots of that call's depth, not of the configuration's."""
+        H, L = self.model.cycles(model_kwargs.get("H_cycles"), model_kwargs.get("L_cycles"))
+        # A shallow copy, because other threads may be reading this model's configuration.
+        at_depth = copy.copy(self)
+        at_depth.config = self.config.at_depth(H, L)
+        result = GenerationMixin._prepare_cache_for_generation(at_depth, generation_config, model_kwargs, *args, **kwargs)
+        if hasattr(at_depth, "_previous_max_cache_length"):  # transformers' memory of how long the static cache was
+            self._previous_max_cache_length = at_depth._previous_max_cache_length
+        return result
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """An assistant drafts at its own depth: a plain donor knows no cycles, and a draft as deep as the target saves nothing."""
+        others = {name: value for name, value in model_kwargs.items() if name not in ("H_cycles", "L_cycles")}
+        return super()._get_candidate_generator(*args, model_kwargs=others, **kwargs)
+
+    def _load_outside_layers(self, name: str) -> None:
+        """What the guide's step 3 promises: embeddings, final norm and head of the donor; step 4 copies the layers."""
+        donor = AutoModelForCausalLM.from_pretrained(name)
+        self.model.embed_tokens.load_state_dict(donor.get_input_embeddings().state_dict())
+        self.model.norm.load_state_dict(donor.model.norm.state_dict())
+        self.lm_head.load_state_dict(donor.get_output_embeddings().state_dict())
+        warnings.warn(
+            f"RecursiveLLM: embeddings, final norm and head come from {name}; the layers are random until they are copied. The guide's "
+            "step 4 copies attention and feed-forward but no layer norms; recursify.convert copies everything and checks it.",
+            stacklevel=3,
+        )
+
+
+def _resolve(config: Any) -> Any:
+    return from_guide(config) if isinstance(config, dict) else config
+
+
+class RecursiveQwen2Model(RecursiveModelMixin, Qwen2Model):
+    config: RecursiveQwen2Config
+
+
+class RecursiveQwen2ForCausalLM(RecursiveLLM, Qwen2ForCausalLM, GenerationMixin):
+    config: RecursiveQwen2Config
+    donor_class, base_class = Qwen2ForCausalLM, RecursiveQwen2Model
+
+
+class RecursiveQwen3Model(RecursiveModelMixin, Qwen3Model):
+    config: RecursiveQwen3Config
+
+
+class RecursiveQwen3ForCausalLM(RecursiveLLM, Qwen3ForCausalLM, GenerationMixin):
+    config: RecursiveQwen3Config
+    donor_class, base_class = Qwen3ForCausalLM, RecursiveQwen3Model
+
+
+class RecursiveLlamaModel(RecursiveModelMixin, LlamaModel):
+    config: RecursiveLlamaConfig
+
+
+class RecursiveLlamaForCausalLM(RecursiveLLM, LlamaForCausalLM, GenerationMixin):
+    config: RecursiveLlamaConfig
+    donor_class, base_class = LlamaForCausalLM, RecursiveLlamaModel
+
+
+class RecursiveMistralModel(RecursiveModelMixin, MistralModel):
+    config: RecursiveMistralConfig
+
+
+class RecursiveMistralForCausalLM(RecursiveLLM, MistralForCausalLM, GenerationMixin):
+    config: RecursiveMistralConfig
+    donor_class, base_class = MistralForCausalLM, RecursiveMistralModel
+
+
+class RecursiveSmolLM3Model(RecursiveModelMixin, SmolLM3Model):
+    config: RecursiveSmolLM3Config
+
+
+class RecursiveSmolLM3ForCausalLM(RecursiveLLM, SmolLM3ForCausalLM, GenerationMixin):
+    config: RecursiveSmolLM3Config
+    donor_class, base_class = SmolLM3ForCausalLM, RecursiveSmolLM3Model
+
+
+class RecursiveOlmo2Model(RecursiveModelMixin, Olmo2Model):
+    config: RecursiveOlmo2Config
+
+
+class RecursiveOlmo2ForCausalLM(RecursiveLLM, Olmo2ForCausalLM, GenerationMixin):
+    config: RecursiveOlmo2Config
+    donor_class, base_class = Olmo2ForCausalLM, RecursiveOlmo2Model
+
+
+class RecursivePhi3Model(RecursiveModelMixin, Phi3Model):
+    config: RecursivePhi3Config
+
+
+class RecursivePhi3ForCausalLM(RecursiveLLM, Phi3ForCausalLM, GenerationMixin):
+    config: RecursivePhi3Config
+    donor_class, base_class = Phi3ForCausalLM, RecursivePhi3Model
+
+
+FAMILIES: dict[str, Any] = {
+    family.config_class.model_type: family
+    for family in (
+        RecursiveQwen2ForCausalLM,
+        RecursiveQwen3ForCausalLM,
+        RecursiveLlamaForCausalLM,
+        RecursiveMistralForCausalLM,
+        RecursiveSmolLM3ForCausalLM,
+        RecursiveOlmo2ForCausalLM,
+        RecursivePhi3ForCausalLM,
+    )
+}
