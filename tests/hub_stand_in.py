@@ -1,0 +1,298 @@
+"""A stand-in for the Hugging Face hub on the loopback interface: tests meet the real clients, and no network.
+
+    with HubStandIn(tmp_path / "hf_home") as hub:
+        hub.add_model("Qwen/Qwen2-0.5B", donor_folder)
+        hub.add_dataset("Salesforce/wikitext", wikitext_folder)
+        subprocess.run([...], env=os.environ | hub.env())
+        assert hub.opened("Qwen/Qwen2-0.5B") == ["config.json", "model.safetensors"]
+
+It speaks the part of the hub's protocol that ``huggingface_hub``, ``transformers`` and ``datasets`` use to read: file
+metadata and contents with ranges, repository info, folder listings, path infos. What is absent gets the hub's
+own 404 with its ``X-Error-Code``, which clients take as "this optional file does not exist".
+
+A route is one line of ``Handler.ROUTES`` and one method of the same name: writing (preupload, commit) goes there.
+
+``HF_ENDPOINT`` is read when ``huggingface_hub`` and ``datasets`` are imported, and copied by many of their modules: the
+environment of ``env()`` must be set before that import. ``conftest.py`` does so for the tests' own process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it came in, and how it was answered. ``repo`` and ``file`` are empty where a path names none."""
+
+    method: str
+    path: str
+    repo: str
+    file: str
+    status: int
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A folder served under a name; ``kind`` is ``models`` or ``datasets``."""
+
+    kind: str
+    name: str
+    folder: Path
+
+    def files(self) -> dict[str, Path]:
+        """Every file by its path in the repository, sorted; read anew each time, so a folder may still grow."""
+        found = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*") if p.is_file()}
+        return dict(sorted(found.items()))
+
+    def commit(self) -> str:
+        """Forty hex digits that change whenever a file does."""
+        state = [(name, etag(path)) for name, path in self.files().items()]
+        return hashlib.sha1(json.dumps([self.kind, self.name, state]).encode()).hexdigest()
+
+
+@cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def etag(path: Path) -> str:
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+class HubStandIn:
+    """The server and what it serves. ``home`` becomes the clients' ``HF_HOME``: their caches and nothing else.
+
+    While ``down`` is set, connections are closed without an answer, as by a broken network.
+    """
+
+    def __init__(self, home: Path):
+        self.home = Path(home)
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.requests: list[Request] = []
+        self.down = False
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def add_model(self, name: str, folder: Path) -> None:
+        self.repos["models", name] = Repo("models", name, Path(folder))
+
+    def add_dataset(self, name: str, folder: Path) -> None:
+        self.repos["datasets", name] = Repo("datasets", name, Path(folder))
+
+    def env(self, home: Path | None = None) -> dict[str, str]:
+        """What a process needs in its environment to take this for the hub; another ``home`` starts with empty caches."""
+        home = Path(home or self.home)
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_DATASETS_CACHE": str(home / "datasets"),
+            "HF_MODULES_CACHE": str(home / "modules"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+            # a proxy of the machine must not see what is meant for the loopback interface
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+        }
+
+    def opened(self, name: str) -> list[str]:
+        """The files of a repository whose contents were sent, in order, each once; metadata (HEAD) does not count."""
+        sent = (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT)
+        files = [r.file for r in list(self.requests) if r.repo == name and r.method == "GET" and r.status in sent]
+        return list(dict.fromkeys(file for file in files if file))
+
+    def clear(self) -> None:
+        """Forget the requests so far."""
+        self.requests.clear()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> HubStandIn:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection. A method named in ``ROUTES`` gets the named groups of its pattern, unquoted."""
+
+    hub: ClassVar[HubStandIn]
+    protocol_version = "HTTP/1.1"
+
+    NAME = r"(?P<name>[^/]+(?:/[^/]+)?)"
+    API = rf"/api/(?P<kind>models|datasets)/{NAME}"
+    ROUTES: ClassVar[list[tuple[str, str, str]]] = [
+        ("GET|HEAD", rf"/(?P<kind>datasets/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", "send_file"),
+        ("GET", rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?", "send_tree"),
+        ("POST", rf"{API}/paths-info/(?P<revision>[^/]+)", "send_paths_info"),
+        ("GET", rf"{API}/refs", "send_refs"),
+        ("GET", rf"{API}/revision/(?P<revision>[^/]+)", "send_info"),
+        ("GET", API, "send_info"),
+    ]
+
+    def do_GET(self) -> None:
+        self.dispatch()
+
+    do_HEAD = do_POST = do_GET
+
+    def dispatch(self) -> None:
+        self.repo_name = self.file_name = ""
+        if self.hub.down:
+            self.close_connection = True
+            return None
+        path = urlsplit(self.path).path
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        for methods, pattern, name in self.ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and self.command in methods.split("|"):
+                answer: Callable[..., None] = getattr(self, name)
+                return answer(**{key: unquote(value) if value else "" for key, value in match.groupdict().items()})
+        return self.send_absent("NotFound", f"no route for {self.command} {path}")
+
+    def find(self, kind: str, name: str, revision: str = "main") -> Repo | None:
+        """The repository, or None after the matching 404 is sent."""
+        self.repo_name = name
+        repo = self.hub.repos.get((kind or "models", name))
+        if repo is None:
+            self.send_absent("RepoNotFound", "Repository not found")
+        elif revision not in ("main", repo.commit()):
+            self.send_absent("RevisionNotFound", f"Invalid rev id: {revision}")
+        else:
+            return repo
+        return None
+
+    def send_file(self, kind: str, name: str, revision: str, file: str) -> None:
+        repo = self.find(kind.strip("/"), name, revision)
+        self.file_name = file
+        if repo is None:
+            return
+        path = repo.files().get(file)
+        headers = {"X-Repo-Commit": repo.commit(), "Accept-Ranges": "bytes"}
+        if path is None:
+            return self.send_absent("EntryNotFound", "Entry not found", headers)
+        size, headers["ETag"] = path.stat().st_size, f'"{etag(path)}"'
+        span = parse_range(self.headers.get("Range"), size)
+        if span is None:
+            return self.send_head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, headers | {"Content-Range": f"bytes */{size}"}, 0)
+        first, last = span
+        partial = "Range" in self.headers
+        if partial:
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        self.send_head(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK, headers, last - first + 1)
+        if self.command == "GET":
+            self.send_span(path, first, last - first + 1)
+
+    def send_info(self, kind: str, name: str, revision: str = "main") -> None:
+        repo = self.find(kind, name, revision)
+        if repo is None:
+            return
+        siblings = [{"rfilename": file} for file in repo.files()]
+        self.send_json({"_id": repo.commit()[:24], "id": name, "sha": repo.commit(), "private": False, "gated": False,
+                        "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})  # fmt: skip
+
+    def send_refs(self, kind: str, name: str) -> None:
+        repo = self.find(kind, name)
+        if repo is not None:
+            main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.commit()}
+            self.send_json({"branches": [main], "tags": [], "converts": []})
+
+    def send_tree(self, kind: str, name: str, revision: str, folder: str) -> None:
+        repo = self.find(kind, name, revision)
+        if repo is None:
+            return
+        entries = [e for e in list_entries(repo) if not folder or e["path"].startswith(folder.rstrip("/") + "/")]
+        if not entries:
+            return self.send_absent("EntryNotFound", f"{folder} does not exist on {revision}")
+        if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() not in ("true", "1"):
+            depth = folder.rstrip("/").count("/") + 1 if folder else 0
+            entries = [e for e in entries if e["path"].count("/") == depth]
+        self.send_json(entries)
+
+    def send_paths_info(self, kind: str, name: str, revision: str) -> None:
+        repo = self.find(kind, name, revision)
+        if repo is None:
+            return
+        sent = self.body.decode()
+        wanted = json.loads(sent)["paths"] if sent.startswith("{") else parse_qs(sent).get("paths", [])
+        self.send_json([entry for entry in list_entries(repo) if entry["path"] in wanted])
+
+    def send_absent(self, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        errors = {"X-Error-Code": code, "X-Error-Message": message}
+        self.send_json({"error": message}, HTTPStatus.NOT_FOUND, (headers or {}) | errors)
+
+    def send_json(self, value: Any, status: HTTPStatus = HTTPStatus.OK, headers: dict[str, str] | None = None) -> None:
+        content = json.dumps(value).encode()
+        self.send_head(status, {"Content-Type": "application/json; charset=utf-8"} | (headers or {}), len(content))
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def send_head(self, status: HTTPStatus, headers: dict[str, str], length: int) -> None:
+        # recorded before the answer leaves: a client that has its answer finds its request in the list
+        self.hub.requests.append(Request(self.command, urlsplit(self.path).path, self.repo_name, self.file_name, int(status)))
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def send_span(self, path: Path, first: int, length: int) -> None:
+        with path.open("rb") as file:
+            file.seek(first)
+            while length > 0 and (piece := file.read(min(CHUNK, length))):
+                self.wfile.write(piece)
+                length -= len(piece)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent: the requests are in ``hub.requests``."""
+
+
+def list_entries(repo: Repo) -> list[dict[str, Any]]:
+    """Folders and files as the hub's tree lists them, sorted by path."""
+    files = repo.files()
+    folders = {parent.as_posix() for name in files for parent in Path(name).parents} - {"."}
+    entries: list[dict[str, Any]] = [{"type": "directory", "path": folder, "oid": repo.commit(), "size": 0} for folder in folders]
+    entries += [{"type": "file", "path": name, "oid": etag(path)[:40], "size": path.stat().st_size} for name, path in files.items()]
+    return sorted(entries, key=lambda entry: entry["path"])
+
+
+def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """First and last byte (inclusive) that a ``Range`` header asks for; None when the file holds none of them."""
+    if header is None:
+        return 0, size - 1
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header.strip())
+    if not match or not any(match.groups()):
+        return None
+    first, last = match.groups()
+    if not first:
+        return (max(0, size - int(last)), size - 1) if size and int(last) else None
+    span = int(first), min(int(last), size - 1) if last else size - 1
+    return span if span[0] <= span[1] else None
