@@ -1,0 +1,140 @@
+"""The command line: parse the settings of a job, run it, turn bad input into one message and exit status 2.
+
+Every flag is a field of the settings class of its job, so its name, help text and default stand there and nowhere else. The scripts of the
+guides call the functions named after their jobs; `recursify JOB` calls `main`. Floor 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from transformers.utils import logging as transformers_logging
+
+from . import checkpoint, conversion, demo, evaluation, generation, inspection, interactive, training
+from .errors import UserError
+
+Settings = TypeVar("Settings")
+Argv = Sequence[str] | None
+
+
+def convert(argv: Argv = None) -> None:
+    """Donor to recursive model."""
+
+    def job(settings: conversion.ConvertSettings) -> None:
+        report = conversion.run(settings, say=_to_stderr if settings.json else print)
+        _print_json(report, settings.json)
+
+    _command("convert", conversion.ConvertSettings, job, argv)
+
+
+def train(argv: Argv = None) -> None:
+    """Fine-tune a recursive model."""
+    _command("train", training.TrainSettings, training.train, argv)
+
+
+def generate(argv: Argv = None) -> None:
+    """Write text, once with --prompt or interactively without."""
+
+    def job(settings: generation.GenerateSettings) -> None:
+        interactive.run(settings) if settings.prompt is None else generation.run(settings)
+
+    _command("generate", generation.GenerateSettings, job, argv)
+
+
+def evaluate(argv: Argv = None) -> None:
+    """Loss on text at several cycle counts."""
+
+    def job(settings: evaluation.EvaluateSettings) -> None:
+        report = evaluation.run(settings)
+        _print_json(report, True) if settings.json else print(report.render())
+
+    _command("evaluate", evaluation.EvaluateSettings, job, argv)
+
+
+def inspect_checkpoint(argv: Argv = None) -> None:
+    """Plan, parameters by part, and cost per token of a checkpoint."""
+
+    def job(settings: inspection.InspectSettings) -> None:
+        found = checkpoint.load(settings.checkpoint)
+        report = inspection.inspect(found.model.config, found.plan)
+        _print_json(report, True) if settings.json else print(report.render())
+
+    _command("inspect", inspection.InspectSettings, job, argv)
+
+
+def run_demo(argv: Argv = None) -> None:
+    """The whole way on the donor that ships: convert, fine-tune, measure, write, report."""
+    _command("demo", demo.DemoSettings, demo.run, argv)
+
+
+JOBS: dict[str, Callable[[Argv], None]] = {
+    "convert": convert,
+    "train": train,
+    "generate": generate,
+    "evaluate": evaluate,
+    "inspect": inspect_checkpoint,
+    "demo": run_demo,
+}
+
+
+def main(argv: Argv = None) -> None:
+    """`recursify JOB [flags]`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+    elif words[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+    elif words[0] in JOBS:
+        JOBS[words[0]](words[1:])
+    else:
+        _fail(f"recursify: unknown job {words[0]!r}; expected one of {', '.join(JOBS)}")
+
+
+def _overview() -> str:
+    jobs = "\n".join(f"  {name:<10} {(job.__doc__ or '').strip().splitlines()[0]}" for name, job in JOBS.items())
+    return f"Turn a pretrained language model into a recursive reasoner.\n\nusage: recursify JOB [flags]\n\n{jobs}\n\nrecursify JOB --help lists the flags of a job."
+
+
+def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:
+    """Parse flags into settings and run the job; bad input ends with status 2 and one message.
+
+    Args:
+        argv: None when a script of the guides was called by its own name; its flags are then in `sys.argv`.
+    """
+    prog = None if argv is None else f"recursify {name}"
+    settings = tyro.cli(settings_class, prog=prog, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        job(settings)
+    except UserError as error:
+        if os.environ.get("RECURSIFY_DEBUG") == "1":
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print_json(report: Any, wanted: bool) -> None:
+    if wanted:
+        print(json.dumps(report.to_dict(), default=str))
