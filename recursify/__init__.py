@@ -9,8 +9,11 @@ Importing this package registers the recursive families with transformers' Auto 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
+from .conversion import convert
 from .modeling_recursive_llm import FAMILIES, RecursiveLLM
+from .plan import ConversionPlan
 
+__all__ = ["ConversionPlan", "RecursiveLLM", "RecursiveLLMConfig", "convert"]
 __version__ = "0.1.0"
 
 for _type, _config in CONFIGS.items():

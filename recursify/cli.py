@@ -1,7 +1,8 @@
 """The command line: parse the settings of a job, run it, turn bad input into one message and exit status 2.
 
 Every flag is a field of the settings class of its job, so its name, help text and default stand there and nowhere else. The scripts of the
-guides call the functions named after their jobs; `recursify JOB` calls `main`. Floor 4.
+guides call the functions named after their jobs; `recursify JOB` calls `main`. A job's modules are imported when it is called: text is
+generated without the weight of the training stack. Floor 4.
 """
 
 from __future__ import annotations
@@ -13,10 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import tyro
-from transformers.utils import logging as transformers_logging
-
-from . import checkpoint, conversion, demo, evaluation, generation, inspection, interactive, training
 from .errors import UserError
 
 Settings = TypeVar("Settings")
@@ -24,22 +21,27 @@ Argv = Sequence[str] | None
 
 
 def convert(argv: Argv = None) -> None:
-    """Donor to recursive model."""
+    """Turn a donor into a recursive model."""
+    from . import conversion
 
     def job(settings: conversion.ConvertSettings) -> None:
         report = conversion.run(settings, say=_to_stderr if settings.json else print)
-        _print_json(report, settings.json)
+        if settings.json:
+            _print_json(report)
 
     _command("convert", conversion.ConvertSettings, job, argv)
 
 
 def train(argv: Argv = None) -> None:
     """Fine-tune a recursive model."""
+    from . import training
+
     _command("train", training.TrainSettings, training.train, argv)
 
 
 def generate(argv: Argv = None) -> None:
-    """Write text, once with --prompt or interactively without."""
+    """Write text: once with --prompt, interactively without."""
+    from . import generation, interactive
 
     def job(settings: generation.GenerateSettings) -> None:
         interactive.run(settings) if settings.prompt is None else generation.run(settings)
@@ -48,39 +50,36 @@ def generate(argv: Argv = None) -> None:
 
 
 def evaluate(argv: Argv = None) -> None:
-    """Loss on text at several cycle counts."""
+    """Measure the loss on text at several cycle counts."""
+    from . import evaluation
 
     def job(settings: evaluation.EvaluateSettings) -> None:
         report = evaluation.run(settings)
-        _print_json(report, True) if settings.json else print(report.render())
+        _print_json(report) if settings.json else print(report.render())
 
     _command("evaluate", evaluation.EvaluateSettings, job, argv)
 
 
-def inspect_checkpoint(argv: Argv = None) -> None:
-    """Plan, parameters by part, and cost per token of a checkpoint."""
+def inspect(argv: Argv = None) -> None:
+    """Show plan, parameters by part, and cost per token of a checkpoint."""
+    from . import checkpoint, inspection
 
     def job(settings: inspection.InspectSettings) -> None:
         found = checkpoint.load(settings.checkpoint)
         report = inspection.inspect(found.model.config, found.plan)
-        _print_json(report, True) if settings.json else print(report.render())
+        _print_json(report) if settings.json else print(report.render())
 
     _command("inspect", inspection.InspectSettings, job, argv)
 
 
-def run_demo(argv: Argv = None) -> None:
-    """The whole way on the donor that ships: convert, fine-tune, measure, write, report."""
-    _command("demo", demo.DemoSettings, demo.run, argv)
+def demo(argv: Argv = None) -> None:
+    """Go the whole way with the donor that ships: convert, fine-tune, measure, write, report."""
+    from . import demo as whole_way
+
+    _command("demo", whole_way.DemoSettings, whole_way.run, argv)
 
 
-JOBS: dict[str, Callable[[Argv], None]] = {
-    "convert": convert,
-    "train": train,
-    "generate": generate,
-    "evaluate": evaluate,
-    "inspect": inspect_checkpoint,
-    "demo": run_demo,
-}
+JOBS: dict[str, Callable[[Argv], None]] = {job.__name__: job for job in (convert, train, generate, evaluate, inspect, demo)}
 
 
 def main(argv: Argv = None) -> None:
@@ -99,8 +98,11 @@ def main(argv: Argv = None) -> None:
 
 
 def _overview() -> str:
-    jobs = "\n".join(f"  {name:<10} {(job.__doc__ or '').strip().splitlines()[0]}" for name, job in JOBS.items())
-    return f"Turn a pretrained language model into a recursive reasoner.\n\nusage: recursify JOB [flags]\n\n{jobs}\n\nrecursify JOB --help lists the flags of a job."
+    jobs = "\n".join(f"  {name:<10} {job.__doc__}" for name, job in JOBS.items())
+    return (
+        f"Turn a pretrained language model into a recursive reasoner.\n\nusage: recursify JOB [flags]\n\n{jobs}\n\n"
+        "recursify JOB --help lists the flags of a job."
+    )
 
 
 def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:
@@ -109,10 +111,12 @@ def _command(name: str, settings_class: type[Settings], job: Callable[[Settings]
     Args:
         argv: None when a script of the guides was called by its own name; its flags are then in `sys.argv`.
     """
+    import tyro
+    from transformers.utils import logging as transformers_logging
+
     prog = None if argv is None else f"recursify {name}"
     settings = tyro.cli(settings_class, prog=prog, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # bars of milliseconds; the jobs show their own where one has to wait
     try:
         job(settings)
     except UserError as error:
@@ -121,7 +125,7 @@ def _command(name: str, settings_class: type[Settings], job: Callable[[Settings]
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of our output has gone, as in `recursify inspect X | head`
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -135,6 +139,5 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _print_json(report: Any, wanted: bool) -> None:
-    if wanted:
-        print(json.dumps(report.to_dict(), default=str))
+def _print_json(report: Any) -> None:
+    print(json.dumps(report.to_dict(), default=str))

@@ -26,7 +26,7 @@ Floor 0. One of the two files that travel with the weights: imports transformers
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from transformers import (
     AutoConfig,
@@ -39,7 +39,6 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
-from transformers.utils import auto_docstring
 
 # |A| + |B| stays below 2 * GAIN_MAX = 0.8 in every channel, so the states stay bounded for any number of cycles.
 GAIN_MAX = 0.4
@@ -55,11 +54,18 @@ def applications(H_cycles: int, L_cycles: int) -> int:
     return max(1, H_cycles * (L_cycles + 1))
 
 
+# What the class below is always mixed into. No base of it at run time: the common defaults would then replace the donor's.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Mixed
+else:
+    _Mixed = object
+
+
 @dataclass(kw_only=True)
-class RecursiveLLMConfig:
+class RecursiveLLMConfig(_Mixed):
     """What every recursive model has in its configuration, whatever the donor family; mixed into the donor's own class.
 
-    Called by this name, or with `from_pretrained`, it makes the class of the family: `RecursiveLLMConfig(model_type="recursive_llama", ...)`.
+    Called by this name, or with `from_pretrained`, it makes the class of the family: `RecursiveLLMConfig(model_type="recursive_llama")`.
     The default family is Qwen2.
 
     Args:
@@ -89,19 +95,19 @@ class RecursiveLLMConfig:
     block_types: list[str] | None = None
     layer_types: list[str] | None = None
 
-    base_model_pp_plan = None  # the donor's pipeline plan is for a stack; a loop is none
+    base_model_pp_plan: ClassVar[Any] = None  # the donor's pipeline plan is for a stack; a loop is none
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         family = family_config(kwargs.get("model_type", PREFIX + "qwen2")) if cls is RecursiveLLMConfig else cls
         return super().__new__(family)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedConfig.from_pretrained`; from the common name it finds the family of the file."""
         if cls is RecursiveLLMConfig:
-            found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-            return family_config(found.get("model_type", "")).from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+            found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, *args, **kwargs)
+            return family_config(found.get("model_type", "")).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
         _check(key, value)
@@ -120,7 +126,7 @@ class RecursiveLLMConfig:
             raise ValueError(f"block_types: expected one entry for each of the {count} layers of the plan, got {len(types)}: {types}")
         # The donor's constructor counts the layers that exist; what a file says of the virtual depth is not trusted.
         self.num_hidden_layers, self.layer_types = count, types
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        super().__post_init__(**kwargs)
         windowed = getattr(self, "sliding_window", None) is not None
         self.block_types = self.layer_types or ["sliding_attention" if windowed else "full_attention"] * count
         self._derive()
@@ -152,7 +158,7 @@ class RecursiveLLMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, as `PreTrainedConfig.to_dict`."""
-        out = super().to_dict()  # type: ignore[misc]
+        out = super().to_dict()
         out.pop("_made", None)
         return out
 

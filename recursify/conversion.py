@@ -240,7 +240,7 @@ def self_check(donor: Donor, plan: ConversionPlan, fates: Fates, model: Recursiv
     """
     state = model.state_dict()
     for ours, source in fates.copied.items():
-        if not torch.equal(state[ours], donor.read(source).to(state[ours].dtype)):
+        if not _same_bits(state[ours], donor.read(source).to(state[ours].dtype)):
             raise RuntimeError(f"{ours} differs from {source} of {donor.name} after conversion")
     twin = _plain_twin(donor.config, plan, model)
     ids = torch.randint(model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -254,6 +254,10 @@ def self_check(donor: Donor, plan: ConversionPlan, fates: Fates, model: Recursiv
         raise RuntimeError(f"a plain pass differs from {type(twin).__name__} over layers {plan.indices} by {plain}")
     name = "the donor itself" if plan.keeps_donor else f"{type(twin).__name__} over layers {plan.indices}"
     return SelfCheck(name, plain, tuple((logits - expected).abs().max().item() for logits in cycles), len(fates.copied))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _plain_twin(donor_config: PreTrainedConfig, plan: ConversionPlan, model: RecursiveLLM) -> Any:

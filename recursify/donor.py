@@ -184,7 +184,7 @@ def _read_config(name: str) -> dict[str, Any]:
         return read_json(folder / "config.json")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(
             f"{name}: no such folder, and the hub has no config.json for it or cannot be reached ({first_line(error)}); "
             "give a folder with config.json and *.safetensors, or check the id and the network"
@@ -229,7 +229,7 @@ def _find(name: str, file: str) -> str | None:
         return path if os.path.isfile(path) else None
     try:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    except OSError:
+    except Exception:  # of the hub's client or of the network's, with no base in common
         return None
 
 
@@ -246,7 +246,7 @@ def _require(name: str, file: str) -> str:
         return path
     try:
         return str(cached_file(name, file))
-    except OSError as error:
+    except Exception as error:
         raise UserError(f"{name}: {file} cannot be fetched from the hub ({first_line(error)}); check the id and the network") from error
 
 
@@ -266,7 +266,7 @@ def _has(name: str, file: str) -> bool:
     """Whether a file is there, without fetching it; a hub that does not answer has nothing."""
     try:
         return has_file(name, file)
-    except Exception:  # of several clients, with no base in common
+    except Exception:
         return False
 
 

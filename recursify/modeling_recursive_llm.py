@@ -105,7 +105,7 @@ class PeekSlots(CacheSlots):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx + self.offset >= len(self.cache.layers):  # a cache that grows its layers, before the first token
             return key_states, value_states
-        layer = copy.copy(self.cache.layers[layer_idx + self.offset])
+        layer: Any = copy.copy(self.cache.layers[layer_idx + self.offset])
         # a static layer writes in place
         layer.__dict__.update({name: value.clone() for name, value in vars(layer).items() if isinstance(value, torch.Tensor)})
         return layer.update(key_states, value_states, *args, **kwargs)
@@ -176,9 +176,7 @@ class AnchoredInjection(nn.Module):
         """A and B, each `[D]`; computed in float32, once per pass."""
         return tuple((GAIN_MAX * torch.tanh(theta.float())).to(dtype) for theta in (self.theta_A, self.theta_B))  # type: ignore[return-value]
 
-    def forward(
-        self, e: torch.Tensor, own: torch.Tensor, other: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def forward(self, e: torch.Tensor, own: torch.Tensor, other: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         A, B = gains
         return e + A * (own - e) + B * (other - e)
 
@@ -240,7 +238,9 @@ class Recursion(nn.Module):
 class ForwardPass:
     """What all applications of a layer share within one forward pass: masks, positions, the cache and its slots."""
 
-    def __init__(self, model: Any, masks: dict[str, Any], rope: Any, position_ids: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]):
+    def __init__(
+        self, model: Any, masks: dict[str, Any], rope: Any, position_ids: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]
+    ):
         self.layers, self.types, self.masks = model.layers, model.config.block_types, masks
         self.P, self.K, self.C = model.config.prelude_layers, model.config.L_layers, model.config.coda_layers
         self.shared = {"position_embeddings": rope, "position_ids": position_ids, **kwargs}
@@ -253,42 +253,48 @@ class ForwardPass:
         """The looped block as application number `n`; its first slot follows those of prelude and coda."""
         return self._run(x, self.P, self.K, self.C + n * self.K)
 
-    def coda(self, x: torch.Tensor, slots: type[CacheSlots] = CacheSlots) -> torch.Tensor:
-        return self._run(x, self.P + self.K, self.C, -self.K, slots)
+    def coda(self, x: torch.Tensor, peek: bool = False) -> torch.Tensor:
+        """The layers behind the loop; with `peek` the cache is read but not written."""
+        return self._run(x, self.P + self.K, self.C, -self.K, peek)
 
-    def _run(self, x: torch.Tensor, first: int, count: int, offset: int, slots: type[CacheSlots] = CacheSlots) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, first: int, count: int, offset: int, peek: bool = False) -> torch.Tensor:
         kwargs = dict(self.shared)
         if self.paged is not None:
             kwargs["cache"] = PagedCacheSlots(self.paged, offset)
         if self.instances is not None:
             kwargs["attention_instances"] = ShiftedInstances(self.instances, offset)
-        cache = None if self.cache is None else slots(self.cache, offset)
+        cache = None
+        if self.cache is not None:
+            cache = PeekSlots(self.cache, offset) if peek else CacheSlots(self.cache, offset)
         for i in range(first, first + count):
             x = self.layers[i](x, attention_mask=self.masks[self.types[i]], past_key_values=cache, **kwargs)
         return x
 
 
-class RecursiveModelMixin:
+class RecursiveModelMixin(PreTrainedModel):
     """The base model of a family, without head: the donor's own modules, and our way through its layers."""
 
-    config: Any
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: Any
+    rotary_emb: Any
 
     def __init__(self, config: Any):
         shape = config.num_hidden_layers, config.layer_types
         # The donor's constructor builds the layers that exist. It must see the very object that the model keeps.
         config.num_hidden_layers, config.layer_types = config.physical_layers, config.block_types
         try:
-            super().__init__(config)  # type: ignore[call-arg]
+            super().__init__(config)
         finally:
             config.num_hidden_layers, config.layer_types = shape
         self.recursion = Recursion(config)
         if config.freeze_embeddings:
-            self.embed_tokens.requires_grad_(False)  # type: ignore[attr-defined]
-        self.post_init()  # type: ignore[attr-defined]
+            self.embed_tokens.requires_grad_(False)
+        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, AnchoredInjection):
             theta = math.atanh(self.config.gain_init / GAIN_MAX)
             init.constant_(module.theta_A, theta)
@@ -322,9 +328,9 @@ class RecursiveModelMixin:
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Any = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         H_cycles: int | None = None,
         L_cycles: int | None = None,
@@ -362,7 +368,7 @@ class RecursiveModelMixin:
             if output_cycle_states:
                 halts.append(self.recursion.q_head(z_H.detach()))
                 if cycle < H:
-                    states.append(self.norm(one_pass.coda(z_H, PeekSlots)))
+                    states.append(self.norm(one_pass.coda(z_H, peek=True)))
         last = self.norm(one_pass.coda(one_pass.block(e, 0) if z_H is None else z_H))
         return RecursiveModelOutputWithPast(
             last_hidden_state=last,
@@ -371,17 +377,21 @@ class RecursiveModelMixin:
             halt_logits=tuple(halts) if output_cycle_states else None,
         )
 
-    def _masks(self, inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor) -> dict[str, Any]:
-        return {
-            kind: LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
+    def _masks(
+        self, inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """The mask of each attention type that occurs."""
+        masks = {}
+        for kind in dict.fromkeys(self.config.block_types):
+            make_mask: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+            masks[kind] = make_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 position_ids=position_ids,
             )
-            for kind in dict.fromkeys(self.config.block_types)
-        }
+        return masks
 
 
 def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int) -> None:
@@ -468,7 +478,7 @@ class LLevel(View):
 
     @property
     def layers(self) -> list[Layer]:
-        return [Layer(layer) for layer in self.module]  # type: ignore[attr-defined]
+        return [Layer(layer) for layer in self.module]
 
 
 class Inner(View):
@@ -512,6 +522,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             is loaded from that donor; the layers are left to the guide's step 4.
     """
 
+    config_class: Any
     donor_class: Any
     base_class: Any
 
@@ -605,7 +616,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             halt_logits=outputs.halt_logits,
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The cache of `generate(H_cycles=...)` has the slots of that call's depth, not of the configuration's."""
         H, L = self.model.cycles(model_kwargs.get("H_cycles"), model_kwargs.get("L_cycles"))
         # A shallow copy, because other threads may be reading this model's configuration.
@@ -616,10 +627,10 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             self._previous_max_cache_length = at_depth._previous_max_cache_length
         return result
 
-    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+    def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
         """An assistant drafts at its own depth: a plain donor knows no cycles, and a draft as deep as the target saves nothing."""
-        others = {name: value for name, value in model_kwargs.items() if name not in ("H_cycles", "L_cycles")}
-        return super()._get_candidate_generator(*args, model_kwargs=others, **kwargs)
+        own = {name: value for name, value in kwargs.pop("model_kwargs").items() if name not in ("H_cycles", "L_cycles")}
+        return GenerationMixin._get_candidate_generator(self, *args, model_kwargs=own, **kwargs)
 
     def _load_outside_layers(self, name: str) -> None:
         """What the guide's step 3 promises: embeddings, final norm and head of the donor; step 4 copies the layers."""

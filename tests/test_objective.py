@@ -1,0 +1,184 @@
+"""Each loss against numbers worked out by hand, and the chunked computation against the plain one, gradients included."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from recursify import objective
+from recursify.objective import SCHEDULES, counted, cycle_weights, deep_supervision, next_token_losses, token_losses
+
+B, T, D, V = 3, 9, 8, 50
+
+
+def batch(seed: int = 0, cycles: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """States with gradients, one per cycle, and labels of which some do not count."""
+    torch.manual_seed(seed)
+    states = [torch.randn(B, T, D, requires_grad=True) for _ in range(cycles)]
+    labels = torch.randint(0, V, (B, T))
+    labels[0, :4] = labels[2, 5] = -100
+    return states, labels
+
+
+def plain(states: list[torch.Tensor], labels: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    """transformers' own loss of every cycle."""
+    return torch.stack([ForCausalLMLoss(head(state), labels, V) for state in states])
+
+
+def gradients(losses: torch.Tensor, states: list[torch.Tensor], head: nn.Module) -> list[torch.Tensor]:
+    wanted = [*states, *(p for p in head.parameters() if p.requires_grad)]
+    return list(torch.autograd.grad((losses * torch.tensor([1.0, 0.25])).sum(), wanted))
+
+
+def test_cycle_weights_by_hand() -> None:
+    assert cycle_weights("constant", 0.5, 4) == [0.5, 0.5, 0.5, 1.0]
+    assert cycle_weights("linear_decay", 0.5, 4) == [0.125, 0.25, 0.375, 1.0]
+    assert cycle_weights("exponential_decay", 0.5, 4) == [0.0625, 0.125, 0.25, 1.0]
+    assert cycle_weights("early_decay", 0.5, 4) == [1.0, 0.5, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_cycle_has_weight_one(schedule: str) -> None:
+    assert cycle_weights(schedule, 0.5, 1) == [1.0]
+
+
+def test_weights_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match=r"expected one of constant, linear_decay, exponential_decay, early_decay, got 'cosine'"):
+        cycle_weights("cosine", 0.5, 3)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        cycle_weights("constant", -1, 3)
+    with pytest.raises(ValueError, match="at least 0, got nan"):
+        cycle_weights("constant", math.nan, 3)
+    with pytest.raises(ValueError, match="at least 1 cycle"):
+        cycle_weights("constant", 0.5, 0)
+
+
+def test_deep_supervision_by_hand() -> None:
+    assert deep_supervision(torch.tensor([2.0, 4.0, 6.0]), [1.0, 0.5, 1.0]).item() == pytest.approx(10 / 2.5)
+    assert deep_supervision(torch.full((3,), 7.0), [0.1, 0.3, 1.0]).item() == pytest.approx(7)
+    with pytest.raises(ValueError, match="one weight per cycle: got 3 losses and 2 weights"):
+        deep_supervision(torch.ones(3), [1.0, 1.0])
+
+
+def test_next_token_loss_by_hand() -> None:
+    """Two words and a head that changes nothing: the state is the logits."""
+    head = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(head.weight)
+    state = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0], [9.0, 0.0], [5.0, 5.0]]])
+    labels = torch.tensor([[1, 0, 0, -100]])
+    # position 0 says 1/2 for the word 0, position 1 says 3/4 for the word 0, position 2 has no next word that counts, 3 has none at all
+    expected = [math.log(2), math.log(4 / 3), 0.0]
+    assert token_losses(state, labels, head)[0].tolist() == pytest.approx(expected)
+    assert next_token_losses([state], labels, head).tolist() == pytest.approx([sum(expected) / 2])
+    assert next_token_losses([state], labels, head, num_items=8).tolist() == pytest.approx([sum(expected) / 8])
+    assert counted(labels) == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 24, 1000])
+@pytest.mark.parametrize("bias", [False, True], ids=["torch", "recomputed"])
+def test_chunked_equals_plain(chunk: int, bias: bool) -> None:
+    states, labels = batch()
+    head = nn.Linear(D, V, bias=bias)
+    expected, found = plain(states, labels, head), next_token_losses(states, labels, head, chunk=chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients(found, states, head), gradients(expected, states, head), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(next_token_losses(states, labels, head, chunk=chunk), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_which_heads_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, own = [], F.linear_cross_entropy
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs["options"].batch_chunk_size)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(F, "linear_cross_entropy", spy)
+    states, labels = batch()
+    next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=5)
+    assert calls == [5, 5]
+    next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=B * T)  # one chunk: nothing to gain
+    next_token_losses(states, labels, nn.Linear(D, V, bias=True), chunk=5)
+    next_token_losses([s.detach().bfloat16() for s in states], labels, nn.Linear(D, V, bias=False).bfloat16(), chunk=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=5)
+    assert calls == [5, 5]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_more_than_a_chunk_of_logits(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both directions, the logits that exist at a time are those of one chunk."""
+    states, labels = batch()
+    head, rows = nn.Linear(D, V, bias=bias), []
+    head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // V))
+    next_token_losses(states, labels, head, chunk=5).sum().backward()
+    # a hooked head is more than its weight, so it is called: twice for every chunk, once on the way back
+    assert max(rows) == 5 and sum(rows) == 2 * len(states) * B * (T - 1)
+
+
+def test_the_chunk_follows_the_vocabulary() -> None:
+    assert objective._chunk(nn.Linear(4, 151_936, bias=False, device="meta"), None) == 441
+    assert objective._chunk(nn.Linear(4, 10**8, bias=False, device="meta"), None) == 64
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        objective._chunk(nn.Linear(4, 4), 0)
+
+
+def test_bfloat16_autocast() -> None:
+    """The matrix product is in bfloat16, the loss is not: no rounding to steps of a bfloat16 sum."""
+    states, labels = batch()
+    head = nn.Linear(D, V, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = next_token_losses(states, labels, head, chunk=5)
+        expected = plain(states, labels, head)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, plain(states, labels, head), rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip(gradients(found, states, head), gradients(expected, states, head), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
+
+
+def test_micro_batches_add_up() -> None:
+    """However unevenly the tokens are spread over them."""
+    states, labels = batch()
+    head = nn.Linear(D, V, bias=False)
+    whole = next_token_losses(states, labels, head)
+    parts = [next_token_losses([s[i : i + 1] for s in states], labels[i : i + 1], head, num_items=counted(labels)) for i in range(B)]
+    total = torch.stack(parts).sum(dim=0)
+    torch.testing.assert_close(total, whole)
+    for ours, theirs in zip(gradients(total, states, head), gradients(whole, states, head), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_nothing_to_count_is_no_loss() -> None:
+    states, labels = batch()
+    for empty in (torch.full_like(labels, -100), labels[:, :1]):
+        cut = [s[:, : empty.shape[1]] for s in states]
+        losses = next_token_losses(cut, empty, nn.Linear(D, V, bias=False))
+        assert losses.tolist() == [0.0, 0.0]
+        losses.sum().backward()
+        assert all(s.grad is not None and torch.equal(s.grad, torch.zeros_like(s)) for s in states)
+
+
+def test_a_head_under_lora() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head = nn.Linear(D, V, bias=False)
+
+    torch.manual_seed(0)
+    peft: Any = get_peft_model(Model(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    head = peft.base_model.model.lm_head
+    states, labels = batch()
+    found, expected = next_token_losses(states, labels, head, chunk=5), plain(states, labels, head)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients(found, states, head), gradients(expected, states, head), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

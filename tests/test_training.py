@@ -1,0 +1,544 @@
+"""Training from end to end on models that fit in a cache line: what is learnt, what is printed, what is written, and going on from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import tiny
+import torch
+from tiny import make_tiny_tokenizer, sentences, tiny_config, tiny_donor
+
+from recursify import RecursiveLLM, checkpoint
+from recursify.configuration_recursive_llm import from_donor
+from recursify.conversion import convert
+from recursify.errors import UserError
+from recursify.objective import SCHEDULES
+from recursify.training import FitResult, TrainSettings, callbacks, fit, train
+from recursify.training.trainer import (
+    BEST,
+    Supervised,
+    learning_rate_factor,
+    parameter_groups,
+    resume_points,
+    supervision,
+    total_steps,
+    warmup_of,
+)
+
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other over matrices this small take many times as long, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recursive(seed: int = 0, **recursion: Any) -> Any:
+    """Three random layers, the middle one looped, with gains and states that matter."""
+    torch.manual_seed(seed)
+    shape = {"prelude_layers": 1, "L_layers": 1, "coda_layers": 1, "H_cycles": 3, "L_cycles": 1, "gain_init": 0.2, "state_init_std": 0.5}
+    return RecursiveLLM(from_donor(tiny_config("qwen2", num_hidden_layers=3), [0, 1, 2], **(shape | recursion)))
+
+
+def blocks(count: int, seed: int = 1) -> list[dict[str, Any]]:
+    ids = make_tiny_tokenizer()(" ".join(sentences(seed, 2 * count))).input_ids
+    return [{"input_ids": ids[i * SEQ_LEN : (i + 1) * SEQ_LEN]} for i in range(count)]
+
+
+def settings(**changes: Any) -> TrainSettings:
+    common: dict[str, Any] = {
+        "checkpoint": "in memory", "seq_len": SEQ_LEN, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "num_epochs": 1, "log_every": 1,
+        "generate_every": 0, "device": "cpu",
+    }  # fmt: skip
+    return TrainSettings(**(common | changes))
+
+
+def run(model: Any, train_blocks: Any = None, **changes: Any) -> FitResult:
+    console = changes.pop("console", False)
+    return fit(model, make_tiny_tokenizer(), train_blocks or blocks(8), blocks(5, seed=2), settings(**changes), console=console)
+
+
+def logged(result: FitResult, key: str) -> list[Any]:
+    return [entry[key] for entry in result.history if key in entry]
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# The objective on a model
+
+
+def test_deep_supervision_reaches_every_cycle() -> None:
+    """The loss of each cycle alone has a gradient at the loop and at what feeds it, and the logged losses are those of the model."""
+    model, batch = recursive(), torch.tensor([row["input_ids"] for row in blocks(2)])
+    expected = [model(batch, labels=batch, H_cycles=H).loss.item() for H in (1, 2, 3)]
+    for cycle in range(3):
+        model.zero_grad()
+        outputs = Supervised(model, [float(c == cycle) for c in range(3)])(batch, batch)
+        assert outputs["cycle_losses"].tolist() == pytest.approx(expected, rel=1e-6)
+        assert outputs["loss"].item() == pytest.approx(expected[cycle], rel=1e-6)
+        outputs["loss"].backward()
+        parts = [model.model.layers[1].mlp.up_proj.weight, *model.model.recursion.inject_H.parameters(), model.model.recursion.H_init]
+        assert all(part.grad.abs().max() > 0 for part in parts)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.model.recursion.q_head.weight.grad is None
+
+
+def test_without_deep_supervision_only_the_last_cycle_counts() -> None:
+    model, batch = recursive(), torch.tensor([row["input_ids"] for row in blocks(2)])
+    losses = Supervised(model)(batch, batch)["cycle_losses"]
+    assert losses.tolist() == pytest.approx([model(batch, labels=batch).loss.item()], rel=1e-6)
+    assert supervision(model.config, settings()) == [1.0]
+    assert supervision(model.config, settings(enable_deep_supervision=True)) == pytest.approx([0.5 / 3, 1 / 3, 1.0])
+
+
+def test_the_model_sees_a_batch_once() -> None:
+    """One forward pass per batch, whatever the length and the number of cycles; no cache."""
+    model, seen = recursive(), []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args[0].shape, kwargs)), with_kwargs=True)
+    run(model, enable_deep_supervision=True)
+    assert [shape for shape, _ in seen] == [(4, SEQ_LEN)] * 2 + [(4, SEQ_LEN), (1, SEQ_LEN)]
+    assert not any(kwargs["use_cache"] for _, kwargs in seen)
+
+
+# The loop
+
+
+def test_loss_falls_at_every_cycle() -> None:
+    model = recursive()
+    result = run(model, train_blocks=blocks(24), num_epochs=4, lr=3e-3, enable_deep_supervision=True)
+    for cycle in (1, 2, 3):
+        losses, held = logged(result, f"loss_cycle_{cycle}"), logged(result, f"eval_loss_cycle_{cycle}")
+        assert losses[-1] < losses[0] - 0.5 and held[-1] < held[0]
+    assert result.steps == 24 and result.tokens == 4 * 24 * SEQ_LEN and result.seconds > 0
+    assert result.eval_loss == logged(result, "eval_loss")[-1] and result.best_eval_loss == min(logged(result, "eval_loss"))
+    assert not model.training and model.config.use_cache
+
+
+def test_a_plain_model_is_trained_by_the_same_loop() -> None:
+    donor = tiny_donor("qwen2", num_hidden_layers=2)
+    batch = torch.tensor([row["input_ids"] for row in blocks(4)])
+    expected = donor(batch, labels=batch).loss.item()
+    result = run(donor, train_blocks=blocks(4), enable_deep_supervision=True, num_epochs=3)
+    assert logged(result, "loss")[0] == pytest.approx(expected, rel=1e-6)
+    assert logged(result, "loss") == pytest.approx(logged(result, "loss_cycle_1"), rel=1e-6)
+    assert logged(result, "loss")[-1] < expected and "eval_loss_cycle_2" not in result.history[-1]
+    assert donor.config.use_cache
+
+
+def test_accumulated_micro_batches_equal_one_batch() -> None:
+    """Six sequences in one batch, and as micro-batches of four and two: a mean of their means would differ."""
+    whole, parts = recursive(), recursive()
+    common: dict[str, Any] = {"train_blocks": blocks(6), "num_epochs": 2, "enable_deep_supervision": True, "eval_batch_size": 1}
+    one, two = run(whole, batch_size=8, **common), run(parts, batch_size=4, grad_accum_steps=2, **common)
+    assert one.steps == two.steps == 2 and one.tokens == two.tokens
+    for key in ("loss", "loss_cycle_1", "loss_cycle_3", "grad_norm", "train_loss", "eval_loss"):
+        assert logged(two, key) == pytest.approx(logged(one, key), rel=1e-4), key
+
+
+def test_validation_is_a_mean_over_tokens() -> None:
+    """Five sequences in batches of two: a mean over batches would give the last one twice its weight."""
+    model = recursive()
+    result = run(model, eval_batch_size=2)
+    held = torch.tensor([row["input_ids"] for row in blocks(5, seed=2)])
+    with torch.no_grad():
+        expected = [model(held, labels=held, H_cycles=H).loss.item() for H in (1, 2, 3)]
+    assert [logged(result, f"eval_loss_cycle_{c}")[0] for c in (1, 2, 3)] == pytest.approx(expected, rel=1e-6)
+    assert result.eval_loss == pytest.approx(expected[2], rel=1e-6)
+    assert logged(result, "eval_perplexity") == [pytest.approx(math.exp(expected[2]), rel=1e-5)]
+
+
+def test_the_end_of_training_counts_as_the_end_of_an_epoch() -> None:
+    result = run(recursive(), max_steps=3)
+    assert result.steps == 3 and [entry["step"] for entry in result.history if "eval_loss" in entry] == [2, 3]
+    assert result.history[-1]["epoch"] == 1.5
+
+
+def test_train_loss_is_that_of_the_epoch_and_the_last_cycle() -> None:
+    result = run(recursive(), train_blocks=blocks(8), num_epochs=2, enable_deep_supervision=True)
+    steps, epochs = logged(result, "loss_cycle_3"), logged(result, "train_loss")
+    assert epochs == pytest.approx([sum(steps[:2]) / 2, sum(steps[2:]) / 2], rel=1e-6)
+    # as many entries as asked for, and one at each end: what they say is the mean since the one before
+    rare = run(recursive(), train_blocks=blocks(8), num_epochs=2, enable_deep_supervision=True, log_every=100)
+    assert logged(rare, "train_loss") == pytest.approx(epochs, rel=1e-6)
+    assert [entry["step"] for entry in rare.history if "loss" in entry] == [1, 2, 4]
+
+
+def test_tie_and_frozen_embeddings() -> None:
+    model = recursive(freeze_embeddings=True)
+    before = weights_of(model)
+    run(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, before["lm_head.weight"])
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    frozen = {"lm_head.weight", "model.embed_tokens.weight", "model.recursion.q_head.weight", "model.recursion.q_head.bias"}
+    assert moved == set(before) - frozen
+
+
+def test_tied_embeddings_are_trained_and_stay_tied() -> None:
+    model = recursive()
+    before = weights_of(model)
+    run(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
+def test_bfloat16_computes_and_float32_learns() -> None:
+    model, reference = recursive().bfloat16(), recursive().bfloat16()
+    result = run(model, bf16=True, enable_deep_supervision=True)
+    expected = run(reference, bf16=False, enable_deep_supervision=True)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert logged(result, "loss") != logged(expected, "loss")
+    assert logged(result, "loss") == pytest.approx(logged(expected, "loss"), rel=3e-2)
+    assert result.eval_loss == pytest.approx(expected.eval_loss, rel=3e-2)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = recursive()
+    result = run(model, gradient_checkpointing=True, enable_deep_supervision=True)
+    assert logged(result, "grad_norm") == pytest.approx(logged(run(recursive(), enable_deep_supervision=True), "grad_norm"), rel=1e-5)
+    assert not model.is_gradient_checkpointing
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    first, second, other = recursive(), recursive(), recursive()
+    run(first), run(second), run(other, seed=43)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_parameter_groups() -> None:
+    model = recursive()
+    matrices, vectors, own = parameter_groups(model, settings(lr=1e-4, weight_decay=0.1))
+    assert (matrices["lr"], matrices["weight_decay"]) == (1e-4, 0.1)
+    assert (vectors["lr"], vectors["weight_decay"]) == (1e-4, 0.0)
+    assert (own["lr"], own["weight_decay"]) == (pytest.approx(1e-3), 0.0)
+    assert all(p.ndim == 2 for p in matrices["params"]) and all(p.ndim == 1 for p in vectors["params"])
+    assert len(own["params"]) == 6  # two gains for each injection, two states; q_head is frozen
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(id(p) for group in (matrices, vectors, own) for p in group["params"]) == sorted(trained)
+    assert parameter_groups(model, settings(gain_lr=0.5))[2]["lr"] == 0.5
+    assert parameter_groups(tiny_donor(num_hidden_layers=1), settings())[2]["params"] == []
+
+
+def test_learning_rate_schedule() -> None:
+    assert [learning_rate_factor(step, 3, 7) for step in range(8)] == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [learning_rate_factor(step, 0, 2) for step in range(3)] == [1.0, 0.5, 0.0]
+    assert [warmup_of(settings(warmup_steps=100), total) for total in (1000, 200, 199, 5)] == [100, 100, 19, 0]
+    assert total_steps(9, settings(grad_accum_steps=2, num_epochs=3)) == 6
+    assert total_steps(9, settings(max_steps=50)) == 50
+    # three micro-batches and a rest of one make two steps: counted in optimizer steps, not in batches
+    result = run(recursive(), train_blocks=blocks(10), batch_size=3, grad_accum_steps=3, num_epochs=2, lr=1.0, max_grad_norm=1e-9)
+    assert logged(result, "learning_rate") == [1.0, 0.75, 0.5, 0.25]
+
+
+# What it prints
+
+
+def test_samples_come_once_per_so_many_optimizer_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real, calls = callbacks.generate_text, []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[2])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(callbacks, "generate_text", spy)
+    run(
+        recursive(), train_blocks=blocks(24), batch_size=1, grad_accum_steps=4, generate_every=2, console=True,
+        generation_prompt="The old ship",
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert calls == ["The old ship"] * 3
+    assert re.findall(r"Step (\d+) - Generating sample:\nPrompt: The old ship\nOutput: The old ship.", out) == ["2", "4", "6"]
+
+
+def test_sampling_does_not_change_the_run() -> None:
+    quiet, loud = recursive(), recursive()
+    run(quiet), run(loud, generate_every=1, console=True)
+    assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), loud.parameters(), strict=True))
+
+
+def test_console(capsys: pytest.CaptureFixture[str]) -> None:
+    """Summaries in the shape of the guide on stdout, the bar on stderr, nothing else anywhere."""
+    result = run(recursive(), num_epochs=2, console=True)
+    captured = capsys.readouterr()
+    losses = zip(logged(result, "train_loss"), logged(result, "eval_loss"), strict=True)
+    assert captured.out == "".join(
+        f"\nEpoch {epoch} Summary:\n  Train Loss: {train:.4f}\n  Val Loss: {held:.4f}\n  Perplexity: {math.exp(held):.2f}\n"
+        for epoch, (train, held) in enumerate(losses, start=1)
+    )
+    last = logged(result, "loss")[-1]
+    assert re.search(rf"Training: 100%\|█+\| 4/4 \[\d\d:\d\d<\d\d:\d\d, loss={last:.4f}, lr=0.00025\]", captured.err)
+    assert "{" not in captured.err and "Epoch" not in captured.err
+
+
+def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    run(recursive(), generate_every=1)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Training" not in captured.err
+
+
+# From files to files
+
+
+@pytest.fixture(scope="module")
+def corner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with init.pt (float32), init_bf16.pt, their tokenizers, and text.txt: 12 sequences of 32 tokens, 2 for validation."""
+    folder = tmp_path_factory.mktemp("training")
+    tiny_donor("qwen2", folder / "donor", num_hidden_layers=3)
+    torch.manual_seed(0)
+    model = convert(str(folder / "donor"), L_layers=1, keep_donor=True, H_cycles=2, L_cycles=1, gain=0.2)
+    for name, dtype in (("init.pt", torch.float32), ("init_bf16.pt", torch.bfloat16)):
+        checkpoint.save(folder / name, model, make_tiny_tokenizer(), notes={"donor": "tiny"}, dtype=dtype)
+    tokenizer: Any = make_tiny_tokenizer()
+    for name, seed, sequences in (("train", 5, 12), ("validation", 6, 2)):
+        text = tokenizer.decode(tokenizer(" ".join(sentences(seed, 50))).input_ids[: 32 * sequences])
+        (folder / "text").mkdir(exist_ok=True)
+        (folder / "text" / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def files(corner: Path, tmp_path: Path) -> TrainSettings:
+    """Settings of a run over the corner: 3 steps per epoch, 6 in all."""
+    return settings(
+        checkpoint=str(corner / "init.pt"), dataset_name=str(corner / "text"), seq_len=32, num_epochs=2, output_dir=str(tmp_path / "out"),
+        enable_deep_supervision=True,
+    )  # fmt: skip
+
+
+def load(path: Path) -> Any:
+    return checkpoint.load(path).model
+
+
+def test_train_leaves_what_the_guide_says(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train(replace(files, save_every=2, generate_every=4, log_every=4))
+    out = Path(files.output_dir)
+    names = [f"checkpoint_step_{n}{end}" for n in (2, 4, 6) for end in (".pt", "_tokenizer")] + [BEST, BEST.replace(".pt", "_tokenizer")]
+    states = ["checkpoint_step_4_state", "checkpoint_step_6_state"]  # of the two newest only
+    assert sorted(p.name for p in out.iterdir()) == sorted([*names, *states, "metrics.jsonl"])
+    assert all((out / name / "tokenizer.json").is_file() for name in names if name.endswith("_tokenizer"))
+
+    captured = capsys.readouterr()
+    held = logged(result.fit, "eval_loss")
+    assert held[1] < held[0] and captured.out.count(f"  ✓ New best model saved: {out / BEST}\n") == 2
+    assert captured.out.count("Generating sample") == 1
+    assert "12 training and 2 validation sequences of 32 tokens: 6 steps" in captured.err
+    assert [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] == result.fit.history
+    assert [entry["step"] for entry in result.fit.history if "loss" in entry] == [1, 2, 3, 4, 6]
+
+    best: Any = checkpoint.load(out / BEST)
+    assert result.best == out / BEST and best.notes["donor"] == "tiny" and best.notes["training"]["eval_loss"] == held[1]
+    assert best.model.lm_head.weight is best.model.model.embed_tokens.weight and best.model.config.use_cache
+    assert all(torch.equal(a, b) for a, b in zip(best.model.parameters(), load(out / "checkpoint_step_6.pt").parameters(), strict=True))
+    prompt = best.tokenizer("The old ship", return_tensors="pt").input_ids
+    assert best.model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]
+
+
+def test_the_best_is_the_lowest_not_the_last(
+    files: TrainSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    luck, own = iter([1.0, 0.5, 2.0, math.nan]), Supervised.row_losses
+    monkeypatch.setattr(Supervised, "row_losses", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
+    result = train(replace(files, num_epochs=4, save_every=0))
+    held = logged(result.fit, "eval_loss")
+    assert held.index(min(held[:3])) == 1 and math.isnan(held[3]) and result.fit.best_eval_loss == held[1]
+    assert re.findall(r"Epoch (\d) Summary:(?:\n  \w.*)+\n  ✓ New best", capsys.readouterr().out) == ["1", "2"]
+    assert checkpoint.load(Path(files.output_dir) / BEST).notes["training"] == {"epoch": 2.0, "eval_loss": held[1]}
+
+
+def test_files_keep_the_dtype_of_the_donor(files: TrainSettings, corner: Path) -> None:
+    train(replace(files, checkpoint=str(corner / "init_bf16.pt"), save_every=4))
+    out = Path(files.output_dir)
+    assert load(out / BEST).dtype == load(out / "checkpoint_step_4.pt").dtype == torch.bfloat16
+    masters = torch.load(out / "checkpoint_step_4_state" / "float32_weights.pt", weights_only=True)
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+
+
+def test_short_runs_warm_up_for_a_tenth(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train(replace(files, num_epochs=4, warmup_steps=100, save_every=0))
+    assert "--warmup_steps 100 is more than half of that: warming up for 1" in capsys.readouterr().err
+    assert logged(result.fit, "learning_rate")[:2] == pytest.approx([0.5e-3, 1e-3])
+
+
+class Killed(Exception):
+    """Stands for a process that is gone."""
+
+
+def at_the_sample(do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        do()
+        return SimpleNamespace(text="")
+
+    monkeypatch.setattr(callbacks, "generate_text", sample)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def same_run(found: FitResult, expected: FitResult) -> bool:
+    without = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in result.history] for result in (found, expected)]
+    return without[0] == without[1] and (found.steps, found.tokens) == (expected.steps, expected.tokens)
+
+
+# save_every, step of the kill: within an epoch; at the end of one, before its validation is repeated; in the second one
+@pytest.mark.parametrize(("save_every", "killed_at", "name"), [(2, 2, "init"), (3, 4, "init"), (4, 5, "init_bf16")])
+def test_resumed_equals_uninterrupted(
+    save_every: int, killed_at: int, name: str, files: TrainSettings, corner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Bit for bit, logs included."""
+    files = replace(files, checkpoint=str(corner / f"{name}.pt"), save_every=save_every, grad_accum_steps=1)
+    whole = train(files)
+    cut = replace(files, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        at_the_sample(kill, patch)
+        with pytest.raises(Killed):
+            train(replace(cut, generate_every=killed_at + (killed_at == save_every)))
+    saved = resume_points(Path(cut.output_dir))
+    assert [path.name for path in saved] == [f"checkpoint_step_{save_every}.pt"]
+    resumed = train(replace(cut, resume=True))
+    assert f"Resuming from {saved[0]}" in capsys.readouterr().err
+    assert same_run(resumed.fit, whole.fit)
+    assert [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()] == resumed.fit.history
+    for file in (BEST, f"checkpoint_step_{6 // save_every * save_every}.pt"):
+        one, other = load(Path(files.output_dir) / file), load(Path(cut.output_dir) / file)
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(replace(files, save_every=0))
+    cut, handler = replace(files, output_dir=str(tmp_path / "cut"), save_every=0), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        at_the_sample(lambda: os.kill(os.getpid(), signal.SIGINT), patch)
+        stopped = train(replace(cut, generate_every=2))
+    assert stopped.fit.interrupted and stopped.fit.steps == 2 and stopped.best is None and stopped.fit.eval_loss is None
+    assert signal.getsignal(signal.SIGINT) is handler
+    err = capsys.readouterr().err
+    assert "Stopping after this step" in err and "Interrupted and saved at step 2; the same command with --resume goes on from there" in err
+    resumed = train(replace(cut, resume=True))
+    assert not resumed.fit.interrupted and same_run(resumed.fit, whole.fit)
+
+
+def test_what_can_be_resumed(files: TrainSettings, corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest whole checkpoint by when it was written; a half-written one and one of an earlier, longer run are passed over."""
+    short = replace(files, num_epochs=1, save_every=2)
+    result = train(replace(short, resume=True))
+    assert "no checkpoint_step_N.pt with its _state folder" in capsys.readouterr().err and result.fit.steps == 3
+    out = Path(files.output_dir)
+    shutil.copy(out / "checkpoint_step_2.pt", out / "checkpoint_step_9.pt")
+    old = json.loads((out / "checkpoint_step_2_state" / "run.json").read_text())
+    shutil.copytree(out / "checkpoint_step_2_state", out / "checkpoint_step_7_state")
+    shutil.copy(out / "checkpoint_step_2.pt", out / "checkpoint_step_7.pt")
+    (out / "checkpoint_step_7_state" / "run.json").write_text(json.dumps({**old, "saved_at": old["saved_at"] - 60}))
+    assert [path.name for path in resume_points(out)] == ["checkpoint_step_2.pt", "checkpoint_step_7.pt"]
+    with pytest.raises(UserError, match=r"step_2.pt comes from a run over other data: --batch_size was 4, is 2; give the same flags"):
+        train(replace(short, resume=True, batch_size=2))
+    done = train(replace(short, resume=True, max_steps=2))
+    assert "is the end of this run already" in capsys.readouterr().err and done.fit.steps == 2
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "/nowhere/init.pt"}, r"/nowhere/init.pt: no such checkpoint"),
+        ({"seq_len": 1000}, r"--seq_len: expected at most 512, the positions that the model has, got 1000"),
+        ({"seq_len": 0}, r"--seq_len: expected at least 2 tokens"),
+        ({"seq_len": 1}, r"--seq_len: expected at least 2 tokens"),
+        ({"batch_size": 0}, r"--batch_size: expected at least 1, got 0"),
+        ({"grad_accum_steps": -1}, r"--grad_accum_steps: expected at least 1, got -1"),
+        ({"eval_batch_size": 0}, r"--eval_batch_size: expected at least 1, got 0"),
+        ({"num_epochs": 0}, r"--num_epochs: expected at least 1, got 0"),
+        ({"max_steps": 0}, r"--max_steps: expected at least 1, got 0"),
+        ({"log_every": 0}, r"--log_every: expected at least 1, got 0"),
+        ({"lr": 0.0}, r"--lr: expected a number above 0, got 0.0"),
+        ({"lr": math.nan}, r"--lr: expected a number above 0, got nan"),
+        ({"gain_lr": -1.0}, r"--gain_lr: expected a number above 0, got -1.0"),
+        ({"warmup_steps": -1}, r"--warmup_steps: expected at least 0, got -1"),
+        ({"weight_decay": math.inf}, r"--weight_decay: expected at least 0, got inf"),
+        ({"max_grad_norm": -1.0}, r"--max_grad_norm: expected at least 0"),
+        ({"deep_supervision_weight": -0.5}, r"--deep_supervision_weight: expected at least 0, got -0.5"),
+        ({"deep_supervision_schedule": "cosine"}, r"--deep_supervision_schedule: expected one of constant, linear_decay, .*, got 'cosine'"),
+        ({"generate_every": 5, "generation_prompt": " "}, r"--generation_prompt: expected some text to continue"),
+        ({"save_every": -1}, r"--save_every: expected at least 0, got -1"),
+        ({"device": "cuda:9"}, r"--device: expected one that this machine has"),
+        ({"output_dir": __file__}, r"--output_dir: expected a folder, got .*test_training.py, which is a file"),
+        ({"output_dir": "/proc/nowhere"}, r"--output_dir: the folder /proc/nowhere cannot be made"),
+        ({"dataset_name": "/nowhere/text.txt"}, r"/nowhere/text.txt"),
+    ],
+)
+def test_bad_flags(changes: dict[str, Any], message: str, files: TrainSettings) -> None:
+    with pytest.raises(UserError, match=message):
+        train(replace(files, **changes))
+    assert not any(Path(files.output_dir).glob("*.pt"))
+
+
+def test_zero_cycles_cannot_be_trained(files: TrainSettings, tmp_path: Path) -> None:
+    path = tmp_path / "zero.pt"
+    checkpoint.save(path, recursive(H_cycles=0), make_tiny_tokenizer())
+    with pytest.raises(UserError, match=r"zero.pt: cannot train at 0 cycles.*convert with --H_cycles 1 or more"):
+        train(replace(files, checkpoint=str(path)))
+
+
+def test_tokenizers_that_do_not_fit(files: TrainSettings, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.pt"
+    checkpoint.save(bare, recursive(), None)
+    with pytest.raises(UserError, match=r"bare.pt: no tokenizer in .*bare_tokenizer; name one with --tokenizer_path"):
+        train(replace(files, checkpoint=str(bare)))
+    larger = make_tiny_tokenizer()
+    larger.add_tokens([f"<extra {i}>" for i in range(100)])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(UserError, match=rf"--tokenizer_path: the tokenizer has {len(larger)} entries, .* only {tiny.VOCAB_SIZE}"):
+        train(replace(files, tokenizer_path=str(tmp_path / "larger")))
+
+
+def test_a_prompt_longer_than_the_model() -> None:
+    model = recursive()
+    with pytest.raises(UserError, match=r"--generation_prompt: expected fewer tokens than the model's 512 positions, got \d+"):
+        run(model, generate_every=1, generation_prompt="ship " * 600, console=True)
+
+
+# The settings
+
+
+def test_the_flags_of_the_contract() -> None:
+    expected = {
+        "tokenizer_path": None, "dataset_name": "wikitext", "dataset_config_name": None, "text_column": "text", "seq_len": 128,
+        "batch_size": 4, "lr": 1e-5, "num_epochs": 3, "max_steps": None, "grad_accum_steps": 1, "warmup_steps": 100,
+        "enable_deep_supervision": False, "deep_supervision_weight": 0.5, "deep_supervision_schedule": "linear_decay",
+        "generate_every": 500, "generation_prompt": "The quick brown fox", "save_every": 1000, "output_dir": ".", "resume": False,
+        "device": None, "max_grad_norm": 1.0,
+    }  # fmt: skip
+    made = TrainSettings(checkpoint="x")
+    assert {name: getattr(made, name) for name in expected} == expected
+    assert made.gain_learning_rate == pytest.approx(1e-4)
+    made.validate()
+    assert set(get_args(get_type_hints(TrainSettings)["deep_supervision_schedule"])) == set(SCHEDULES)
+
+
+def test_every_flag_has_a_help_text() -> None:
+    source = Path(callbacks.__file__).with_name("settings.py").read_text()
+    for field in fields(TrainSettings):
+        assert re.search(rf'^    {field.name}: .*\n    """\S.*"""$', source, re.MULTILINE), field.name
