@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--books", type=Path, required=True, help="folder of .txt files, documents divided by a line <|endoftext|>")
     parser.add_argument("--heldout", default="heldout_valid.txt", help="file in that folder to measure on, never to train on")
     parser.add_argument("--output", type=Path, default=PACKAGED, help="folder of the finished donor")
-    parser.add_argument("--minutes", type=float, default=58.0, help="wall-clock budget of the training")
+    parser.add_argument("--minutes", type=float, default=55.0, help="wall-clock budget of the training")
     parser.add_argument("--vocab_size", type=int, default=4096, help="entries of the tokenizer")
     parser.add_argument("--seq_len", type=int, default=256, help="tokens per training window")
     parser.add_argument("--batch_size", type=int, default=8, help="windows per optimizer step")
@@ -68,7 +68,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> np.ndarr
     """One long row of token ids, an end-of-text token after each document."""
     ids: list[int] = []
     for row in tokenizer(documents, verbose=False)["input_ids"]:
-        ids += row + [tokenizer.eos_token_id]
+        ids += [*row, tokenizer.eos_token_id]
     return np.array(ids, dtype=np.uint16)
 
 
@@ -143,8 +143,9 @@ def write_card(folder: Path, facts: dict[str, object]) -> None:
     lines = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     (folder / "README.md").write_text(
         "---\nlicense: apache-2.0\nlanguage: en\nlibrary_name: transformers\n---\n\n# The demo donor of recursify\n\n"
-        "A small Qwen2-architecture language model, pretrained from nothing on public-domain English books, so that `recursify demo` has a real\n"
-        "donor without a network. It writes old-fashioned prose for a sentence or two; it knows nothing and is good for nothing else.\n\n"
+        "A small Qwen2-architecture language model, pretrained from nothing on public-domain English books, so that `recursify demo`\n"
+        "has a real donor without a network. It writes old-fashioned prose for a sentence or two; it knows nothing and is good for\n"
+        "nothing else.\n\n"
         "Rebuilt by `python recipes/demo_donor.py --books FOLDER`; every figure below was written by that run.\n\n"
         f"| fact | value |\n|---|---|\n{lines}\n",
         encoding="utf-8",
@@ -169,10 +170,14 @@ def main() -> None:
     held_bytes = sum(len(d.encode()) for d in read_documents(args.books / args.heldout))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(len(tokenizer), tokenizer.eos_token_id).to(device)
-    print(f"{len(files)} files, {len(train) / 1e6:.1f} M tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"{len(files)} files, {len(train) / 1e6:.1f} M tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+        flush=True,
+    )
     spent = pretrain(model, train, held, args)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    (args.output / "model.safetensors").chmod(0o644)
     shipped = Qwen2ForCausalLM.from_pretrained(args.output, dtype=torch.float32)
     loss = heldout_loss(shipped, held, args.seq_len)
     write_card(args.output, {

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -32,6 +32,7 @@ DEPTHS = (1, 2, 3, 4, 5)
 RECURSIVE, TUNED, AS_IS = "recursive", "donor fine-tuned", "donor as is"
 PROMPT = "The statement is executed"
 SENTENCE_TOKENS = 24
+HELD_OUT_EVERY = 6  # topics: more than the usual share, for an error bar that shows something
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,7 @@ class DemoSettings:
 
     output_dir: str = "runs/demo"
     """Folder for the report, the checkpoint and the text; made if it is missing."""
-    steps: int = 150
+    steps: int = 120
     """Optimizer steps of each of the two fine-tunings."""
     seed: int = 0
     """Seed of the order of the text and of the samples."""
@@ -63,8 +64,9 @@ def run(settings: DemoSettings) -> Path:
     except OSError as error:
         raise UserError(f"--output_dir: {out} cannot be made ({error.strerror}); name another folder") from error
     convert = conversion.ConvertSettings(
-        qwen_model=str(donor_folder()), keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1, gain=0.2, output_path=str(out / "recursive_init.pt")
-    )
+        qwen_model=str(donor_folder()), keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1, gain=0.2,
+        output_path=str(out / "recursive_init.pt"),
+    )  # fmt: skip
     with clock.stage("convert"):
         conversion.run(convert)
     found = checkpoint.load(convert.output_path)
@@ -75,7 +77,7 @@ def run(settings: DemoSettings) -> Path:
     documents = load_documents(DataSettings(dataset_name=str(text)))
     train = TrainSettings(
         checkpoint=convert.output_path, dataset_name=str(text), seq_len=128, batch_size=8, max_steps=settings.steps, lr=3e-4, gain_lr=3e-3,
-        warmup_steps=10, enable_deep_supervision=True, generate_every=0, save_every=0, seed=settings.seed, output_dir=str(out),
+        warmup_steps=10, enable_deep_supervision=True, generate_every=0, log_every=5, save_every=0, seed=settings.seed, output_dir=str(out),
     )  # fmt: skip
     blocks, held = (tokenize(part, tokenizer, train.seq_len) for part in (documents.train, documents.validation))
     with clock.stage("measure the donor as it is"):
@@ -89,7 +91,7 @@ def run(settings: DemoSettings) -> Path:
         losses, tuned_losses = (evaluation.window_losses(m, held, DEPTHS) for m in (model, donor))
     with clock.stage("write text"):
         samples = write_samples(model, donor, tokenizer, settings.seed)
-        sentence = guess_sentence(model, tokenizer, documents.validation[0]["text"])
+        sentence = guess_sentence(model, tokenizer, first_sentence(documents.validation["text"]))
 
     plan, config = found.plan, model.config
     assert plan is not None
@@ -114,7 +116,7 @@ def run(settings: DemoSettings) -> Path:
         sentence=sentence,
         samples=samples,
         machine=machine(),
-        versions=(("recursify", version()), ("Python", platform.python_version()), ("torch", torch.__version__), ("transformers", transformers.__version__)),
+        versions=versions(),
         stages=tuple(report.Stage(name=name, seconds=seconds) for name, seconds in clock.stages),
         commands=commands(convert, train, out),
         model_name=RECURSIVE,
@@ -139,28 +141,42 @@ class Clock:
 
 
 def write_text(folder: Path) -> Path:
-    """The language reference as a file, one topic per line, so that the commands in the report can read it."""
-    from pydoc_data import topics
+    """The language reference as a folder of two files, one topic per line, so that the commands in the report can read it too."""
+    from pydoc_data.topics import topics
 
-    path = folder / "language_reference.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in sorted(topics.topics.items())), encoding="utf-8")
+    path = folder / "language_reference"
+    path.mkdir(exist_ok=True)
+    texts = [json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)]
+    held = set(texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    (path / "train.jsonl").write_text("".join(text for text in texts if text not in held), encoding="utf-8")
+    (path / "validation.jsonl").write_text("".join(text for text in texts if text in held), encoding="utf-8")
     return path
 
 
 def write_samples(model: Any, donor_tuned: Any, tokenizer: Any, seed: int) -> tuple[report.Sample, ...]:
     """The same prompt continued by each model."""
     as_is = open_donor(str(donor_folder())).load(dtype=torch.float32).eval()
-    writers = [(AS_IS, as_is, None), (TUNED, donor_tuned, None), *((f"{RECURSIVE}, {H} cycles", model, H) for H in (1, 3, 5))]
+    writers = [(AS_IS, as_is, None), (TUNED, donor_tuned, None), *((at_depth(H), model, H) for H in (1, 3, 5))]
     samples = []
     for name, writer, H in writers:
         done = generate_text(writer, tokenizer, PROMPT, Sampling(max_new_tokens=60, temperature=0.7, top_p=0.9, H_cycles=H), seed=seed)
-        samples.append(report.Sample(model=name.replace("1 cycles", "1 cycle"), prompt=PROMPT, text=done.text))
+        samples.append(report.Sample(model=name, prompt=PROMPT, text=done.text))
     return tuple(samples)
+
+
+def at_depth(H_cycles: int) -> str:
+    return f"{RECURSIVE}, {H_cycles} cycle{'s' if H_cycles > 1 else ''}"
+
+
+def first_sentence(texts: Iterable[str]) -> str:
+    """The first paragraph of prose, on one line: headings, rules and code are not what one wants to read a guess at."""
+    paragraphs = (" ".join(part.split()) for text in texts for part in text.split("\n\n"))
+    return next(part for part in paragraphs if len(part) > 120 and part[0].isalpha() and "**" not in part)
 
 
 def guess_sentence(model: Any, tokenizer: Any, text: str) -> tuple[report.TokenRow, ...]:
     """What every cycle would have said for each token of the first words of a text that was not trained on."""
-    ids = tokenizer(text[:2000])["input_ids"][:SENTENCE_TOKENS]
+    ids = tokenizer(text)["input_ids"][:SENTENCE_TOKENS]
     words = [tokenizer.decode([i]) for i in ids]
     rows = []
     for position, step in enumerate(recursive_steps(model, ids, 1, DEPTHS[-1])):
@@ -192,14 +208,17 @@ def machine() -> str:
     """Processor and cores, for the record."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
+    )
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def version() -> str:
+def versions() -> tuple[tuple[str, str], ...]:
     from . import __version__
 
-    return __version__
+    ours = ("recursify", __version__), ("Python", platform.python_version())
+    return (*ours, ("torch", str(torch.__version__)), ("transformers", transformers.__version__))
 
 
 def commands(convert: conversion.ConvertSettings, train: TrainSettings, out: Path) -> tuple[str, ...]:
@@ -208,8 +227,8 @@ def commands(convert: conversion.ConvertSettings, train: TrainSettings, out: Pat
         f"recursify convert --qwen_model {convert.qwen_model} --keep_donor --L_layers {convert.L_layers} --H_cycles {convert.H_cycles} "
         f"--L_cycles {convert.L_cycles} --gain {convert.gain} --output_path {convert.output_path}",
         f"recursify train --checkpoint {train.checkpoint} --dataset_name {train.dataset_name} --seq_len {train.seq_len} "
-        f"--batch_size {train.batch_size} --max_steps {train.max_steps} --lr {train.lr} --gain_lr {train.gain_lr} --warmup_steps {train.warmup_steps} "
-        f"--enable_deep_supervision --seed {train.seed} --output_dir {out}",
+        f"--batch_size {train.batch_size} --max_steps {train.max_steps} --lr {train.lr} --gain_lr {train.gain_lr} "
+        f"--warmup_steps {train.warmup_steps} --enable_deep_supervision --seed {train.seed} --output_dir {out}",
         f"recursify evaluate --checkpoint {out / 'recursive.pt'} --dataset_name {train.dataset_name} --cycles {' '.join(map(str, DEPTHS))}",
         f'recursify generate --checkpoint {out / "recursive.pt"} --prompt "{PROMPT}" --H_cycles 5 --show_recursive_steps',
     )
@@ -217,7 +236,7 @@ def commands(convert: conversion.ConvertSettings, train: TrainSettings, out: Pat
 
 def print_summary(page: report.DemoReport, path: Path, clock: Clock) -> None:
     print(f"\n{'validation loss (nats per token)':<34}{'loss':>8}{'+-':>9}{'layer applications':>21}")
-    rows = [(b.name, b) for b in page.baselines] + [(f"{RECURSIVE}, {d.H_cycles} cycles", d) for d in page.depths]
+    rows = [(b.name, b) for b in page.baselines] + [(at_depth(d.H_cycles), d) for d in page.depths]
     for name, row in rows:
         error = f"{row.standard_error:.4f}" if row.standard_error is not None else "-"
         print(f"{name:<34}{row.loss:>8.4f}{error:>9}{row.layer_applications:>21}")

@@ -34,7 +34,7 @@ class EvaluateSettings:
     tokenizer_path: str | None = None
     """Folder or hub id of the tokenizer, when the checkpoint has none."""
     dataset_name: str = "wikitext"
-    """The text: wikitext, another hub data set, or a local .txt, .jsonl or .parquet file or a folder of them. Its validation split is measured."""
+    """The text: wikitext, another hub data set, or a local file (.txt, .jsonl, .parquet) or folder. Its validation split is measured."""
     dataset_config_name: str | None = None
     """Configuration of a hub data set."""
     text_column: str = "text"
@@ -173,8 +173,10 @@ def run(settings: EvaluateSettings) -> EvaluateReport:
     model, tokenizer = load_any(settings.checkpoint, settings.tokenizer_path)
     own = model.config.H_cycles if isinstance(model, RecursiveLLM) else None
     cycles = settings.cycles or tuple(range(1, 2 * own + 1) if own else () if own is None else (0,))
-    data = DataSettings(dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name, text_column=settings.text_column)
-    blocks = tokenize(load_documents(data).validation, tokenizer, settings.seq_len)
+    source = DataSettings(
+        dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name, text_column=settings.text_column
+    )
+    blocks = tokenize(load_documents(source).validation, tokenizer, settings.seq_len)
     if settings.max_windows is not None:
         blocks = blocks.select(range(min(settings.max_windows, len(blocks))))
     model.to(choose_device(settings.device))
