@@ -39,6 +39,7 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
+from transformers.utils import auto_docstring
 
 # |A| + |B| stays below 2 * GAIN_MAX = 0.8 in every channel, so the states stay bounded for any number of cycles.
 GAIN_MAX = 0.4
@@ -54,6 +55,43 @@ def applications(H_cycles: int, L_cycles: int) -> int:
     return max(1, H_cycles * (L_cycles + 1))
 
 
+# Of the class below; shown in the documentation of every family.
+FIELDS = r"""
+prelude_layers (`int`, *optional*, defaults to 0):
+    Layers before the loop.
+L_layers (`int`, *optional*, defaults to 4):
+    Layers in the loop.
+coda_layers (`int`, *optional*, defaults to 0):
+    Layers behind the loop.
+H_cycles (`int`, *optional*, defaults to 3):
+    Cycles, each of which ends in a state that can be read out. 0 is one plain pass through the layers.
+L_cycles (`int`, *optional*, defaults to 3):
+    Updates of `z_L` within a cycle, before the one update of `z_H`.
+injection (`str`, *optional*, defaults to `"anchored"`):
+    `anchored` (an affine mix around the embedding) or `sum_norm` (TRM's bare sum, normalised after the block).
+gain_init (`float`, *optional*, defaults to 0.0):
+    Start value of the four per-channel gains of `anchored`, below 0.4. At 0 every cycle equals the plain pass.
+state_init_std (`float`, *optional*, defaults to 0.02):
+    Standard deviation of `H_init` and `L_init` at the start.
+freeze_embeddings (`bool`, *optional*, defaults to `False`):
+    Keep the token embeddings (and a tied head) out of training.
+block_types (`list[str]`, *optional*):
+    Attention type of each layer that exists; None derives it as the donor's class does.
+layer_types (`list[str]`, *optional*):
+    Derived, one per cache slot.
+"""
+_SMOLLM3 = r"""
+no_rope_layers (`list[int]`, *optional*):
+    For each layer that exists, 1 with rotary embedding and 0 without.
+no_rope_layer_interval (`int`, *optional*, defaults to 4):
+    Where `no_rope_layers` is None, every layer whose number this divides is without.
+"""
+_PHI3 = r"""
+original_max_position_embeddings (`int`, *optional*, defaults to 4096):
+    Positions before rotary scaling.
+"""
+_INTRO = "A recursive model over the layers of this family: the donor's own configuration, and how its layers are looped."
+
 # What the class below is always mixed into. No base of it at run time: the common defaults would then replace the donor's.
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Mixed
@@ -68,16 +106,7 @@ class RecursiveLLMConfig(_Mixed):
     Called by this name, or with `from_pretrained`, it makes the class of the family: `RecursiveLLMConfig(model_type="recursive_llama")`.
     The default family is Qwen2.
 
-    Args:
-        prelude_layers, L_layers, coda_layers: Layers before the loop, in it, and after it.
-        H_cycles: Cycles, each of which ends in a state that can be read out. 0 is one plain pass through the layers.
-        L_cycles: Updates of `z_L` within a cycle, before the one update of `z_H`.
-        injection: `anchored` (an affine mix around the embedding) or `sum_norm` (TRM's bare sum, normalised after the block).
-        gain_init: Start value of the four per-channel gains of `anchored`, below GAIN_MAX. At 0 every cycle equals the plain pass.
-        state_init_std: Standard deviation of `H_init` and `L_init` at the start.
-        freeze_embeddings: Keep the token embeddings (and a tied head) out of training.
-        block_types: Attention type of each layer that exists; None derives it as the donor's class does.
-        layer_types: Derived, one per cache slot.
+    The fields are described in `FIELDS`.
 
     Raises:
         ValueError: A value out of range, or a list whose length is not the number of layers.
@@ -179,30 +208,37 @@ def _check(name: str, value: Any) -> None:
         raise ValueError(f"gain: expected 0 <= gain < {GAIN_MAX} (gains are {GAIN_MAX} * tanh(theta)), got {value}")
 
 
+@auto_docstring(custom_intro=_INTRO, custom_args=FIELDS)
 class RecursiveQwen2Config(RecursiveLLMConfig, Qwen2Config):
     model_type = "recursive_qwen2"
 
 
+@auto_docstring(custom_intro=_INTRO, custom_args=FIELDS)
 class RecursiveQwen3Config(RecursiveLLMConfig, Qwen3Config):
     model_type = "recursive_qwen3"
 
 
+@auto_docstring(custom_intro=_INTRO, custom_args=FIELDS)
 class RecursiveLlamaConfig(RecursiveLLMConfig, LlamaConfig):
     model_type = "recursive_llama"
 
 
+@auto_docstring(custom_intro=_INTRO, custom_args=FIELDS)
 class RecursiveMistralConfig(RecursiveLLMConfig, MistralConfig):
     model_type = "recursive_mistral"
 
 
+@auto_docstring(custom_intro=_INTRO, custom_args=FIELDS + _SMOLLM3)
 class RecursiveSmolLM3Config(RecursiveLLMConfig, SmolLM3Config):
     model_type = "recursive_smollm3"
 
 
+@auto_docstring(custom_intro=_INTRO, custom_args=FIELDS)
 class RecursiveOlmo2Config(RecursiveLLMConfig, Olmo2Config):
     model_type = "recursive_olmo2"
 
 
+@auto_docstring(custom_intro=_INTRO, custom_args=FIELDS + _PHI3)
 class RecursivePhi3Config(RecursiveLLMConfig, Phi3Config):
     model_type = "recursive_phi3"
 
@@ -262,10 +298,10 @@ def from_guide(guide: dict[str, Any]) -> Any:
     """The configuration that the technical guide's dictionary describes (step 3 of its "Detailed Implementation").
 
     With `pretrained_model_name` the donor's own configuration wins over the widths in the dictionary, and the layers are those of the
-    guide's step 4, `int(i * N / K)`. `batch_size` and `seq_len` bound nothing here: any batch and any length within the positions works.
+    guide's step 4, `int(i * N / K)`. `batch_size` bounds nothing here; `seq_len` is the number of positions where no donor says it.
 
     Raises:
-        ValueError: An unknown key, or a `pos_encodings` other than `rope`.
+        ValueError: An unknown key, a width that is missing, or a `pos_encodings` other than `rope`.
     """
     given = dict(guide)
     config_class = family_config(given.pop("model_type", PREFIX + "qwen2"))

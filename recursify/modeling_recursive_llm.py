@@ -35,7 +35,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -103,8 +103,6 @@ class PeekSlots(CacheSlots):
     """As `CacheSlots`, but what is written is forgotten: for the coda of a cycle that is only looked at."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if layer_idx + self.offset >= len(self.cache.layers):  # a cache that grows its layers, before the first token
-            return key_states, value_states
         layer: Any = copy.copy(self.cache.layers[layer_idx + self.offset])
         # a static layer writes in place
         layer.__dict__.update({name: value.clone() for name, value in vars(layer).items() if isinstance(value, torch.Tensor)})
@@ -198,7 +196,7 @@ class Recursion(nn.Module):
     """Everything that the donor has not got.
 
     A module of its own, because the donor's constructor has already marked its own as initialised: parameters that were added there
-    would stay at zero in silence. Idle parameters are frozen, since DDP stops at a parameter without gradient.
+    would stay at zero in silence.
     """
 
     def __init__(self, config: RecursiveLLMConfig):
@@ -207,10 +205,10 @@ class Recursion(nn.Module):
         self.L_init = nn.Parameter(torch.zeros(config.hidden_size))
         self.anchored = config.injection == "anchored"
         if self.anchored:
-            self.inject_L = AnchoredInjection(config).requires_grad_(config.L_cycles > 0)
+            self.inject_L = AnchoredInjection(config)
             self.inject_H = AnchoredInjection(config)
         self.eps = config.rms_norm_eps
-        self.q_head = HaltHead(config.hidden_size).requires_grad_(False)
+        self.q_head = HaltHead(config.hidden_size)
 
     def steps(self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int) -> Iterator[torch.Tensor]:
         """The loop. Yields `z_H` `[B, T, D]` at the end of each cycle.
@@ -288,9 +286,20 @@ class RecursiveModelMixin(PreTrainedModel):
         finally:
             config.num_hidden_layers, config.layer_types = shape
         self.recursion = Recursion(config)
-        if config.freeze_embeddings:
-            self.embed_tokens.requires_grad_(False)
+        self.freeze_idle()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, which makes every parameter trainable; what idles is frozen again."""
+        return _frozen(super().from_pretrained(*args, **kwargs))
+
+    def freeze_idle(self) -> None:
+        """Freeze what no next-token loss reaches, since DDP stops at a parameter without gradient, and what the configuration freezes."""
+        self.recursion.q_head.requires_grad_(False)
+        if self.recursion.anchored:
+            self.recursion.inject_L.requires_grad_(self.config.L_cycles > 0)
+        self.embed_tokens.requires_grad_(not self.config.freeze_embeddings)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -314,6 +323,7 @@ class RecursiveModelMixin(PreTrainedModel):
         config = self.config
         L = config.L_cycles if L_cycles is None else L_cycles
         H = config.H_cycles if H_cycles is None else H_cycles
+        # CODEPATH: no checkpoint; only `assistant_early_exit` lowers it, for the length of a draft
         if config.num_hidden_layers < config.depth():
             loop = config.num_hidden_layers - config.prelude_layers - config.coda_layers
             H = max(0, loop) // (config.L_layers * (L + 1))
@@ -324,7 +334,11 @@ class RecursiveModelMixin(PreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    @auto_docstring(
+        custom_intro="One pass at a depth: `[B, T]` token ids, or `[B, T, D]` embeddings, to the `[B, T, D]` states that `lm_head` reads. "
+        "A ValueError for both or neither of them, a negative depth, or a cache that belongs to another depth."
+    )
+    def forward(  # type: ignore[misc]  # position_ids is in TransformersKwargs too, as in the donors
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Any = None,
@@ -335,12 +349,15 @@ class RecursiveModelMixin(PreTrainedModel):
         H_cycles: int | None = None,
         L_cycles: int | None = None,
         output_cycle_states: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> RecursiveModelOutputWithPast:
-        """One pass at a depth: `[B, T]` token ids (or `[B, T, D]` embeddings) to `[B, T, D]` states that `lm_head` can read.
-
-        Raises:
-            ValueError: Not exactly one of ids and embeddings; a negative depth; a cache that belongs to another depth.
+        r"""
+        H_cycles (`int`, *optional*):
+            Cycles of this pass; the configuration's where None. 0 is one plain pass.
+        L_cycles (`int`, *optional*):
+            Updates of `z_L` in each cycle of this pass; the configuration's where None.
+        output_cycle_states (`bool`, *optional*, defaults to `False`):
+            Also return the state of every cycle, and the logits of `q_head`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -556,7 +573,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
                 hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
                 config = RecursiveLLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
             return FAMILIES[config.model_type].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return _frozen(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
 
     @property
     def inner(self) -> Inner:
@@ -564,7 +581,10 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         return Inner(self)
 
     @can_return_tuple
-    def forward(
+    @auto_docstring(
+        custom_intro="Logits `[B, T, V]` after the last cycle, and the next-token loss in nats where `labels` `[B, T]` are given."
+    )
+    def forward(  # type: ignore[misc]  # position_ids is in TransformersKwargs too, as in the donors
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Any = None,
@@ -577,14 +597,15 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         H_cycles: int | None = None,
         L_cycles: int | None = None,
         output_cycle_logits: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> RecursiveCausalLMOutputWithPast:
-        """Logits `[B, T, V]` after the last cycle, and the next-token loss in nats when `labels` `[B, T]` are given (-100 does not count).
-
-        Args:
-            H_cycles, L_cycles: Depth of this pass; the configuration's where None. 0 H cycles is one plain pass.
-            output_cycle_logits: Also return the logits of every cycle, and those of `q_head`.
-            logits_to_keep: Only the last so many positions (0: all), or the positions in a tensor.
+        r"""
+        H_cycles (`int`, *optional*):
+            Cycles of this pass; the configuration's where None. 0 is one plain pass.
+        L_cycles (`int`, *optional*):
+            Updates of `z_L` in each cycle of this pass; the configuration's where None.
+        output_cycle_logits (`bool`, *optional*, defaults to `False`):
+            Also return the logits of every cycle, and those of `q_head`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -629,8 +650,9 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
 
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
         """An assistant drafts at its own depth: a plain donor knows no cycles, and a draft as deep as the target saves nothing."""
-        own = {name: value for name, value in kwargs.pop("model_kwargs").items() if name not in ("H_cycles", "L_cycles")}
-        return GenerationMixin._get_candidate_generator(self, *args, model_kwargs=own, **kwargs)
+        given = kwargs["model_kwargs"]
+        kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in ("H_cycles", "L_cycles")}
+        return GenerationMixin._get_candidate_generator(self, *args, **kwargs)
 
     def _load_outside_layers(self, name: str) -> None:
         """What the guide's step 3 promises: embeddings, final norm and head of the donor; step 4 copies the layers."""
@@ -645,68 +667,93 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         )
 
 
+def _frozen(loaded: Any) -> Any:
+    """`from_pretrained`'s answer, a model or a pair of it and its loading information, with what idles frozen."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.base_model.freeze_idle()
+    return loaded
+
+
 def _resolve(config: Any) -> Any:
     return from_guide(config) if isinstance(config, dict) else config
 
 
+_BASE = "The donor's layers, looped, without a head."
+_WITH_HEAD = "The donor's layers, looped, with its language modeling head."
+
+
+@auto_docstring(custom_intro=_BASE)
 class RecursiveQwen2Model(RecursiveModelMixin, Qwen2Model):
     config: RecursiveQwen2Config
 
 
+@auto_docstring(custom_intro=_WITH_HEAD)
 class RecursiveQwen2ForCausalLM(RecursiveLLM, Qwen2ForCausalLM, GenerationMixin):
     config: RecursiveQwen2Config
     donor_class, base_class = Qwen2ForCausalLM, RecursiveQwen2Model
 
 
+@auto_docstring(custom_intro=_BASE)
 class RecursiveQwen3Model(RecursiveModelMixin, Qwen3Model):
     config: RecursiveQwen3Config
 
 
+@auto_docstring(custom_intro=_WITH_HEAD)
 class RecursiveQwen3ForCausalLM(RecursiveLLM, Qwen3ForCausalLM, GenerationMixin):
     config: RecursiveQwen3Config
     donor_class, base_class = Qwen3ForCausalLM, RecursiveQwen3Model
 
 
+@auto_docstring(custom_intro=_BASE)
 class RecursiveLlamaModel(RecursiveModelMixin, LlamaModel):
     config: RecursiveLlamaConfig
 
 
+@auto_docstring(custom_intro=_WITH_HEAD)
 class RecursiveLlamaForCausalLM(RecursiveLLM, LlamaForCausalLM, GenerationMixin):
     config: RecursiveLlamaConfig
     donor_class, base_class = LlamaForCausalLM, RecursiveLlamaModel
 
 
+@auto_docstring(custom_intro=_BASE)
 class RecursiveMistralModel(RecursiveModelMixin, MistralModel):
     config: RecursiveMistralConfig
 
 
+@auto_docstring(custom_intro=_WITH_HEAD)
 class RecursiveMistralForCausalLM(RecursiveLLM, MistralForCausalLM, GenerationMixin):
     config: RecursiveMistralConfig
     donor_class, base_class = MistralForCausalLM, RecursiveMistralModel
 
 
+@auto_docstring(custom_intro=_BASE)
 class RecursiveSmolLM3Model(RecursiveModelMixin, SmolLM3Model):
     config: RecursiveSmolLM3Config
 
 
+@auto_docstring(custom_intro=_WITH_HEAD)
 class RecursiveSmolLM3ForCausalLM(RecursiveLLM, SmolLM3ForCausalLM, GenerationMixin):
     config: RecursiveSmolLM3Config
     donor_class, base_class = SmolLM3ForCausalLM, RecursiveSmolLM3Model
 
 
+@auto_docstring(custom_intro=_BASE)
 class RecursiveOlmo2Model(RecursiveModelMixin, Olmo2Model):
     config: RecursiveOlmo2Config
 
 
+@auto_docstring(custom_intro=_WITH_HEAD)
 class RecursiveOlmo2ForCausalLM(RecursiveLLM, Olmo2ForCausalLM, GenerationMixin):
     config: RecursiveOlmo2Config
     donor_class, base_class = Olmo2ForCausalLM, RecursiveOlmo2Model
 
 
+@auto_docstring(custom_intro=_BASE)
 class RecursivePhi3Model(RecursiveModelMixin, Phi3Model):
     config: RecursivePhi3Config
 
 
+@auto_docstring(custom_intro=_WITH_HEAD)
 class RecursivePhi3ForCausalLM(RecursiveLLM, Phi3ForCausalLM, GenerationMixin):
     config: RecursivePhi3Config
     donor_class, base_class = Phi3ForCausalLM, RecursivePhi3Model
