@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
-from .donor import first_line, load_tokenizer, read_json
+from .donor import first_line, generation_config, load_tokenizer, read_json
 from .errors import UserError
 from .modeling_recursive_llm import FAMILIES, RecursiveLLM
 from .plan import ConversionPlan
@@ -39,6 +39,7 @@ from .weights import from_guides, to_guides
 
 FORMAT = "recursify/1"
 RECORD = "recursify.json"  # in a folder: what a .pt holds beside config and weights
+EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings, whose head means nothing
 # What a save replaces in a folder that is there already. Anything else in it is somebody's, and stays.
 _WRITTEN = (".json", ".safetensors", ".py", ".md", ".jinja")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -104,6 +105,19 @@ def need_tokenizer(found: Checkpoint, path: str | Path) -> PreTrainedTokenizerBa
     return found.tokenizer
 
 
+def need_head(found: Checkpoint, path: str | Path) -> None:
+    """Refuse a checkpoint whose head was never trained with the rest.
+
+    Raises:
+        UserError: It was trained in embedding space.
+    """
+    if found.notes.get("approach") == EMBEDDING:
+        raise UserError(
+            f"{path}: was trained in embedding space, so it predicts embeddings and has no head that could say which token comes next; "
+            "for a model that writes text use train_qwen_recursive.py or train_qwen_trm_hybrid.py"
+        )
+
+
 def save(
     path: str | Path,
     model: RecursiveLLM,
@@ -137,7 +151,7 @@ def save(
             "generation_config": model.generation_config.to_diff_dict(),
             "model_state_dict": to_guides(_stored_state(model, stored), config),
         }
-        writers[path] = lambda target: torch.save(content, target)
+        writers[path] = lambda target: _write_pt(content, target)
     else:
         writers[path] = lambda folder: _write_folder(folder, model, tokenizer, plan, notes, stored)
     write_whole(writers)
@@ -183,14 +197,17 @@ def _holds_ours(folder: Path) -> bool:
 def _load_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     content = _read_pt(path)
     try:
-        fields, stored, notes = content["config"], content["model_state_dict"], content["notes"]
+        fields, stored, notes, generation = (content[part] for part in ("config", "model_state_dict", "notes", "generation_config"))
+        if not all(isinstance(part, dict) for part in (fields, stored, notes, generation)):
+            raise TypeError("config, model_state_dict, notes and generation_config must be dicts")
+        if not all(isinstance(tensor, torch.Tensor) for tensor in stored.values()):
+            raise TypeError("model_state_dict must hold tensors")
         plan = content["plan"] and ConversionPlan.from_dict(content["plan"])
-        generation_config = GenerationConfig.from_dict(content["generation_config"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: a part of this checkpoint is missing or damaged ({error!r}); make it again with convert") from error
     config = _read_config(fields, overrides, str(path))
     model = build(config, from_guides(stored, _stored_names(config), config, str(path)), str(path))
-    model.generation_config = generation_config
+    model.generation_config = generation_config(generation)
     return Checkpoint(model, None, plan, notes)
 
 
@@ -244,7 +261,8 @@ def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
     config_class = CONFIGS[fields["model_type"]]
     merged = {**fields, **overrides}
     for name in set(merged) - set(config_class.__dataclass_fields__):
-        if close := difflib.get_close_matches(name, RecursiveLLMConfig.__dataclass_fields__, n=1, cutoff=0.8):
+        close = difflib.get_close_matches(name, RecursiveLLMConfig.__dataclass_fields__, n=1, cutoff=0.8)
+        if close and close[0][:2].lower() == name[:2].lower():  # a donor may bring fields of its own, such as n_layers
             raise UserError(f"{where}: unknown field {name} in its config; did you mean {close[0]}?")
     try:
         return config_class.from_dict(merged)
@@ -315,6 +333,11 @@ def _config_dict(model: RecursiveLLM, dtype: torch.dtype) -> dict[str, Any]:
     return {**fields, "dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
 
 
+def _write_pt(content: dict[str, Any], target: Path) -> None:
+    with open(target, "wb") as file:  # from a file of Python's, a full disk raises an OSError
+        torch.save(content, file)
+
+
 def _write_folder(
     folder: Path,
     model: RecursiveLLM,
@@ -323,12 +346,10 @@ def _write_folder(
     notes: dict[str, Any],
     dtype: torch.dtype,
 ) -> None:
-    own = model.config.dtype
-    model.config.dtype = dtype
-    try:
+    with quiet():
         model.save_pretrained(folder, state_dict=_stored_state(model, dtype))
-    finally:
-        model.config.dtype = own
+    fields = read_json(folder / "config.json")  # which states the type of the model in memory
+    (folder / "config.json").write_text(json.dumps({**fields, "dtype": str(dtype).removeprefix("torch.")}, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     record = {"format": FORMAT, "plan": None if plan is None else plan.to_dict(), "notes": notes}
@@ -348,7 +369,7 @@ def model_card(model: RecursiveLLM, plan: ConversionPlan | None, notes: dict[str
         "",
         "    from transformers import AutoModelForCausalLM, AutoTokenizer",
         '    model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)   # or: import recursify, and no flag',
-        '    tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        '    tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
         '    model.generate(**tokenizer("Once upon a time", return_tensors="pt"), H_cycles=5)',
         "",
     ]
@@ -430,8 +451,11 @@ def _put(new: Path, path: Path) -> None:
 
 def _disk_fault(error: Exception) -> str | None:
     """Why the disk did not take it; None where the disk is not to blame."""
-    in_words = re.search(r"os error (\d+)", str(error))
-    code = error.errno if isinstance(error, OSError) else int(in_words[1]) if in_words else None
-    if code in _FULL or "PytorchStreamWriter" in str(error):
-        return "the disk is full"
-    return None if code is None else os.strerror(code)
+    cause: BaseException | None = error
+    while cause is not None:
+        in_words = re.search(r"os error (\d+)", str(cause))
+        code = cause.errno if isinstance(cause, OSError) else int(in_words[1]) if in_words else None
+        if code is not None:
+            return "the disk is full" if code in _FULL else os.strerror(code)
+        cause = cause.__context__  # torch raises an error of its own while it closes the file
+    return None

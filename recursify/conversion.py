@@ -34,17 +34,23 @@ _PROBE_TOKENS, _PROBE_WINDOWS, _PROBE_GAIN = 128, 8, 0.5
 
 
 @dataclass(kw_only=True)
-class ConvertSettings:
-    """Turn a pretrained language model into a recursive one."""
+class LoopSettings:
+    """The shape of the loop: flags of every job that makes one."""
 
-    qwen_model: str = "Qwen/Qwen2-0.5B"
-    """The donor: a hub id, or a folder with config.json and safetensors. Qwen2, Qwen2.5, Qwen3, Llama, Mistral, SmolLM3, OLMo2 or Phi3."""
     L_layers: int = 4
     """Layers in the looped block."""
     H_cycles: int = 3
     """Cycles; each ends in a state that can be read out."""
     L_cycles: int = 3
     """Updates of z_L within a cycle. The block is applied H_cycles * (L_cycles + 1) times."""
+
+
+@dataclass(kw_only=True)
+class ConvertSettings(LoopSettings):
+    """Turn a pretrained language model into a recursive one."""
+
+    qwen_model: str = "Qwen/Qwen2-0.5B"
+    """The donor: a hub id, or a folder with config.json and safetensors. Qwen2, Qwen2.5, Qwen3, Llama, Mistral, SmolLM3, OLMo2 or Phi3."""
     seq_len: int = 512
     """Longest sequence you mean to use: checked against the donor's positions, and kept in the checkpoint's notes."""
     layer_selection: Literal["uniform", "first", "last", "middle", "stride", "auto"] | None = None

@@ -97,7 +97,7 @@ class Donor:
             UserError: generation_config.json is not a JSON object.
         """
         path = _find(self.name, "generation_config.json")
-        return GenerationConfig.from_model_config(self.config) if path is None else GenerationConfig.from_dict(read_json(Path(path)))
+        return GenerationConfig.from_model_config(self.config) if path is None else generation_config(read_json(Path(path)))
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
         """The donor itself, as transformers builds it.
@@ -172,6 +172,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raises bare exceptions
         reason = first_line(error)
         raise UserError(f"{name}: its tokenizer cannot be loaded ({reason}); name a folder that has one with --tokenizer_path") from error
+
+
+def generation_config(fields: dict[str, Any]) -> GenerationConfig:
+    """As transformers reads it from a file: a published one may contradict itself, and may still be saved again as it is."""
+    found = GenerationConfig.from_dict(fields)
+    found._original_object_hash = hash(found)
+    return found
 
 
 def _read_config(name: str) -> dict[str, Any]:

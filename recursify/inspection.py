@@ -53,7 +53,7 @@ class Inspection:
             "config": self.config,
             "plan": None if self.plan is None else self.plan.to_dict(),
             "parameters": {**self.parameters, "total": self.total_parameters},
-            "layer_applications_per_token": self.applications,
+            "layer_applications_per_token": {str(cycles): cost for cycles, cost in self.applications.items()},
             "donor_layer_applications_per_token": self.donor_applications,
         }
 
@@ -81,7 +81,7 @@ class Inspection:
 def parameters_by_part(config: RecursiveLLMConfig) -> dict[str, int]:
     """Part -> number of parameters, counted on shapes without storage."""
     with torch.device("meta"):
-        model = FAMILIES[config.model_type](config)  # type: ignore[attr-defined]
+        model = FAMILIES[config.model_type](config)
     model.tie_weights()
     inner = model.inner
     parts = {
@@ -93,7 +93,7 @@ def parameters_by_part(config: RecursiveLLMConfig) -> dict[str, int]:
         "recursion": model.model.recursion,
     }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return {**counts, "lm_head": 0 if config.tie_word_embeddings else model.lm_head.weight.numel()}  # type: ignore[attr-defined]
+    return {**counts, "lm_head": 0 if config.tie_word_embeddings else model.lm_head.weight.numel()}
 
 
 def inspect(config: RecursiveLLMConfig, plan: ConversionPlan | None, depths: Sequence[int] | None = None) -> Inspection:
@@ -103,6 +103,6 @@ def inspect(config: RecursiveLLMConfig, plan: ConversionPlan | None, depths: Seq
         depths: Cycle counts to price; 0 to at least 5 and the configuration's own where None.
     """
     depths = sorted({0, 1, 2, 3, 4, 5, config.H_cycles}) if depths is None else depths
-    fields = json.loads(config.to_json_string(use_diff=False))  # type: ignore[attr-defined]
+    fields = json.loads(config.to_json_string(use_diff=False))
     donor = None if plan is None else plan.donor_layers
     return Inspection(fields, plan, parameters_by_part(config), {H: config.depth(H) for H in depths}, donor)
