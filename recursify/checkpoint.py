@@ -172,7 +172,7 @@ def check_writable(path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise UserError(f"{path}: cannot write in {parent} ({error.strerror}); choose another --output_path") from error
+        raise UserError(f"{path}: cannot write in {parent} ({error.strerror}); choose another place") from error
 
 
 def _check_replaceable(path: Path) -> None:
@@ -381,10 +381,6 @@ def model_card(model: RecursiveLLM, plan: ConversionPlan | None, notes: dict[str
         lines += ["| part | donor layers |", "|---|---|", *table, ""]
     lines += [f"- {key}: {value}" for key, value in notes.items()]
     return "\n".join(["---", *front, "---", "", *lines]).rstrip() + "\n"
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    write_whole({path: write})
 
 
 def write_whole(writers: dict[Path, Callable[[Path], Any]]) -> None:

@@ -39,6 +39,20 @@ def train(argv: Argv = None) -> None:
     _command("train", training.TrainSettings, training.train, argv)
 
 
+def train_trm(argv: Argv = None) -> None:
+    """Train a recursive block in a donor's embedding space."""
+    from . import training
+
+    _command("train_trm", training.EmbeddingSettings, training.train, argv)
+
+
+def train_trm_hybrid(argv: Argv = None) -> None:
+    """Train recursive layers between a donor's embeddings and its head."""
+    from . import training
+
+    _command("train_trm_hybrid", training.HybridSettings, training.train, argv)
+
+
 def generate(argv: Argv = None) -> None:
     """Write text: once with --prompt, interactively without."""
     from . import generation, interactive
@@ -66,7 +80,8 @@ def inspect(argv: Argv = None) -> None:
 
     def job(settings: inspection.InspectSettings) -> None:
         found = checkpoint.load(settings.checkpoint)
-        report = inspection.inspect(found.model.config, found.plan)
+        config: Any = found.model.config
+        report = inspection.inspect(config, found.plan)
         _print_json(report) if settings.json else print(report.render())
 
     _command("inspect", inspection.InspectSettings, job, argv)

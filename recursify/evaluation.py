@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from . import checkpoint
+from .configuration_recursive_llm import CONFIGS
 from .data import DataSettings, load_documents, tokenize
 from .device import choose_device
-from .donor import load_tokenizer, open_donor
+from .donor import load_tokenizer, open_donor, read_json
 from .errors import UserError
 from .modeling_recursive_llm import RecursiveLLM
 
@@ -127,7 +129,7 @@ def _states(model: Any, ids: torch.Tensor, depths: Sequence[int | None]) -> list
     deepest = max(H for H in depths if H is not None)
     cycles = model.model(ids, H_cycles=deepest, output_cycle_states=True, use_cache=False).cycle_states if deepest else ()
     plain = model.model(ids, H_cycles=0, use_cache=False).last_hidden_state if 0 in depths else None
-    return [cycles[H - 1] if H else plain for H in depths]
+    return [cycles[H - 1] if H else plain for H in depths]  # type: ignore[misc]  # plain is there where 0 was asked for
 
 
 def _losses_of(head: Any, state: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -188,13 +190,11 @@ def load_any(path: str, tokenizer_path: str | None = None) -> tuple[Any, Any]:
     """A recursive checkpoint or a plain donor, with its tokenizer.
 
     Raises:
-        UserError: Neither, or no tokenizer.
+        UserError: Neither, no tokenizer, or a model without a head to measure.
     """
-    try:
-        donor = None if checkpoint.is_file_form(path) else open_donor(path)
-    except UserError:
-        donor = None
-    if donor is not None:
-        return donor.load(), load_tokenizer(tokenizer_path or path)
-    found = checkpoint.load(path, tokenizer_path=tokenizer_path)
-    return found.model, checkpoint.need_tokenizer(found, path)
+    config = Path(path) / "config.json"
+    if Path(path).is_file() or checkpoint.is_file_form(path) or (config.is_file() and read_json(config).get("model_type") in CONFIGS):
+        found = checkpoint.load(path, tokenizer_path=tokenizer_path)
+        checkpoint.need_head(found, path)
+        return found.model, checkpoint.need_tokenizer(found, path)
+    return open_donor(path).load(), load_tokenizer(tokenizer_path or path)

@@ -152,10 +152,11 @@ def load(settings: GenerateSettings) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model, on its device and ready to write, and tokenizer.
 
     Raises:
-        UserError: A setting out of range; a checkpoint or tokenizer that cannot be read.
+        UserError: A setting out of range; a checkpoint or tokenizer that cannot be read; a model that cannot write.
     """
     settings.validate()
     loaded = checkpoint.load(settings.checkpoint, tokenizer_path=settings.tokenizer_path)
+    checkpoint.need_head(loaded, settings.checkpoint)
     tokenizer = checkpoint.need_tokenizer(loaded, settings.checkpoint)
     model: Any = loaded.model
     return model.to(choose_device(settings.device)), tokenizer

@@ -4,11 +4,12 @@ Nothing here knows the model, the optimizer or the data loader. A loss takes the
 brought and the head that reads states, and gives back numbers; so each one can be checked on five tokens.
 
     cycle_weights        how much each cycle's loss counts, for the four schedules
-    next_token_losses    one loss per cycle, never holding the logits of more than a chunk of tokens
-    deep_supervision     their weighted mean
+    next_token_losses        one loss per cycle, never holding the logits of more than a chunk of tokens
+    next_embedding_losses    the same for a model without a head, which predicts the next token's embedding
+    deep_supervision         their weighted mean
 
-Units: every loss is in nats per counted token. Labels come unshifted, as Hugging Face passes them: position t is scored against the
-token at t + 1, and -100 marks tokens that do not count.
+Units: losses of tokens are in nats per counted token, losses of embeddings are 1 - cosine, 0 to 2, per counted token. Labels come
+unshifted, as Hugging Face passes them: position t is scored against the token at t + 1, and -100 marks tokens that do not count.
 
 Shape letters: B batch, T tokens, N counted positions, D hidden size, V vocabulary, H cycles. Floor 1. Imports torch only.
 """
@@ -27,6 +28,9 @@ IGNORED = -100
 
 # Logits held at once, in elements: 256 MB in float32, 441 tokens of a vocabulary of 151,936.
 CHUNK_ELEMENTS = 2**26
+
+# Embeddings shorter than this, such as the zeros of a padded vocabulary, are like nothing.
+_SHORTEST = 1e-8
 
 
 def _constant(weight: float, i: int, H: int) -> float:
@@ -108,15 +112,54 @@ def next_token_losses(
             of them: then their losses and gradients add up to those of the one large batch, however the tokens are spread.
         chunk: Tokens whose logits exist at a time, forward and backward; None picks as many as CHUNK_ELEMENTS allows.
     """
-    total = counted(labels) if num_items is None else torch.as_tensor(num_items, device=labels.device)
-    sums = torch.stack([_summed_loss(state, labels, head, chunk) for state in states])
-    return sums / total.clamp(min=1)
+    return _per_item(torch.stack([_summed_loss(state, labels, head, chunk) for state in states]), labels, num_items)
 
 
-def token_losses(state: Tensor, labels: Tensor, head: nn.Module, chunk: int | None = None) -> Tensor:
+def token_losses(state: Tensor, labels: Tensor, head: Any, chunk: int | None = None) -> Tensor:
     """The loss of every token, `[B, T - 1]` in float32: entry t is -log p(token t + 1), 0 where that token does not count."""
     x, targets = _positions(state, labels)
-    return torch.cat(_chunk_losses(x, targets, head, _chunk(head, chunk))).view(labels.shape[0], -1)
+    return torch.cat(_chunk_losses(x, targets, head, _chunk(head.out_features, chunk))).view(labels.shape[0], -1)
+
+
+def next_embedding_losses(
+    states: Sequence[Tensor], labels: Tensor, embeddings: nn.Embedding, num_items: Tensor | float | None = None
+) -> Tensor:
+    """The next-embedding loss of every cycle, `[H]` in float32; arguments as `next_token_losses`."""
+    return _per_item(torch.stack([embedding_losses(state, labels, embeddings).sum() for state in states]), labels, num_items)
+
+
+def embedding_losses(state: Tensor, labels: Tensor, embeddings: nn.Embedding) -> Tensor:
+    """The loss of every token in embedding space, `[B, T - 1]` in float32: entry t is 1 - cos(state t, embedding of token t + 1), 0 where
+    that token does not count.
+
+    A cosine, because what is asked of the state is to point at the right word: embeddings differ in length by how frequent a token is, and
+    a squared distance would be spent on that. The embeddings are a target, never trained: they would all become equal.
+    """
+    x, targets = _positions(state, labels)
+    wanted = embeddings(targets.clamp(min=0)).detach()
+    losses = 1 - F.cosine_similarity(x.float(), wanted.float(), dim=-1)
+    return losses.masked_fill(targets == IGNORED, 0.0).view(labels.shape[0], -1)
+
+
+@torch.no_grad()
+def nearest_is_next(state: Tensor, labels: Tensor, embeddings: nn.Embedding, chunk: int | None = None) -> Tensor:
+    """`[B, T - 1]` in float32: entry t is 1 where, of all embeddings, that of token t + 1 has the largest cosine with state t, else 0.
+
+    Args:
+        chunk: States that are compared with the whole vocabulary at a time; None picks as many as CHUNK_ELEMENTS allows.
+    """
+    x, targets = _positions(state, labels)
+    weight = embeddings.weight.float()
+    lengths = weight.norm(dim=-1).clamp(min=_SHORTEST)
+    with torch.autocast(x.device.type, enabled=False):  # near neighbours are closer together than bfloat16 can tell
+        pieces = x.float().split(_chunk(embeddings.num_embeddings, chunk))
+        nearest = torch.cat([(piece @ weight.T / lengths).argmax(dim=-1) for piece in pieces])
+    return (nearest == targets).float().view(labels.shape[0], -1)
+
+
+def _per_item(sums: Tensor, labels: Tensor, num_items: Tensor | float | None) -> Tensor:
+    total = counted(labels) if num_items is None else torch.as_tensor(num_items, device=labels.device)
+    return sums / total.clamp(min=1)
 
 
 def _positions(state: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,9 +167,9 @@ def _positions(state: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return state[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
 
-def _chunk(head: Any, chunk: int | None) -> int:
+def _chunk(vocabulary: int, chunk: int | None) -> int:
     if chunk is None:
-        chunk = max(64, CHUNK_ELEMENTS // head.out_features)
+        chunk = max(64, CHUNK_ELEMENTS // vocabulary)
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1 token, got {chunk}")
     return chunk
@@ -134,7 +177,7 @@ def _chunk(head: Any, chunk: int | None) -> int:
 
 def _summed_loss(state: Tensor, labels: Tensor, head: Any, chunk: int | None) -> Tensor:
     x, targets = _positions(state, labels)
-    chunk = _chunk(head, chunk)
+    chunk = _chunk(head.out_features, chunk)
     if len(x) > chunk and torch.is_grad_enabled() and _plain_float32(x, head):
         # Chunked by torch, which computes the gradients on the way forward: a quarter fewer matrix products than recomputing logits.
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)  # its automatic chunk is many times slower on a CPU

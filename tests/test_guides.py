@@ -24,7 +24,9 @@ def command(line: str, folder: Path, typed: str = "") -> subprocess.CompletedPro
     """Run a printed command line: `python script.py ...` with the script of the checkout, in `folder`."""
     python, script, *flags = shlex.split(line.replace("\\\n", " "))
     assert python == "python"
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder, capture_output=True, text=True, input=typed, timeout=500)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags], cwd=folder, capture_output=True, text=True, input=typed, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -188,6 +190,43 @@ def test_other_inferences(flags: str, desk: Path, monkeypatch: pytest.MonkeyPatc
     assert out.startswith("The river")
     if "show" in flags:
         assert all(f"cycle {c}" in out for c in (1, 2, 3))
+
+
+def test_approach_1(full_hub: HubStandIn, tmp_path: Path) -> None:
+    """As printed; and its best model says why it writes nothing."""
+    done = command(
+        """python train_qwen_trm.py \\
+    --model_name "Qwen/Qwen2-0.5B" \\
+    --dataset_name "wikitext" \\
+    --batch_size 8 \\
+    --seq_len 128""",
+        tmp_path,
+    )
+    for word in ("Epoch 3 Summary:", "Train Loss: ", "Val Loss: ", "Nearest Embedding Right: ", "New best model saved: qwen_recursive_"):
+        assert word in done.stdout
+    with pytest.raises(AssertionError, match=r"error: qwen_recursive_finetuned_best.pt: was trained in embedding space"):
+        command('python inference_qwen_recursive.py --checkpoint qwen_recursive_finetuned_best.pt --prompt "The river"', tmp_path)
+
+
+def test_approach_3(full_hub: HubStandIn, tmp_path: Path) -> None:
+    """Its command is that of approach 1 under the other script's name; its best model writes as that of approach 2 does."""
+    done = command(
+        """python train_qwen_trm_hybrid.py \\
+    --model_name "Qwen/Qwen2-0.5B" \\
+    --dataset_name "wikitext" \\
+    --batch_size 8 \\
+    --seq_len 128 \\
+    --max_steps 4""",
+        tmp_path,
+    )
+    assert "Perplexity: " in done.stdout and "New best model saved: qwen_recursive_finetuned_best.pt" in done.stdout
+    written = command(
+        """python inference_qwen_recursive.py \\
+    --checkpoint qwen_recursive_finetuned_best.pt \\
+    --prompt "Once upon a time" """,
+        tmp_path,
+    )
+    assert written.stdout.startswith("Once upon a time") and len(written.stdout) > 40
 
 
 def test_edit_the_checkpoints_config_before_loading(desk: Path, tmp_path: Path) -> None:

@@ -13,7 +13,17 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from recursify import objective
-from recursify.objective import SCHEDULES, counted, cycle_weights, deep_supervision, next_token_losses, token_losses
+from recursify.objective import (
+    SCHEDULES,
+    counted,
+    cycle_weights,
+    deep_supervision,
+    embedding_losses,
+    nearest_is_next,
+    next_embedding_losses,
+    next_token_losses,
+    token_losses,
+)
 
 B, T, D, V = 3, 9, 8, 50
 
@@ -125,10 +135,10 @@ def test_no_more_than_a_chunk_of_logits(bias: bool, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_chunk_follows_the_vocabulary() -> None:
-    assert objective._chunk(nn.Linear(4, 151_936, bias=False, device="meta"), None) == 441
-    assert objective._chunk(nn.Linear(4, 10**8, bias=False, device="meta"), None) == 64
+    assert objective._chunk(151_936, None) == 441
+    assert objective._chunk(10**8, None) == 64
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
-        objective._chunk(nn.Linear(4, 4), 0)
+        objective._chunk(4, 0)
 
 
 def test_bfloat16_autocast() -> None:
@@ -182,3 +192,62 @@ def test_a_head_under_lora() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(gradients(found, states, head), gradients(expected, states, head), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# In embedding space
+
+
+def compass() -> nn.Embedding:
+    """Five words in the plane: north, far east, north-east, nothing (as the padding of a vocabulary), west. Trainable, as a donor's."""
+    words = [[0.0, 1.0], [5.0, 0.0], [1.0, 1.0], [0.0, 0.0], [-1.0, 0.0]]
+    embeddings = nn.Embedding(5, 2)
+    with torch.no_grad():
+        embeddings.weight.copy_(torch.tensor(words))
+    return embeddings
+
+
+def test_next_embedding_loss_by_hand() -> None:
+    state = torch.tensor([[[0.0, 3.0], [3.0, 0.0], [0.0, 2.0], [9.0, 9.0], [1.0, 0.0], [7.0, 7.0]]])
+    labels = torch.tensor([[0, 0, 4, 2, -100, 3]])
+    # north for north; east for west; north for north-east; no next word that counts; east for nothing, with which nothing has a cosine
+    expected = [0.0, 2.0, 1 - math.sqrt(0.5), 0.0, 1.0]
+    assert embedding_losses(state, labels, compass())[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert next_embedding_losses([state, state], labels, compass()).tolist() == pytest.approx([sum(expected) / 4] * 2)
+    assert next_embedding_losses([state], labels, compass(), num_items=8).tolist() == pytest.approx([sum(expected) / 8])
+    assert next_embedding_losses([state[:, :1]], labels[:, :1], compass()).tolist() == [0.0]
+
+
+def test_the_length_of_a_state_and_of_an_embedding_does_not_count() -> None:
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D)
+    expected = embedding_losses(states[0], labels, embeddings)
+    with torch.no_grad():
+        embeddings.weight.mul_(torch.rand(V, 1) + 0.5)
+    torch.testing.assert_close(embedding_losses(7 * states[0], labels, embeddings), expected)
+
+
+def test_embeddings_are_targets_and_get_no_gradient() -> None:
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D)
+    next_embedding_losses(states, labels, embeddings).sum().backward()
+    gradient = states[0].grad
+    assert embeddings.weight.grad is None and gradient is not None
+    assert gradient[1, :-1].abs().amax(dim=-1).min() > 0 and gradient[:, -1].abs().max() == 0 and gradient[0, :3].abs().max() == 0
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_nearest_embedding_by_hand(chunk: int | None) -> None:
+    """By direction: the far east word is nearest to east, though north-east is the nearer point and the larger dot product is its own."""
+    state = torch.tensor([[[0.1, 1.0], [1.0, 0.2], [1.0, 0.9], [-2.0, 0.1], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]])
+    labels = torch.tensor([[4, 0, 1, 2, 1, -100, 3]])
+    # right: north, east, north-east. West for east: wrong. No word that counts; a state that points nowhere is not near the empty word
+    assert nearest_is_next(state, labels, compass(), chunk).tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
+
+
+def test_nearest_embedding_equals_the_plain_search() -> None:
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest_is_next(states[0], labels, embeddings, chunk=5)
+    every = F.cosine_similarity(states[0][:, :-1, None], embeddings.weight, dim=-1)
+    assert torch.equal(found, (every.argmax(-1) == labels[:, 1:]).float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -21,10 +22,10 @@ from tiny import make_tiny_tokenizer, sentences, tiny_config, tiny_donor
 
 from recursify import RecursiveLLM, checkpoint
 from recursify.configuration_recursive_llm import from_donor
-from recursify.conversion import convert
+from recursify.conversion import LoopSettings, convert
 from recursify.errors import UserError
 from recursify.objective import SCHEDULES
-from recursify.training import FitResult, TrainSettings, callbacks, fit, train
+from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train
 from recursify.training.trainer import (
     BEST,
     Supervised,
@@ -354,8 +355,8 @@ def test_train_leaves_what_the_guide_says(files: TrainSettings, capsys: pytest.C
 def test_the_best_is_the_lowest_not_the_last(
     files: TrainSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    luck, own = iter([1.0, 0.5, 2.0, math.nan]), Supervised.row_losses
-    monkeypatch.setattr(Supervised, "row_losses", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
+    luck, own = iter([1.0, 0.5, 2.0, math.nan]), Supervised.row_sums
+    monkeypatch.setattr(Supervised, "row_sums", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
     result = train(replace(files, num_epochs=4, save_every=0))
     held = logged(result.fit, "eval_loss")
     assert held.index(min(held[:3])) == 1 and math.isnan(held[3]) and result.fit.best_eval_loss == held[1]
@@ -451,7 +452,7 @@ def test_what_can_be_resumed(files: TrainSettings, corner: Path, tmp_path: Path,
     shutil.copy(out / "checkpoint_step_2.pt", out / "checkpoint_step_7.pt")
     (out / "checkpoint_step_7_state" / "run.json").write_text(json.dumps({**old, "saved_at": old["saved_at"] - 60}))
     assert [path.name for path in resume_points(out)] == ["checkpoint_step_2.pt", "checkpoint_step_7.pt"]
-    with pytest.raises(UserError, match=r"step_2.pt comes from a run over other data: --batch_size was 4, is 2; give the same flags"):
+    with pytest.raises(UserError, match=r"step_2.pt comes from another run: --batch_size was 4, is 2; give the same flags"):
         train(replace(short, resume=True, batch_size=2))
     done = train(replace(short, resume=True, max_steps=2))
     assert "is the end of this run already" in capsys.readouterr().err and done.fit.steps == 2
@@ -539,6 +540,7 @@ def test_the_flags_of_the_contract() -> None:
 
 
 def test_every_flag_has_a_help_text() -> None:
-    source = Path(callbacks.__file__).with_name("settings.py").read_text()
-    for field in fields(TrainSettings):
-        assert re.search(rf'^    {field.name}: .*\n    """\S.*"""$', source, re.MULTILINE), field.name
+    """Under its one declaration."""
+    source = Path(callbacks.__file__).with_name("settings.py").read_text() + inspect.getsource(LoopSettings)
+    for name in {field.name for kind in (TrainSettings, EmbeddingSettings, HybridSettings) for field in fields(kind)}:
+        assert len(re.findall(rf'^    {name}: .*\n    """\S.*"""$', source, re.MULTILINE)) == 1, name

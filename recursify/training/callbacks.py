@@ -23,12 +23,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import UserError
 from ..generation import Sampling, generate_text
-from .settings import TrainSettings
+from .settings import RunSettings
 
 # As tqdm's own, without the rate.
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 SECONDS_BETWEEN_LINES = 30.0  # of a bar that is written to a file
 SAMPLE_TOKENS = 50
+# What a validation may give beside the losses, and how a summary says it.
+FIGURES = {"eval_perplexity": "Perplexity: {:.2f}", "eval_nearest_right": "Nearest Embedding Right: {:.2%}"}
 
 
 def say(text: str) -> None:
@@ -68,7 +70,7 @@ class ProgressBar(TrainerCallback):
 class Samples(TrainerCallback):
     """Text that the model writes as it learns. Drawing it leaves the run's random numbers alone."""
 
-    def __init__(self, model: Any, tokenizer: Any, settings: TrainSettings):
+    def __init__(self, model: Any, tokenizer: Any, settings: RunSettings):
         """Raises UserError for a prompt that the model cannot read."""
         self.model, self.tokenizer = model, tokenizer
         self.prompt, self.every, self.seed = settings.generation_prompt, settings.generate_every, settings.seed
@@ -102,7 +104,7 @@ class EpochSummary(TrainerCallback):
             f"\nEpoch {math.ceil(state.epoch or 0)} Summary:",
             f"  Train Loss: {metrics['train_loss']:.4f}",
             f"  Val Loss: {loss:.4f}",
-            f"  Perplexity: {metrics['eval_perplexity']:.2f}",
+            *(f"  {text.format(metrics[name])}" for name, text in FIGURES.items() if name in metrics),
         ]
         # The trainer compares and remembers after its callbacks, so this is the best of the epochs before.
         best = state.best_metric

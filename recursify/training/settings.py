@@ -1,4 +1,8 @@
-"""The flags of training. One field is one flag; the text under it is its help.
+"""The flags of training. One field is one flag; the text under it is its help, and stands here once for all scripts that have it.
+
+    TrainSettings        train_qwen_recursive.py     what RunSettings has, and where the model is
+    EmbeddingSettings    train_qwen_trm.py           what DonorSettings has, and what embedding-space training adds
+    HybridSettings       train_qwen_trm_hybrid.py    what DonorSettings has, and what hybrid training adds
 
 Floor 3.
 """
@@ -8,26 +12,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from ..conversion import LoopSettings
 from ..device import choose_device
 from ..errors import UserError
 from ..objective import SCHEDULES
 
 GAIN_LR_RATIO = 10.0
 
-# What decides which tokens a step sees: a resumed run must agree with the interrupted one in all of it.
+# What decides which tokens a step sees. A resumed run must agree with the interrupted one in all of it.
 DATA_FIELDS = ("dataset_name", "dataset_config_name", "text_column", "seq_len", "batch_size", "grad_accum_steps", "seed")
 
 
 @dataclass(kw_only=True)
-class TrainSettings:
-    """Fine-tune a recursive model on text."""
+class RunSettings:
+    """What every training run has, whatever it trains and wherever the model comes from."""
 
-    checkpoint: str
-    """The model that convert wrote: a .pt file with its _tokenizer folder beside it, or a folder in Hugging Face layout."""
+    approach: ClassVar[str]  # its row of `approaches.APPROACHES`
+    resume_fields: ClassVar[tuple[str, ...]] = DATA_FIELDS  # in which a resumed run must agree with the interrupted one
+
     tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer. Default: the one saved with the checkpoint."""
+    """Folder or hub id of the tokenizer. Default: the one that the model came with."""
 
     dataset_name: str = "wikitext"
     """Hub data set (wikitext means Salesforce/wikitext), or a local .txt, .jsonl, .json, .csv or .parquet file, or a folder of them."""
@@ -50,7 +56,7 @@ class TrainSettings:
     """Stop after so many optimizer steps; overrides num_epochs, going over the text as often as it takes."""
 
     lr: float = 1e-5
-    """Learning rate of the donor's weights, reached after the warm-up; from there it falls linearly to 0 over the run."""
+    """Learning rate of all but what gain_lr is for, reached after the warm-up; from there it falls linearly to 0 over the run."""
     gain_lr: float | None = None
     """Learning rate of what the donor has not got: gains, H_init, L_init, q_head; these have no weight decay. Default: 10 * lr."""
     warmup_steps: int = 100
@@ -128,12 +134,17 @@ class TrainSettings:
         """
         if getattr(config, "H_cycles", 1) == 0:
             raise UserError(
-                f"{self.checkpoint}: cannot train at 0 cycles: with H_cycles 0 the recursion is never run and learns nothing; "
+                f"{self.source}: cannot train at 0 cycles: with H_cycles 0 the recursion is never run and learns nothing; "
                 "convert with --H_cycles 1 or more"
             )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and self.seq_len > positions:
             raise UserError(f"--seq_len: expected at most {positions}, the positions that the model has, got {self.seq_len}")
+
+    @property
+    def source(self) -> str:
+        """Where the model comes from."""
+        raise NotImplementedError
 
     @property
     def gain_learning_rate(self) -> float:
@@ -142,6 +153,83 @@ class TrainSettings:
     @property
     def folder(self) -> Path:
         return Path(self.output_dir)
+
+
+@dataclass(kw_only=True)
+class _FromCheckpoint:
+    checkpoint: str
+    """The model that convert wrote: a .pt file with its _tokenizer folder beside it, or a folder in Hugging Face layout."""
+
+
+# Help lists the fields of the last base first: where the model comes from, then the run.
+@dataclass(kw_only=True)
+class TrainSettings(RunSettings, _FromCheckpoint):
+    """Fine-tune a recursive model on text."""
+
+    approach = "full"
+
+    @property
+    def source(self) -> str:
+        return self.checkpoint
+
+
+@dataclass(kw_only=True)
+class _FromDonor:
+    model_name: str = "Qwen/Qwen2-0.5B"
+    """The donor: a hub id, or a folder with config.json and safetensors."""
+
+
+@dataclass(kw_only=True)
+class DonorSettings(RunSettings, LoopSettings, _FromDonor):
+    """What the approaches have that start at a donor, whose embeddings they freeze, and train the loop alone."""
+
+    resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, "model_name", "L_layers", "H_cycles", "L_cycles")
+
+    @property
+    def source(self) -> str:
+        return self.model_name
+
+    @property
+    def starts_fresh(self) -> bool:
+        """Whether the looped layers start at random and not as the donor's."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        super().validate()
+        for name, least in (("L_layers", 1), ("H_cycles", 1), ("L_cycles", 0)):
+            _at_least(name, getattr(self, name), least)
+
+
+@dataclass(kw_only=True)
+class EmbeddingSettings(DonorSettings):
+    """Train a recursive block in a donor's embedding space: it predicts the embedding of the next token. No head, so it writes no text."""
+
+    approach = "embedding"
+    resume_fields: ClassVar[tuple[str, ...]] = (*DonorSettings.resume_fields, "donor_loop")
+
+    donor_loop: bool = False
+    """Start the looped layers as layers of the donor. Default: at random, for which a --lr of some 3e-4 suits better than 1e-5."""
+
+    @property
+    def starts_fresh(self) -> bool:
+        return not self.donor_loop
+
+
+@dataclass(kw_only=True)
+class HybridSettings(DonorSettings):
+    """Train the recursive layers alone, between a donor's frozen embeddings and its frozen head; the model writes text."""
+
+    approach = "hybrid"
+    resume_fields: ClassVar[tuple[str, ...]] = (*DonorSettings.resume_fields, "fresh_loop", "tune_lm_head")
+
+    fresh_loop: bool = False
+    """Start the looped layers at random, for which a --lr of some 3e-4 suits better than 1e-5. Default: as layers of the donor."""
+    tune_lm_head: bool = False
+    """Train the final norm and the head, too. A head that is tied to the embeddings becomes a matrix of its own first; they stay frozen."""
+
+    @property
+    def starts_fresh(self) -> bool:
+        return self.fresh_loop
 
 
 def _at_least(name: str, value: float, least: int) -> None:

@@ -1,7 +1,9 @@
 """The run itself, on `transformers.Trainer`: we write the objective and what is kept of a run, not the loop.
 
-    train(settings)   from files to files: load, convert to float32, tokenise, fit, save
+    train(settings)   from files to files: load or convert, make it float32, tokenise, fit, save
     fit(...)          the same loop on a model in memory; a plain causal model of transformers is trained by it, too, as one "cycle"
+
+What is trained, and what for, is a row of `approaches.APPROACHES`; the settings name it.
 
 A run writes into `output_dir`:
 
@@ -11,7 +13,7 @@ A run writes into `output_dir`:
                                        where the .pt has rounded them
     metrics.jsonl                      every log entry
 
-Units: losses in nats per token, lengths in tokens, steps are optimizer steps. Floor 3.
+Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps. Floor 3.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from ..data import DataSettings, load_documents, tokenize
 from ..device import choose_device
 from ..errors import UserError
 from ..generation import is_recursive
-from ..objective import IGNORED, counted, cycle_weights, deep_supervision, next_token_losses, token_losses
+from ..objective import IGNORED, counted, cycle_weights, deep_supervision
 from ..plan import ConversionPlan
+from .approaches import APPROACHES, NEXT_TOKEN, Objective, freeze_rest, from_donor
 from .callbacks import EpochSummary, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal
-from .settings import DATA_FIELDS, TrainSettings
+from .settings import DonorSettings, RunSettings, TrainSettings
 
 BEST = "qwen_recursive_finetuned_best.pt"
 METRICS = "metrics.jsonl"
@@ -53,7 +56,9 @@ class FitResult:
     Args:
         history: Every log entry, in order, each with `step`, `epoch`, `tokens` and `seconds` so far. Training entries have `loss` (what
             was minimised), `loss_cycle_i` of the supervised cycles, `learning_rate`, `grad_norm`: means since the entry before.
-            Validation entries have `train_loss` (last cycle, mean over the epoch), `eval_loss` (last cycle), `eval_loss_cycle_i`.
+            Validation entries have `train_loss` (last cycle, mean over the epoch), `eval_loss` (last cycle), `eval_loss_cycle_i`, and
+            `eval_perplexity`; in embedding space `eval_nearest_right` instead: the share of tokens, 0 to 1, for which the embedding nearest
+            to the last cycle's state is the right one.
         steps: Optimizer steps made, those before a resumption included.
         tokens: Tokens read.
         seconds: Wall-clock time, validation and samples included.
@@ -111,52 +116,56 @@ class Supervised(nn.Module):
     Args:
         model: A recursive model, or a plain causal model of transformers, whose only "cycle" is its own pass.
         weights: How much each cycle's loss counts; a single one supervises the last cycle alone.
+        objective: What a cycle's loss is.
     """
 
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"  # tells the Trainer that labels are shifted by the loss, when it counts tokens
     main_input_name = "input_ids"
 
-    def __init__(self, model: Any, weights: Sequence[float] = (1.0,)):
+    def __init__(self, model: Any, weights: Sequence[float] = (1.0,), objective: Objective = NEXT_TOKEN):
         super().__init__()
-        self.model, self.weights = model, list(weights)
+        self.model, self.weights, self.objective = model, list(weights), objective
 
     def forward(self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None) -> dict[str, Tensor]:
         """`loss`, and `cycle_losses` `[supervised cycles]` detached; both divide by `num_items_in_batch` where it is given."""
         states = self.states(input_ids, every_cycle=len(self.weights) > 1)
-        losses = next_token_losses(states, labels, self.head, num_items_in_batch)
+        losses = self.objective.losses(states, labels, self.reader, num_items_in_batch)
         return {"loss": deep_supervision(losses, self.weights), "cycle_losses": losses.detach()}
 
     @torch.no_grad()
-    def row_losses(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """`[B, cycles]`: the summed loss of each sequence at every cycle."""
+    def row_sums(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """`[B, cycles]`: the summed loss of each sequence at every cycle; where hits are counted, one more column with the last cycle's."""
         states = self.states(input_ids, every_cycle=True)
-        return torch.stack([token_losses(state, labels, self.head).sum(dim=1) for state in states], dim=1)
+        columns = [self.objective.token_losses(state, labels, self.reader) for state in states]
+        if self.objective.token_hits is not None:
+            columns.append(self.objective.token_hits(states[-1], labels, self.reader))
+        return torch.stack([column.sum(dim=1) for column in columns], dim=1)
 
     def states(self, input_ids: Tensor, every_cycle: bool) -> Sequence[Tensor]:
-        """What the head reads: one `[B, T, D]` per cycle, or of the last cycle only."""
+        """After the final norm: one `[B, T, D]` per cycle, or of the last cycle only."""
         base = self.model.base_model
         if not (is_recursive(self.model) and every_cycle):
             return (base(input_ids, use_cache=False).last_hidden_state,)
         return base(input_ids, use_cache=False, output_cycle_states=True).cycle_states
 
     @property
-    def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
+    def reader(self) -> nn.Module:
+        return self.objective.reader(self.model)
 
     @property
     def cycles(self) -> int:
         return self.model.config.H_cycles if is_recursive(self.model) else 1
 
 
-def supervision(config: Any, settings: TrainSettings) -> list[float]:
+def supervision(config: Any, settings: RunSettings) -> list[float]:
     """The weight of each supervised cycle: of all of them with deep supervision, else of the last alone."""
     if not settings.enable_deep_supervision or not hasattr(config, "H_cycles"):
         return [1.0]
     return cycle_weights(settings.deep_supervision_schedule, settings.deep_supervision_weight, config.H_cycles)
 
 
-def parameter_groups(model: Any, settings: TrainSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, settings: RunSettings) -> list[dict[str, Any]]:
     """What the optimizer trains, in three groups: matrices, which decay; norms and biases; the recursion's own parameters."""
     own = {id(p) for p in model.model.recursion.parameters()} if is_recursive(model) else set()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -176,7 +185,7 @@ def learning_rate_factor(step: int, warmup: int, total: int) -> float:
     return max(0.0, (total - step) / (total - warmup))
 
 
-def warmup_of(settings: TrainSettings, total: int) -> int:
+def warmup_of(settings: RunSettings, total: int) -> int:
     """The warm-up in optimizer steps: a tenth of the run where the one asked for would take more than half of it."""
     return settings.warmup_steps if settings.warmup_steps <= total // 2 else total // 10
 
@@ -188,7 +197,7 @@ class RecursiveTrainer(Trainer):
     model: Any  # a Supervised
     optimizer: Any
 
-    def __init__(self, model: Supervised, args: TrainingArguments, settings: TrainSettings, saver: Saver | None, **kwargs: Any):
+    def __init__(self, model: Supervised, args: TrainingArguments, settings: RunSettings, saver: Saver | None, **kwargs: Any):
         super().__init__(model, args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.settings, self.saver = settings, saver
@@ -226,22 +235,27 @@ class RecursiveTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The loss of every cycle over all tokens of the validation text: a mean over tokens, not over batches."""
         self.model.eval()
-        sums, tokens = torch.zeros(self.model.cycles, dtype=torch.float64), 0
+        counts_hits = self.model.objective.token_hits is not None
+        sums, tokens = torch.zeros(self.model.cycles + counts_hits, dtype=torch.float64), 0
         for batch in self.get_eval_dataloader(eval_dataset):
             with self.accelerator.autocast():
-                rows = self.model.row_losses(**batch)
+                rows = self.model.row_sums(**batch)
             scored = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
             rows, scored = self.accelerator.gather_for_metrics((rows, scored))
             sums += rows.cpu().double().sum(dim=0)
             tokens += int(scored.sum())
-        losses = (sums / max(1, tokens)).tolist()
-        metrics = {f"{metric_key_prefix}_loss": losses[-1], f"{metric_key_prefix}_perplexity": perplexity(losses[-1])}
-        metrics |= {f"{metric_key_prefix}_loss_cycle_{i}": loss for i, loss in enumerate(losses, start=1)}
+        metrics = self._summary((sums / max(1, tokens)).tolist(), metric_key_prefix)
         metrics["train_loss"] = self.epoch_loss / max(1.0, self.epoch_tokens)
         self.epoch_loss, self.epoch_tokens = 0.0, 0.0
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _summary(self, means: list[float], prefix: str) -> dict[str, float]:
+        losses, hits = means[: self.model.cycles], means[self.model.cycles :]
+        figure = ("nearest_right", hits[0]) if hits else ("perplexity", perplexity(losses[-1]))
+        figures = [("loss", losses[-1]), figure, *((f"loss_cycle_{i}", loss) for i, loss in enumerate(losses, start=1))]
+        return {f"{prefix}_{name}": value for name, value in figures}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_runtime" in logs:  # the Trainer's closing summary, which says nothing new
@@ -266,7 +280,7 @@ class RecursiveTrainer(Trainer):
         path = self.saver.folder / f"checkpoint_step_{self.state.global_step}.pt"
         shutil.rmtree(state_folder(path), ignore_errors=True)  # an earlier run's, which does not belong to these weights
         self.saver.save(path, self.model.model, step=self.state.global_step, epoch=self.state.epoch)
-        checkpoint._replace(state_folder(path), self._write_state)
+        checkpoint.write_whole({state_folder(path): self._write_state})
         for old in resume_points(self.saver.folder)[KEPT_STATES:]:
             shutil.rmtree(state_folder(old), ignore_errors=True)
 
@@ -276,7 +290,8 @@ class RecursiveTrainer(Trainer):
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / STATE))
-        run = {"saved_at": time.time(), "epoch_loss": self.epoch_loss, "epoch_tokens": self.epoch_tokens, "settings": asdict(self.settings)}
+        so_far = {"saved_at": time.time(), "epoch_loss": self.epoch_loss, "epoch_tokens": self.epoch_tokens}
+        run = {**so_far, "approach": self.settings.approach, "settings": asdict(self.settings)}
         (folder / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -299,7 +314,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     train_blocks: Any,
     eval_blocks: Any,
-    settings: TrainSettings,
+    settings: RunSettings,
     *,
     saver: Saver | None = None,
     resume_from: Path | None = None,
@@ -310,9 +325,9 @@ def fit(
 
     Args:
         model: A recursive model, or any causal language model of transformers for comparison. It is changed in place: to float32, on the
-            device of the settings, and left in evaluation mode.
+            device of the settings, what the approach does not train is frozen, and it is left in evaluation mode.
         train_blocks, eval_blocks: Tables (or lists) of rows with `input_ids`, all of one length.
-        settings: Those that name files and data sets are not looked at.
+        settings: Their class chooses the approach. Those that name files, donors and data sets are not looked at.
         saver: Where checkpoints and metrics.jsonl go; None writes nothing at all.
         resume_from: A checkpoint_step_N.pt that a run like this one wrote, whose weights `model` holds already.
         console: Whether to show the bar, samples and epoch summaries.
@@ -322,11 +337,12 @@ def fit(
     """
     settings.validate()
     settings.validate_model(model.config)
-    device = choose_device(settings.device)
+    device, approach = choose_device(settings.device), APPROACHES[settings.approach]
+    freeze_rest(model, settings)
     save_steps = SaveSteps(settings.save_every if saver else 0)
     stop, bar = StopOnSignal(save_steps if saver else None), ProgressBar()
     trainer = RecursiveTrainer(
-        Supervised(model.float(), supervision(model.config, settings)),
+        Supervised(model.float(), supervision(model.config, settings), approach.objective),
         training_arguments(settings, device, saver),
         settings,
         saver,
@@ -335,7 +351,7 @@ def fit(
         data_collator=collate,
         callbacks=[
             *([bar] if console else []),
-            *([Samples(model, tokenizer, settings)] if console and settings.generate_every else []),
+            *([Samples(model, tokenizer, settings)] if console and settings.generate_every and approach.writes else []),
             *([MetricsFile(saver.folder / METRICS)] if saver else []),
             EpochSummary(lambda metrics: _save_best(saver, model, metrics) if saver else None, quiet=not console),
             save_steps,
@@ -355,20 +371,19 @@ def fit(
     return _result(trainer.state, interrupted=stop.asked)
 
 
-def train(settings: TrainSettings) -> TrainResult:
-    """Fine-tune a checkpoint on a data set, and leave checkpoints, the best one and metrics.jsonl in `output_dir`.
+def train(settings: RunSettings) -> TrainResult:
+    """Train a checkpoint, or what an approach makes of a donor, on a data set; leave checkpoints, the best one and metrics.jsonl.
 
     Raises:
-        UserError: A setting out of range, a checkpoint or a data set that cannot be used, a folder that cannot be written, or a run to
-            resume that read other data.
+        UserError: A setting out of range, a checkpoint, donor or data set that cannot be used, a folder that cannot be written, or a run to
+            resume that was another one.
     """
     settings.validate()
     point = _point_to_resume(settings) if settings.resume else None
-    source = settings.checkpoint if point is None else str(point)
-    found = checkpoint.load(source, tokenizer_path=settings.tokenizer_path)
-    tokenizer = checkpoint.need_tokenizer(found, source)
+    found = _starting_model(settings, point)
+    tokenizer = checkpoint.need_tokenizer(found, point or settings.source)
     settings.validate_model(found.model.config)
-    _check_tokenizer(found.model, tokenizer, settings)
+    _check_tokenizer(found.model, tokenizer)
     _make_folder(settings.folder)
 
     documents = load_documents(
@@ -386,14 +401,23 @@ def train(settings: TrainSettings) -> TrainResult:
         state = TrainerState.load_from_json(str(state_folder(point) / STATE))
         return TrainResult(best, _result(state, interrupted=False))
 
-    saver = Saver(settings.folder, tokenizer, found.model.dtype, found.plan, found.notes)
+    if best.exists() and point is None:
+        _announce(f"{best} is there already: the best model of this run replaces it; another --output_dir keeps both")
+    saver = Saver(settings.folder, tokenizer, found.model.dtype, found.plan, {**found.notes, "approach": settings.approach})
     result = fit(found.model, tokenizer, train_blocks, eval_blocks, settings, saver=saver, resume_from=point)
     if result.interrupted:
         _announce(f"Interrupted and saved at step {result.steps}; the same command with --resume goes on from there")
     return TrainResult(best if result.best_eval_loss is not None else None, result)
 
 
-def training_arguments(settings: TrainSettings, device: torch.device, saver: Saver | None) -> TrainingArguments:
+def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Checkpoint:
+    if point is not None or isinstance(settings, TrainSettings):
+        return checkpoint.load(point or settings.source, tokenizer_path=settings.tokenizer_path)
+    assert isinstance(settings, DonorSettings)
+    return from_donor(settings, _announce)
+
+
+def training_arguments(settings: RunSettings, device: torch.device, saver: Saver | None) -> TrainingArguments:
     """Our settings in the words of transformers. What is not named here is decided by `RecursiveTrainer`.
 
     Raises:
@@ -440,7 +464,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def total_steps(sequences: int, settings: TrainSettings) -> int:
+def total_steps(sequences: int, settings: RunSettings) -> int:
     """Optimizer steps of a run; the last step of an epoch may have fewer micro-batches, the last micro-batch fewer sequences."""
     per_epoch = math.ceil(math.ceil(sequences / settings.batch_size) / settings.grad_accum_steps)
     return settings.max_steps or per_epoch * settings.num_epochs
@@ -461,22 +485,28 @@ def resume_points(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: _read_json(state_folder(path) / RUN)["saved_at"], reverse=True)
 
 
-def _point_to_resume(settings: TrainSettings) -> Path | None:
+def _point_to_resume(settings: RunSettings) -> Path | None:
     """The newest whole checkpoint; None where a run was stopped before its first one, and so begins again."""
     points = resume_points(settings.folder)
     if not points:
         _announce(f"--resume: no checkpoint_step_N.pt with its _state folder in {settings.folder.absolute()}; starting from the beginning")
         return None
     point = points[0]
-    before, now = _read_json(state_folder(point) / RUN)["settings"], asdict(settings)
-    changed = [f"--{name} was {before[name]}, is {now[name]}" for name in DATA_FIELDS if before[name] != now[name]]
+    run, now = _read_json(state_folder(point) / RUN), asdict(settings)
+    if run["approach"] != settings.approach:
+        raise UserError(
+            f"--resume: {point} comes from a run of the {run['approach']} approach, this is one of the {settings.approach} approach; "
+            "name its folder with --output_dir, or give no --resume"
+        )
+    before = run["settings"]
+    changed = [f"--{name} was {before[name]}, is {now[name]}" for name in settings.resume_fields if before[name] != now[name]]
     if changed:
-        raise UserError(f"--resume: {point} comes from a run over other data: {'; '.join(changed)}; give the same flags, or no --resume")
+        raise UserError(f"--resume: {point} comes from another run: {'; '.join(changed)}; give the same flags, or no --resume")
     _announce(f"Resuming from {point}")
     return point
 
 
-def _check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> None:
+def _check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(

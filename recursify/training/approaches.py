@@ -1,0 +1,160 @@
+"""The three approaches of the guides as one table: what starts as what, what is trained, and what for.
+
+    approach     embeddings       looped block          norm and head            trained           objective        writes text
+    full         the checkpoint's, all of it                                     everything        next token       yes
+    hybrid       donor, frozen    donor, or fresh       donor, frozen or tuned   loop              next token       yes
+    embedding    donor, frozen    fresh, or donor       none                     loop              next embedding   no
+
+The loop is the looped block and the recursion's own parameters: gains and start states. Every model is an ordinary checkpoint; one that
+was trained in embedding space keeps the donor's head, unused, and the note of its approach keeps commands from reading it through that.
+
+Floor 3.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..conversion import ConvertSettings, LoopSettings, Say, carry_out, resolve_plan
+from ..donor import load_tokenizer, open_donor
+from ..errors import UserError
+from ..modeling_recursive_llm import RecursiveLLM
+from ..objective import embedding_losses, nearest_is_next, next_embedding_losses, next_token_losses, token_losses
+from .settings import DonorSettings, RunSettings
+
+# Where the gains of a model start that is trained at once: at 0, only two of the four gains and no other part of the loop would learn to
+# tell one application from the next.
+START_GAIN = 0.2
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises. `reader` is the module that says what a state means.
+
+    Args:
+        reader: `(model) -> module`: its head, or its embeddings.
+        losses: `(states, labels, reader, num_items) -> [H]`, for training.
+        token_losses: `(state, labels, reader) -> [B, T - 1]`, for validation.
+        token_hits: `(state, labels, reader) -> [B, T - 1]`, 1 where the prediction is right; validation gives the share of them. Without
+            it the loss is in nats and validation gives the perplexity.
+    """
+
+    reader: Callable[[Any], Any]
+    losses: Callable[..., Tensor]
+    token_losses: Callable[..., Tensor]
+    token_hits: Callable[..., Tensor] | None = None
+
+
+NEXT_TOKEN = Objective(lambda model: model.get_output_embeddings(), next_token_losses, token_losses)
+NEXT_EMBEDDING = Objective(lambda model: model.get_input_embeddings(), next_embedding_losses, embedding_losses, nearest_is_next)
+
+
+@dataclass(frozen=True)
+class Approach:
+    """A row of the table.
+
+    Args:
+        trained: `(model, settings) -> modules` whose parameters are trained, as far as the model itself has not frozen them.
+        writes: Whether the model can write text.
+    """
+
+    trained: Callable[[Any, Any], Iterable[nn.Module]]
+    objective: Objective
+    writes: bool
+
+
+def _everything(model: Any, settings: Any) -> list[nn.Module]:
+    return [model]
+
+
+def _loop(model: Any, settings: Any) -> list[nn.Module]:
+    return [*looped_layers(model), model.model.recursion]
+
+
+def _loop_and_head(model: Any, settings: Any) -> list[nn.Module]:
+    if not settings.tune_lm_head:
+        return _loop(model, settings)
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        raise UserError("--tune_lm_head: the head is tied to the embeddings, which this approach freezes; separate them first (untied)")
+    return [*_loop(model, settings), model.model.norm, model.lm_head]
+
+
+APPROACHES = {
+    "full": Approach(_everything, NEXT_TOKEN, writes=True),
+    "hybrid": Approach(_loop_and_head, NEXT_TOKEN, writes=True),
+    checkpoint.EMBEDDING: Approach(_loop, NEXT_EMBEDDING, writes=False),
+}
+
+
+def freeze_rest(model: Any, settings: RunSettings) -> None:
+    """Freeze every parameter that the approach does not train.
+
+    Raises:
+        UserError: What is to be trained and what is to be frozen are one matrix.
+    """
+    trained = {id(p) for module in APPROACHES[settings.approach].trained(model, settings) for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+
+
+def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint.Checkpoint:
+    """The model that a run of these settings begins with, in the donor's dtype. The same seed makes the same one.
+
+    Args:
+        say: Is told how the model was made.
+
+    Raises:
+        UserError: A donor that cannot be used, or flags that do not fit it.
+    """
+    donor = open_donor(settings.model_name)
+    tokenizer = load_tokenizer(settings.tokenizer_path or donor.name)
+    loop = {field.name: getattr(settings, field.name) for field in fields(LoopSettings)}
+    wanted = ConvertSettings(qwen_model=donor.name, seq_len=settings.seq_len, gain=START_GAIN, **loop)
+    plan = resolve_plan(donor, wanted)
+    torch.manual_seed(settings.seed)
+    model: Any = carry_out(donor, plan, wanted).model
+    start = "fresh" if settings.starts_fresh else f"layers {list(plan.loop)}"
+    say(f"{settings.approach} approach: {len(plan.loop)} looped layers ({start}) learn between what stays as it is in {donor.name}")
+    if settings.starts_fresh:
+        reinitialise(model, looped_layers(model))
+    if not APPROACHES[settings.approach].writes:
+        reinitialise(model, [model.model.norm])  # all ones: it rescales the state, and a cosine does not see that
+        say("It predicts embeddings and has no head: no samples, and no text later. train_qwen_trm_hybrid.py makes a model that writes")
+    if getattr(settings, "tune_lm_head", False) and model.config.tie_word_embeddings:
+        model = untied(model)
+        say(f"--tune_lm_head: the head was tied to the embeddings; it is its own matrix now, {model.lm_head.weight.numel():,} parameters")
+    notes = {"donor": donor.name, "seq_len": settings.seq_len, "loop": "fresh" if settings.starts_fresh else "donor"}
+    return checkpoint.Checkpoint(model, tokenizer, None if settings.starts_fresh else plan, notes)
+
+
+def looped_layers(model: Any) -> list[nn.Module]:
+    first = model.config.prelude_layers
+    return list(model.model.layers[first : first + model.config.L_layers])
+
+
+@torch.no_grad()
+def reinitialise(model: Any, parts: Iterable[nn.Module]) -> None:
+    """Start parts of a model anew, as the donor's own class starts them."""
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.__dict__.pop("_is_hf_initialized", None)  # transformers' mark on what was loaded, which it never initialises
+        for module in part.modules():
+            model.model._init_weights(module)
+
+
+def untied(model: Any) -> RecursiveLLM:
+    """The same model whose head is a matrix of its own, a copy of the embeddings; everything else is shared with the old one."""
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    state = {**model.state_dict(), "lm_head.weight": model.lm_head.weight.detach().clone()}
+    other = checkpoint.build(config, state, "untied", model.dtype)
+    other.generation_config = model.generation_config
+    return other

@@ -1,0 +1,56 @@
+"""The demo, shortened: everything it makes is made, and every number in its page was measured."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recursify import checkpoint, demo
+from recursify.donor import open_donor
+from recursify.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    demo.run(demo.DemoSettings(output_dir=str(folder), steps=2))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_demo_makes_a_page_and_a_checkpoint(out: Path) -> None:
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page and not re.search(r"""(src|href)=["']https?:""", page)
+    found = checkpoint.load(out / "recursive.pt")
+    assert found.plan is not None and found.plan.keeps_donor
+    assert found.tokenizer is not None
+    for name in (demo.AS_IS, demo.TUNED, demo.RECURSIVE):
+        assert name in page
+
+
+@pytest.mark.slow
+def test_the_numbers_in_the_page_can_be_measured_again(out: Path) -> None:
+    from recursify.evaluation import EvaluateSettings, run
+
+    settings = EvaluateSettings(checkpoint=str(out / "recursive.pt"), dataset_name=str(out / "language_reference"), cycles=(1, 5))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    # the checkpoint is stored in the donor's bfloat16, the page shows the float32 model: equal to two decimals
+    for row in run(settings).rows:
+        shown = [float(number) for number in re.findall(r"\b\d\.\d{4}\b", page)]
+        assert min(abs(number - row.loss) for number in shown) < 0.02
+
+
+def test_the_donor_that_ships_is_small_and_says_how_it_was_made() -> None:
+    folder = demo.donor_folder()
+    assert (folder / "model.safetensors").stat().st_size <= 8_000_000
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "held-out loss" in card and "recipes/demo_donor.py" in card
+    assert open_donor(str(folder)).config.model_type == "qwen2"
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output_dir"):
+        demo.run(demo.DemoSettings(output_dir=str(tmp_path / "file" / "x")))
