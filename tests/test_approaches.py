@@ -344,7 +344,7 @@ def test_a_tied_head_in_memory_is_not_tuned(corner: Path) -> None:
         fit(found.model, found.tokenizer, [], [], replace(wanted, tune_lm_head=True))
 
 
-def test_flags_of_the_contract() -> None:
+def test_the_flags_of_both_scripts() -> None:
     for kind in SETTINGS.values():
         made = kind()
         assert (made.model_name, made.L_layers, made.H_cycles, made.L_cycles) == ("Qwen/Qwen2-0.5B", 4, 3, 3)

@@ -190,7 +190,7 @@ def test_the_windows_of_the_donors_are_active() -> None:
 
 
 def naive_logits(model: RecursiveLLM, x: torch.Tensor, H: int, L: int) -> torch.Tensor:
-    """DESIGN's recursion spelled out over the model's own layers: no cache, no views, masks from their definition."""
+    """The recursion of the module's header, spelled out over the model's own layers: no cache, no views, masks from their definition."""
     base, r, config = model.model, model.model.recursion, model.config
     P, K, T = config.prelude_layers, config.L_layers, x.shape[1]
     distance = torch.arange(T)[:, None] - torch.arange(T)[None]

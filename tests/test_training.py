@@ -372,6 +372,21 @@ def test_files_keep_the_dtype_of_the_donor(files: TrainSettings, corner: Path) -
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
 
 
+def test_gains_of_zero_are_pointed_out(files: TrainSettings, corner: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(gain: float) -> bool:
+        path = corner / f"gain_{gain}.pt"
+        found = checkpoint.load(files.checkpoint)
+        with torch.no_grad():
+            for injection in (found.model.model.recursion.inject_L, found.model.model.recursion.inject_H):
+                for theta in (injection.theta_A, injection.theta_B):
+                    theta.fill_(gain)
+        checkpoint.save(path, found.model, found.tokenizer)
+        train(replace(files, checkpoint=str(path), max_steps=1, save_every=0))
+        return "All gains are 0" in capsys.readouterr().err
+
+    assert told(0.0) and not told(0.1)
+
+
 def test_short_runs_warm_up_for_a_tenth(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(replace(files, num_epochs=4, warmup_steps=100, save_every=0))
     assert "--warmup_steps 100 is more than half of that: warming up for 1" in capsys.readouterr().err
@@ -524,7 +539,7 @@ def test_a_prompt_longer_than_the_model() -> None:
 # The settings
 
 
-def test_the_flags_of_the_contract() -> None:
+def test_the_flags_that_the_guides_and_the_readme_promise() -> None:
     expected = {
         "tokenizer_path": None, "dataset_name": "wikitext", "dataset_config_name": None, "text_column": "text", "seq_len": 128,
         "batch_size": 4, "lr": 1e-5, "num_epochs": 3, "max_steps": None, "grad_accum_steps": 1, "warmup_steps": 100,

@@ -395,6 +395,8 @@ def train(settings: RunSettings) -> TrainResult:
     _announce(f"{len(train_blocks):,} training and {len(eval_blocks):,} validation sequences of {settings.seq_len} tokens: {total:,} steps")
     if warmup_of(settings, total) != settings.warmup_steps:
         _announce(f"--warmup_steps {settings.warmup_steps} is more than half of that: warming up for {warmup_of(settings, total)}")
+    if _all_gains_are_zero(found.model):
+        _announce("All gains are 0, where half of them get no gradient and the loop hardly learns; convert with --gain 0.2 to train it")
     best = settings.folder / BEST
     if point is not None and _step(point) >= total:
         _announce(f"{point} is the end of this run already; a larger --num_epochs or --max_steps would go on from it")
@@ -415,6 +417,11 @@ def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Che
         return checkpoint.load(point or settings.source, tokenizer_path=settings.tokenizer_path)
     assert isinstance(settings, DonorSettings)
     return from_donor(settings, _announce)
+
+
+def _all_gains_are_zero(model: Any) -> bool:
+    gains = [p for name, p in model.model.recursion.named_parameters() if ".theta_" in name]
+    return bool(gains) and not any(p.any() for p in gains)
 
 
 def training_arguments(settings: RunSettings, device: torch.device, saver: Saver | None) -> TrainingArguments:
