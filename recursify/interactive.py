@@ -1,7 +1,6 @@
 """Prompt after prompt at the keyboard: a line is a text to continue, a line that begins with a slash is a command.
 
-Prompts, answers and replies to commands
-go to stdout, everything else to stderr. Floor 3.
+Prompts, answers and replies to commands go to stdout, everything else to stderr. Floor 3.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,15 +47,6 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 every_kernel = pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 every_injection = pytest.mark.parametrize("injection", ["anchored", "sum_norm"])
 every_cache = pytest.mark.parametrize("kind", ["dynamic", "static"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The matrices are so small that a second thread only waits; on a busy machine it waits twenty times as long as they take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
