@@ -19,19 +19,18 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
-from .donor import first_line, generation_config, load_tokenizer, read_json
+from .donor import CONFIG_FAULTS, first_line, generation_config, load_tokenizer, read_json, reason
 from .errors import UserError
 from .modeling_recursive_llm import FAMILIES, RecursiveLLM
 from .plan import ConversionPlan
@@ -42,6 +41,11 @@ RECORD = "recursify.json"  # in a folder: what a .pt holds beside config and wei
 EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings, whose head means nothing
 # What a save replaces in a folder that is there already. Anything else in it is somebody's, and stays.
 _WRITTEN = (".json", ".safetensors", ".py", ".md", ".jinja")
+# In a folder beside a .pt only these and what the new tokenizer writes: left from another tokenizer, they would be read with the new one.
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
+    "merges.txt", "tokenizer.model",
+)  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -125,11 +129,13 @@ def save(
     plan: ConversionPlan | None = None,
     notes: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    beside: Mapping[Path, Callable[[Path], Any]] | None = None,
 ) -> None:
     """Write a checkpoint, whole or not at all; the suffix `.pt` chooses the form.
 
     Args:
         dtype: Type of the stored weights; the model's own where None.
+        beside: What else to write, path -> writer: all of it is there afterwards, or nothing has changed.
 
     Raises:
         UserError: The folder above is missing or not writable, or the disk is full.
@@ -138,7 +144,7 @@ def save(
     check_writable(path)
     stored = dtype or model.dtype
     notes = notes or {}
-    writers: dict[Path, Callable[[Path], Any]] = {}
+    writers = dict(beside or {})
     if is_file_form(path):
         if tokenizer is not None:
             writers[tokenizer_folder(path)] = tokenizer.save_pretrained
@@ -154,7 +160,7 @@ def save(
         writers[path] = lambda target: _write_pt(content, target)
     else:
         writers[path] = lambda folder: _write_folder(folder, model, tokenizer, plan, notes, stored)
-    write_whole(writers)
+    write_whole(writers, tokenizer_folder(path) if is_file_form(path) else None)
 
 
 def check_writable(path: str | Path) -> None:
@@ -179,6 +185,9 @@ def _check_replaceable(path: Path) -> None:
     if is_file_form(path):
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is a folder; expected the name of a .pt file")
+        folder = tokenizer_folder(path)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file, where the tokenizer of {path} goes; move it away, or choose another output path")
     elif path.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"{str(path)!r}: is the folder you are in, or one above it; expected the name of a .pt file or of a new folder")
     elif path.exists() and not path.is_dir():
@@ -241,10 +250,11 @@ def _load_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / RECORD}: missing parts or damaged ({error!r}); delete it to load the model without its plan") from error
     try:
-        with quiet():
-            model, info = FAMILIES[config.model_type].from_pretrained(path, config=config, use_safetensors=True, output_loading_info=True)
+        model, info = _from_pretrained(path, config, str(path), use_safetensors=True)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: its weights are missing, truncated, corrupt or of another shape ({first_line(error)})") from error
+        raise UserError(
+            f"{path}: its weights are missing, truncated or corrupt ({first_line(error)}); copy it again or make it again with convert"
+        ) from error
     _nothing_lost([*info["missing_keys"], *info["unexpected_keys"]], str(path))
     return Checkpoint(model, None, plan, notes)
 
@@ -265,9 +275,16 @@ def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
         if close and close[0][:2].lower() == name[:2].lower():  # a donor may bring fields of its own, such as n_layers
             raise UserError(f"{where}: unknown field {name} in its config; did you mean {close[0]}?")
     try:
+        config = config_class.from_dict(fields)
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise ValueError(f"dtype: expected a type of torch such as bfloat16, got {config.dtype!r}")
+        _stored_names(config)
+    except CONFIG_FAULTS as error:
+        raise UserError(f"{where}: its config is damaged: {reason(error)}; copy it again or make it again with convert") from error
+    try:
         return config_class.from_dict(merged)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+    except CONFIG_FAULTS as error:
+        raise UserError(f"{where}: {reason(error)}") from error
 
 
 def build(config: Any, state: dict[str, torch.Tensor], where: str, dtype: torch.dtype | None = None) -> RecursiveLLM:
@@ -282,15 +299,29 @@ def build(config: Any, state: dict[str, torch.Tensor], where: str, dtype: torch.
         UserError: A shape that the configuration does not have, or a tensor outside the recursion that is missing.
     """
     dtype = dtype or next(iter(state.values())).dtype
-    family = FAMILIES[config.model_type]
     try:
-        with quiet():
-            model, info = family.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True)
+        model, info = _from_pretrained(None, config, where, state_dict=dict(state), dtype=dtype)
     except RuntimeError as error:
         raise UserError(f"{where}: {first_line(error)}") from error
     fresh = {name for name in info["missing_keys"] if name.startswith("model.recursion.")}
     _nothing_lost([*(set(info["missing_keys"]) - fresh), *info["unexpected_keys"]], where)
     return model.eval()
+
+
+def _from_pretrained(path: Path | None, config: Any, where: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """A model, and what transformers says of its tensors; one of another shape than the configuration's is an error that names it."""
+    with quiet():
+        model, info = FAMILIES[config.model_type].from_pretrained(
+            path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    if differ := sorted(info["mismatched_keys"]):
+        named = ", ".join(f"{name} (expected {[*wanted]}, got {[*found]})" for name, found, wanted in differ[:4])
+        rest = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise UserError(
+            f"{where}: the shapes of its tensors do not match its config: {named}{rest}; one of the two was changed: restore it, "
+            "or make the model again"
+        )
+    return model, info
 
 
 def _nothing_lost(names: list[str], where: str) -> None:
@@ -383,12 +414,13 @@ def model_card(model: RecursiveLLM, plan: ConversionPlan | None, notes: dict[str
     return "\n".join(["---", *front, "---", "", *lines]).rstrip() + "\n"
 
 
-def write_whole(writers: dict[Path, Callable[[Path], Any]]) -> None:
+def write_whole(writers: dict[Path, Callable[[Path], Any]], tokenizers: Path | None = None) -> None:
     """Write files and folders side by side in one folder, all or none.
 
     Args:
         writers: Path -> what writes it. Each writes on a fresh path (of a folder that exists, unless the name ends in .pt). When all have
             succeeded, the results are put in their places, in this order.
+        tokenizers: The folder among them that holds a tokenizer and nothing else of ours: there only a tokenizer's files are replaced.
 
     Raises:
         UserError: The disk is full, or the folder cannot be written; what was there is as it was.
@@ -404,7 +436,7 @@ def write_whole(writers: dict[Path, Callable[[Path], Any]]) -> None:
             write(target)
             _flush(target)
         for path in writers:
-            _put(aside / path.name, path)
+            _put(aside / path.name, path, _is_tokenizers if path == tokenizers else _is_written)
     except UserError:
         raise
     except Exception as error:  # safetensors and tokenizers report a full disk with errors of their own
@@ -428,7 +460,15 @@ def _flush(target: Path) -> None:
                 os.fsync(handle.fileno())
 
 
-def _put(new: Path, path: Path) -> None:
+def _is_written(entry: Path) -> bool:
+    return entry.suffix in _WRITTEN
+
+
+def _is_tokenizers(entry: Path) -> bool:
+    return entry.name in _TOKENIZER
+
+
+def _put(new: Path, path: Path, is_ours: Callable[[Path], bool]) -> None:
     """Rename into place. A folder that is there makes way first, and hands over what no save of ours would have written."""
     if not path.is_dir():
         new.rename(path)
@@ -441,7 +481,7 @@ def _put(new: Path, path: Path) -> None:
         old.rename(path)
         raise
     for entry in old.iterdir():
-        if (entry.is_dir() or entry.suffix not in _WRITTEN) and not (path / entry.name).exists():
+        if (entry.is_dir() or not is_ours(entry)) and not (path / entry.name).exists():
             entry.rename(path / entry.name)
 
 
@@ -454,4 +494,4 @@ def _disk_fault(error: Exception) -> str | None:
         if code is not None:
             return "the disk is full" if code in _FULL else os.strerror(code)
         cause = cause.__context__  # torch raises an error of its own while it closes the file
-    return None
+    return "the disk is full" if "inline_container" in str(error) else None  # torch's writer, when it was given a path

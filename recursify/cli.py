@@ -12,12 +12,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
 
+if TYPE_CHECKING:
+    from .training.settings import RunSettings
+
 Settings = TypeVar("Settings")
 Argv = Sequence[str] | None
+INTERRUPTED = 130  # the shell's status of a program that Ctrl-C ended
 
 
 def convert(argv: Argv = None) -> None:
@@ -36,21 +40,21 @@ def train(argv: Argv = None) -> None:
     """Fine-tune a recursive model."""
     from . import training
 
-    _command("train", training.TrainSettings, training.train, argv)
+    _train("train", training.TrainSettings, argv)
 
 
 def train_trm(argv: Argv = None) -> None:
     """Train a recursive block in a donor's embedding space."""
     from . import training
 
-    _command("train_trm", training.EmbeddingSettings, training.train, argv)
+    _train("train_trm", training.EmbeddingSettings, argv)
 
 
 def train_trm_hybrid(argv: Argv = None) -> None:
     """Train recursive layers between a donor's embeddings and its head."""
     from . import training
 
-    _command("train_trm_hybrid", training.HybridSettings, training.train, argv)
+    _train("train_trm_hybrid", training.HybridSettings, argv)
 
 
 def generate(argv: Argv = None) -> None:
@@ -120,6 +124,16 @@ def _overview() -> str:
     )
 
 
+def _train(name: str, settings_class: type[RunSettings], argv: Argv) -> None:
+    from . import training
+
+    def job(settings: RunSettings) -> None:
+        if training.train(settings).fit.interrupted:
+            sys.exit(INTERRUPTED)  # saved and resumable, but what follows in a script must not take it for finished
+
+    _command(name, settings_class, job, argv)
+
+
 def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:
     """Parse flags into settings and run the job; bad input ends with status 2 and one message.
 
@@ -139,7 +153,7 @@ def _command(name: str, settings_class: type[Settings], job: Callable[[Settings]
             raise
         _fail(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as in `recursify inspect X | head`
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -45,6 +45,7 @@ from transformers.utils import auto_docstring
 GAIN_MAX = 0.4
 INJECTIONS = ("anchored", "sum_norm")
 PREFIX = "recursive_"
+_FULL, _SLIDING = _KINDS = ("full_attention", "sliding_attention")
 
 _LAYERS = {"prelude_layers": 0, "L_layers": 1, "coda_layers": 0}  # name: least value
 _CYCLES = {"H_cycles": 0, "L_cycles": 0}
@@ -157,7 +158,11 @@ class RecursiveLLMConfig(_Mixed):
         self.num_hidden_layers, self.layer_types = count, types
         super().__post_init__(**kwargs)
         windowed = getattr(self, "sliding_window", None) is not None
-        self.block_types = self.layer_types or ["sliding_attention" if windowed else "full_attention"] * count
+        self.block_types = self.layer_types or [_SLIDING if windowed else _FULL] * count
+        if unknown := sorted({str(kind) for kind in self.block_types} - set(_KINDS)):
+            raise ValueError(f"block_types: expected {' or '.join(_KINDS)} for each layer, got {', '.join(unknown)}")
+        if _SLIDING in self.block_types and not windowed:
+            raise ValueError(f"block_types: {_SLIDING} needs a sliding_window, got None; give one, or use {_FULL}")
         self._derive()
         self._made = True
 
@@ -291,6 +296,7 @@ def from_donor(donor: PreTrainedConfig, indices: list[int], **recursion: Any) ->
 
 
 _GUIDE_FIELDS = {"num_heads": "num_attention_heads", "seq_len": "max_position_embeddings"}
+_GUIDE_WIDTHS = {"vocab_size", "hidden_size", "num_heads", "num_attention_heads", "num_key_value_heads", "seq_len"}
 _GUIDE_ONLY = {"batch_size", "pos_encodings", "expansion", "pretrained_model_name", *_GUIDE_FIELDS}
 
 
@@ -301,7 +307,7 @@ def from_guide(guide: dict[str, Any]) -> Any:
     guide's step 4, `int(i * N / K)`. `batch_size` bounds nothing here; `seq_len` is the number of positions where no donor says it.
 
     Raises:
-        ValueError: An unknown key, a width that is missing, or a `pos_encodings` other than `rope`.
+        ValueError: An unknown key, a width that is missing or out of range, or a `pos_encodings` other than `rope`.
     """
     given = dict(guide)
     config_class = family_config(given.pop("model_type", PREFIX + "qwen2"))
@@ -311,9 +317,13 @@ def from_guide(guide: dict[str, Any]) -> Any:
     if given.pop("pos_encodings", "rope") != "rope":
         raise ValueError(f"pos_encodings: expected 'rope' (the donor's own rotary embedding), got {guide['pos_encodings']!r}")
     given.pop("batch_size", None)
+    _check_guide(guide)
     expansion, name = given.pop("expansion", None), given.pop("pretrained_model_name", None)
     fields = {_GUIDE_FIELDS.get(key, key): value for key, value in given.items()}
     if name is None:
+        needed = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_attention_heads": "num_heads"}
+        if missing := [guides for ours, guides in needed.items() if ours not in fields]:
+            raise ValueError(f"RecursiveLLM: without pretrained_model_name the dictionary needs {', '.join(missing)}")
         return config_class(**_guide_widths(fields, expansion))
     donor = AutoConfig.from_pretrained(name)
     shape = {key: value for key, value in fields.items() if key in RecursiveLLMConfig.__dataclass_fields__}
@@ -321,11 +331,22 @@ def from_guide(guide: dict[str, Any]) -> Any:
     return from_donor(donor, [int(i * donor.num_hidden_layers / count) for i in range(count)], **shape)
 
 
+def _check_guide(guide: dict[str, Any]) -> None:
+    """Raise a ValueError for a width of the guide's that is out of range, under the guide's own name for it."""
+    for name in _GUIDE_WIDTHS & set(guide):
+        value = guide[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    expansion = guide.get("expansion", 1)
+    if not isinstance(expansion, int | float) or isinstance(expansion, bool) or not 0 < expansion < float("inf"):
+        raise ValueError(f"expansion: expected a number above 0 (feed-forward width / hidden_size), got {expansion!r}")
+    size, heads = guide.get("hidden_size", 0), guide.get("num_heads", guide.get("num_attention_heads", 1))
+    if "head_dim" not in guide and size % heads:
+        raise ValueError(f"hidden_size: expected a multiple of num_heads = {heads}, got {size}")
+
+
 def _guide_widths(fields: dict[str, Any], expansion: float | None) -> dict[str, Any]:
     """The widths that the guide leaves open: feed-forward from `expansion`, one key/value head per head."""
-    missing = [name for name in ("vocab_size", "hidden_size", "num_attention_heads") if name not in fields]
-    if missing:
-        raise ValueError(f"RecursiveLLM: without pretrained_model_name the dictionary needs {', '.join(missing)}")
     widths = {"num_key_value_heads": fields["num_attention_heads"]}
     if expansion is not None:
         widths["intermediate_size"] = int(fields["hidden_size"] * expansion)

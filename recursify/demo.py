@@ -23,6 +23,7 @@ import transformers
 
 from . import checkpoint, conversion, evaluation, report
 from .data import DataSettings, load_documents, tokenize
+from .device import check_seed
 from .donor import open_donor
 from .errors import UserError
 from .generation import Sampling, generate_text, recursive_steps
@@ -58,6 +59,7 @@ def run(settings: DemoSettings) -> Path:
     Raises:
         UserError: The output folder cannot be made.
     """
+    check_seed(settings.seed)
     out, clock = Path(settings.output_dir), Clock()
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which device to work on. Floor 1."""
+"""Which device to work on, and from which seed. Floor 1."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def choose_device(name: str | None = None) -> torch.device:
         found = ", ".join(f"{kind} ({counts[kind]})" for kind in there)
         raise UserError(f"--device: expected one that this machine has, which are {found}; got {name!r}")
     return device
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises UserError for a seed that the random generators of torch, numpy or Python do not take; None is no seed."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f"--seed: expected 0 to {2**32 - 1}, got {seed}")

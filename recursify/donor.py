@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, has_file
 
-from .configuration_recursive_llm import CONFIGS, PREFIX
+from .configuration_recursive_llm import CONFIGS, PREFIX, from_donor
 from .errors import UserError
 
 FAMILIES = tuple(model_type.removeprefix(PREFIX) for model_type in CONFIGS)
@@ -35,6 +35,8 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Any of these holds a vocabulary. Without one, AutoTokenizer may make an empty tokenizer from config.json and say nothing.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# What transformers raises, in no order, when it builds from a configuration with a value that makes no sense.
+CONFIG_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Features that a donor's own forward or layers would lose in ours, by the field that switches them on.
@@ -150,10 +152,23 @@ def open_donor(name: str) -> Donor:
         hint = "it is a recursive model already" if already else "this model type is not supported"
         raise UserError(f"{name}: {hint} (config.json: model_type = {fields.get('model_type')!r}). {_SUPPORTED}")
     try:
-        return Donor(name, AutoConfig.from_pretrained(name))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{name}: config.json is not a valid {fields['model_type']} configuration: {text}") from error
+        config = AutoConfig.from_pretrained(name)
+        _check_builds(config)
+    except CONFIG_FAULTS as error:
+        raise UserError(
+            f"{name}: config.json is not a valid {fields['model_type']} configuration: {reason(error)}; download or copy it again"
+        ) from error
+    return Donor(name, config)
+
+
+def _check_builds(config: PreTrainedConfig) -> None:
+    """Raise what the donor's own class, or ours, raises over a damaged configuration. Without weights: on the meta device."""
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise ValueError(f"dtype: expected a type of torch such as bfloat16, got {config.dtype!r}")
+    count = config.num_hidden_layers
+    from_donor(config, [*range(count)], L_layers=count)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -284,6 +299,12 @@ def _corrupt(name: str, file: str, error: Exception) -> UserError:
 def first_line(error: Exception) -> str:
     """What an error says, as far as it goes into a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason(error: Exception) -> str:
+    """All that an error over a configuration says, on one line; with its kind where it says no more than a name."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: {text}"
 
 
 def _short(value: Any) -> str:

@@ -173,6 +173,9 @@ def run(settings: EvaluateSettings) -> EvaluateReport:
     if any(H < 0 for H in settings.cycles):
         raise UserError(f"--cycles: expected whole numbers of at least 0, got {list(settings.cycles)}")
     model, tokenizer = load_any(settings.checkpoint, settings.tokenizer_path)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and settings.seq_len > positions:
+        raise UserError(f"--seq_len: expected at most {positions}, the positions that the model has, got {settings.seq_len}")
     own = model.config.H_cycles if isinstance(model, RecursiveLLM) else None
     cycles = settings.cycles or tuple(range(1, 2 * own + 1) if own else () if own is None else (0,))
     source = DataSettings(

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from . import checkpoint
-from .device import choose_device
+from .device import check_seed, choose_device
 from .errors import UserError
 
 # Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
@@ -72,6 +72,7 @@ class GenerateSettings:
         if self.prompt is not None:
             _check_prompt(self.prompt)
         self.sampling.check()
+        check_seed(self.seed)
         choose_device(self.device)
 
     @property

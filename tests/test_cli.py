@@ -123,6 +123,17 @@ def test_evaluate_both_forms_and_the_donor(converted: Path, donor_folder: Path, 
     assert json.loads(theirs)["rows"][0]["layer_applications"] == 24
 
 
+def test_an_interrupted_training_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from recursify import training
+
+    for interrupted, status in ((True, 130), (False, 0)):
+        result = SimpleNamespace(fit=SimpleNamespace(interrupted=interrupted))
+        monkeypatch.setattr(training, "train", lambda settings, result=result: result)
+        assert call(capsys, "train", "--checkpoint", "m.pt")[0] == status
+
+
 def test_output_into_a_closed_pipe_is_no_error(converted: Path) -> None:
     argv = [sys.executable, "-m", "recursify", "inspect", "--checkpoint", str(converted)]
     piped = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -106,6 +106,13 @@ def test_settings_out_of_range(wrong: dict[str, Any], message: str) -> None:
         run(EvaluateSettings(checkpoint="x.pt", **wrong))
 
 
+def test_windows_longer_than_the_positions(donor_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("The ship crosses the river . " * 300)
+    settings = EvaluateSettings(checkpoint=str(donor_folder), dataset_name=str(tmp_path / "t.txt"), seq_len=513)
+    with pytest.raises(UserError, match="--seq_len: expected at most 512"):
+        run(settings)
+
+
 def test_a_donor_that_is_refused_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "final_logit_softcapping": 30.0}))
     with pytest.raises(UserError, match="soft-capping"):

@@ -28,6 +28,7 @@ from recursify.objective import SCHEDULES
 from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train
 from recursify.training.trainer import (
     BEST,
+    RecursiveTrainer,
     Supervised,
     learning_rate_factor,
     parameter_groups,
@@ -376,6 +377,36 @@ def test_gains_of_zero_are_pointed_out(files: TrainSettings, corner: Path, capsy
         return "All gains are 0" in capsys.readouterr().err
 
     assert told(0.0) and not told(0.1)
+
+
+def test_a_disk_that_fills_while_the_state_is_saved_leaves_no_half_checkpoint(
+    files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, folder: str) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(RecursiveTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        train(replace(files, save_every=2, output_dir=str(tmp_path / "run")))
+    assert not list((tmp_path / "run").glob("checkpoint_step*"))
+
+
+def test_a_refused_run_makes_no_folder(files: TrainSettings, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="nope"):
+        train(replace(files, dataset_name=str(data), text_column="nope", output_dir=str(tmp_path / "never" / "made")))
+    assert not (tmp_path / "never").exists()
+
+
+def test_resume_passes_over_a_truncated_checkpoint(files: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = replace(files, save_every=2, max_steps=4, output_dir=str(tmp_path / "run"))
+    train(run)
+    newest = tmp_path / "run" / "checkpoint_step_4.pt"
+    newest.write_bytes(newest.read_bytes()[:-500])
+    capsys.readouterr()
+    train(replace(run, max_steps=6, resume=True))
+    assert f"Resuming from {tmp_path / 'run' / 'checkpoint_step_2.pt'}" in capsys.readouterr().err
 
 
 def test_short_runs_warm_up_for_a_tenth(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:

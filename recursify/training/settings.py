@@ -10,12 +10,13 @@ Floor 3.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..conversion import LoopSettings
-from ..device import choose_device
+from ..device import check_seed, choose_device
 from ..errors import UserError
 from ..objective import SCHEDULES
 
@@ -106,7 +107,7 @@ class RunSettings:
         for name in ("eval_batch_size", "max_steps"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "deep_supervision_weight", "generate_every", "save_every", "seed"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "deep_supervision_weight", "generate_every", "save_every"):
             _at_least(name, getattr(self, name), 0)
         for name in ("lr", "gain_lr"):
             value = getattr(self, name)
@@ -119,9 +120,9 @@ class RunSettings:
             raise UserError(f"--deep_supervision_schedule: expected one of {known}, got {self.deep_supervision_schedule!r}")
         if self.generate_every and not self.generation_prompt.strip():
             raise UserError("--generation_prompt: expected some text to continue, got none; --generate_every 0 prints no samples")
+        check_seed(self.seed)
         choose_device(self.device)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--output_dir: expected a folder, got {self.output_dir}, which is a file")
+        _check_folder(self.folder)
 
     def validate_model(self, config: Any) -> None:
         """Check what depends on the model.
@@ -230,6 +231,15 @@ class HybridSettings(DonorSettings):
     @property
     def starts_fresh(self) -> bool:
         return self.fresh_loop
+
+
+def _check_folder(folder: Path) -> None:
+    """Whether a run could write into a folder that may not be there yet."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"--output_dir: expected a folder, got {folder}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--output_dir: {folder} cannot be written: {there} is not writable; choose another")
 
 
 def _at_least(name: str, value: float, least: int) -> None:

@@ -23,10 +23,11 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +103,8 @@ class Saver:
     plan: ConversionPlan | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, path: Path, model: Any, **notes: Any) -> Path:
-        checkpoint.save(path, model, self.tokenizer, self.plan, {**self.notes, "training": notes}, dtype=self.dtype)
+    def save(self, path: Path, model: Any, beside: Mapping[Path, Callable[[Path], Any]] | None = None, **notes: Any) -> Path:
+        checkpoint.save(path, model, self.tokenizer, self.plan, {**self.notes, "training": notes}, dtype=self.dtype, beside=beside)
         return path
 
 
@@ -279,8 +280,8 @@ class RecursiveTrainer(Trainer):
             return
         path = self.saver.folder / f"checkpoint_step_{self.state.global_step}.pt"
         shutil.rmtree(state_folder(path), ignore_errors=True)  # an earlier run's, which does not belong to these weights
-        self.saver.save(path, self.model.model, step=self.state.global_step, epoch=self.state.epoch)
-        checkpoint.write_whole({state_folder(path): self._write_state})
+        state = {state_folder(path): self._write_state}
+        self.saver.save(path, self.model.model, state, step=self.state.global_step, epoch=self.state.epoch)
         for old in resume_points(self.saver.folder)[KEPT_STATES:]:
             shutil.rmtree(state_folder(old), ignore_errors=True)
 
@@ -384,7 +385,6 @@ def train(settings: RunSettings) -> TrainResult:
     tokenizer = checkpoint.need_tokenizer(found, point or settings.source)
     settings.validate_model(found.model.config)
     _check_tokenizer(found.model, tokenizer)
-    _make_folder(settings.folder)
 
     documents = load_documents(
         DataSettings(dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name, text_column=settings.text_column)
@@ -405,6 +405,7 @@ def train(settings: RunSettings) -> TrainResult:
 
     if best.exists() and point is None:
         _announce(f"{best} is there already: the best model of this run replaces it; another --output_dir keeps both")
+    _make_folder(settings.folder)
     saver = Saver(settings.folder, tokenizer, found.model.dtype, found.plan, {**found.notes, "approach": settings.approach})
     result = fit(found.model, tokenizer, train_blocks, eval_blocks, settings, saver=saver, resume_from=point)
     if result.interrupted:
@@ -487,8 +488,11 @@ def state_folder(path: Path) -> Path:
 
 
 def resume_points(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, the one that was written last first: an earlier run may have left a higher step behind."""
-    paths = [path for path in folder.glob("checkpoint_step_*.pt") if (state_folder(path) / RUN).is_file()]
+    """The whole checkpoints in a folder, the one that was written last first: an earlier run may have left a higher step behind.
+
+    A .pt is a zip archive, whose list of contents stands at its end: a truncated one is none.
+    """
+    paths = [path for path in folder.glob("checkpoint_step_*.pt") if (state_folder(path) / RUN).is_file() and is_zipfile(path)]
     return sorted(paths, key=lambda path: _read_json(state_folder(path) / RUN)["saved_at"], reverse=True)
 
 
