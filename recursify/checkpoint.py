@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -250,8 +250,10 @@ def _load_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / RECORD}: missing parts or damaged ({error!r}); delete it to load the model without its plan") from error
     try:
-        model, info = _from_pretrained(path, config, str(path), use_safetensors=True)
+        with quiet():
+            model, info = FAMILIES[config.model_type].from_pretrained(path, config=config, use_safetensors=True, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError) as error:
+        _check_shapes(config, _shapes_in(path), str(path))
         raise UserError(
             f"{path}: its weights are missing, truncated or corrupt ({first_line(error)}); copy it again or make it again with convert"
         ) from error
@@ -299,29 +301,38 @@ def build(config: Any, state: dict[str, torch.Tensor], where: str, dtype: torch.
         UserError: A shape that the configuration does not have, or a tensor outside the recursion that is missing.
     """
     dtype = dtype or next(iter(state.values())).dtype
+    family = FAMILIES[config.model_type]
     try:
-        model, info = _from_pretrained(None, config, where, state_dict=dict(state), dtype=dtype)
+        with quiet():
+            model, info = family.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True)
     except RuntimeError as error:
+        _check_shapes(config, {name: [*tensor.shape] for name, tensor in state.items()}, where)
         raise UserError(f"{where}: {first_line(error)}") from error
     fresh = {name for name in info["missing_keys"] if name.startswith("model.recursion.")}
     _nothing_lost([*(set(info["missing_keys"]) - fresh), *info["unexpected_keys"]], where)
     return model.eval()
 
 
-def _from_pretrained(path: Path | None, config: Any, where: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """A model, and what transformers says of its tensors; one of another shape than the configuration's is an error that names it."""
-    with quiet():
-        model, info = FAMILIES[config.model_type].from_pretrained(
-            path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-    if differ := sorted(info["mismatched_keys"]):
-        named = ", ".join(f"{name} (expected {[*wanted]}, got {[*found]})" for name, found, wanted in differ[:4])
-        rest = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+def _check_shapes(config: Any, found: dict[str, list[int]], where: str) -> None:
+    """Raise a UserError that names tensors of another shape than the configuration's, where there are any."""
+    with torch.device("meta"):
+        wanted = {name: [*tensor.shape] for name, tensor in FAMILIES[config.model_type](config).state_dict().items()}
+    differ = [f"{name} (expected {wanted[name]}, got {shape})" for name, shape in found.items() if wanted.get(name, shape) != shape]
+    if differ:
+        rest = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise UserError(
-            f"{where}: the shapes of its tensors do not match its config: {named}{rest}; one of the two was changed: restore it, "
-            "or make the model again"
+            f"{where}: shape mismatch between its config and its tensors: {', '.join(differ[:3])}{rest}; "
+            "one of the two was changed: restore it, or make the model again"
         )
-    return model, info
+
+
+def _shapes_in(folder: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape, from the headers of the safetensors files that can be read."""
+    found: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as handle:
+            found |= {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 - a handle, not a dict
+    return found
 
 
 def _nothing_lost(names: list[str], where: str) -> None:
@@ -361,6 +372,7 @@ def _stored_state(model: RecursiveLLM, dtype: torch.dtype) -> dict[str, torch.Te
 
 def _config_dict(model: RecursiveLLM, dtype: torch.dtype) -> dict[str, Any]:
     fields = json.loads(model.config.to_json_string(use_diff=False))  # JSON types, whatever the configuration holds
+    fields.pop("_name_or_path", None)  # where it was loaded from, which is nobody's business elsewhere
     return {**fields, "dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
 
 

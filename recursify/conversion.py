@@ -357,7 +357,9 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
         return _dry_run(donor, settings, say, start)
     tokenizer = load_tokenizer(settings.tokenizer_path or donor.name)
     plan = resolve_plan(donor, settings, say)
-    recursive_config(donor, plan, settings)  # for its errors, before anything is said or read
+    # for their errors, before anything is said
+    recursive_config(donor, plan, settings)
+    donor.tensor_names  # noqa: B018
     c = donor.config
     family = "Qwen" if c.model_type.startswith("qwen") else type(c).__name__.removesuffix("Config")
     say(f"✓ Loaded {family} model: hidden_size={c.hidden_size}, num_layers={c.num_hidden_layers}, vocab_size={c.vocab_size}")

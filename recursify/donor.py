@@ -6,6 +6,7 @@ from safetensors, and only files that hold a wanted tensor are fetched or opened
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -168,7 +169,7 @@ def _check_builds(config: PreTrainedConfig) -> None:
     count = config.num_hidden_layers
     from_donor(config, [*range(count)], L_layers=count)
     with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config)
+        AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it writes into what it is given
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -194,7 +194,21 @@ def test_derived_fields_that_lie_are_recomputed(form: str, model: RecursiveLLM, 
         ({"L_layers": 2}, "block_types: expected one entry for each of the 5 layers of the plan, got 6"),
         ({"L_layers": 2, "block_types": None}, "(missing or left over|left over|does not match)"),
         ({"coda_layers": 2, "block_types": None}, "missing"),
-        ({"hidden_size": 64, "intermediate_size": 32}, "(shape|mismatch)"),
+        (
+            {"hidden_size": 64},
+            r"shape mismatch between .*embed_tokens.weight \(expected \[384, 64\], got \[384, 32\]\).* more; .* restore it",
+        ),
+        ({"vocab_size": 400}, r"shape mismatch between .*embed_tokens.weight \(expected \[400, 32\], got \[384, 32\]\).* restore it"),
+        ({"num_attention_heads": 8, "head_dim": 8}, r"shape mismatch between .*q_proj.weight \(expected \[64, 32\], got \[32, 32\]\)"),
+        ({"dtype": "bogus"}, "its config is damaged: .*bogus.*; copy it again or make it again with convert"),
+        ({"num_attention_heads": 0}, "its config is damaged: ZeroDivisionError: .*; copy it again"),
+        ({"hidden_act": "zzz"}, "its config is damaged: KeyError: 'zzz'; copy it again"),
+        ({"physical_layers": 6}, "its config is damaged: .*physical_layers.* no setter"),
+        ({"block_types": ["foo"] * 6}, "its config is damaged: block_types: expected full_attention or sliding_attention .*, got foo"),
+        (
+            {"block_types": ["sliding_attention"] * 6, "sliding_window": None},
+            "its config is damaged: block_types: sliding_attention needs a sliding_window, got None; give one",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit(form: str, changes: dict[str, Any], message: str, saved: Path) -> None:
@@ -303,7 +317,9 @@ def test_places_without_a_checkpoint(saved: Path, tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "donor")
     weights = saved / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(UserError, match=r"model: its weights are missing, truncated, corrupt or of another shape \(.+\)"):
+    with pytest.raises(
+        UserError, match=r"model: its weights are missing, truncated or corrupt \(.+\); copy it again or make it again with convert"
+    ):
         checkpoint.load(saved / "model")
     weights.unlink()
     with pytest.raises(UserError, match=r"model: its weights are missing"):
@@ -365,6 +381,16 @@ def test_what_others_keep_in_a_folder_of_ours_stays(model: RecursiveLLM, saved: 
     checkpoint.load(folder)
 
 
+def test_beside_a_file_only_a_tokenizers_files_are_replaced(model: RecursiveLLM, saved: Path) -> None:
+    folder = saved / "model_tokenizer"
+    for name in ("notes.json", "README.md", "script.py", "chat_template.jinja"):
+        (folder / name).write_text("mine")
+    checkpoint.save(saved / "model.pt", model, make_tiny_tokenizer(), None)
+    assert all((folder / name).read_text() == "mine" for name in ("notes.json", "README.md", "script.py"))
+    assert not (folder / "chat_template.jinja").exists()  # of another tokenizer: it would be read with the new one
+    assert checkpoint.load(saved / "model.pt").tokenizer("the old ship")["input_ids"]
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("limit", [500, 64_000])
 def test_a_full_disk_changes_nothing(form: str, limit: int, model: RecursiveLLM, saved: Path) -> None:
@@ -417,6 +443,7 @@ def test_output_paths_that_cannot_be(model: RecursiveLLM, saved: Path, tmp_path:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder.pt").mkdir()
     (tmp_path / "full").mkdir()
+    (tmp_path / "taken_tokenizer").write_text("mine")
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=2)
     before = listing(tmp_path)
@@ -426,6 +453,7 @@ def test_output_paths_that_cannot_be(model: RecursiveLLM, saved: Path, tmp_path:
         "file/x.pt": "the folder .*/file does not exist",
         "folder.pt": "folder.pt: is a folder; expected the name of a .pt file",
         "file": "file: is a file; expected a new folder, or a name that ends in .pt",
+        "taken.pt": "taken_tokenizer: is a file, where the tokenizer of taken.pt goes; move it away, or choose another output path",
         "full": "full: is a folder with other things in it; expected a new or empty one, or one that holds a recursive model",
         "donor": "donor: is a folder with other things in it",
         "": "is the folder you are in, or one above it",

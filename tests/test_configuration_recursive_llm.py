@@ -73,6 +73,8 @@ def test_copies_at_other_depths_leave_the_original_alone() -> None:
         ({"gain_init": -0.1}, "gain: expected 0 <= gain < 0.4"),
         ({"gain_init": float("nan")}, "gain: expected 0 <= gain < 0.4"),
         ({"block_types": ["full_attention"] * 3}, "block_types: expected one entry for each of the 4 layers of the plan, got 3"),
+        ({"block_types": ["foo"] * 4}, "block_types: expected full_attention or sliding_attention for each layer, got foo"),
+        ({"block_types": ["sliding_attention"] * 4}, "block_types: sliding_attention needs a sliding_window, got None; give one"),
         ({"model_type": "recursive_gpt2"}, "model_type: expected one of recursive_qwen2, .*, got 'recursive_gpt2'"),
     ],
 )
@@ -138,8 +140,26 @@ def test_the_guides_dictionary() -> None:
         from_guide(guide | {"H_cycle": 3, "colour": "red"})
     with pytest.raises(ValueError, match=r"pos_encodings: expected 'rope'.*, got 'learned'"):
         from_guide(guide | {"pos_encodings": "learned"})
-    with pytest.raises(ValueError, match="without pretrained_model_name the dictionary needs vocab_size, num_attention_heads"):
+    with pytest.raises(ValueError, match="without pretrained_model_name the dictionary needs vocab_size, num_heads"):
         from_guide({"hidden_size": 32, "H_cycles": 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expansion": 0}, "^expansion: expected a number above 0 .*, got 0"),
+        ({"expansion": -1.5}, "^expansion: expected a number above 0 .*, got -1.5"),
+        ({"num_heads": 0}, "^num_heads: expected a whole number of at least 1, got 0"),
+        ({"num_heads": "4"}, "^num_heads: expected a whole number of at least 1, got '4'"),
+        ({"vocab_size": 0}, "^vocab_size: expected a whole number of at least 1, got 0"),
+        ({"seq_len": 0}, "^seq_len: expected a whole number of at least 1, got 0"),
+        ({"hidden_size": 33}, "^hidden_size: expected a multiple of num_heads = 4, got 33"),
+    ],
+)
+def test_the_guides_widths_out_of_range_are_named_as_the_guide_names_them(fields: dict[str, Any], message: str) -> None:
+    guide = {"seq_len": 64, "vocab_size": 384, "hidden_size": 32, "expansion": 4.0, "num_heads": 4}
+    with pytest.raises(ValueError, match=message):
+        from_guide(guide | fields)
 
 
 def test_the_guides_dictionary_with_a_donor_takes_its_layers_by_stride(donor_folder: Path) -> None:

@@ -143,6 +143,30 @@ def test_a_damaged_config(content: str, message: str, broken: Path) -> None:
         open_donor(str(broken))
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
+        ({"rope_parameters": {"rope_type": "bogus", "rope_theta": 1e4}}, ".*bogus"),
+        ({"rope_parameters": {"rope_type": "bogus"}}, ".*"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError: .*"),
+        ({"dtype": "bogus"}, ".*bogus"),
+        ({"layer_types": ["chunked_attention"] * 8}, "block_types: expected full_attention or sliding_attention .*, got chunked"),
+    ],
+)
+def test_a_config_from_which_no_model_can_be_built(fields: dict[str, Any], reason: str, broken: Path) -> None:
+    (broken / "config.json").write_text(json.dumps({**json.loads((broken / "config.json").read_text()), **fields}))
+    with pytest.raises(UserError, match=rf"broken: config.json is not a valid qwen2 configuration: {reason}.*; download or copy it again"):
+        open_donor(str(broken))
+
+
+def test_a_donor_tensor_of_another_shape_is_named(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.ones(7)}, broken / "model.safetensors")
+    with pytest.raises(UserError, match=r"broken: shape mismatch .*: model.norm.weight \(expected \[32\], got \[7\]\); one of the two"):
+        convert(str(broken))
+
+
 def test_places_without_a_donor(eight: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"/missing': no such folder; give a folder with config.json and \*.safetensors, or a hub id such as"
@@ -193,7 +217,7 @@ def test_corrupt_weights(broken: Path) -> None:
 def test_weights_of_another_shape_than_the_config_says(broken: Path) -> None:
     fields = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**fields, "intermediate_size": 96}))
-    with pytest.raises(UserError, match=r"broken: .*mismatch"):
+    with pytest.raises(UserError, match=r"broken: .*mismatch .*mlp.down_proj.weight \(expected \[32, 96\], got \[32, 64\]\)"):
         convert(str(broken))
 
 
