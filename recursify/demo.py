@@ -31,6 +31,7 @@ from .training import FitResult, TrainSettings, fit
 
 DEPTHS = (1, 2, 3, 4, 5)
 RECURSIVE, TUNED, AS_IS = "recursive", "donor fine-tuned", "donor as is"
+START_GAIN = 0.15  # the largest, in steps of 0.05, that costs this donor at most 0.02 nats at 3 cycles before training
 PROMPT = "The statement is executed"
 SENTENCE_TOKENS = 24
 HELD_OUT_EVERY = 6  # topics: more than the usual share, for an error bar that shows something
@@ -66,7 +67,7 @@ def run(settings: DemoSettings) -> Path:
     except OSError as error:
         raise UserError(f"--output_dir: {out} cannot be made ({error.strerror}); name another folder") from error
     convert = conversion.ConvertSettings(
-        qwen_model=str(donor_folder()), keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1, gain=0.2,
+        qwen_model=str(donor_folder()), keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1, gain=START_GAIN,
         output_path=str(out / "recursive_init.pt"),
     )  # fmt: skip
     with clock.stage("convert"):

@@ -42,6 +42,26 @@ def test_the_numbers_in_the_page_can_be_measured_again(out: Path) -> None:
         assert min(abs(number - row.loss) for number in shown) < 0.02
 
 
+@pytest.mark.slow
+def test_the_start_gain_costs_little(out: Path) -> None:
+    """As `START_GAIN` says; with the next step up it costs more, so the choice is not idle."""
+    from recursify import convert
+    from recursify.data import DataSettings, load_documents, tokenize
+    from recursify.donor import load_tokenizer
+    from recursify.evaluation import measure
+
+    donor = str(demo.donor_folder())
+    held = load_documents(DataSettings(dataset_name=str(out / "language_reference"))).validation
+    blocks = tokenize(held, load_tokenizer(donor), 128).select(range(40))
+
+    def cost(gain: float) -> float:
+        model = convert(donor, L_layers=2, keep_donor=True, H_cycles=3, L_cycles=1, gain=gain).float()
+        deep, plain = measure(model, blocks, (3, 0))
+        return deep.loss - plain.loss
+
+    assert cost(demo.START_GAIN) <= 0.02 < cost(demo.START_GAIN + 0.05)
+
+
 def test_the_donor_that_ships_is_small_and_says_how_it_was_made() -> None:
     folder = demo.donor_folder()
     assert (folder / "model.safetensors").stat().st_size <= 8_000_000

@@ -237,7 +237,7 @@ def _check_folder(folder: Path) -> None:
     """Whether a run could write into a folder that may not be there yet."""
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not there.is_dir():
-        raise UserError(f"--output_dir: expected a folder, got {folder}: {there} is a file")
+        raise UserError(f"--output_dir: expected a folder, got {there}, which is a file")
     if not os.access(there, os.W_OK):
         raise UserError(f"--output_dir: {folder} cannot be written: {there} is not writable; choose another")
 
