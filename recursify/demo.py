@@ -27,7 +27,9 @@ from .device import check_seed
 from .donor import open_donor
 from .errors import UserError
 from .generation import Sampling, generate_text, recursive_steps
+from .plan import ConversionPlan
 from .training import FitResult, TrainSettings, fit
+from .training.trainer import BEST
 
 DEPTHS = (1, 2, 3, 4, 5)
 RECURSIVE, TUNED, AS_IS = "recursive", "donor fine-tuned", "donor as is"
@@ -96,10 +98,37 @@ def run(settings: DemoSettings) -> Path:
         samples = write_samples(model, donor, tokenizer, settings.seed)
         sentence = guess_sentence(model, tokenizer, first_sentence(documents.validation["text"]))
 
-    plan, config = found.plan, model.config
+    page = make_page(
+        found.plan, model, donor, data=(len(held) * train.seq_len, as_is), runs=(fitted, tuned), losses=(losses, tuned_losses),
+        sentence=sentence, samples=samples, stages=tuple(report.Stage(name=name, seconds=seconds) for name, seconds in clock.stages),
+        commands=commands(convert, train, out),
+    )  # fmt: skip
+    path = report.write(page, out / "report.html")
+    print_summary(page, path, clock)
+    return path
+
+
+def make_page(
+    plan: ConversionPlan | None,
+    model: Any,
+    donor: Any,
+    *,
+    data: tuple[int, evaluation.DepthLoss],
+    runs: tuple[FitResult, FitResult],
+    losses: tuple[torch.Tensor, torch.Tensor],
+    **rest: Any,
+) -> report.DemoReport:
+    """What was measured, in the words of the report.
+
+    Args:
+        data: Validation tokens, and the donor's loss on them before any training.
+        runs: The two fine-tunings, of the recursive model and of the donor.
+        losses: Of both afterwards, `[depths, windows]` and `[1, windows]`.
+        rest: Fields of the report that are passed on.
+    """
     assert plan is not None
-    tuned_point, trained_row = evaluation.summarise(donor, tuned_losses)[0], losses[DEPTHS.index(config.H_cycles)]
-    page = report.DemoReport(
+    (validation_tokens, as_is), (fitted, tuned), (ours, theirs), config = data, runs, losses, model.config
+    return report.DemoReport(
         donor=report.Donor(name="recursify's demo donor", parameters=sum(p.numel() for p in donor.parameters()), layers=plan.donor_layers),
         architecture=report.Architecture(
             prelude=plan.prelude, loop=plan.loop, coda=plan.coda, H_cycles=config.H_cycles, L_cycles=config.L_cycles,
@@ -107,26 +136,20 @@ def run(settings: DemoSettings) -> Path:
         ),
         data=f"the language reference of Python {platform.python_version()} (pydoc_data.topics)",
         train_tokens=fitted.tokens,
-        validation_tokens=len(held) * train.seq_len,
+        validation_tokens=validation_tokens,
         curves=(curve(RECURSIVE, fitted), curve(TUNED, tuned)),
         depths=tuple(
             report.DepthPoint(H_cycles=H, loss=d.loss, layer_applications=d.layer_applications, standard_error=d.standard_error)
-            for H, d in zip(DEPTHS, evaluation.summarise(model, losses, DEPTHS), strict=True)
+            for H, d in zip(DEPTHS, evaluation.summarise(model, ours, DEPTHS), strict=True)
         ),
         donor_as_is=baseline(AS_IS, as_is),
-        donor_tuned=baseline(TUNED, tuned_point),
-        difference_error=evaluation.standard_error(trained_row - tuned_losses[0]),
-        sentence=sentence,
-        samples=samples,
+        donor_tuned=baseline(TUNED, evaluation.summarise(donor, theirs)[0]),
+        difference_error=evaluation.standard_error(ours[DEPTHS.index(config.H_cycles)] - theirs[0]),
         machine=machine(),
         versions=versions(),
-        stages=tuple(report.Stage(name=name, seconds=seconds) for name, seconds in clock.stages),
-        commands=commands(convert, train, out),
         model_name=RECURSIVE,
+        **rest,
     )  # fmt: skip
-    path = report.write(page, out / "report.html")
-    print_summary(page, path, clock)
-    return path
 
 
 class Clock:
@@ -232,8 +255,8 @@ def commands(convert: conversion.ConvertSettings, train: TrainSettings, out: Pat
         f"recursify train --checkpoint {train.checkpoint} --dataset_name {train.dataset_name} --seq_len {train.seq_len} "
         f"--batch_size {train.batch_size} --max_steps {train.max_steps} --lr {train.lr} --gain_lr {train.gain_lr} "
         f"--warmup_steps {train.warmup_steps} --enable_deep_supervision --seed {train.seed} --output_dir {out}",
-        f"recursify evaluate --checkpoint {out / 'recursive.pt'} --dataset_name {train.dataset_name} --cycles {' '.join(map(str, DEPTHS))}",
-        f'recursify generate --checkpoint {out / "recursive.pt"} --prompt "{PROMPT}" --H_cycles 5 --show_recursive_steps',
+        f"recursify evaluate --checkpoint {out / BEST} --dataset_name {train.dataset_name} --cycles {' '.join(map(str, DEPTHS))}",
+        f'recursify generate --checkpoint {out / BEST} --prompt "{PROMPT}" --H_cycles 5 --show_recursive_steps',
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from recursify import checkpoint, demo
+from recursify import checkpoint, cli, demo
 from recursify.donor import open_donor
 from recursify.errors import UserError
 
@@ -40,6 +42,16 @@ def test_the_numbers_in_the_page_can_be_measured_again(out: Path) -> None:
     for row in run(settings).rows:
         shown = [float(number) for number in re.findall(r"\b\d\.\d{4}\b", page)]
         assert min(abs(number - row.loss) for number in shown) < 0.02
+
+
+@pytest.mark.slow
+def test_the_commands_in_the_page_do_the_same_one_by_one(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    shown = re.findall(r"recursify (?:convert|train|evaluate|generate) --[^<\n]*", page)
+    assert [line.split()[1] for line in shown] == ["convert", "train", "evaluate", "generate"]
+    for line in shown:
+        cli.main(shlex.split(line)[1:])
+    assert capsys.readouterr().out.count("✓ New best model saved") == 1
 
 
 @pytest.mark.slow
