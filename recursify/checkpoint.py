@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import filecmp
 import json
 import os
 import pickle
@@ -135,7 +136,8 @@ def save(
 
     Args:
         dtype: Type of the stored weights; the model's own where None.
-        beside: What else to write, path -> writer: all of it is there afterwards, or nothing has changed.
+        beside: What else to write, path -> writer: all of it is there afterwards, or nothing has changed. It gets its places last, so
+            that a kill leaves none of it beside weights to which it does not belong.
 
     Raises:
         UserError: The folder above is missing or not writable, or the disk is full.
@@ -144,7 +146,7 @@ def save(
     check_writable(path)
     stored = dtype or model.dtype
     notes = notes or {}
-    writers = dict(beside or {})
+    writers: dict[Path, Callable[[Path], Any]] = {}
     if is_file_form(path):
         if tokenizer is not None:
             writers[tokenizer_folder(path)] = tokenizer.save_pretrained
@@ -160,7 +162,7 @@ def save(
         writers[path] = lambda target: _write_pt(content, target)
     else:
         writers[path] = lambda folder: _write_folder(folder, model, tokenizer, plan, notes, stored)
-    write_whole(writers, tokenizer_folder(path) if is_file_form(path) else None)
+    write_whole(writers | dict(beside or {}), tokenizer_folder(path) if is_file_form(path) else None)
 
 
 def check_writable(path: str | Path) -> None:
@@ -449,6 +451,7 @@ def write_whole(writers: dict[Path, Callable[[Path], Any]], tokenizers: Path | N
             _flush(target)
         for path in writers:
             _put(aside / path.name, path, _is_tokenizers if path == tokenizers else _is_written)
+        _sync(last.absolute().parent)
     except UserError:
         raise
     except Exception as error:  # safetensors and tokenizers report a full disk with errors of their own
@@ -466,10 +469,19 @@ def write_whole(writers: dict[Path, Callable[[Path], Any]], tokenizers: Path | N
 
 def _flush(target: Path) -> None:
     """To the disk, so that a power cut after the rename finds contents behind the name."""
-    for file in [target] if target.is_file() else target.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+    _sync(target)
+    if target.is_dir():
+        for entry in target.rglob("*"):
+            _sync(entry)
+
+
+def _sync(path: Path) -> None:
+    """A file's contents, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _is_written(entry: Path) -> bool:
@@ -481,9 +493,12 @@ def _is_tokenizers(entry: Path) -> bool:
 
 
 def _put(new: Path, path: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Rename into place. A folder that is there makes way first, and hands over what no save of ours would have written."""
+    """Rename into place. A folder that is there makes way first, and hands over what no save of ours would have written; one that has all
+    of the new one already stays, so that there is no moment without it."""
     if not path.is_dir():
         new.rename(path)
+        return
+    if _has_all_of(path, new, is_ours):
         return
     old = new.with_name(new.name + ".old")
     path.rename(old)
@@ -495,6 +510,13 @@ def _put(new: Path, path: Path, is_ours: Callable[[Path], bool]) -> None:
     for entry in old.iterdir():
         if (entry.is_dir() or not is_ours(entry)) and not (path / entry.name).exists():
             entry.rename(path / entry.name)
+
+
+def _has_all_of(path: Path, new: Path, is_ours: Callable[[Path], bool]) -> bool:
+    """Whether a folder of files holds the same ones as a new one, and of ours no others."""
+    names = [entry.name for entry in new.iterdir()]
+    extra = [entry for entry in path.iterdir() if entry.is_file() and is_ours(entry) and entry.name not in names]
+    return not extra and filecmp.cmpfiles(path, new, names, shallow=False)[0] == names
 
 
 def _disk_fault(error: Exception) -> str | None:
