@@ -1,16 +1,25 @@
-"""Text for training and evaluation: find it, split it into documents, cut it into blocks of token ids.
+"""Text for training and evaluation: find it, split it into documents, cut it into blocks of token ids, mix and pack those.
+
+    blocks = load_blocks(DataSettings(dataset_name="wikitext", mix=("book.txt=0.2",)), tokenizer, seq_len=128, seed=42)
+    blocks.train, blocks.validation                                 # column input_ids, 128 ids in every row
 
     documents = load_documents(DataSettings(dataset_name="wikitext"))
-    blocks = tokenize(documents.train, tokenizer, seq_len=128)      # column input_ids, 128 ids in every row
+    blocks = tokenize(documents.validation, tokenizer, seq_len=128)  # the same in two steps, for one data set
 
 Two steps and two plain tables: ``load_documents`` gives one document per row in a column ``text``, whatever the source;
 ``tokenize`` gives rows of exactly ``seq_len`` ids. The work between them is done by generators (``read_files``,
-``join_articles``, ``cut_blocks``) that see one document or one block at a time, so they serve a stream as well as a file.
-Tables lie on disk in the cache of ``datasets``, keyed by the contents they were made from.
+``join_articles``, ``encode_each``, ``cut_blocks``) that see one document or one block at a time, so they serve a stream as well.
+Tables lie on disk in the cache of ``datasets``, keyed by the contents they were made from: what was made once is not made again, and of
+several processes one makes it while the others wait. Mixing chooses rows of such tables by index and copies nothing.
 
-Units: lengths are token ids, except where characters are named.
+With ``streaming`` no table is made: documents are read, tokenised and cut while training asks for them, without end, and what lies in
+memory is one shuffle buffer. Every stream begins anew, and the same, each time that it is iterated over; that is how a run resumes.
 
-Floor 1. Uses errors.py.
+``separate`` tells the documents in a block apart again: positions that begin anew, and labels that do not cross a boundary.
+
+Units: lengths are token ids, except where characters are named; weights of a mixture count blocks.
+
+Floor 1. Uses errors.py and objective.py.
 """
 
 from __future__ import annotations
@@ -18,12 +27,16 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
+import os
 import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,13 +44,16 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, List, Value
+import torch
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 from datasets.fingerprint import Hasher
 from huggingface_hub.utils import httpx
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recursify.errors import UserError
+from recursify.objective import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +71,15 @@ DOCUMENTS_AT_ONCE = 64
 BLOCKS_AT_ONCE = 1000
 TEXT_AT_ONCE = 8 << 20  # bytes of text tokenized at once
 
+# Of a stream: blocks to validate on, and blocks held in memory, from among which the next ones are drawn.
+STREAM_VALIDATION_BLOCKS = 256
+STREAM_BUFFER_BLOCKS = 2048
+
 # 64-bit offsets: a batch of books may pass the 2 GiB that plain strings can hold.
 DOCUMENT_FEATURES = Features({"text": Value("large_string")})
+
+# Starts reading the documents of a stream from its beginning.
+Reader = Callable[[], Iterator[dict[str, str]]]
 
 
 @dataclass(kw_only=True)
@@ -72,6 +95,14 @@ class DataSettings:
     text_column: str = "text"
     """Column that holds the text (plain .txt files have none)."""
 
+    mix: tuple[str, ...] = ()
+    """More data sets to train on, each as NAME=WEIGHT: WEIGHT times as many blocks as dataset_name gives, repeated where there are
+    fewer. NAME is what dataset_name may be; dataset_config_name is not for these. Validation stays dataset_name's own alone."""
+
+    streaming: bool = False
+    """Read and tokenise the text while training on it, for data sets that are too large for the disk; needs max_steps. Validation is the
+    first 256 blocks of the data set's own validation split, or of its text, which training then leaves out."""
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -81,8 +112,74 @@ class Documents:
     validation: Dataset
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks to train on and to measure on: rows with one column ``input_ids``, all of one length.
+
+    Args:
+        train: A table, or a stream without end.
+        validation: A table.
+    """
+
+    train: Dataset | IterableDataset
+    validation: Dataset
+
+
+def load_blocks(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> Blocks:
+    """Find the data sets that the settings name, and give their blocks, mixed.
+
+    Tables: with n blocks of ``dataset_name``, a data set of weight w adds exactly round(w n), so that one pass over the mixture is one pass
+    over ``dataset_name``. A longer one gives a choice without repetition, a shorter one all its blocks as often as they fit and
+    a choice for the rest; ``seed`` decides. The mixture is in the order of the data sets: shuffle it.
+
+    Streams: the next block comes from a data set with a probability in proportion to its weight, through a shuffle buffer of 2,048 blocks.
+    The stream has no end; each data set begins anew after its last document. It is the same every time that it is iterated over, for one
+    seed and one epoch (``set_epoch``). A data loader's second worker would get nothing to do.
+
+    Validation is that of ``dataset_name``, as ``load_documents`` divides it; of a stream, its first 256 blocks, or, where it has no
+    validation split, the first 256 blocks of the text, whose documents are not trained on. What would be the validation part of
+    a mixed data set is not trained on, either. (A stream without such a split sets other documents aside than tables of the same text do.)
+
+    With more than one process in `torch.distributed`, all must call this, and the first makes the tables while the others wait. It must be
+    done before the process group's timeout.
+
+    Args:
+        tokenizer: Any with an ``eos_token``.
+        seq_len: Ids per block.
+        seed: 0 to 2^32 - 1.
+
+    Raises:
+        UserError: A bad entry of ``mix``, and all that ``load_documents`` and ``tokenize`` raise.
+    """
+    mixed = parse_mix(settings.mix)
+    check_blocks(tokenizer, seq_len)
+    others = [(replace(settings, dataset_name=name, dataset_config_name=None), weight) for name, weight in mixed]
+    with _bars_on_terminals_only():
+        make = _make_streams if settings.streaming else _make_tables
+        return make(settings, others, tokenizer, seq_len, seed)
+
+
+def parse_mix(entries: Iterable[str]) -> list[tuple[str, float]]:
+    """Names and weights of ``NAME=WEIGHT``; a name may hold a ``=``.
+
+    Raises:
+        UserError: An entry without a name or without a weight that is a positive number.
+    """
+    parsed = []
+    for entry in entries:
+        name, _, written = entry.rpartition("=")
+        try:
+            weight = float(written)
+        except ValueError:
+            weight = math.nan
+        if not name or not 0 < weight < math.inf:
+            raise UserError(f"--mix: expected NAME=WEIGHT with a weight above 0, such as book.txt=0.5, got {entry!r}")
+        parsed.append((name, weight))
+    return parsed
+
+
 def load_documents(settings: DataSettings) -> Documents:
-    """Find the data set that the settings name and give it as documents.
+    """Find the data set that ``dataset_name`` names and give it as documents, in tables.
 
     The validation documents are the data set's own (``validation``, ``valid``, ``val`` or ``dev``; in a folder, the files with such
     a word in their name). Where it has none, 5 % of the documents, at least one, are set aside by a fixed seed. A
@@ -117,6 +214,23 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: in
     Raises:
         UserError: If the tokenizer has no end-of-text token, ``seq_len`` is not positive, or the text is shorter than one block.
     """
+    check_blocks(tokenizer, seq_len)
+    with _bars_on_terminals_only():
+        encoded = documents.map(
+            encode, batched=True, batch_size=_batch_size(documents), remove_columns=documents.column_names, desc="Tokenizing",
+            fn_kwargs={"tokenizer": tokenizer}, features=Features({"input_ids": List(Value("int32"))}),
+            new_fingerprint=Hasher.hash([encode.__name__, documents._fingerprint, _identity(tokenizer)]),
+        )  # fmt: skip
+        features = _block_features(seq_len)
+        rows = encoded.with_format("numpy")
+        blocks = _table(cut_blocks, {"encoded": rows, "seq_len": seq_len}, features, [encoded._fingerprint, seq_len], BLOCKS_AT_ONCE)
+    if len(blocks) == 0:
+        raise _too_short(sum(len(ids) for ids in encoded["input_ids"]), len(documents), seq_len)
+    return blocks
+
+
+def check_blocks(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
+    """Raises UserError for a tokenizer without an end-of-text token, or a ``seq_len`` that is no length."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no eos_token, and documents must end in one: "
@@ -124,21 +238,17 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: in
         )
     if seq_len < 1:
         raise UserError(f"--seq_len is the number of tokens in a block and must be at least 1, not {seq_len}")
-    with _bars_on_terminals_only():
-        encoded = documents.map(
-            encode, batched=True, batch_size=_batch_size(documents), remove_columns=documents.column_names, desc="Tokenizing",
-            fn_kwargs={"tokenizer": tokenizer}, features=Features({"input_ids": List(Value("int32"))}),
-            new_fingerprint=Hasher.hash([encode.__name__, documents._fingerprint, _identity(tokenizer)]),
-        )  # fmt: skip
-        features = Features({"input_ids": List(Value("int32"), length=seq_len)})
-        blocks = _table(cut_blocks, {"encoded": encoded, "seq_len": seq_len}, features, [encoded._fingerprint, seq_len], BLOCKS_AT_ONCE)
-    if len(blocks) == 0:
-        tokens = sum(len(ids) for ids in encoded["input_ids"])
-        raise UserError(
-            f"the text is too short: {tokens} tokens in {len(documents)} document(s) do not fill one block of --seq_len {seq_len}; "
-            "give more text or a smaller --seq_len (the part set aside for validation is short, too)"
-        )
-    return blocks
+
+
+def _too_short(tokens: int, documents: int, seq_len: int) -> UserError:
+    return UserError(
+        f"the text is too short: {tokens} tokens in {documents} document(s) do not fill one block of --seq_len {seq_len}; "
+        "give more text or a smaller --seq_len (the part set aside for validation is short, too)"
+    )
+
+
+def _block_features(seq_len: int) -> Features:
+    return Features({"input_ids": List(Value("int32"), length=seq_len)})
 
 
 def _batch_size(documents: Dataset) -> int:
@@ -161,16 +271,171 @@ def encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> d
     return {"input_ids": [ids if ids and ids[-1] == eos else [*ids, eos] for ids in rows]}
 
 
-def cut_blocks(encoded: Dataset, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks of ``seq_len`` ids from the concatenation of all rows, holding one row and one unfinished block at a time."""
+def encode_each(documents: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, np.ndarray]]:
+    """The rows that ``encode`` would give for a table of these documents, tokenised a small batch at a time."""
+    texts: list[str] = []
+    size = 0
+    for document in documents:
+        texts.append(document["text"])
+        size += len(document["text"])
+        if len(texts) == DOCUMENTS_AT_ONCE or size >= TEXT_AT_ONCE:
+            yield from _encoded_rows(texts, tokenizer)
+            texts, size = [], 0
+    yield from _encoded_rows(texts, tokenizer)
+
+
+def _encoded_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, np.ndarray]]:
+    for ids in encode({"text": texts}, tokenizer)["input_ids"] if texts else []:
+        yield {"input_ids": np.asarray(ids, np.int32)}
+
+
+def cut_blocks(encoded: Iterable[Any], seq_len: int) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks of ``seq_len`` ids from the concatenation of all rows (arrays), holding one row and one unfinished block at a time."""
     rest = np.empty(0, np.int32)
-    row: Any
-    for row in encoded.with_format("numpy"):
+    for row in encoded:
         ids = np.concatenate([rest, row["input_ids"]])
         whole = len(ids) - len(ids) % seq_len
         for start in range(0, whole, seq_len):
             yield {"input_ids": ids[start : start + seq_len]}
         rest = ids[whole:]
+
+
+def separate(input_ids: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor]:
+    """Keep the documents in each row of a batch apart, where rows are blocks and every document ends in an end-of-text token.
+
+    Given to a model of transformers without an attention mask and without a cache, position ids that begin anew are taken for packed
+    documents: none attends to another (``transformers.masking_utils``).
+
+    Args:
+        input_ids: [B, T] ids.
+
+    Returns:
+        position_ids: [B, T], 0 at the start of the row and after every end-of-text token, then counting on.
+        labels: [B, T], the ids unshifted, but -100 at the first token of every document except the row's first: position t is scored
+            against label t + 1, and no token is to be predicted from another document.
+    """
+    starts = torch.zeros_like(input_ids, dtype=torch.bool)
+    starts[:, 1:] = input_ids[:, :-1] == eos_token_id
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    begun_at = (index * starts).cummax(dim=1).values
+    return index - begun_at, input_ids.masked_fill(starts, IGNORED)
+
+
+def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tokenizer: Any, seq_len: int, seed: int) -> Blocks:
+    with _one_process_first():
+        documents = load_documents(own)
+        train, validation = tokenize(documents.train, tokenizer, seq_len), tokenize(documents.validation, tokenizer, seq_len)
+        parts = [train]
+        for number, (settings, weight) in enumerate(mixed):
+            wanted = round(weight * len(train))
+            if wanted == 0:
+                raise UserError(
+                    f"--mix {settings.dataset_name}={weight:g} adds nothing: {weight:g} times the {len(train)} blocks of "
+                    f"{own.dataset_name} is less than half a block; give a larger weight"
+                )
+            blocks = tokenize(load_documents(settings).train, tokenizer, seq_len)
+            parts += choose_blocks(blocks, wanted, np.random.default_rng([seed, number]))
+    return Blocks(datasets.concatenate_datasets(parts), validation)
+
+
+def choose_blocks(blocks: Dataset, wanted: int, rng: np.random.Generator) -> list[Dataset]:
+    """Tables that together have ``wanted`` rows: all blocks as often as they fit, then a random choice without repetition, in order."""
+    times, rest = divmod(wanted, len(blocks))
+    chosen = np.sort(rng.choice(len(blocks), rest, replace=False))
+    return [blocks] * times + ([blocks.select(chosen)] if rest else [])
+
+
+@contextmanager
+def _one_process_first() -> Iterator[None]:
+    """In three waves: the first process of all, the first of every other node, the rest.
+
+    Where the cache is shared, the first makes all and the others find it; where each node has a cache of its own, each node's first does.
+    (accelerate's ``PartialState`` has a context manager of this kind, but takes processes on CPUs for one unless told otherwise.)
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    rank = torch.distributed.get_rank()
+    wave = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK", str(rank)) == "0" else 2
+    for _ in range(wave):
+        torch.distributed.barrier()
+    try:
+        yield
+    finally:  # after an error, too: the others meet the same one, instead of waiting for this process until the timeout
+        for _ in range(2 - wave):
+            torch.distributed.barrier()
+
+
+def _make_streams(own: DataSettings, mixed: list[tuple[DataSettings, float]], tokenizer: Any, seq_len: int, seed: int) -> Blocks:
+    opened = [_open_stream(settings, tokenizer, seq_len) for settings in (own, *(settings for settings, _ in mixed))]
+    streams = [
+        IterableDataset.from_generator(
+            stream_blocks, _block_features(seq_len), {"stream": stream, "tokenizer": tokenizer, "seq_len": seq_len}
+        )
+        for stream, _ in opened
+    ]  # fmt: skip
+    weights = np.array([1.0, *(weight for _, weight in mixed)])
+    # one shuffle, after mixing: set_epoch then changes the draw of the data sets, too
+    train = datasets.interleave_datasets(streams, probabilities=list(weights / weights.sum()), seed=seed) if mixed else streams[0]
+    validation = Dataset.from_dict({"input_ids": opened[0][1]}, features=_block_features(seq_len))
+    return Blocks(train.shuffle(seed=seed, buffer_size=STREAM_BUFFER_BLOCKS), validation)
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """The documents to train on of one data set, which are read anew for every pass.
+
+    Args:
+        name: For messages.
+        skipped: How many documents at its beginning are set aside for validation.
+    """
+
+    name: str
+    read: Reader
+    skipped: int
+
+    def without_end(self) -> Iterator[dict[str, str]]:
+        """The documents, over and over. Raises UserError if there are none."""
+        while True:
+            document = None
+            for document in islice(self.read(), self.skipped, None):
+                yield document
+            if document is None:
+                raise UserError(
+                    f"data set {self.name} has nothing left to train on: the first {STREAM_VALIDATION_BLOCKS} blocks of a stream, "
+                    "in whole documents, are set aside for validation; leave out --streaming"
+                )
+
+
+def stream_blocks(stream: TextStream, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks without end; where the text begins anew, a block runs on across the seam."""
+    for block in cut_blocks(encode_each(stream.without_end(), tokenizer), seq_len):
+        yield {"input_ids": block["input_ids"].copy()}  # a slice would keep its whole document in memory while the block is in the buffer
+
+
+def _open_stream(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[TextStream, list[np.ndarray]]:
+    """The stream to train on, and the validation blocks."""
+    name = settings.dataset_name
+    train, own = _read_local(settings) if _is_local(name) else _read_hub(settings)
+    if own is not None and next(own(), None) is None:
+        own = None
+    lengths: list[int] = []
+
+    def counted() -> Iterator[dict[str, np.ndarray]]:
+        for row in encode_each((own or train)(), tokenizer):
+            lengths.append(len(row["input_ids"]))
+            yield row
+
+    validation = [block["input_ids"] for block in islice(cut_blocks(counted(), seq_len), STREAM_VALIDATION_BLOCKS)]
+    if not lengths:
+        raise UserError(f"data set {name} holds no text: every document is empty")
+    if not validation:
+        raise _too_short(sum(lengths), len(lengths), seq_len)
+    stream = TextStream(name, train, 0 if own else len(lengths))
+    if own is None:
+        logger.info("data set %r has no validation split: its first %d documents are set aside", name, len(lengths))
+    next(stream.without_end())  # says now, not when the model is loaded, that nothing is left
+    return stream, validation
 
 
 def hold_out(documents: Dataset, name: str) -> Documents:
@@ -182,7 +447,7 @@ def hold_out(documents: Dataset, name: str) -> Documents:
             "data set %r is one single document and has no validation split: its last %d of %d characters are set aside for validation",
             name, len(validation), len(train) + len(validation),
         )  # fmt: skip
-        return Documents(_from_texts([train]), _from_texts([validation]))
+        return Documents(_from_text(train), _from_text(validation))
     chosen = set(random.Random(HELD_OUT_SEED).sample(range(count), max(1, round(count * HELD_OUT_SHARE))))
     logger.info("data set %r has no validation split: %d of %d documents are set aside", name, len(chosen), count)
     return Documents(documents.select([i for i in range(count) if i not in chosen]), documents.select(sorted(chosen)))
@@ -328,6 +593,22 @@ def _is_local(name: str) -> bool:
 
 
 def _load_local(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
+    splits = _local_splits(settings)
+    tables = {split: _read_table(files, settings.text_column) for split, files in splits.items() if split != "test"}
+    if len(tables["train"]) == 0:
+        named = ", ".join(file.name for file in splits["train"][:3])
+        raise UserError(f"{settings.dataset_name} holds no text: every document in {named} is empty")
+    validation = tables.get("validation")
+    return tables["train"], validation if validation is not None and len(validation) else None
+
+
+def _read_local(settings: DataSettings) -> tuple[Reader, Reader | None]:
+    splits = _local_splits(settings)
+    train, own = (partial(read_files, splits.get(split, []), settings.text_column) for split in ("train", "validation"))
+    return train, own if "validation" in splits else None
+
+
+def _local_splits(settings: DataSettings) -> dict[str, list[Path]]:
     if settings.dataset_config_name:
         raise UserError(
             f"{settings.dataset_name} is local and has no configurations; leave out --dataset_config_name {settings.dataset_config_name}"
@@ -337,11 +618,7 @@ def _load_local(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
     if "train" not in splits:
         named = ", ".join(file.name for files in splits.values() for file in files[:3])
         raise UserError(f"{path} has no text to train on: by their names, its files ({named}, ...) are all for validation or test")
-    tables = {split: _read_table(files, settings.text_column) for split, files in splits.items() if split != "test"}
-    if len(tables["train"]) == 0:
-        raise UserError(f"{path} holds no text: every document in {', '.join(f.name for f in splits['train'][:3])} is empty")
-    validation = tables.get("validation")
-    return tables["train"], validation if validation is not None and len(validation) else None
+    return splits
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
@@ -378,23 +655,39 @@ def _read_table(files: list[Path], column: str) -> Dataset:
 
 
 def _load_hub(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
-    is_wikitext = settings.dataset_name in ("wikitext", WIKITEXT)
-    name = WIKITEXT if is_wikitext else settings.dataset_name
-    splits = _fetch(name, settings.dataset_config_name or (WIKITEXT_CONFIG if is_wikitext else None))
-    if "train" not in splits:
-        raise UserError(f"data set {name} has no split 'train'; it has {', '.join(map(repr, splits))}")
-    own = next((splits[key] for key in VALIDATION_NAMES if key in splits), None)
-    train = _as_documents(splits["train"], settings.text_column, name, is_wikitext)
+    name, train_rows, own_rows = _hub_splits(settings, streaming=False)
+    train = _as_documents(train_rows, settings.text_column, name)
     if len(train) == 0:
         raise UserError(f"data set {name} holds no text: every row of its split 'train' is empty")
-    validation = _as_documents(own, settings.text_column, name, is_wikitext) if own is not None else None
+    validation = _as_documents(own_rows, settings.text_column, name) if own_rows is not None else None
     return train, validation if validation is not None and len(validation) else None
 
 
-def _fetch(name: str, config: str | None) -> DatasetDict:
+def _read_hub(settings: DataSettings) -> tuple[Reader, Reader | None]:
+    name, train, own = _hub_splits(settings, streaming=True)
+    return _reader(train, settings.text_column, name), None if own is None else _reader(own, settings.text_column, name)
+
+
+def _hub_splits(settings: DataSettings, streaming: bool) -> tuple[str, Any, Any]:
+    """The data set's full name, its rows for training, and those for validation or None: tables, or streams."""
+    is_wikitext = settings.dataset_name in ("wikitext", WIKITEXT)
+    name = WIKITEXT if is_wikitext else settings.dataset_name
+    splits = _fetch(name, settings.dataset_config_name or (WIKITEXT_CONFIG if is_wikitext else None), streaming)
+    if "train" not in splits:
+        raise UserError(f"data set {name} has no split 'train'; it has {', '.join(map(repr, splits))}")
+    return name, splits["train"], next((splits[key] for key in VALIDATION_NAMES if key in splits), None)
+
+
+def _fetch(name: str, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    with _hub_errors(name, config):
+        return datasets.load_dataset(name, config, streaming=streaming)
+
+
+@contextmanager
+def _hub_errors(name: str, config: str | None = None) -> Iterator[None]:
     label = f"{name} ({config})" if config else name
     try:
-        return datasets.load_dataset(name, config)
+        yield
     except DatasetNotFoundError as error:
         raise UserError(
             f"no data set {name} on the Hugging Face hub (or it is private), and no local file or folder of that name; "
@@ -406,21 +699,31 @@ def _fetch(name: str, config: str | None) -> DatasetDict:
             f"the cache, and a local path needs no hub: {ACCEPTED}"
         ) from error
     except ValueError as error:  # "BuilderConfig not found. Available: ..." and "Config name is missing. Please pick one among ..."
-        raise UserError(f"data set {label} cannot be loaded: {error}\nName the configuration with --dataset_config_name") from error
+        raise UserError(
+            f"data set {label} cannot be loaded: {error}\n"
+            "Name the configuration with --dataset_config_name, which is for --dataset_name alone"
+        ) from error
     # a data set that runs its own script is a RuntimeError, one without data files a FileNotFoundError
     except (RuntimeError, OSError, DatasetsError) as error:
         raise UserError(f"data set {label} cannot be loaded: {error.__cause__ or error}; a local path serves, too: {ACCEPTED}") from error
 
 
-def _as_documents(rows: Dataset, column: str, name: str, is_wikitext: bool) -> Dataset:
+def _as_documents(rows: Dataset, column: str, name: str) -> Dataset:
     _require_column(rows.column_names, column, f"data set {name}")
     _require_text(_is_text(rows.features.arrow_schema.field(column).type), column, rows.features[column], f"data set {name}")
-    gen_kwargs = {"rows": rows.select_columns(column), "is_wikitext": is_wikitext}
-    return _table(_read_rows, gen_kwargs, DOCUMENT_FEATURES, [rows._fingerprint, column, is_wikitext], DOCUMENTS_AT_ONCE)
+    gen_kwargs = {"rows": rows.select_columns(column), "column": column, "is_wikitext": name == WIKITEXT}
+    return _table(_read_rows, gen_kwargs, DOCUMENT_FEATURES, [rows._fingerprint, column, name == WIKITEXT], DOCUMENTS_AT_ONCE)
 
 
-def _read_rows(rows: Dataset, is_wikitext: bool) -> Iterator[dict[str, str]]:
-    (column,) = rows.column_names
+def _reader(rows: IterableDataset, column: str, name: str) -> Reader:
+    with _hub_errors(name):
+        first = next(iter(rows), None)
+    if first is not None:  # a stream may not know its columns before it is read
+        _field(first, column, f"data set {name}")
+    return partial(_read_rows, rows.select_columns(column), column, name == WIKITEXT)
+
+
+def _read_rows(rows: Dataset | IterableDataset, column: str, is_wikitext: bool) -> Iterator[dict[str, str]]:
     batches = cast("Iterator[dict[str, list[str | None]]]", rows.iter(batch_size=DOCUMENTS_AT_ONCE))
     texts = (text for batch in batches for text in batch[column])
     yield from _without_blanks(join_articles(text or "" for text in texts) if is_wikitext else texts)
@@ -441,8 +744,13 @@ def _table(generator: Callable[..., Iterator[Any]], gen_kwargs: dict[str, Any], 
         raise
 
 
-def _from_texts(texts: list[str]) -> Dataset:
-    return Dataset.from_dict({"text": texts}, features=DOCUMENT_FEATURES)
+def _from_text(text: str) -> Dataset:
+    """A table on disk: only what is made from such a one is found in the cache again."""
+    return _table(_one_document, {"text": text}, DOCUMENT_FEATURES, text, DOCUMENTS_AT_ONCE)
+
+
+def _one_document(text: str) -> Iterator[dict[str, str]]:
+    yield {"text": text}
 
 
 @contextmanager

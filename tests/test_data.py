@@ -1,22 +1,36 @@
-"""Documents from every source, their split, their blocks, and the words of every error."""
+"""Documents from every source, their split, their blocks, mixed, streamed and told apart, and the words of every error."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import math
+import random
 import re
+import string
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from datasets import Dataset
+import torch
+from accelerate import skip_first_batches
+from datasets import Dataset, IterableDataset
 from hub_stand_in import HubStandIn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from recursify import data
-from recursify.data import DataSettings, load_documents, tokenize
+from recursify import RecursiveLLM, data
+from recursify.configuration_recursive_llm import from_donor
+from recursify.data import Blocks, DataSettings, load_blocks, load_documents, separate, tokenize
 from recursify.errors import UserError
 
 
@@ -36,6 +50,11 @@ def table(*rows: str) -> Dataset:
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def says(*parts: str) -> Any:
+    """A ``UserError`` whose message has all these parts, in order."""
+    return pytest.raises(UserError, match="(?s)" + ".*".join(map(re.escape, parts)))
 
 
 DOCUMENTS = [f"Document {i}.\nSecond line, é." for i in range(40)]
@@ -215,128 +234,124 @@ class TestHub:
 
 
 class TestErrors:
-    def says(self, *parts: str) -> Any:
-        """A ``UserError`` whose message has all these parts, in order."""
-        return pytest.raises(UserError, match="(?s)" + ".*".join(map(re.escape, parts)))
-
     @pytest.mark.parametrize("name", ["./corpus.txt", "missing/corpus.jsonl", "/no/such/folder", "a/b/c"])
     def test_missing(self, name: str, hub: HubStandIn) -> None:
-        with self.says(str(Path(name)), ".txt, .jsonl, .parquet", "folders", "hub"):
+        with says(str(Path(name)), ".txt, .jsonl, .parquet", "folders", "hub"):
             load(name)
         assert hub.requests == []
 
     def test_unknown_suffix(self, tmp_path: Path) -> None:
         (tmp_path / "notes.pdf").write_text("x")
-        with self.says("notes.pdf", "unknown suffix '.pdf'", ".txt, .jsonl, .parquet"):
+        with says("notes.pdf", "unknown suffix '.pdf'", ".txt, .jsonl, .parquet"):
             load(tmp_path / "notes.pdf")
 
     def test_folder_without_text(self, tmp_path: Path) -> None:
         (tmp_path / "notes.pdf").write_text("x")
-        with self.says(str(tmp_path), "no text files", ".txt, .jsonl, .parquet"):
+        with says(str(tmp_path), "no text files", ".txt, .jsonl, .parquet"):
             load(tmp_path)
 
     def test_folder_without_training_text(self, tmp_path: Path) -> None:
         (tmp_path / "valid.txt").write_text("x")
-        with self.says(str(tmp_path), "no text to train on", "valid.txt"):
+        with says(str(tmp_path), "no text to train on", "valid.txt"):
             load(tmp_path)
 
     @pytest.mark.parametrize("content", ["", "\n \n<|endoftext|>\n\n"])
     def test_empty_file(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "a.txt").write_text(content)
-        with self.says("a.txt", "holds no text"):
+        with says("a.txt", "holds no text"):
             load(tmp_path / "a.txt")
 
     def test_missing_column_in_jsonl(self, tmp_path: Path) -> None:
-        with self.says("a.jsonl, line 1", "no column 'text'", "'id', 'body'", "--text_column"):
+        with says("a.jsonl, line 1", "no column 'text'", "'id', 'body'", "--text_column"):
             load(write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "body": "x"}]))
 
     def test_missing_column_further_down(self, tmp_path: Path) -> None:
-        with self.says("a.jsonl, line 3", "no column 'text'", "'body'"):
+        with says("a.jsonl, line 3", "no column 'text'", "'body'"):
             load(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y"}, {"body": "x"}]))
 
     def test_missing_column_in_parquet(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
-        with self.says("a.parquet", "no column 'text'", "'id', 'body'", "--text_column"):
+        with says("a.parquet", "no column 'text'", "'id', 'body'", "--text_column"):
             load(tmp_path / "a.parquet")
 
     def test_column_that_is_no_text(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": [1]}), tmp_path / "a.parquet")
-        with self.says("a.parquet", "'text' holds int64", "expected text"):
+        with says("a.parquet", "'text' holds int64", "expected text"):
             load(tmp_path / "a.parquet")
-        with self.says("a.jsonl, line 1", "'text' holds list", "expected text"):
+        with says("a.jsonl, line 1", "'text' holds list", "expected text"):
             load(write_jsonl(tmp_path / "a.jsonl", [{"text": ["x"]}]))
 
     def test_broken_json(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
-        with self.says("a.jsonl, line 2", "not valid JSON"):
+        with says("a.jsonl, line 2", "not valid JSON"):
             load(tmp_path / "a.jsonl")
-        with self.says("b.jsonl, line 1", "expected an object", "found str"):
+        with says("b.jsonl, line 1", "expected an object", "found str"):
             load(write_jsonl(tmp_path / "b.jsonl", ["x"]))
 
     def test_broken_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_text("no parquet")
-        with self.says("a.parquet", "cannot be read as .parquet"):
+        with says("a.parquet", "cannot be read as .parquet"):
             load(tmp_path / "a.parquet")
 
     def test_text_that_is_not_utf8(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes("café\n".encode("latin1"))
-        with self.says("a.txt", "not UTF-8", "0xe9", "iconv"):
+        with says("a.txt", "not UTF-8", "0xe9", "iconv"):
             load(tmp_path / "a.txt")
 
     def test_configuration_of_a_local_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("x")
-        with self.says("a.txt", "--dataset_config_name other"):
+        with says("a.txt", "--dataset_config_name other"):
             load(tmp_path / "a.txt", dataset_config_name="other")
 
     def test_unknown_on_the_hub(self, hub: HubStandIn) -> None:
-        with self.says("no data set no/such", "hub", "path", ".txt"):
+        with says("no data set no/such", "hub", "path", ".txt"):
             load("no/such")
 
     def test_hub_out_of_reach(self, hub: HubStandIn) -> None:
         hub.down = True
-        with self.says("cannot reach", "some/dataset", "HF_HUB_OFFLINE", "local path"):
+        with says("cannot reach", "some/dataset", "HF_HUB_OFFLINE", "local path"):
             load("some/dataset")
 
     def test_unknown_configuration(self, hub: HubStandIn) -> None:
-        with self.says("Salesforce/wikitext (nope)", "wikitext-103-raw-v1", "wikitext-2-raw-v1", "--dataset_config_name"):
+        with says("Salesforce/wikitext (nope)", "wikitext-103-raw-v1", "wikitext-2-raw-v1", "--dataset_config_name"):
             load("wikitext", dataset_config_name="nope")
 
     def test_missing_column_on_the_hub(self, hub: HubStandIn) -> None:
-        with self.says("Salesforce/wikitext", "no column 'body'", "'text'", "--text_column"):
+        with says("Salesforce/wikitext", "no column 'body'", "'text'", "--text_column"):
             load("wikitext", text_column="body")
 
     def test_hub_data_set_without_training_split(self, hub: HubStandIn, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "test.jsonl", [{"text": "x"}])
         hub.add_dataset("your/benchmark", tmp_path)
-        with self.says("your/benchmark", "no split 'train'", "'test'"):
+        with says("your/benchmark", "no split 'train'", "'test'"):
             load("your/benchmark")
 
     def test_hub_data_set_without_data(self, hub: HubStandIn, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
         hub.add_dataset("your/void", tmp_path)
-        with self.says("your/void", "cannot be loaded", "data files"):
+        with says("your/void", "cannot be loaded", "data files"):
             load("your/void")
 
     def test_empty_hub_data_set(self, hub: HubStandIn, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [{"text": ""}, {"text": "\n"}])
         hub.add_dataset("your/blank", tmp_path)
-        with self.says("your/blank", "holds no text"):
+        with says("your/blank", "holds no text"):
             load("your/blank")
 
     def test_no_end_of_text_token(self) -> None:
         tokenizer = tiny.make_tiny_tokenizer()
         tokenizer.eos_token = None
-        with self.says("no eos_token", "tokenizer_config.json"):
+        with says("no eos_token", "tokenizer_config.json"):
             tokenize(table("x"), tokenizer, 8)
 
     def test_too_short_for_one_block(self) -> None:
         tokenizer = tiny.make_tiny_tokenizer()
         tokens = len(tokenizer("short")["input_ids"]) + 1
-        with self.says("too short", f"{tokens} tokens", "--seq_len 64"):
+        with says("too short", f"{tokens} tokens", "--seq_len 64"):
             tokenize(table("short"), tokenizer, 64)
 
     def test_seq_len_that_is_no_length(self) -> None:
-        with self.says("--seq_len", "not 0"):
+        with says("--seq_len", "not 0"):
             tokenize(table("x"), tiny.make_tiny_tokenizer(), 0)
 
 
@@ -403,8 +418,6 @@ class TestTokenize:
         assert (captured.out, captured.err) == ("", "")
 
     def test_the_setting_of_progress_bars_is_left_alone(self) -> None:
-        import datasets
-
         for disabled in (True, False):
             (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
             tokenize(table("some text here"), tiny.make_tiny_tokenizer(), 2)
@@ -424,3 +437,407 @@ class TestTokenize:
         second.add_tokens(["lobster"])
         tokenize(table(*self.rows), first, 8)
         assert len(first) in [i for ids in tokenize(table(*self.rows), second, 8)["input_ids"] for i in ids]
+
+
+SEQ_LEN = 8
+
+
+def corpus(path: Path, seed: int, documents: int) -> Path:
+    """A data set of documents of ten words. Each seed has three letters of its own, so no block is also in another data set."""
+    rng = random.Random(seed)
+    letters = string.ascii_letters[3 * seed : 3 * seed + 3]
+    return write_jsonl(path, [{"text": " ".join("".join(rng.choices(letters, k=4)) for _ in range(10))} for _ in range(documents)])
+
+
+def mixed(name: object, *mix: str, seed: int = 7, **settings: Any) -> Blocks:
+    return load_blocks(DataSettings(dataset_name=str(name), mix=mix, **settings), tiny.make_tiny_tokenizer(), SEQ_LEN, seed)
+
+
+def rows_of(blocks: Iterable[Any], count: int | None = None) -> list[tuple[int, ...]]:
+    return [tuple(row["input_ids"]) for row in islice(blocks, count)]
+
+
+def alone(name: object) -> list[tuple[int, ...]]:
+    """The training blocks of a data set by itself."""
+    return rows_of(tokenize(load(name).train, tiny.make_tiny_tokenizer(), SEQ_LEN))
+
+
+def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(data, "encode", encode)
+
+
+class TestMix:
+    @pytest.fixture
+    def names(self, tmp_path: Path) -> tuple[Path, Path, Path]:
+        """Data sets of some 40, 12 and 150 documents."""
+        return corpus(tmp_path / "own.jsonl", 1, 40), corpus(tmp_path / "short.jsonl", 2, 12), corpus(tmp_path / "long.jsonl", 3, 150)
+
+    def test_nothing_to_mix(self, names: tuple[Path, Path, Path]) -> None:
+        blocks = mixed(names[0])
+        assert rows_of(blocks.train) == alone(names[0])
+        assert rows_of(blocks.validation) == rows_of(tokenize(load(names[0]).validation, tiny.make_tiny_tokenizer(), SEQ_LEN))
+
+    def test_counts_are_exact(self, names: tuple[Path, Path, Path]) -> None:
+        own, short, long = names
+        one, two, three = alone(own), alone(short), alone(long)
+        n = len(one)
+        assert 2.5 * n > 3 * len(two) and n < len(three)
+        rows = rows_of(mixed(own, f"{short}=2.5", f"{long}=1").train)
+        assert len(rows) == n + round(2.5 * n) + n
+        assert rows[:n] == one
+        # the short one: whole, as often as it fits, then some of it once more
+        times = Counter(rows[n : n + round(2.5 * n)])
+        there = Counter(two)
+        whole = round(2.5 * n) // len(two)
+        assert set(times) == set(there)
+        assert all(whole * there[row] <= times[row] <= (whole + 1) * there[row] for row in there)
+        # the long one: some of it, none twice
+        chosen = Counter(rows[n + round(2.5 * n) :])
+        assert chosen <= Counter(three)
+
+    def test_the_seed_decides(self, names: tuple[Path, Path, Path]) -> None:
+        own, _, long = names
+        first, again, other = (rows_of(mixed(own, f"{long}=1", seed=seed).train) for seed in (1, 1, 2))
+        assert first == again
+        assert first != other and sorted(first[: len(alone(own))]) == sorted(other[: len(alone(own))])
+
+    def test_two_data_sets_draw_differently(self, names: tuple[Path, Path, Path]) -> None:
+        own, _, long = names
+        n = len(alone(own))
+        rows = rows_of(mixed(own, f"{long}=1", f"{long}=1").train)
+        assert rows[n : 2 * n] != rows[2 * n :]
+
+    def test_validation_is_the_first_ones_own(self, names: tuple[Path, Path, Path]) -> None:
+        own, short, _ = names
+        assert rows_of(mixed(own, f"{short}=1").validation) == rows_of(mixed(own).validation)
+
+    def test_what_validates_is_never_trained_on(self, names: tuple[Path, Path, Path]) -> None:
+        own = names[0]
+        assert set(rows_of(mixed(own, f"{own}=3").train)) == set(alone(own))
+
+    def test_nothing_is_copied(self, names: tuple[Path, Path, Path]) -> None:
+        own, short, long = names
+        train = mixed(own, f"{short}=1.5", f"{long}=0.5").train
+        assert isinstance(train, Dataset)
+        tables = [tokenize(load(name).train, tiny.make_tiny_tokenizer(), SEQ_LEN) for name in names]
+        files = {file["filename"] for blocks in tables for file in blocks.cache_files}
+        assert {file["filename"] for file in train.cache_files} == files
+
+    def test_from_the_hub(self, hub: HubStandIn, tmp_path: Path) -> None:
+        own = corpus(tmp_path / "own.jsonl", 1, 40)
+        rows = rows_of(mixed(own, "wikitext=0.5").train)
+        wikitext = set(alone("wikitext"))
+        assert sum(row in wikitext for row in rows) == round(len(alone(own)) * 0.5)
+
+    def test_the_configuration_is_not_for_what_is_mixed_in(self, hub: HubStandIn, tmp_path: Path) -> None:
+        extra = corpus(tmp_path / "extra.jsonl", 1, 40)
+        rows = rows_of(mixed("wikitext", f"{extra}=0.25", dataset_config_name="wikitext-103-raw-v1").train)
+        assert set(rows[-5:]) <= set(alone(extra))
+
+    def test_a_name_may_hold_an_equals_sign(self, names: tuple[Path, Path, Path], tmp_path: Path) -> None:
+        odd = corpus(tmp_path / "a=1.jsonl", 4, 20)
+        assert set(rows_of(mixed(names[0], f"{odd}=0.5").train)) <= set(alone(names[0])) | set(alone(odd))
+
+    @pytest.mark.parametrize("entry", ["book.txt", "book.txt=", "=2", "book.txt=0", "book.txt=-1", "book.txt=inf", "book.txt=nan", "a=b"])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_bad_entries(self, entry: str, streaming: bool, hub: HubStandIn) -> None:
+        with says("--mix", "NAME=WEIGHT", "above 0", repr(entry)):
+            mixed("wikitext", "wikitext=1", entry, streaming=streaming)
+        assert hub.requests == []  # it is said before anything is loaded
+
+    def test_a_weight_that_adds_nothing(self, names: tuple[Path, Path, Path]) -> None:
+        with says("--mix", "0.0001", "adds nothing", "larger weight"):
+            mixed(names[0], f"{names[1]}=0.0001")
+
+    def test_a_second_load_tokenises_nothing(self, names: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        book = tmp_path / "book.txt"  # a single document, cut in two
+        book.write_text("\n".join(tiny.sentences(9, 200)), encoding="utf-8")
+        sources = (names[0], f"{names[1]}=1.5", f"{names[2]}=0.5", f"{book}=1")
+        first = mixed(*sources)
+        forbid_encoding(monkeypatch)
+        again = mixed(*sources)
+        assert rows_of(first.train) == rows_of(again.train) and rows_of(first.validation) == rows_of(again.validation)
+        with pytest.raises(AssertionError, match="tokenised again"):
+            mixed(corpus(tmp_path / "new.jsonl", 8, 9))
+
+
+class TestSeveralProcesses:
+    """What each process does, seen from one: the barriers that it passes before its turn and after it."""
+
+    @pytest.fixture
+    def barriers(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        passed: list[str] = []
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "barrier", lambda: passed.append("barrier"))
+        return passed
+
+    @pytest.mark.parametrize(("rank", "local_rank", "before"), [(0, "0", 0), (8, "0", 1), (1, "1", 2), (9, "1", 2), (3, None, 2)])
+    def test_the_first_of_all_then_the_first_of_each_node(
+        self, rank: int, local_rank: str | None, before: int, barriers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        if local_rank is None:
+            monkeypatch.delenv("LOCAL_RANK", raising=False)
+        else:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        load_documents = data.load_documents
+
+        def loading(settings: DataSettings) -> data.Documents:
+            barriers.append("load")
+            return load_documents(settings)
+
+        monkeypatch.setattr(data, "load_documents", loading)
+        path = corpus(tmp_path / "a.jsonl", 1, 20)
+        mixed(path, f"{path}=1")
+        assert barriers == ["barrier"] * before + ["load"] * 2 + ["barrier"] * (2 - before)
+
+    def test_an_error_keeps_nobody_waiting(self, barriers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+        with says("no file or folder"):
+            mixed(tmp_path / "none.txt")
+        assert barriers == ["barrier"] * 2
+
+
+def test_the_numbers_in_the_texts() -> None:
+    assert f"first {data.STREAM_VALIDATION_BLOCKS} blocks" in inspect.getsource(DataSettings)
+    assert f"first {data.STREAM_VALIDATION_BLOCKS} blocks" in str(load_blocks.__doc__)
+    assert f"buffer of {data.STREAM_BUFFER_BLOCKS:,} blocks" in str(load_blocks.__doc__)
+
+
+class TestStream:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(data, "STREAM_VALIDATION_BLOCKS", 10)
+        monkeypatch.setattr(data, "STREAM_BUFFER_BLOCKS", 16)
+
+    def stream(self, name: object, *mix: str, **settings: Any) -> tuple[IterableDataset, Dataset]:
+        blocks = mixed(name, *mix, streaming=True, **settings)
+        assert isinstance(blocks.train, IterableDataset)
+        return blocks.train, blocks.validation
+
+    def blocks_of(self, texts: list[str], tokenizer: Any) -> list[tuple[int, ...]]:
+        """The slow truth, without shuffling: the documents, over and over."""
+        ids = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+        ids *= SEQ_LEN  # a whole number of blocks: the stream's period
+        return [tuple(ids[i : i + SEQ_LEN]) for i in range(0, len(ids), SEQ_LEN)]
+
+    def documents(self, path: Path) -> list[str]:
+        return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def held_out(self, path: Path) -> int:
+        """How many documents the first 10 blocks need."""
+        tokenizer = tiny.make_tiny_tokenizer()
+        lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in self.documents(path)]
+        return next(n for n in range(len(lengths)) if sum(lengths[:n]) >= 10 * SEQ_LEN)
+
+    def test_the_text_without_end(self, tmp_path: Path) -> None:
+        path = corpus(tmp_path / "a.jsonl", 1, 30)
+        expected = self.blocks_of(self.documents(path)[self.held_out(path) :], tiny.make_tiny_tokenizer())
+        train, _ = self.stream(path)
+        rows = rows_of(train, len(expected) + 100)
+        # all that came out went in, and what has not come out by now is in the buffer
+        assert not Counter(rows) - Counter(expected + expected)
+        assert sum((Counter(expected) - Counter(rows)).values()) <= 16
+        assert rows[: len(expected)] != expected
+
+    def test_the_first_blocks_validate_and_their_documents_are_left_out(self, tmp_path: Path) -> None:
+        path = corpus(tmp_path / "a.jsonl", 1, 30)
+        texts, held = self.documents(path), self.held_out(path)
+        _, validation = self.stream(path)
+        assert rows_of(validation) == self.blocks_of(texts[:held], tiny.make_tiny_tokenizer())[:10]
+
+    def test_its_own_validation_split_as_far_as_it_is_needed(self, tmp_path: Path) -> None:
+        train_path, valid_path = corpus(tmp_path / "train.jsonl", 1, 30), corpus(tmp_path / "valid.jsonl", 2, 30)
+        tokenizer = tiny.make_tiny_tokenizer()
+        train, validation = self.stream(tmp_path)
+        assert rows_of(validation) == self.blocks_of(self.documents(valid_path), tokenizer)[:10]
+        everything = self.blocks_of(self.documents(train_path), tokenizer)
+        assert set(everything) == set(rows_of(train, len(everything) + 16))
+
+    def test_a_blank_validation_split_is_none(self, tmp_path: Path) -> None:
+        path = corpus(tmp_path / "train.jsonl", 1, 30)
+        (tmp_path / "valid.txt").write_text("\n")
+        assert rows_of(self.stream(tmp_path)[1]) == rows_of(self.stream(path)[1])
+
+    @pytest.mark.parametrize("mix", [False, True])
+    def test_it_begins_anew_and_an_epoch_changes_it(self, tmp_path: Path, mix: bool) -> None:
+        path, other = corpus(tmp_path / "a.jsonl", 1, 30), corpus(tmp_path / "b.jsonl", 2, 30)
+        entries = (f"{other}=0.5",) if mix else ()
+        train, _ = self.stream(path, *entries)
+        first = rows_of(train, 200)
+        assert rows_of(train, 200) == first
+        assert rows_of(self.stream(path, *entries)[0], 200) == first
+        assert rows_of(self.stream(path, *entries, seed=8)[0], 200) != first
+        train.set_epoch(1)
+        assert rows_of(train, 200) != first
+        train.set_epoch(0)
+        assert rows_of(train, 200) == first
+
+    def test_mixed_by_weights(self, tmp_path: Path) -> None:
+        paths = [corpus(tmp_path / f"{n}.jsonl", n, 400) for n in (1, 2, 3)]
+        train, validation = self.stream(paths[0], f"{paths[1]}=0.5", f"{paths[2]}=2")
+        assert rows_of(validation) == rows_of(self.stream(paths[0])[1])
+        kinds = [set(self.blocks_of(self.documents(path)[self.held_out(path) :], tiny.make_tiny_tokenizer())) for path in paths]
+        rows = rows_of(train, 2000)
+        shares = [sum(row in kind for row in rows) / len(rows) for kind in kinds]
+        assert sum(shares) == pytest.approx(1)
+        # five standard deviations of a share at 2,000 draws
+        assert shares == pytest.approx([2 / 7, 1 / 7, 4 / 7], abs=5 * math.sqrt(0.25 / 2000))
+
+    def test_a_loader_skips_as_a_resumed_run_does(self, tmp_path: Path) -> None:
+        path, other = corpus(tmp_path / "a.jsonl", 1, 30), corpus(tmp_path / "b.jsonl", 2, 30)
+        train, _ = self.stream(path, f"{other}=1")
+
+        def collate(rows: list[dict[str, Any]]) -> torch.Tensor:
+            return torch.tensor([row["input_ids"] for row in rows])
+
+        loader = DataLoader(train, batch_size=4, num_workers=0, collate_fn=collate)
+        whole = list(islice(loader, 30))
+        assert whole[0].shape == (4, SEQ_LEN)
+        resumed = list(islice(skip_first_batches(loader, 11), 19))
+        assert torch.equal(torch.stack(whole[11:]), torch.stack(resumed))
+
+    def test_nothing_is_written_and_no_more_is_read_than_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path, read = corpus(tmp_path / "a.jsonl", 1, 2000), 0
+        original = data._read_jsonl
+
+        def counting(*args: Any) -> Any:
+            nonlocal read
+            for text in original(*args):
+                read += 1
+                yield text
+
+        def forbidden(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError("made a table")
+
+        monkeypatch.setitem(data.READERS, ".jsonl", counting)
+        monkeypatch.setattr(data, "_table", forbidden)
+        train, _ = self.stream(path)
+        rows_of(train, 20)
+        assert 0 < read < 500
+
+    def test_documents_of_every_length_are_encoded_as_in_a_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        texts = [" ".join(tiny.sentences(i, i % 7 + 1)) for i in range(150)] + ["x"]
+        tokenizer = tiny.make_tiny_tokenizer()
+        expected = data.encode({"text": texts}, tokenizer)["input_ids"]
+        for size in (1, 200, data.TEXT_AT_ONCE):
+            monkeypatch.setattr(data, "TEXT_AT_ONCE", size)
+            assert [list(row["input_ids"]) for row in data.encode_each(({"text": text} for text in texts), tokenizer)] == expected
+
+    @pytest.mark.parametrize("config", [None, "wikitext-103-raw-v1"])
+    def test_wikitext_from_the_hub(self, hub: HubStandIn, config: str | None) -> None:
+        tokenizer = tiny.make_tiny_tokenizer()
+        train, validation = self.stream("wikitext", dataset_config_name=config)
+        documents = load("wikitext", dataset_config_name=config)
+        assert rows_of(validation) == self.blocks_of(texts(documents.validation), tokenizer)[:10]
+        expected = self.blocks_of(texts(documents.train), tokenizer)
+        assert set(rows_of(train, len(expected) + 16)) == set(expected)
+
+    @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+    def test_any_other_data_set_of_the_hub(self, hub: HubStandIn, tmp_path: Path, suffix: str) -> None:
+        path = corpus(tmp_path / "plain.jsonl", 5, 30)
+        rows = [{"id": i, "body": text} for i, text in enumerate(["", None, *self.documents(path)])]
+        (tmp_path / "hub").mkdir()
+        if suffix == "jsonl":
+            write_jsonl(tmp_path / "hub" / "train.jsonl", rows)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / "train-00000-of-00001.parquet")
+        hub.add_dataset("your/stream", tmp_path / "hub")
+        train, validation = self.stream("your/stream", text_column="body")
+        local, local_validation = self.stream(path)
+        assert rows_of(validation) == rows_of(local_validation)
+        assert rows_of(train, 100) == rows_of(local, 100)
+
+    def test_a_data_set_that_validation_uses_up(self, tmp_path: Path) -> None:
+        book = tmp_path / "book.txt"
+        book.write_text(" ".join(tiny.sentences(0, 100)), encoding="utf-8")
+        with says("book.txt", "nothing left", "first 10 blocks", "leave out --streaming"):
+            self.stream(book)
+        with says("book.txt", "nothing left"):
+            self.stream(corpus(tmp_path / "a.jsonl", 1, 30), f"{book}=1")
+
+    def test_documents_are_tables_all_the_same(self, hub: HubStandIn) -> None:
+        assert texts(load("wikitext", streaming=True).train) == texts(load("wikitext").train)
+
+    def test_other_errors(self, tmp_path: Path, hub: HubStandIn) -> None:
+        (tmp_path / "blank.txt").write_text(" \n")
+        with says("blank.txt", "holds no text"):
+            self.stream(tmp_path / "blank.txt")
+        (tmp_path / "short.txt").write_text("x")
+        with says("too short", "1 document", "--seq_len 8"):
+            self.stream(tmp_path / "short.txt")
+        with says("a.jsonl", "no column 'body'", "--text_column"):
+            self.stream(corpus(tmp_path / "a.jsonl", 1, 30), text_column="body")
+        with says("Salesforce/wikitext", "no column 'body'", "'text'", "--text_column"):
+            self.stream("wikitext", text_column="body")
+        with says("no data set no/such", "hub"):
+            self.stream("no/such")
+        hub.down = True
+        with says("cannot reach", "some/dataset"):
+            self.stream("some/dataset")
+
+    def test_a_tokenizer_without_end_of_text(self, tmp_path: Path) -> None:
+        tokenizer = tiny.make_tiny_tokenizer()
+        tokenizer.eos_token = None
+        with says("no eos_token"):
+            load_blocks(DataSettings(dataset_name=str(corpus(tmp_path / "a.jsonl", 1, 30)), streaming=True), tokenizer, SEQ_LEN, 0)
+
+
+EOS = 0
+
+
+def separate_slowly(row: list[int]) -> tuple[list[int], list[int]]:
+    positions, labels = [], []
+    position = 0
+    for t, token in enumerate(row):
+        after_end = t > 0 and row[t - 1] == EOS
+        position = 0 if after_end or t == 0 else position + 1
+        positions.append(position)
+        labels.append(-100 if after_end else token)
+    return positions, labels
+
+
+class TestSeparate:
+    @given(st.integers(1, 12).flatmap(lambda T: st.lists(st.lists(st.integers(0, 3), min_size=T, max_size=T), min_size=1, max_size=4)))
+    def test_as_the_obvious_way(self, rows: list[list[int]]) -> None:
+        ids = torch.tensor(rows)
+        positions, labels = separate(ids, EOS)
+        assert ids.tolist() == rows
+        assert positions.dtype == labels.dtype == torch.int64
+        assert [tuple(pair) for pair in zip(positions.tolist(), labels.tolist(), strict=True)] == [separate_slowly(row) for row in rows]
+
+    def test_by_hand(self) -> None:
+        positions, labels = separate(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), EOS)
+        assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 0]]
+        assert labels.tolist() == [[5, 6, 0, -100, 0, -100, -100]]
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_packed_documents_are_as_each_alone(self, attention: str) -> None:
+        shape = {
+            "prelude_layers": 1,
+            "L_layers": 1,
+            "coda_layers": 1,
+            "H_cycles": 2,
+            "L_cycles": 1,
+            "gain_init": 0.3,
+            "state_init_std": 0.5,
+        }
+        torch.manual_seed(0)
+        model = RecursiveLLM(from_donor(tiny.tiny_config("qwen2", num_hidden_layers=3), [0, 1, 2], **shape)).eval()
+        model.set_attn_implementation(attention)
+        rows = [[torch.tensor([*tiny_ids(seed, n), EOS]) for seed, n in enumerate(lengths)] for lengths in ((5, 9, 3), (2, 2, 13))]
+        packed = torch.stack([torch.cat(row) for row in rows])
+        positions, _ = separate(packed, EOS)
+        with torch.no_grad():
+            expected = torch.stack([torch.cat([model(document[None], use_cache=False).logits[0] for document in row]) for row in rows])
+            apart = model(packed, position_ids=positions, use_cache=False).logits
+            together = model(packed, use_cache=False).logits
+        torch.testing.assert_close(apart, expected, atol=1e-5, rtol=0)
+        assert (together - expected).abs().max() > 0.01
+
+
+def tiny_ids(seed: int, count: int) -> list[int]:
+    return torch.randint(1, 320, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
