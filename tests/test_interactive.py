@@ -181,6 +181,15 @@ class PressesCtrlC(io.StringIO):
         return count
 
 
+@pytest.fixture
+def listens() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, which a suite that was started in the background has not got."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens")
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are for the main thread")
 def test_ctrl_c_stops_the_answer_and_not_the_program(model: Any, tokenizer: Any, times: int) -> None:
