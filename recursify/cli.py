@@ -1,13 +1,15 @@
 """The command line: parse the settings of a job, run it, turn bad input into one message and exit status 2.
 
-Every flag is a field of the settings class of its job, so its name, help text and default stand there and nowhere else. The scripts of the
-guides call the functions named after their jobs; `recursify JOB` calls `main`. A job's modules are imported when it is called: text is
-generated without the weight of the training stack. Floor 4.
+Every flag is a field of the settings class of its job, so its name, help text and default stand there and nowhere else. `--config FILE`
+reads them from a recipe, a YAML file with one section per job; what is given on the command line goes before what is in the file. The
+scripts of the guides call the functions named after their jobs; `recursify JOB` calls `main`. A job's modules are imported when it is
+called: text is generated without the weight of the training stack. Floor 4.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -15,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
+from .recipe import JOB_SECTIONS, read_section
 
 if TYPE_CHECKING:
     from .training.settings import RunSettings
@@ -128,25 +131,67 @@ def _train(name: str, settings_class: type[RunSettings], argv: Argv) -> None:
     from . import training
 
     def job(settings: RunSettings) -> None:
-        if training.train(settings).fit.interrupted:
+        fitted = training.train(settings).fit
+        if fitted is not None and fitted.interrupted:
             sys.exit(INTERRUPTED)  # saved and resumable, but what follows in a script must not take it for finished
 
     _command(name, settings_class, job, argv)
 
 
-def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:
-    """Parse flags into settings and run the job; bad input ends with status 2 and one message.
+@dataclasses.dataclass(kw_only=True)
+class _FromFile:
+    config: str | None = None
+    """A recipe: a YAML file with a section for this job, whose keys are the flags below. What is given here goes before what is in it."""
+
+
+def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settings:
+    """Flags as settings, over those of the recipe that `--config` names.
 
     Args:
         argv: None when a script of the guides was called by its own name; its flags are then in `sys.argv`.
+
+    Raises:
+        UserError: As `read_section`.
     """
     import tyro
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    prog = None if argv is None else f"recursify {job}"
+    options: dict[str, Any] = {"prog": prog, "args": words, "use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
+    if job not in JOB_SECTIONS:
+        return tyro.cli(settings_class, **options)
+    # Help lists the fields of the last base first.
+    with_file = dataclasses.make_dataclass(settings_class.__name__, (), bases=(settings_class, _FromFile), kw_only=True)
+    with_file.__doc__ = settings_class.__doc__
+    file = _config_file(words)
+    values = {} if file is None else read_section(file, job, settings_class)
+    values |= {field.name: tyro.MISSING for field in dataclasses.fields(with_file) if _is_required(field) and field.name not in values}
+    parsed = tyro.cli(with_file, default=with_file(**values), **options)
+    return settings_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(settings_class)})  # type: ignore[arg-type]
+
+
+def _config_file(words: Sequence[str]) -> str | None:
+    """What `--config` says; a missing value is left to the parser of all flags."""
+    file = None
+    for word, following in zip(words, (*words[1:], None), strict=True):
+        if word == "--config":
+            file = following
+        elif word.startswith("--config="):
+            file = word.removeprefix("--config=")
+    return file
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:
+    """Parse flags into settings and run the job; bad input ends with status 2 and one message."""
     from transformers.utils import logging as transformers_logging
 
-    prog = None if argv is None else f"recursify {name}"
-    settings = tyro.cli(settings_class, prog=prog, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-    transformers_logging.disable_progress_bar()  # bars of milliseconds; the jobs show their own where one has to wait
     try:
+        settings = parse(name, settings_class, argv)
+        transformers_logging.disable_progress_bar()  # bars of milliseconds; the jobs show their own where one has to wait
         job(settings)
     except UserError as error:
         if os.environ.get("RECURSIFY_DEBUG") == "1":

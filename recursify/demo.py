@@ -29,11 +29,10 @@ from .errors import UserError
 from .generation import Sampling, generate_text, recursive_steps
 from .plan import ConversionPlan
 from .training import FitResult, TrainSettings, fit
-from .training.trainer import BEST
+from .training.saving import BEST
 
 DEPTHS = (1, 2, 3, 4, 5)
 RECURSIVE, TUNED, AS_IS = "recursive", "donor fine-tuned", "donor as is"
-START_GAIN = 0.15  # the largest, in steps of 0.05, that costs this donor at most 0.02 nats at 3 cycles before training
 PROMPT = "The statement is executed"
 SENTENCE_TOKENS = 24
 HELD_OUT_EVERY = 6  # topics: more than the usual share, for an error bar that shows something
@@ -69,7 +68,7 @@ def run(settings: DemoSettings) -> Path:
     except OSError as error:
         raise UserError(f"--output_dir: {out} cannot be made ({error.strerror}); name another folder") from error
     convert = conversion.ConvertSettings(
-        qwen_model=str(donor_folder()), keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1, gain=START_GAIN,
+        qwen_model=str(donor_folder()), keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1,
         output_path=str(out / "recursive_init.pt"),
     )  # fmt: skip
     with clock.stage("convert"):
@@ -88,10 +87,10 @@ def run(settings: DemoSettings) -> Path:
     with clock.stage("measure the donor as it is"):
         as_is = evaluation.measure(donor, held)[0]
     with clock.stage("fine-tune the recursive model"):
-        fitted = fit(model, tokenizer, blocks, held, train)
+        fitted = _whole(fit(model, tokenizer, blocks, held, train))
     checkpoint.save(out / "recursive.pt", model, tokenizer, found.plan, {**found.notes, "trained_on": "pydoc_data.topics"})
     with clock.stage("fine-tune the donor on the same tokens"):
-        tuned = fit(donor, tokenizer, blocks, held, train)
+        tuned = _whole(fit(donor, tokenizer, blocks, held, train))
     with clock.stage("measure every depth"):
         losses, tuned_losses = (evaluation.window_losses(m, held, DEPTHS) for m in (model, donor))
     with clock.stage("write text"):
@@ -106,6 +105,13 @@ def run(settings: DemoSettings) -> Path:
     path = report.write(page, out / "report.html")
     print_summary(page, path, clock)
     return path
+
+
+def _whole(fitted: FitResult) -> FitResult:
+    """A run that Ctrl-C has ended has nothing to show."""
+    if fitted.interrupted:
+        raise KeyboardInterrupt
+    return fitted
 
 
 def make_page(
@@ -251,7 +257,7 @@ def commands(convert: conversion.ConvertSettings, train: TrainSettings, out: Pat
     """The same steps one by one, from the shell."""
     return (
         f"recursify convert --qwen_model {convert.qwen_model} --keep_donor --L_layers {convert.L_layers} --H_cycles {convert.H_cycles} "
-        f"--L_cycles {convert.L_cycles} --gain {convert.gain} --output_path {convert.output_path}",
+        f"--L_cycles {convert.L_cycles} --output_path {convert.output_path}",
         f"recursify train --checkpoint {train.checkpoint} --dataset_name {train.dataset_name} --seq_len {train.seq_len} "
         f"--batch_size {train.batch_size} --max_steps {train.max_steps} --lr {train.lr} --gain_lr {train.gain_lr} "
         f"--warmup_steps {train.warmup_steps} --enable_deep_supervision --seed {train.seed} --output_dir {out}",

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .configuration_recursive_llm import RecursiveLLMConfig
-from .modeling_recursive_llm import FAMILIES
+from .cost import parameters_by_part
 from .plan import ConversionPlan
 
 
@@ -76,24 +74,6 @@ class Inspection:
         if self.donor_applications:
             lines += [f"  {'donor':>8}  {self.donor_applications:>18}  {'1.00':>7}"]
         return "\n".join(lines)
-
-
-def parameters_by_part(config: RecursiveLLMConfig) -> dict[str, int]:
-    """Part -> number of parameters, counted on shapes without storage."""
-    with torch.device("meta"):
-        model = FAMILIES[config.model_type](config)
-    model.tie_weights()
-    inner = model.inner
-    parts = {
-        "embeddings": inner.embed_tokens,
-        "prelude": inner.prelude,
-        "L_level": inner.L_level,
-        "coda": inner.coda,
-        "norm": inner.norm,
-        "recursion": model.model.recursion,
-    }
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return {**counts, "lm_head": 0 if config.tie_word_embeddings else model.lm_head.weight.numel()}
 
 
 def inspect(config: RecursiveLLMConfig, plan: ConversionPlan | None, depths: Sequence[int] | None = None) -> Inspection:

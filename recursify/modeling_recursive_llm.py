@@ -33,7 +33,7 @@ torch, transformers and the configuration beside it.
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, Unpack
 
@@ -188,8 +188,9 @@ class HaltHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """`[B, T, D]` to `[B, T]`."""
-        return nn.functional.linear(z, self.weight, self.bias).squeeze(-1)
+        """`[B, T, D]` to `[B, T]`. Reads directions: the lengths of a donor's states differ a thousandfold from token to token."""
+        direction = nn.functional.rms_norm(z.float(), z.shape[-1:], eps=1e-6).to(z.dtype)
+        return nn.functional.linear(direction, self.weight, self.bias).squeeze(-1)
 
 
 class Recursion(nn.Module):
@@ -210,23 +211,42 @@ class Recursion(nn.Module):
         self.eps = config.rms_norm_eps
         self.q_head = HaltHead(config.hidden_size)
 
-    def steps(self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int) -> Iterator[torch.Tensor]:
+    def steps(self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int, backprop: str = "full") -> Iterator[torch.Tensor]:
         """The loop. Yields `z_H` `[B, T, D]` at the end of each cycle.
 
         Args:
             e: Output of the prelude, `[B, T, D]`.
             block: `block(x, n)` applies the looped block to `x` as application number `n`.
+            backprop: How far back a cycle's loss reaches: "full", through all cycles before it; "cycle", to the states that the cycle began
+                with; "last", as "cycle", and cycles before the last are computed without gradients (TRM).
         """
-        z_L, z_H, n = e + self.L_init.to(e.dtype), e + self.H_init.to(e.dtype), 0
-        if self.anchored:
-            gains_L, gains_H = self.inject_L.gains(e.dtype), self.inject_H.gains(e.dtype)
-        for _ in range(H_cycles):
-            for _ in range(L_cycles):
-                x = self.inject_L(e, z_L, z_H, gains_L) if self.anchored else z_L + z_H + e
-                z_L, n = self._leave(block(x, n)), n + 1
-            x = self.inject_H(e, z_H, z_L, gains_H) if self.anchored else z_H + z_L
-            z_H, n = self._leave(block(x, n)), n + 1
+        z_L, z_H = e + self.L_init.to(e.dtype), e + self.H_init.to(e.dtype)
+        gains = self._gains(e.dtype)
+        for cycle in range(H_cycles):
+            if backprop == "cycle" and cycle > 0:  # no graph outlives its cycle, nor that of the gains
+                gains = self._gains(e.dtype)
+            if backprop == "last" and cycle < H_cycles - 1:
+                with torch.no_grad():
+                    z_L, z_H = self._cycle(e, z_L, z_H, block, cycle, L_cycles, gains)
+                torch.clear_autocast_cache()  # which now holds the weights' low-precision copies without their gradients
+            else:
+                z_L, z_H = self._cycle(e, z_L, z_H, block, cycle, L_cycles, gains)
             yield z_H
+            if backprop != "full":
+                z_L, z_H = z_L.detach(), z_H.detach()
+
+    def _gains(self, dtype: torch.dtype) -> Any:
+        return (self.inject_L.gains(dtype), self.inject_H.gains(dtype)) if self.anchored else None
+
+    def _cycle(
+        self, e: torch.Tensor, z_L: torch.Tensor, z_H: torch.Tensor, block: Any, cycle: int, L_cycles: int, gains: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        n = cycle * (L_cycles + 1)
+        for step in range(L_cycles):
+            x = self.inject_L(e, z_L, z_H, gains[0]) if self.anchored else z_L + z_H + e
+            z_L = self._leave(block(x, n + step))
+        x = self.inject_H(e, z_H, z_L, gains[1]) if self.anchored else z_H + z_L
+        return z_L, self._leave(block(x, n + L_cycles))
 
     def _leave(self, z: torch.Tensor) -> torch.Tensor:
         """TRM's weightless norm at the end of its block; the anchored form is bounded without it."""
@@ -371,13 +391,7 @@ class RecursiveModelMixin(PreTrainedModel):
             # Filled in this pass, and kept out of the masks: packed documents are only told apart where there is no cache.
             past_key_values = DynamicCache(config=self.config.at_depth(H, L))
             claim_cache(past_key_values, self.config, H, L)
-        # before positions are made up: only positions that are given can restart within a row
-        masks = attention_mask if isinstance(attention_mask, dict) else self._masks(inputs_embeds, attention_mask, seen, position_ids)
-        if position_ids is None:
-            start = 0 if seen is None else seen.get_seq_length()
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
-        rope = self.rotary_emb(inputs_embeds, position_ids)
-        one_pass = ForwardPass(self, masks, rope, position_ids, past_key_values, {"use_cache": use_cache, **kwargs})
+        one_pass = self._one_pass(inputs_embeds, attention_mask, position_ids, seen, past_key_values, {"use_cache": use_cache, **kwargs})
 
         e = one_pass.prelude(inputs_embeds)
         states, halts, z_H = [], [], None
@@ -393,6 +407,35 @@ class RecursiveModelMixin(PreTrainedModel):
             cycle_states=(*states, last) if output_cycle_states else None,
             halt_logits=tuple(halts) if output_cycle_states else None,
         )
+
+    def open_loop(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+        """A pass without a cache, left open at the loop, for training that goes through it its own way.
+
+        Returns:
+            e `[B, T, D]`; `block(x, n)`, as `Recursion.steps` takes it; `read(z_H)`, the `[B, T, D]` state that `lm_head` reads.
+        """
+        inputs_embeds = self.embed_tokens(input_ids)
+        one_pass = self._one_pass(inputs_embeds, None, position_ids, None, None, {"use_cache": False})
+        return one_pass.prelude(inputs_embeds), one_pass.block, lambda z_H: self.norm(one_pass.coda(z_H))
+
+    def _one_pass(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        seen: Cache | None,
+        cache: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> ForwardPass:
+        """What all applications share. `seen` is the cache that the masks know of, `cache` the one that is filled."""
+        # before positions are made up: only positions that are given can restart within a row
+        masks = attention_mask if isinstance(attention_mask, dict) else self._masks(inputs_embeds, attention_mask, seen, position_ids)
+        if position_ids is None:
+            start = 0 if seen is None else seen.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
+        return ForwardPass(self, masks, self.rotary_emb(inputs_embeds, position_ids), position_ids, cache, kwargs)
 
     def _masks(
         self, inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor | None

@@ -3,13 +3,20 @@
 Nothing here knows the model, the optimizer or the data loader. A loss takes the states that a model returned, the labels that a batch
 brought and the head that reads states, and gives back numbers; so each one can be checked on five tokens.
 
-    cycle_weights        how much each cycle's loss counts, for the four schedules
+    cycle_shares             how much each cycle's loss counts, for the four schedules
     next_token_losses        one loss per cycle, never holding the logits of more than a chunk of tokens
     next_embedding_losses    the same for a model without a head, which predicts the next token's embedding
-    deep_supervision         their weighted mean
+    losses_and_divergences   the loss of every token, and how far its prediction is from that of a teacher (distillation)
+    worsening                what a cycle makes worse than the cycle before it (monotone term)
+    halting_loss             how well `q_head` says which cycles later ones do not improve on
 
-Units: losses of tokens are in nats per counted token, losses of embeddings are 1 - cosine, 0 to 2, per counted token. Labels come
-unshifted, as Hugging Face passes them: position t is scored against the token at t + 1, and -100 marks tokens that do not count.
+With w_c the share of cycle c, a run minimises, as a mean over counted tokens,
+
+    sum_c w_c (loss_c + a T^2 KL(donor || c) + b T^2 KL(last || c) + m max(0, loss_c - loss_{c-1})) + h mean_c BCE(q_c, y_c)
+
+Units: losses of tokens and divergences are in nats per counted token, losses of embeddings are 1 - cosine, 0 to 2, per counted token.
+Labels come unshifted, as Hugging Face passes them: position t is scored against the token at t + 1, and -100 marks tokens that do not
+count.
 
 Shape letters: B batch, T tokens, N counted positions, D hidden size, V vocabulary, H cycles. Floor 1. Imports torch only.
 """
@@ -17,10 +24,12 @@ Shape letters: B batch, T tokens, N counted positions, D hidden size, V vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +37,9 @@ IGNORED = -100
 
 # Logits held at once, in elements: 256 MB in float32, 441 tokens of a vocabulary of 151,936.
 CHUNK_ELEMENTS = 2**26
+
+# By so many nats a later cycle must do better at a token to be worth going on for: less is noise.
+HALT_MARGIN = 0.05
 
 # Embeddings shorter than this, such as the zeros of a padded vocabulary, are like nothing.
 _SHORTEST = 1e-8
@@ -82,16 +94,10 @@ def cycle_weights(schedule: str, weight: float, H: int) -> list[float]:
     return [SCHEDULES[schedule](weight, i, H) for i in range(H - 1)] + [1.0]
 
 
-def deep_supervision(losses: Tensor, weights: Sequence[float]) -> Tensor:
-    """The weighted mean of the cycles' losses `[H]`: sum(w_c * loss_c) / sum(w_c). Equal losses give that loss, whatever the weights.
-
-    Raises:
-        ValueError: If there is not exactly one weight per cycle.
-    """
-    if len(weights) != len(losses):
-        raise ValueError(f"need one weight per cycle: got {len(losses)} losses and {len(weights)} weights")
-    w = torch.tensor(weights, dtype=losses.dtype, device=losses.device)
-    return (w * losses).sum() / w.sum()
+def cycle_shares(schedule: str, weight: float, H: int) -> list[float]:
+    """The weights of `cycle_weights` over their sum: the total loss is a mean, so equal losses give that loss, whatever the weights."""
+    weights = cycle_weights(schedule, weight, H)
+    return [w / sum(weights) for w in weights]
 
 
 def counted(labels: Tensor) -> Tensor:
@@ -115,10 +121,80 @@ def next_token_losses(
     return _per_item(torch.stack([_summed_loss(state, labels, head, chunk) for state in states]), labels, num_items)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A prediction to stay near to, fixed: nothing here gets a gradient from it.
+
+    Args:
+        state: What its head reads, `[B, T, D']`.
+        head: State to logits over the same vocabulary.
+        temperature: Both predictions are softened by it, as in arXiv 1503.02531.
+    """
+
+    state: Tensor
+    head: Any
+    temperature: float = 1.0
+
+
 def token_losses(state: Tensor, labels: Tensor, head: Any, chunk: int | None = None) -> Tensor:
     """The loss of every token, `[B, T - 1]` in float32: entry t is -log p(token t + 1), 0 where that token does not count."""
+    return losses_and_divergences(state, labels, head, (), chunk)[0]
+
+
+def losses_and_divergences(
+    state: Tensor, labels: Tensor, head: Any, references: Sequence[Reference], chunk: int | None = None
+) -> tuple[Tensor, ...]:
+    """`token_losses`, and for each reference the divergence of every token, `[B, T - 1]` in float32, 0 where that token does not count.
+
+    The divergence is forward KL over the vocabulary, T^2 * sum_v r_v (log r_v - log p_v), with r the reference's prediction and p ours,
+    both at temperature T: it asks to cover what the reference finds likely. T^2 keeps the gradient's size independent of T (arXiv
+    1503.02531). Forward KL did best of the divergences in Relaxed Recursive Transformers (arXiv 2410.20672).
+
+    Args:
+        chunk: As in `next_token_losses`; the logits of the references are held one more time each.
+    """
     x, targets = _positions(state, labels)
-    return torch.cat(_chunk_losses(x, targets, head, _chunk(head.out_features, chunk))).view(labels.shape[0], -1)
+    size = _chunk(head.out_features * (1 + len(references)), chunk)
+    others = [_positions(reference.state.detach(), labels)[0] for reference in references]
+    pieces = zip(x.split(size), targets.split(size), *(other.split(size) for other in others), strict=True)
+    if len(x) <= size or not torch.is_grad_enabled():
+        rows = [_token_terms(head, references, *piece) for piece in pieces]
+    else:
+        rows = [checkpoint(_token_terms, head, references, *piece, use_reentrant=False) for piece in pieces]
+    return tuple(torch.cat(rows, dim=1).view(1 + len(references), labels.shape[0], -1))
+
+
+def worsening(losses: Tensor, before: Tensor) -> Tensor:
+    """max(0, loss_c - loss_{c-1}) of every token, `[B, T - 1]`, in the unit of the losses.
+
+    Args:
+        losses, before: Of a cycle and of the one before it, which is a bar to clear and gets no gradient: it would learn to be worse.
+    """
+    return torch.relu(losses - before.detach())
+
+
+def halting_loss(
+    halt_logits: Sequence[Tensor], losses: Sequence[Tensor], labels: Tensor, num_items: Tensor | float | None = None
+) -> Tensor:
+    """Binary cross-entropy of the halting head, a mean over counted tokens and over all cycles but the last, in nats.
+
+    The target of cycle c at position t is 1 where going on would not have helped: where loss_c <= min of the later cycles' losses of the
+    token at t + 1, plus HALT_MARGIN nats. So the sigmoid of the logit is the chance that no later cycle does noticeably better. (Ouro,
+    arXiv 2510.25741, trains its gate on the improvement of the loss; TRM's target, "the answer is right", would never let a token halt
+    that no number of cycles gets right.) The last cycle has no later one, and no target.
+
+    Args:
+        halt_logits: One `[B, T]` per cycle, from detached states.
+        losses: One `[B, T - 1]` per cycle; they give targets and get no gradient.
+    """
+    total = torch.zeros((), device=labels.device)
+    stacked = torch.stack([loss.detach() for loss in losses])
+    counts = labels[:, 1:] != IGNORED
+    for cycle, logits in enumerate(halt_logits[:-1]):
+        target = (stacked[cycle] <= stacked[cycle + 1 :].amin(dim=0) + HALT_MARGIN).float()
+        each = F.binary_cross_entropy_with_logits(logits[:, :-1].float(), target, reduction="none")
+        total = total + each.masked_fill(~counts, 0.0).sum()
+    return _per_item(total / max(1, len(halt_logits) - 1), labels, num_items)
 
 
 def next_embedding_losses(
@@ -179,18 +255,12 @@ def _summed_loss(state: Tensor, labels: Tensor, head: Any, chunk: int | None) ->
     x, targets = _positions(state, labels)
     chunk = _chunk(head.out_features, chunk)
     if len(x) > chunk and torch.is_grad_enabled() and _plain_float32(x, head):
-        # Chunked by torch, which computes the gradients on the way forward: a quarter fewer matrix products than recomputing logits.
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)  # its automatic chunk is many times slower on a CPU
-        return F.linear_cross_entropy(x, head.weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
-    return torch.cat(_chunk_losses(x, targets, head, chunk)).sum()
+        return _ChunkedLoss.apply(x, head.weight, targets, chunk)
+    return token_losses(state, labels, head, chunk).sum()
 
 
 def _plain_float32(x: Tensor, head: Any) -> bool:
-    """Whether torch's own chunked loss serves: a bare float32 matrix, and no autocast.
-
-    Not in bfloat16: there it returns the sum over all tokens in bfloat16, in steps of 64 nats for a thousand tokens. Not for a head that
-    is more than its weight (a bias, LoRA, quantised, sharded over devices).
-    """
+    """Whether the head is a bare float32 matrix, and no autocast is on: not one with a bias or LoRA, quantised, or sharded over devices."""
     weight = getattr(head, "weight", None)
     return (
         type(head) is nn.Linear
@@ -202,13 +272,50 @@ def _plain_float32(x: Tensor, head: Any) -> bool:
     )
 
 
-def _chunk_losses(x: Tensor, targets: Tensor, head: Any, chunk: int) -> list[Tensor]:
-    """The losses of each chunk's positions. Where there are several, each computes its logits again in the backward pass."""
-    pieces = zip(x.split(chunk), targets.split(chunk), strict=True)
-    if len(x) <= chunk or not torch.is_grad_enabled():
-        return [_cross_entropy(head, *piece) for piece in pieces]
-    return [checkpoint(_cross_entropy, head, *piece, use_reentrant=False) for piece in pieces]
+class _ChunkedLoss(torch.autograd.Function):
+    """The summed loss of N positions, its gradients found on the way forward, a chunk of logits at a time.
+
+    A quarter fewer matrix products than computing the logits again on the way back. torch's own `linear_cross_entropy` does the same, but
+    on the way back makes zeros as large as the weight for outputs that nobody uses (torch 2.13), and sums bfloat16 in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """`x` `[N, D]`, `weight` `[V, D]`, `targets` `[N]`."""
+        total = x.new_zeros(())
+        ctx.of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        ctx.of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(x), chunk):
+            piece, target = x[start : start + chunk], targets[start : start + chunk]
+            counts, right = (target != IGNORED)[:, None], target.clamp(min=0)[:, None]
+            logits = piece @ weight.T  # from here on in place: the only matrix of its size
+            logits -= logits.amax(dim=-1, keepdim=True)
+            found = logits.gather(1, right)
+            norms = logits.exp_().sum(dim=-1, keepdim=True)
+            total += ((norms.log() - found) * counts).sum()
+            logits *= counts / norms  # the gradient: probabilities, less 1 at the right token
+            logits.scatter_add_(1, right, -counts.to(logits.dtype))
+            if ctx.of_x is not None:
+                torch.mm(logits, weight, out=ctx.of_x[start : start + chunk])
+            if ctx.of_weight is not None:
+                ctx.of_weight.addmm_(logits.T, piece)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        gradients, ctx.of_x, ctx.of_weight = (ctx.of_x, ctx.of_weight), None, None
+        return *(None if g is None else g.mul_(scale) for g in gradients), None, None
 
 
-def _cross_entropy(head: Any, x: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(x).float(), targets, ignore_index=IGNORED, reduction="none")
+def _token_terms(head: Any, references: Sequence[Reference], x: Tensor, targets: Tensor, *others: Tensor) -> Tensor:
+    """`[1 + references, n]`: loss and divergences of n positions. Recomputed in the backward pass where there are several chunks."""
+    logits = head(x).float()
+    rows = [F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")]
+    for reference, other in zip(references, others, strict=True):
+        with torch.no_grad():
+            wanted = F.log_softmax(reference.head(other.to(reference.head.weight.dtype)).float() / reference.temperature, dim=-1)
+        found = F.log_softmax(logits / reference.temperature, dim=-1)
+        divergence = F.kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1)
+        rows.append((reference.temperature**2 * divergence).masked_fill(targets == IGNORED, 0.0))
+    return torch.stack(rows)

@@ -20,9 +20,10 @@ from recursify.evaluation import load_any
 from recursify.generation import GenerateSettings, generate_text
 from recursify.generation import load as load_to_write
 from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings, fit, train
-from recursify.training.approaches import APPROACHES, START_GAIN, freeze_rest, from_donor, untied
+from recursify.training.approaches import APPROACHES, freeze_rest, from_donor, untied
+from recursify.training.saving import BEST
 from recursify.training.settings import DonorSettings
-from recursify.training.trainer import BEST, Supervised
+from recursify.training.supervised import Supervised, Supervision
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 SETTINGS: dict[str, type[DonorSettings]] = {"embedding": EmbeddingSettings, "hybrid": HybridSettings}
@@ -84,7 +85,7 @@ def test_what_comes_from_the_donor(approach: str, family: str, tmp_path: Path) -
     donor: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     found = from_donor(SETTINGS[approach](model_name=str(tmp_path), L_layers=2, H_cycles=2, L_cycles=1))
     model: Any = found.model
-    assert model.config.gain_init == START_GAIN and (model.config.H_cycles, model.config.L_cycles) == (2, 1)
+    assert model.config.gain_init == 0 and (model.config.H_cycles, model.config.L_cycles) == (2, 1)
     fresh = {name for name in donor.state_dict() if name.startswith("model.layers.")} | {NORM} if approach == "embedding" else set()
     assert differing(donor, model) == fresh
     assert (found.plan is None) == (approach == "embedding")
@@ -186,7 +187,7 @@ def test_the_embedding_loss_is_the_cosine_of_the_state_itself(corner: Path) -> N
     model: Any = from_donor(wanted).model
     batch, seen = torch.tensor([row["input_ids"] for row in blocks(corner, "train")[:3]]), []
     model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    outputs = Supervised(model, [0.5, 1.0], APPROACHES["embedding"].objective)(batch, batch)
+    outputs = Supervised(model, Supervision(every_cycle=True, schedule="constant"), APPROACHES["embedding"].objective)(batch, batch)
     targets = model.model.embed_tokens(batch[:, 1:])
     expected = [(1 - F.cosine_similarity(z_H[:, :-1], targets, dim=-1)).mean().item() for z_H in seen]
     assert outputs["cycle_losses"].tolist() == pytest.approx(expected, rel=1e-5) and len(expected) == 2

@@ -11,6 +11,11 @@ import pytest
 import torch
 
 from recursify import cli
+from recursify.conversion import ConvertSettings
+from recursify.errors import UserError
+from recursify.evaluation import EvaluateSettings
+from recursify.generation import GenerateSettings
+from recursify.training.settings import TrainSettings
 
 
 def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -132,6 +137,105 @@ def test_an_interrupted_training_is_no_success(monkeypatch: pytest.MonkeyPatch, 
         result = SimpleNamespace(fit=SimpleNamespace(interrupted=interrupted))
         monkeypatch.setattr(training, "train", lambda settings, result=result: result)
         assert call(capsys, "train", "--checkpoint", "m.pt")[0] == status
+
+
+RECIPE = """
+about: for a test
+convert: {keep_donor: true, L_layers: 2, output_path: from_file.pt}
+train:
+  checkpoint: m.pt
+  lr: 1e-5
+  gain_lr: 1
+  max_steps: 7
+  enable_deep_supervision: true
+  deep_supervision_schedule: early_decay
+  cycle_choices: [1, 2]
+  cycle_weights: [1, 2.5]
+  eval_batch_size: null
+evaluate:
+cost: {tokens: 5}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_settings_come_from_a_recipe_with_their_types(recipe: Path) -> None:
+    train = cli.parse("train", TrainSettings, ["--config", str(recipe)])
+    assert type(train) is TrainSettings
+    assert train == TrainSettings(
+        checkpoint="m.pt", lr=1e-5, gain_lr=1.0, max_steps=7, enable_deep_supervision=True, deep_supervision_schedule="early_decay",
+        cycle_choices=(1, 2), cycle_weights=(1.0, 2.5),
+    )  # fmt: skip
+    assert all(type(weight) is float for weight in (train.lr, train.gain_lr, *train.cycle_weights))
+
+
+def test_the_command_line_goes_before_the_recipe(recipe: Path) -> None:
+    flags = ["--lr", "2e-5", f"--config={recipe}", "--no_enable_deep_supervision", "--cycle_choices", "3", "--checkpoint", "other.pt"]
+    train = cli.parse("train", TrainSettings, flags)
+    assert (train.lr, train.enable_deep_supervision, train.cycle_choices, train.checkpoint) == (2e-5, False, (3,), "other.pt")
+    assert train.max_steps == 7
+
+
+def test_required_flags_may_come_from_either(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.parse("evaluate", EvaluateSettings, ["--config", str(recipe), "--checkpoint", "x.pt"]).checkpoint == "x.pt"
+    status, _, err = call(capsys, "evaluate", "--config", str(recipe))
+    assert status == 2 and "--checkpoint" in err
+
+
+def test_scripts_of_the_guides_take_a_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_qwen_to_recursive.py", "--config", str(recipe), "--L_layers", "3"])
+    assert cli.parse("convert", ConvertSettings) == ConvertSettings(keep_donor=True, L_layers=3, output_path="from_file.pt")
+
+
+def test_help_shows_the_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, plain, _ = call(capsys, "convert", "--help")
+    _, filled, _ = call(capsys, "convert", "--help", "--config", str(recipe))
+    assert "--config" in plain and "qwen_recursive_init.pt" in plain and "from_file.pt" in filled
+    assert "--config" not in call(capsys, "inspect", "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {batchsize: 4}", ["batchsize", "did you mean batch_size", "seq_len"]),
+        ("trian: {}", ["trian", "did you mean train"]),
+        ("convert: {}", ["no section 'train'", "convert"]),
+        ("train: {batch_size: 4.5}", ["batch_size", "a whole number", "4.5"]),
+        ("train: {batch_size: true}", ["batch_size", "a whole number", "True"]),
+        ("train: {lr: fast}", ["lr", "a number", "fast"]),
+        ("train: {lr: true}", ["lr", "a number", "True"]),
+        ("train: {output_dir: 5}", ["output_dir", "in quotes", "5"]),
+        ("train: {resume: 'yes'}", ["resume", "true or false", "yes"]),
+        ("train: {backprop: half}", ["backprop", "full, cycle, last", "half"]),
+        ("train: {cycle_choices: 3}", ["cycle_choices", "a list", "3"]),
+        ("train: {cycle_choices: [1, two]}", ["cycle_choices", "a whole number", "two"]),
+        ("train: {seq_len: null}", ["seq_len", "a whole number", "None"]),
+        ("train: {config: x}", ["config", "unknown key"]),
+        ("train: [1, 2]", ["under 'train'", "[1, 2]"]),
+        ("train: {lr: 1, lr: 2}", ["'lr' is given twice"]),
+        ("train: {lr: [", ["not valid YAML", "line 1"]),
+        ("just text", ["a section for each job", "str"]),
+        ("", ["a section for each job"]),
+    ],
+)
+def test_a_bad_recipe_is_one_message(text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    status, out, err = call(capsys, "train", "--config", str(path), "--checkpoint", "m.pt")
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert all(word in err for word in ("--config", str(path), *words)), err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml.*cannot be read"):
+        cli.parse("generate", GenerateSettings, ["--config", str(tmp_path / "none.yaml")])
+    assert call(capsys, "generate", "--config")[0] == 2
 
 
 def test_output_into_a_closed_pipe_is_no_error(converted: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from recursify import checkpoint, cli, demo
 from recursify.donor import open_donor
 from recursify.errors import UserError
+from recursify.training import FitResult
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +55,6 @@ def test_the_commands_in_the_page_do_the_same_one_by_one(out: Path, capsys: pyte
     assert capsys.readouterr().out.count("✓ New best model saved") == 1
 
 
-@pytest.mark.slow
-def test_the_start_gain_costs_little(out: Path) -> None:
-    """As `START_GAIN` says; with the next step up it costs more, so the choice is not idle."""
-    from recursify import convert
-    from recursify.data import DataSettings, load_documents, tokenize
-    from recursify.donor import load_tokenizer
-    from recursify.evaluation import measure
-
-    donor = str(demo.donor_folder())
-    held = load_documents(DataSettings(dataset_name=str(out / "language_reference"))).validation
-    blocks = tokenize(held, load_tokenizer(donor), 128).select(range(40))
-
-    def cost(gain: float) -> float:
-        model = convert(donor, L_layers=2, keep_donor=True, H_cycles=3, L_cycles=1, gain=gain).float()
-        deep, plain = measure(model, blocks, (3, 0))
-        return deep.loss - plain.loss
-
-    assert cost(demo.START_GAIN) <= 0.02 < cost(demo.START_GAIN + 0.05)
-
-
 def test_the_donor_that_ships_is_small_and_says_how_it_was_made() -> None:
     folder = demo.donor_folder()
     assert (folder / "model.safetensors").stat().st_size <= 8_000_000
@@ -86,3 +67,12 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output_dir"):
         demo.run(demo.DemoSettings(output_dir=str(tmp_path / "file" / "x")))
+
+
+def test_a_run_that_ctrl_c_has_ended_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = FitResult(history=[], steps=1, tokens=1, seconds=1.0, eval_loss=None, best_eval_loss=None, interrupted=True)
+    monkeypatch.setattr(demo, "fit", lambda *args: ended)
+    monkeypatch.setattr(demo.evaluation, "measure", lambda *args: [None])
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(demo.DemoSettings(output_dir=str(tmp_path)))
+    assert not (tmp_path / "report.html").exists()

@@ -12,8 +12,8 @@ FLOORS = {
     "cli": 4, "__main__": 4, "demo": 4,
     "training": 3, "interactive": 3, "report": 3,
     "charts": 2, "conversion": 2, "checkpoint": 2, "generation": 2, "evaluation": 2, "inspection": 2,
-    "modeling_recursive_llm": 1, "weights": 1, "objective": 1, "data": 1, "donor": 1, "device": 1,
-    "configuration_recursive_llm": 0, "plan": 0, "errors": 0,
+    "modeling_recursive_llm": 1, "weights": 1, "objective": 1, "data": 1, "donor": 1, "device": 1, "cost": 1,
+    "configuration_recursive_llm": 0, "plan": 0, "recipe": 0, "errors": 0,
 }  # fmt: skip
 TRAVELLERS = {"configuration_recursive_llm", "modeling_recursive_llm"}
 

@@ -14,15 +14,20 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from recursify import objective
 from recursify.objective import (
+    HALT_MARGIN,
     SCHEDULES,
+    Reference,
     counted,
+    cycle_shares,
     cycle_weights,
-    deep_supervision,
     embedding_losses,
+    halting_loss,
+    losses_and_divergences,
     nearest_is_next,
     next_embedding_losses,
     next_token_losses,
     token_losses,
+    worsening,
 )
 
 B, T, D, V = 3, 9, 8, 50
@@ -70,11 +75,10 @@ def test_weights_that_make_no_sense() -> None:
         cycle_weights("constant", 0.5, 0)
 
 
-def test_deep_supervision_by_hand() -> None:
-    assert deep_supervision(torch.tensor([2.0, 4.0, 6.0]), [1.0, 0.5, 1.0]).item() == pytest.approx(10 / 2.5)
-    assert deep_supervision(torch.full((3,), 7.0), [0.1, 0.3, 1.0]).item() == pytest.approx(7)
-    with pytest.raises(ValueError, match="one weight per cycle: got 3 losses and 2 weights"):
-        deep_supervision(torch.ones(3), [1.0, 1.0])
+def test_shares_by_hand() -> None:
+    """The weights over their sum: 0.25, 0.5 and 1 of 1.75."""
+    assert cycle_shares("exponential_decay", 1.0, 3) == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert cycle_shares("constant", 0.0, 3) == [0, 0, 1]
 
 
 def test_next_token_loss_by_hand() -> None:
@@ -92,7 +96,7 @@ def test_next_token_loss_by_hand() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 24, 1000])
-@pytest.mark.parametrize("bias", [False, True], ids=["torch", "recomputed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["on the way", "recomputed"])
 def test_chunked_equals_plain(chunk: int, bias: bool) -> None:
     states, labels = batch()
     head = nn.Linear(D, V, bias=bias)
@@ -104,14 +108,14 @@ def test_chunked_equals_plain(chunk: int, bias: bool) -> None:
         torch.testing.assert_close(next_token_losses(states, labels, head, chunk=chunk), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_which_heads_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, own = [], F.linear_cross_entropy
+def test_which_heads_find_their_gradients_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, own = [], objective._ChunkedLoss.apply
 
-    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(kwargs["options"].batch_chunk_size)
-        return own(*args, **kwargs)
+    def spy(*args: Any) -> torch.Tensor:
+        calls.append(args[-1])
+        return own(*args)
 
-    monkeypatch.setattr(F, "linear_cross_entropy", spy)
+    monkeypatch.setattr(objective._ChunkedLoss, "apply", spy)
     states, labels = batch()
     next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=5)
     assert calls == [5, 5]
@@ -251,3 +255,54 @@ def test_nearest_embedding_equals_the_plain_search() -> None:
         found = nearest_is_next(states[0], labels, embeddings, chunk=5)
     every = F.cosine_similarity(states[0][:, :-1, None], embeddings.weight, dim=-1)
     assert torch.equal(found, (every.argmax(-1) == labels[:, 1:]).float())
+
+
+# What compares predictions
+
+
+def test_divergence_by_hand() -> None:
+    """Two words; heads that change nothing: the states are the logits."""
+    head = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(head.weight)
+    ours = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]]])
+    theirs = torch.tensor([[[math.log(3), 0.0], [math.log(3), 0.0], [0.0, 0.0]]])
+    labels = torch.tensor([[0, 1, 0]])
+    losses, divergence = losses_and_divergences(ours, labels, head, [Reference(theirs, head)])
+    # at position 0 the reference says 3/4, 1/4 and we say 1/2, 1/2; at position 1 both say the same
+    assert divergence[0].tolist() == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.0], abs=1e-6)
+    assert losses[0].tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+    # at temperature 2 the reference says sqrt(3) : 1
+    r = math.sqrt(3) / (math.sqrt(3) + 1)
+    _, soft = losses_and_divergences(ours, labels, head, [Reference(theirs, head, 2.0)])
+    assert soft[0, 0].item() == pytest.approx(4 * (r * math.log(2 * r) + (1 - r) * math.log(2 * (1 - r))))
+
+
+def test_what_is_taught_from_gets_no_gradient() -> None:
+    (state, other), labels = batch()
+    head, theirs = nn.Linear(D, V, bias=False), nn.Linear(D, V, bias=False)
+    _, divergence = losses_and_divergences(state, labels, head, [Reference(other, theirs)], chunk=5)
+    divergence.sum().backward()
+    assert other.grad is None and theirs.weight.grad is None
+    assert state.grad is not None and head.weight.grad is not None
+
+
+def test_worsening_by_hand() -> None:
+    now, before = torch.tensor([[2.0, 1.0]], requires_grad=True), torch.tensor([[1.5, 3.0]], requires_grad=True)
+    found = worsening(now, before)
+    assert found.tolist() == [[0.5, 0.0]]
+    found.sum().backward()
+    assert now.grad is not None and now.grad.tolist() == [[1.0, 0.0]] and before.grad is None
+
+
+def test_halting_by_hand() -> None:
+    """Three cycles, two tokens that count: where the targets are right, and what the last cycle's logit says does not matter."""
+    labels = torch.tensor([[5, 5, -100, 5]])
+    losses = [torch.tensor([[1.0, 9.0, 1.0]]), torch.tensor([[1.2, 9.0, 1.0]]), torch.tensor([[1.0 - HALT_MARGIN / 2, 9.0, 0.5]])]
+    sure = 30.0
+    # token 0: cycle 1 is as good as any later one, cycle 2 is not; token 2: the last cycle is better than both
+    logits = [torch.tensor([[sure, 0.0, -sure, 7.0]]), torch.tensor([[-sure, 0.0, -sure, 7.0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])]
+    assert halting_loss(logits, losses, labels).item() == pytest.approx(0.0, abs=1e-6)
+    wrong = [torch.zeros(1, 4), -logits[1], logits[2]]
+    assert halting_loss(wrong, losses, labels).item() == pytest.approx((2 * math.log(2) + 2 * sure) / 2 / 2)
+    assert halting_loss(wrong, losses, labels, num_items=8).item() == pytest.approx((2 * math.log(2) + 2 * sure) / 2 / 8)
+    assert halting_loss(logits[:1], losses[:1], labels).item() == 0.0

@@ -19,24 +19,19 @@ import pytest
 import tiny
 import torch
 from tiny import make_tiny_tokenizer, sentences, tiny_config, tiny_donor
+from transformers import TrainerState
 
 from recursify import RecursiveLLM, checkpoint
 from recursify.configuration_recursive_llm import from_donor
 from recursify.conversion import LoopSettings, convert
+from recursify.cost import pass_flops
 from recursify.errors import UserError
 from recursify.objective import SCHEDULES
 from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train
-from recursify.training.trainer import (
-    BEST,
-    RecursiveTrainer,
-    Supervised,
-    learning_rate_factor,
-    parameter_groups,
-    resume_points,
-    supervision,
-    total_steps,
-    warmup_of,
-)
+from recursify.training.approaches import freeze_rest
+from recursify.training.run import Collate, total_steps
+from recursify.training.saving import BEST, resume_points
+from recursify.training.supervised import Supervised, Supervision
 
 SEQ_LEN = 16
 
@@ -74,40 +69,14 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-# The objective on a model
-
-
-def test_deep_supervision_reaches_every_cycle() -> None:
-    """The loss of each cycle alone has a gradient at the loop and at what feeds it, and the logged losses are those of the model."""
-    model, batch = recursive(), torch.tensor([row["input_ids"] for row in blocks(2)])
-    expected = [model(batch, labels=batch, H_cycles=H).loss.item() for H in (1, 2, 3)]
-    for cycle in range(3):
-        model.zero_grad()
-        outputs = Supervised(model, [float(c == cycle) for c in range(3)])(batch, batch)
-        assert outputs["cycle_losses"].tolist() == pytest.approx(expected, rel=1e-6)
-        assert outputs["loss"].item() == pytest.approx(expected[cycle], rel=1e-6)
-        outputs["loss"].backward()
-        parts = [model.model.layers[1].mlp.up_proj.weight, *model.model.recursion.inject_H.parameters(), model.model.recursion.H_init]
-        assert all(part.grad.abs().max() > 0 for part in parts)
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert model.model.recursion.q_head.weight.grad is None
-
-
-def test_without_deep_supervision_only_the_last_cycle_counts() -> None:
-    model, batch = recursive(), torch.tensor([row["input_ids"] for row in blocks(2)])
-    losses = Supervised(model)(batch, batch)["cycle_losses"]
-    assert losses.tolist() == pytest.approx([model(batch, labels=batch).loss.item()], rel=1e-6)
-    assert supervision(model.config, settings()) == [1.0]
-    assert supervision(model.config, settings(enable_deep_supervision=True)) == pytest.approx([0.5 / 3, 1 / 3, 1.0])
-
-
 def test_the_model_sees_a_batch_once() -> None:
     """One forward pass per batch, whatever the length and the number of cycles; no cache."""
     model, seen = recursive(), []
-    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args[0].shape, kwargs)), with_kwargs=True)
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    model.model.layers[1].register_forward_pre_hook(lambda *args: seen.append(args[2]["past_key_values"]), with_kwargs=True)
     run(model, enable_deep_supervision=True)
-    assert [shape for shape, _ in seen] == [(4, SEQ_LEN)] * 2 + [(4, SEQ_LEN), (1, SEQ_LEN)]
-    assert not any(kwargs["use_cache"] for _, kwargs in seen)
+    assert [shape for shape in seen if shape is not None] == [(4, SEQ_LEN)] * 2 + [(4, SEQ_LEN), (1, SEQ_LEN)]
+    assert seen.count(None) == 4 * 6  # no application was given a cache
 
 
 # The loop
@@ -216,27 +185,11 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
-def test_parameter_groups() -> None:
-    model = recursive()
-    matrices, vectors, own = parameter_groups(model, settings(lr=1e-4, weight_decay=0.1))
-    assert (matrices["lr"], matrices["weight_decay"]) == (1e-4, 0.1)
-    assert (vectors["lr"], vectors["weight_decay"]) == (1e-4, 0.0)
-    assert (own["lr"], own["weight_decay"]) == (pytest.approx(1e-3), 0.0)
-    assert all(p.ndim == 2 for p in matrices["params"]) and all(p.ndim == 1 for p in vectors["params"])
-    assert len(own["params"]) == 6  # two gains for each injection, two states; q_head is frozen
-    trained = [id(p) for p in model.parameters() if p.requires_grad]
-    assert sorted(id(p) for group in (matrices, vectors, own) for p in group["params"]) == sorted(trained)
-    assert parameter_groups(model, settings(gain_lr=0.5))[2]["lr"] == 0.5
-    assert parameter_groups(tiny_donor(num_hidden_layers=1), settings())[2]["params"] == []
-
-
-def test_learning_rate_schedule() -> None:
-    assert [learning_rate_factor(step, 3, 7) for step in range(8)] == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
-    assert [learning_rate_factor(step, 0, 2) for step in range(3)] == [1.0, 0.5, 0.0]
-    assert [warmup_of(settings(warmup_steps=100), total) for total in (1000, 200, 199, 5)] == [100, 100, 19, 0]
+def test_the_schedule_counts_optimizer_steps() -> None:
+    """Three micro-batches and a rest of one make two steps: counted in optimizer steps, not in batches."""
     assert total_steps(9, settings(grad_accum_steps=2, num_epochs=3)) == 6
     assert total_steps(9, settings(max_steps=50)) == 50
-    # three micro-batches and a rest of one make two steps: counted in optimizer steps, not in batches
+    assert total_steps(9, settings(max_tokens=4 * SEQ_LEN * 2 + 1, grad_accum_steps=2)) == 2
     result = run(recursive(), train_blocks=blocks(10), batch_size=3, grad_accum_steps=3, num_epochs=2, lr=1.0, max_grad_norm=1e-9)
     assert logged(result, "learning_rate") == [1.0, 0.75, 0.5, 0.25]
 
@@ -277,7 +230,8 @@ def test_console(capsys: pytest.CaptureFixture[str]) -> None:
         for epoch, (train, held) in enumerate(losses, start=1)
     )
     last = logged(result, "loss")[-1]
-    assert re.search(rf"Training: 100%\|█+\| 4/4 \[\d\d:\d\d<\d\d:\d\d, loss={last:.4f}, lr=0.00025\]", captured.err)
+    speed = r"[\d,]+ tok/s, \d+\.\d GiB"
+    assert re.search(rf"Training: 100%\|█+\| 4/4 \[\d\d:\d\d<\d\d:\d\d, loss={last:.4f}, lr=0.00025, {speed}\]", captured.err)
     assert "{" not in captured.err and "Epoch" not in captured.err
 
 
@@ -364,28 +318,13 @@ def test_files_keep_the_dtype_of_the_donor(files: TrainSettings, corner: Path) -
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
 
 
-def test_gains_of_zero_are_pointed_out(files: TrainSettings, corner: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def told(gain: float) -> bool:
-        path = corner / f"gain_{gain}.pt"
-        found = checkpoint.load(files.checkpoint)
-        with torch.no_grad():
-            for injection in (found.model.model.recursion.inject_L, found.model.model.recursion.inject_H):
-                for theta in (injection.theta_A, injection.theta_B):
-                    theta.fill_(gain)
-        checkpoint.save(path, found.model, found.tokenizer)
-        train(replace(files, checkpoint=str(path), max_steps=1, save_every=0))
-        return "All gains are 0" in capsys.readouterr().err
-
-    assert told(0.0) and not told(0.1)
-
-
 def test_a_disk_that_fills_while_the_state_is_saved_leaves_no_half_checkpoint(
     files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Any, folder: str) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
-    monkeypatch.setattr(RecursiveTrainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(TrainerState, "save_to_json", full)
     with pytest.raises(UserError, match="the disk is full"):
         train(replace(files, save_every=2, output_dir=str(tmp_path / "run")))
     assert not list((tmp_path / "run").glob("checkpoint_step*"))
@@ -432,7 +371,8 @@ def kill() -> None:
 
 
 def same_run(found: FitResult, expected: FitResult) -> bool:
-    without = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in result.history] for result in (found, expected)]
+    machine = ("seconds", "tokens_per_second", "memory")
+    without = [[{k: v for k, v in entry.items() if k not in machine} for entry in result.history] for result in (found, expected)]
     return without[0] == without[1] and (found.steps, found.tokens) == (expected.steps, expected.tokens)
 
 
@@ -495,6 +435,216 @@ def test_what_can_be_resumed(files: TrainSettings, corner: Path, tmp_path: Path,
     assert "is the end of this run already" in capsys.readouterr().err and done.fit.steps == 2
 
 
+# What a run can do besides
+
+
+def evaluations(result: FitResult) -> list[int]:
+    return [entry["step"] for entry in result.history if "eval_loss" in entry]
+
+
+def test_validation_every_so_many_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end of an epoch one, not two; each with the training loss since the one before."""
+    result = run(recursive(), train_blocks=blocks(20), num_epochs=2, eval_every=2, console=True)
+    assert evaluations(result) == [2, 4, 5, 6, 8, 10]
+    steps = logged(result, "loss_cycle_3")
+    assert logged(result, "train_loss") == pytest.approx(
+        [sum(steps[a:b]) / (b - a) for a, b in ((0, 2), (2, 4), (4, 5), (5, 6), (6, 8), (8, 10))], rel=1e-6
+    )
+    out = capsys.readouterr().out
+    assert re.findall(r"(\w+ \d+) Summary", out) == ["Step 2", "Step 4", "Epoch 1", "Step 6", "Step 8", "Epoch 2"]
+
+
+def test_validation_does_not_change_the_run() -> None:
+    often, seldom = recursive(), recursive()
+    run(often, eval_every=1, num_epochs=2), run(seldom, num_epochs=2)
+    assert all(torch.equal(a, b) for a, b in zip(often.parameters(), seldom.parameters(), strict=True))
+
+
+def test_early_stopping(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two validations in a row without a lower loss; one that is not a number is none."""
+    luck, own = iter([1.0, 0.5, math.nan, 0.4, 2.0, 2.0, 0.1]), Supervised.row_sums
+    monkeypatch.setattr(Supervised, "row_sums", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
+    result = run(recursive(), num_epochs=5, eval_every=1, early_stopping_patience=2, eval_batch_size=8)
+    assert evaluations(result) == [1, 2, 3, 4, 5, 6] and result.steps == 6
+    assert "has not fallen for 2 validations: stopping" in capsys.readouterr().err
+
+
+def test_averaged_weights_are_validated_and_saved(files: TrainSettings, tmp_path: Path) -> None:
+    """Against the average kept by hand; the run itself goes on with its own weights, so it learns as without."""
+    plain = train(replace(files, output_dir=str(tmp_path / "plain"), save_every=1))
+    averaged = train(replace(files, ema_decay=0.5, save_every=1))
+    assert logged(averaged.fit, "loss") == logged(plain.fit, "loss")
+    shadow = weights_of(load(Path(files.checkpoint)))
+    with torch.no_grad():
+        held = load(Path(files.checkpoint))
+        for n in range(6):
+            decay = min(0.5, (1 + n) / (10 + n))
+            now = load(tmp_path / "plain" / f"checkpoint_step_{n + 1}.pt").state_dict()
+            shadow = {name: decay * value + (1 - decay) * now[name] for name, value in shadow.items()}
+            saved = load(Path(files.output_dir) / f"checkpoint_step_{n + 1}.pt").state_dict()
+            for name, value in shadow.items():
+                torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6)
+        held.load_state_dict(shadow)
+    expected = fit(
+        held, make_tiny_tokenizer(), held_out(files), held_out(files), replace(files, lr=1e-12, gain_lr=1e-12, max_steps=1), console=False
+    )
+    assert averaged.fit.eval_loss == pytest.approx(expected.eval_loss, rel=1e-4)
+    assert averaged.fit.eval_loss != plain.fit.eval_loss
+
+
+def held_out(files: TrainSettings) -> list[dict[str, Any]]:
+    ids = make_tiny_tokenizer()(Path(files.dataset_name, "validation.txt").read_text()).input_ids
+    return [{"input_ids": ids[i : i + 32]} for i in (0, 32)]
+
+
+def test_depth_is_drawn_and_logged() -> None:
+    """Only the cycles that were trained are logged; validation goes to the deepest of all."""
+    changes: dict[str, Any] = {"cycle_choices": (1, 2, 4), "enable_deep_supervision": True, "depth_curriculum": 0.5}
+    model = recursive()
+    result = run(model, train_blocks=blocks(40), **changes)
+    drawn = [max(int(name[-1]) for name in entry if name.startswith("loss_cycle_")) for entry in result.history if "loss" in entry]
+    assert drawn[0] == 1 and set(drawn) == {1, 2, 4}
+    assert {name for name in result.history[-1] if name.startswith("eval_loss_cycle")} == {f"eval_loss_cycle_{i}" for i in range(1, 5)}
+    assert result.eval_loss == result.history[-1]["eval_loss_cycle_3"]  # the depth that the checkpoint is read at
+    # every application of every step is counted
+    costs = [pass_flops(model.config, settings(**changes), 4 * SEQ_LEN, H, bf16=False) for H in drawn]
+    assert result.history[-1]["flops"] == pytest.approx(sum(costs), rel=1e-6) and len(set(costs)) == 3
+
+
+def test_logged_losses_are_those_of_the_checkpoint(files: TrainSettings) -> None:
+    """Recomputed from the file that was saved before the step."""
+    result = train(replace(files, save_every=1, grad_accum_steps=3, backprop="cycle"))
+    tokenizer: Any = make_tiny_tokenizer()
+    ids = tokenizer(Path(files.dataset_name, "train.txt").read_text()).input_ids
+    rows = torch.tensor([ids[i : i + 32] for i in range(0, 12 * 32, 32)])  # one optimizer step sees them all
+    model = load(Path(files.output_dir) / "checkpoint_step_1.pt")
+    with torch.no_grad():
+        expected = [model(rows, labels=rows, H_cycles=H).loss.item() for H in (1, 2)]
+    entry = result.fit.history[[entry["step"] for entry in result.fit.history].index(2)]
+    assert [entry["loss_cycle_1"], entry["loss_cycle_2"]] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("backprop", ["full", "cycle", "last"])
+def test_documents_apart_equal_documents_alone(backprop: str) -> None:
+    """Packed and kept apart, against each document in a row of its own, with padding that does not count."""
+    tokenizer: Any = make_tiny_tokenizer()
+    eos = tokenizer.eos_token_id
+    texts = [[*tokenizer(text).input_ids[:n], eos] for text, n in zip(sentences(3, 2), (5, 9), strict=True)]
+    packed = torch.tensor([texts[0] + texts[1]])
+    alone = torch.full((2, 10), eos)
+    labels = torch.full((2, 10), -100)
+    for i, ids in enumerate(texts):
+        alone[i, : len(ids)] = labels[i, : len(ids)] = torch.tensor(ids)
+    supervision = Supervision(every_cycle=backprop != "last", schedule="constant", backprop=backprop)
+    gradients = []
+    for one in (True, False):
+        model = recursive()
+        freeze_rest(model, settings(backprop=backprop, enable_deep_supervision=backprop != "last"))
+        batch = Collate(eos)([{"input_ids": packed[0]}]) if one else {"input_ids": alone, "labels": labels}
+        outputs = Supervised(model, supervision)(**batch)
+        outputs["loss"].backward()
+        gradients.append((outputs["cycle_losses"], {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=1e-5, atol=1e-6)
+    for name, expected in gradients[1][1].items():
+        torch.testing.assert_close(gradients[0][1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backprop", ["full", "cycle"])
+def test_the_layers_are_compiled_once(backprop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all applications and depths of a run, with the same result; samples and later use are not compiled."""
+    graphs, own = [], torch.nn.Module.compile
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: own(self, backend=counted, dynamic=False))
+    plain, compiled = recursive(), recursive()
+    common: dict[str, Any] = {"cycle_choices": (1, 2, 3), "enable_deep_supervision": True, "num_epochs": 3, "eval_batch_size": 4}
+    common["backprop"] = backprop
+    expected = run(plain, train_blocks=blocks(16), **common)
+    found = run(compiled, train_blocks=blocks(16), compile=True, generate_every=4, console=True, **common)
+    assert logged(found, "loss") == pytest.approx(logged(expected, "loss"), rel=1e-4)
+    assert 1 <= len(graphs) <= 4  # training, validation, and its last batch, which is smaller; not one for each of 3 x 12 applications
+    assert all(layer._compiled_call_impl is None for layer in compiled.model.layers)
+
+
+def test_distillation_holds_on_to_the_donor(files: TrainSettings, corner: Path) -> None:
+    """A run from the donor itself, at a rate that takes it away: the divergence that is logged stays smaller with the term than without."""
+    common = replace(files, lr=3e-3, num_epochs=4, start_gain=0.1, teacher=str(corner / "donor"))
+    weak, strong = (train(replace(common, distill_weight=weight)) for weight in (1e-6, 10.0))
+    assert logged(strong.fit, "loss_distill")[0] == pytest.approx(logged(weak.fit, "loss_distill")[0], rel=1e-4)
+    assert logged(strong.fit, "loss_distill")[-1] < 0.5 * logged(weak.fit, "loss_distill")[-1]
+
+
+def test_the_teacher_is_the_donor_that_the_checkpoint_names(files: TrainSettings, corner: Path, tmp_path: Path) -> None:
+    found, path = checkpoint.load(files.checkpoint), tmp_path / "named.pt"
+    short = replace(files, checkpoint=str(path), distill_weight=1.0, max_steps=1, save_every=0, lr=1e-12, gain_lr=1e-12)
+    checkpoint.save(path, found.model, found.tokenizer)
+    with pytest.raises(UserError, match=r"--distill_weight: .*named.pt does not say which donor it comes from; name one with --teacher"):
+        train(short)
+    checkpoint.save(path, found.model, found.tokenizer, notes={"donor": str(corner / "donor")})
+    named = train(short)
+    assert logged(named.fit, "loss_distill") == logged(train(replace(short, teacher=str(corner / "donor"))).fit, "loss_distill")
+
+
+def test_a_teacher_of_another_vocabulary(files: TrainSettings, tmp_path: Path) -> None:
+    tiny_donor("qwen2", tmp_path / "other", num_hidden_layers=1, vocab_size=tiny.VOCAB_SIZE + 8)
+    with pytest.raises(UserError, match=rf"--teacher: .* {tiny.VOCAB_SIZE + 8} words, the model {tiny.VOCAB_SIZE}"):
+        train(replace(files, distill_weight=1.0, teacher=str(tmp_path / "other")))
+
+
+def test_trackers(files: TrainSettings, tmp_path: Path) -> None:
+    """TensorBoard gets what metrics.jsonl gets."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = train(replace(files, report_to=("tensorboard",)))
+    events = accumulator.EventAccumulator(str(Path(files.output_dir) / "tensorboard"))
+    events.Reload()
+    found = [event.value for event in events.Scalars("train/loss_cycle_1")]
+    assert found == pytest.approx(logged(result.fit, "loss_cycle_1"), rel=1e-5)
+    assert [event.value for event in events.Scalars("eval/loss_cycle_2")] == pytest.approx(logged(result.fit, "eval_loss_cycle_2"))
+
+
+def test_unknown_trackers(files: TrainSettings) -> None:
+    with pytest.raises(UserError, match=r"--report_to: expected one of .*tensorboard.*, got 'tensorbored'"):
+        train(replace(files, report_to=("tensorbored",)))
+    with pytest.raises(UserError, match=r"--report_to clearml: cannot be used: .*clearml"):
+        train(replace(files, report_to=("clearml",)))
+
+
+def test_a_dry_run_says_what_it_would_cost(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train(replace(files, dry_run=True))
+    out = capsys.readouterr().out
+    assert result.fit is None and not Path(files.output_dir).exists()
+    assert re.search(rf"steps +6\ntokens +{6 * 4 * 32}\nFLOPs +\S+e\+\d\d", out) and "optimizer" in out
+
+
+def test_token_budgets(files: TrainSettings) -> None:
+    """Rounded up to whole steps of 4 x 32 tokens."""
+    assert train(replace(files, max_tokens=4 * 32 * 2 + 1, save_every=0)).fit.tokens == 4 * 32 * 3
+
+
+def test_mixed_and_streamed_text(files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of two data sets trains, and goes on where it was as if it had never stopped."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("train", "validation"):
+        (other / f"{name}.txt").write_text("The old ship sailed. " * 200)
+    common = replace(files, mix=(f"{other}=1.5",), streaming=True, max_steps=5, save_every=2)
+    with pytest.raises(UserError, match="--streaming: the end of a stream is not known; .* --max_steps or --max_tokens"):
+        train(replace(common, max_steps=None))
+    whole = train(common)
+    cut = replace(common, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        at_the_sample(kill, patch)
+        with pytest.raises(Killed):
+            train(replace(cut, generate_every=3))
+    assert same_run(train(replace(cut, resume=True)).fit, whole.fit)
+    assert whole.fit.steps == 5 and evaluations(whole.fit) == [5]
+    mixed = train(replace(files, mix=(f"{other}=1.5",), output_dir=str(tmp_path / "mixed"), save_every=0))
+    assert mixed.fit.tokens == 2 * (12 + 18) * 32
+
+
 # Bad input
 
 
@@ -518,13 +668,36 @@ def test_what_can_be_resumed(files: TrainSettings, corner: Path, tmp_path: Path,
         ({"weight_decay": math.inf}, r"--weight_decay: expected at least 0, got inf"),
         ({"max_grad_norm": -1.0}, r"--max_grad_norm: expected at least 0"),
         ({"deep_supervision_weight": -0.5}, r"--deep_supervision_weight: expected at least 0, got -0.5"),
-        ({"deep_supervision_schedule": "cosine"}, r"--deep_supervision_schedule: expected one of constant, linear_decay, .*, got 'cosine'"),
+        ({"deep_supervision_schedule": "cosine"}, r"--deep_supervision_schedule: expected one of linear_decay, constant, .*, got 'cosine'"),
         ({"generate_every": 5, "generation_prompt": " "}, r"--generation_prompt: expected some text to continue"),
         ({"save_every": -1}, r"--save_every: expected at least 0, got -1"),
         ({"device": "cuda:9"}, r"--device: expected one that this machine has"),
         ({"output_dir": __file__}, r"--output_dir: expected a folder, got .*test_training.py, which is a file"),
         ({"output_dir": "/proc/nowhere"}, r"--output_dir: the folder /proc/nowhere cannot be made"),
         ({"dataset_name": "/nowhere/text.txt"}, r"/nowhere/text.txt"),
+        ({"cycle_choices": (2, 1)}, r"--cycle_choices: expected different cycle counts of at least 1, ascending, got 2 1"),
+        ({"cycle_choices": (0, 1)}, r"--cycle_choices: expected different cycle counts of at least 1, ascending, got 0 1"),
+        ({"cycle_choices": (1, 2), "cycle_weights": (1.0,)}, r"--cycle_weights: expected one for each of --cycle_choices \(1 2\), got 1.0"),
+        ({"cycle_weights": (1.0,)}, r"--cycle_weights: expected one for each of --cycle_choices \(none\), got 1.0"),
+        ({"cycle_choices": (1, 2), "cycle_weights": (1.0, 0.0)}, r"--cycle_weights: expected numbers above 0, got 1.0 0.0"),
+        ({"depth_curriculum": 0.5}, r"--depth_curriculum: there is one cycle count and nothing to open up"),
+        ({"depth_curriculum": 1.0, "cycle_choices": (1, 2)}, r"--depth_curriculum: expected at least 0 and less than 1, got 1.0"),
+        ({"backprop": "cycle", "enable_deep_supervision": False}, r"--backprop cycle: .* add --enable_deep_supervision"),
+        ({"backprop": "last"}, r"--backprop last: only the last cycle has gradients, .* take --backprop cycle"),
+        ({"backprop": "none"}, r"--backprop: expected one of full, cycle, last, got 'none'"),
+        ({"halting_weight": 1.0, "enable_deep_supervision": False}, r"--halting_weight: compares cycles, .* add --enable_deep_supervision"),
+        ({"teacher": "x"}, r"--teacher: nothing asks x; say how much it counts with --distill_weight"),
+        ({"distill_weight": -1.0}, r"--distill_weight: expected at least 0, got -1.0"),
+        ({"distill_temperature": 0.0}, r"--distill_temperature: expected a number above 0, got 0.0"),
+        ({"ema_decay": 1.0}, r"--ema_decay: expected at least 0 and less than 1, got 1.0"),
+        ({"optimizer": "sgd"}, r"--optimizer: expected one of adamw, muon, adamw_8bit, got 'sgd'"),
+        ({"lr_schedule": "step"}, r"--lr_schedule: expected one of linear, cosine, wsd, got 'step'"),
+        ({"max_steps": 1, "max_tokens": 1}, r"--max_tokens: expected it or --max_steps, got both"),
+        ({"eval_every": 0}, r"--eval_every: expected at least 1, got 0"),
+        ({"keep_last": -1}, r"--keep_last: expected at least 0, got -1"),
+        ({"fsdp": True}, r"--fsdp: expected several processes .* torchrun"),
+        ({"deepspeed": "ds.json"}, r"--deepspeed"),
+        ({"mix": ("x",)}, r"--mix"),
     ],
 )
 def test_bad_flags(changes: dict[str, Any], message: str, files: TrainSettings) -> None:

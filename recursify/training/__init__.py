@@ -7,7 +7,7 @@
 Floor 3.
 """
 
+from .run import FitResult, TrainResult, fit, train
 from .settings import EmbeddingSettings, HybridSettings, TrainSettings
-from .trainer import FitResult, TrainResult, fit, train
 
 __all__ = ["EmbeddingSettings", "FitResult", "HybridSettings", "TrainResult", "TrainSettings", "fit", "train"]

@@ -25,13 +25,10 @@ from .. import checkpoint
 from ..conversion import ConvertSettings, LoopSettings, Say, carry_out, resolve_plan
 from ..donor import load_tokenizer, open_donor
 from ..errors import UserError
+from ..generation import is_recursive
 from ..modeling_recursive_llm import RecursiveLLM
 from ..objective import embedding_losses, nearest_is_next, next_embedding_losses, next_token_losses, token_losses
 from .settings import DonorSettings, RunSettings
-
-# Where the gains of a model start that is trained at once: at 0, only two of the four gains and no other part of the loop would learn to
-# tell one application from the next.
-START_GAIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Objective:
 
     Args:
         reader: `(model) -> module`: its head, or its embeddings.
-        losses: `(states, labels, reader, num_items) -> [H]`, for training.
+        losses: `(states, labels, reader, num_items) -> [H]`, for training; as many as states are given.
         token_losses: `(state, labels, reader) -> [B, T - 1]`, for validation.
         token_hits: `(state, labels, reader) -> [B, T - 1]`, 1 where the prediction is right; validation gives the share of them. Without
             it the loss is in nats and validation gives the perplexity.
@@ -94,7 +91,7 @@ APPROACHES = {
 
 
 def freeze_rest(model: Any, settings: RunSettings) -> None:
-    """Freeze every parameter that the approach does not train.
+    """Freeze every parameter that the approach does not train, and what idles: DDP stops at a parameter without a gradient.
 
     Raises:
         UserError: What is to be trained and what is to be frozen are one matrix.
@@ -103,6 +100,11 @@ def freeze_rest(model: Any, settings: RunSettings) -> None:
     for parameter in model.parameters():
         if id(parameter) not in trained:
             parameter.requires_grad_(False)
+    if is_recursive(model):
+        recursion, deepest = model.model.recursion, max(settings.cycle_choices, default=model.config.H_cycles)
+        recursion.q_head.requires_grad_(settings.halting_weight > 0)
+        for state in (recursion.H_init, recursion.L_init):  # the last of several cycles starts from states without a gradient
+            state.requires_grad_(settings.backprop != "last" or deepest == 1)
 
 
 def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint.Checkpoint:
@@ -117,7 +119,7 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
     donor = open_donor(settings.model_name)
     tokenizer = load_tokenizer(settings.tokenizer_path or donor.name)
     loop = {field.name: getattr(settings, field.name) for field in fields(LoopSettings)}
-    wanted = ConvertSettings(qwen_model=donor.name, seq_len=settings.seq_len, gain=START_GAIN, **loop)
+    wanted = ConvertSettings(qwen_model=donor.name, seq_len=settings.seq_len, **loop)
     plan = resolve_plan(donor, wanted)
     torch.manual_seed(settings.seed)
     model: Any = carry_out(donor, plan, wanted).model

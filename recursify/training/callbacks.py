@@ -29,6 +29,7 @@ from .settings import RunSettings
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 SECONDS_BETWEEN_LINES = 30.0  # of a bar that is written to a file
 SAMPLE_TOKENS = 50
+ENDS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers send before they take the machine away
 # What a validation may give beside the losses, and how a summary says it.
 FIGURES = {"eval_perplexity": "Perplexity: {:.2f}", "eval_nearest_right": "Nearest Embedding Right: {:.2%}"}
 
@@ -40,7 +41,7 @@ def say(text: str) -> None:
 
 
 class ProgressBar(TrainerCallback):
-    """`Training:  42%|████      | 420/1000 [04:21<06:00, loss=2.4521, lr=1e-05]` on stderr."""
+    """`Training:  42%|████      | 420/1000 [04:21<06:00, loss=2.4521, cycles=2.61/2.47/2.45, lr=1e-05, 1,210 tok/s, 1.9 GiB]` on stderr."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -57,7 +58,13 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix_str(f"loss={logs['loss']:.4f}, lr={logs['learning_rate']:.3g}", refresh=False)
+            self.bar.set_postfix_str(self._postfix(logs), refresh=False)
+
+    def _postfix(self, logs: dict[str, float]) -> str:
+        cycles = [f"{value:.2f}" for name, value in logs.items() if name.startswith("loss_cycle_")]
+        each = [f"cycles={'/'.join(cycles)}"] if len(cycles) > 1 else []
+        speed = f"{logs['tokens_per_second']:,.0f} tok/s, {logs['memory']:.1f} GiB"
+        return ", ".join([f"loss={logs['loss']:.4f}", *each, f"lr={logs['learning_rate']:.3g}", speed])
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
@@ -68,11 +75,15 @@ class ProgressBar(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """Text that the model writes as it learns. Drawing it leaves the run's random numbers alone."""
+    """Text that the model writes as it learns. Drawing it leaves the run's random numbers alone.
 
-    def __init__(self, model: Any, tokenizer: Any, settings: RunSettings):
+    Args:
+        shown: Inside it the model is as it is to be shown: averaged, whole, uncompiled. All ranks must enter it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: RunSettings, shown: Callable[[], Any]):
         """Raises UserError for a prompt that the model cannot read."""
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.shown = model, tokenizer, shown
         self.prompt, self.every, self.seed = settings.generation_prompt, settings.generate_every, settings.seed
         positions = getattr(model.config, "max_position_embeddings", None) or SAMPLE_TOKENS + len(self.prompt)
         room = positions - len(tokenizer(self.prompt).input_ids)
@@ -81,16 +92,59 @@ class Samples(TrainerCallback):
         self.sampling = Sampling(max_new_tokens=min(SAMPLE_TOKENS, room))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and state.is_world_process_zero:
-            text = generate_text(self.model, self.tokenizer, self.prompt, self.sampling, seed=self.seed).text
-            say(f"\nStep {state.global_step} - Generating sample:\nPrompt: {self.prompt}\nOutput: {self.prompt}{text}")
+        if state.global_step % self.every:
+            return
+        with self.shown():
+            if state.is_world_process_zero:
+                text = generate_text(self.model, self.tokenizer, self.prompt, self.sampling, seed=self.seed).text
+                say(f"\nStep {state.global_step} - Generating sample:\nPrompt: {self.prompt}\nOutput: {self.prompt}{text}")
 
 
-class EpochSummary(TrainerCallback):
+class AfterOptimizer(TrainerCallback):
+    """Calls something right after every step of the optimizer."""
+
+    def __init__(self, call: Callable[[], None]):
+        self.call = call
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.call()
+
+
+class Validate(TrainerCallback):
+    """Asks for a validation every so many steps. Those at the ends of epochs are the Trainer's own; no step has two."""
+
+    def __init__(self, every: int | None):
+        self.every = every
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every and state.global_step % self.every == 0 and not at_epoch_end(state):
+            control.should_log = control.should_evaluate = True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+            control.should_evaluate = False
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends the run when the validation loss has not fallen for a while. It looks at the log alone, so a resumed run needs no state."""
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        if len(losses) - 1 - best >= self.patience:
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                print(f"\nThe validation loss has not fallen for {self.patience} validations: stopping.", file=sys.stderr)
+
+
+class Summary(TrainerCallback):
     """After each validation: the summary, and the best model so far put aside.
 
     Args:
-        save_best: Called with the epoch's metrics when the validation loss is the lowest yet; returns where it saved, None if nowhere.
+        save_best: Called on all ranks with the metrics when the validation loss is the lowest yet; returns where it saved, None if nowhere.
         quiet: Save only.
     """
 
@@ -101,15 +155,15 @@ class EpochSummary(TrainerCallback):
         metrics = kwargs["metrics"]
         loss = metrics["eval_loss"]
         lines = [
-            f"\nEpoch {math.ceil(state.epoch or 0)} Summary:",
+            f"\nEpoch {math.ceil(state.epoch or 0)} Summary:" if at_epoch_end(state) else f"\nStep {state.global_step} Summary:",
             f"  Train Loss: {metrics['train_loss']:.4f}",
             f"  Val Loss: {loss:.4f}",
             *(f"  {text.format(metrics[name])}" for name, text in FIGURES.items() if name in metrics),
         ]
-        # The trainer compares and remembers after its callbacks, so this is the best of the epochs before.
+        # The trainer compares and remembers after its callbacks, so this is the best of the validations before.
         best = state.best_metric
         is_best = math.isfinite(loss) and (best is None or loss < best)
-        saved = self.save_best(metrics) if is_best and state.is_world_process_zero else None
+        saved = self.save_best(metrics) if is_best else None
         if saved is not None:
             lines.append(f"  ✓ New best model saved: {saved}")
         if state.is_world_process_zero and not self.quiet:
@@ -142,22 +196,29 @@ class SaveSteps(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C ends the run after the current optimizer step, with a checkpoint; a second one ends it at once, without."""
+    """Ctrl-C or SIGTERM ends the run after the current optimizer step, with a checkpoint; a second one ends it at once, without.
 
-    def __init__(self, save: SaveSteps | None):
-        self.save, self.asked = save, False
+    Args:
+        save: Who is asked for the checkpoint; None where nothing is saved.
+        agree: `(asked) -> bool`: whether any rank was asked. All ranks must stop at the same step.
+    """
+
+    def __init__(self, save: SaveSteps | None, agree: Callable[[bool], bool]):
+        self.save, self.agree = save, agree
+        self.asked = self.stopped = False  # a signal in the last validation comes too late to stop anything
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGINT while inside; only the main thread of a program may."""
+        """Catch the signals while inside; only the main thread of a program may."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, self._on_signal)
+        before = [signal.signal(number, self._on_signal) for number in ENDS]
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in zip(ENDS, before, strict=True):
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -166,8 +227,9 @@ class StopOnSignal(TrainerCallback):
         print("\nStopping after this step; Ctrl-C again stops at once and saves nothing.", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.asked = self.agree(self.asked)
         if self.asked:
-            control.should_training_stop = True
+            self.stopped = control.should_training_stop = True
             if self.save is not None:
                 self.save.ask(state, control)
 
@@ -183,13 +245,22 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+        self._write("w", state, state.log_history)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+        self._write("a", state, state.log_history[-1:])
+
+    def _write(self, mode: str, state: TrainerState, entries: list[dict[str, float]]) -> None:
+        if not state.is_world_process_zero:
+            return
+        try:
+            with open(self.path, mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: could not be written ({error.strerror}); the checkpoints saved so far are whole. Free some space, then go "
+                "on with --resume"
+            ) from error
 
 
 def at_epoch_end(state: TrainerState) -> bool:

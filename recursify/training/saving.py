@@ -1,0 +1,168 @@
+"""What a run leaves on disk, and which of it a resumed run can go on from.
+
+    qwen_recursive_finetuned_best.pt   the weights with the lowest validation loss, in the dtype they were loaded in
+    checkpoint_step_N.pt               the weights after optimizer step N, likewise
+    checkpoint_step_N_state/           what a resumed run needs beside them: optimizer, schedule, random numbers of each rank; the float32
+                                       weights where the .pt has rounded or averaged them
+    metrics.jsonl                      every log entry
+
+Both parts of a checkpoint are written aside, synced and renamed together, so a kill at any moment leaves the one before it; what else it
+leaves behind, the next run in that folder clears away. Floor 3.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from .. import checkpoint
+from ..errors import UserError
+from ..plan import ConversionPlan
+
+BEST = "qwen_recursive_finetuned_best.pt"
+METRICS = "metrics.jsonl"
+RUN, STATE, MASTERS, AVERAGES = "run.json", "trainer_state.json", "float32_weights.pt", "averaged_weights.pt"  # in a state folder
+KEPT_STATES = 2  # only the newest is ever resumed from; the one before it is for the day that the disk fails
+SOON_FILLED = 60.0  # seconds, of a folder aside that was just made
+_STEP = re.compile(r"checkpoint_step_\d+")  # a copy that somebody put by as checkpoint_step_1000_good.pt is none of ours
+_SAVED = re.compile(rf"({_STEP.pattern}|{Path(BEST).stem})(\.pt|_tokenizer|_state)")  # what a save has in its folder aside
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Where a run saves, and what goes into a file beside the weights.
+
+    Args:
+        dtype: Type of the saved weights: that of the checkpoint the run began with, so a bfloat16 donor gives bfloat16 files.
+        keep_last: Checkpoints that stay; 0 keeps all.
+    """
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    plan: ConversionPlan | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    keep_last: int = 0
+
+    def save(self, path: Path, model: Any, beside: Mapping[Path, Callable[[Path], Any]] | None = None, **notes: Any) -> Path:
+        checkpoint.save(path, model, self.tokenizer, self.plan, {**self.notes, "training": notes}, dtype=self.dtype, beside=beside)
+        return path
+
+    def save_step(self, step: int, model: Any, write_state: Callable[[Path], Any] | None, **notes: Any) -> Path:
+        """A checkpoint that a run can go on from; older ones are thinned out.
+
+        Args:
+            write_state: Writes what only a resumed run needs into a folder. None leaves a checkpoint that no run can go on from.
+        """
+        path = self.folder / f"checkpoint_step_{step}.pt"
+        _drop_state(path)  # an earlier run's, which does not belong to these weights
+        self.save(path, model, {} if write_state is None else {state_folder(path): write_state}, step=step, **notes)
+        # What was just written comes first even where the clock was put back.
+        points = [path, *(point for point in resume_points(self.folder) if point != path)]
+        for old in points[KEPT_STATES:]:
+            _drop_state(old)
+        if self.keep_last:
+            self._thin_out(points)
+        return path
+
+    def _thin_out(self, points: list[Path]) -> None:
+        """Delete all but the newest. Those that lost their states long ago are older than those that have them."""
+        others = [path for path in _checkpoints(self.folder) if path not in points]
+        newest_first = points + sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in newest_first[self.keep_last :]:
+            _drop_state(old)
+            shutil.rmtree(checkpoint.tokenizer_folder(old), ignore_errors=True)
+            old.unlink()  # last: as long as it is there, the next save finds what a kill in between has left
+
+
+def state_folder(path: Path) -> Path:
+    """Beside `checkpoint_step_N.pt`: `checkpoint_step_N_state/`."""
+    return path.with_name(path.stem + "_state")
+
+
+def resume_points(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, the one that was written last first: an earlier run may have left a higher step behind."""
+    written = {path: when for path in _checkpoints(folder) if (when := _saved_at(path)) is not None}
+    return sorted(written, key=written.__getitem__, reverse=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint_step_*.pt") if _STEP.fullmatch(path.stem)]
+
+
+def _saved_at(path: Path) -> float | None:
+    """When a checkpoint was written, in seconds; None where it is not whole.
+
+    A .pt is a zip archive, whose list of contents stands at its end: a truncated one is none.
+    """
+    try:
+        return float(read_json(state_folder(path) / RUN)["saved_at"]) if is_zipfile(path) else None
+    except (OSError, ValueError, KeyError, TypeError):  # no state, or one that a failing disk has damaged
+        return None
+
+
+def _drop_state(path: Path) -> None:
+    """Delete a checkpoint's state; the file that makes it one goes first, so that a kill in between leaves nothing to go on from."""
+    (state_folder(path) / RUN).unlink(missing_ok=True)
+    shutil.rmtree(state_folder(path), ignore_errors=True)
+
+
+def step_of(point: Path) -> int:
+    return int(point.stem.rsplit("_", 1)[1])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def make_folder(folder: Path) -> None:
+    """The output folder, checked by writing into it, without what killed runs left there.
+
+    Raises:
+        UserError: It cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: the folder {folder} cannot be made ({error.strerror}); choose another") from error
+    checkpoint.check_writable(folder / BEST)
+    if PartialState().is_main_process:
+        _clear_leftovers(folder)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete the folders aside of saves that were killed, and states whose weights never came. Two runs do not share a folder; another
+    command may write in it right now, so its folder aside stays, and an empty one, which may be about to be filled, until it is old."""
+    for aside in folder.glob(".recursify-*"):
+        entries = list(aside.iterdir())
+        if entries and all(_SAVED.fullmatch(entry.name.removesuffix(".old")) for entry in entries):
+            for old in aside.glob("*.old"):
+                _clear_replaced(old, folder / old.stem)
+            if not any(aside.glob("*.old")):
+                shutil.rmtree(aside, ignore_errors=True)
+        elif not entries and time.time() - aside.stat().st_mtime > SOON_FILLED:
+            aside.rmdir()
+    for state in folder.glob("checkpoint_step_*_state"):
+        path = state.with_name(state.name.removesuffix("_state") + ".pt")
+        if _STEP.fullmatch(path.stem) and not path.exists():
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def _clear_replaced(old: Path, place: Path) -> None:
+    """A folder that made way to a new one: back to its place where the new one never came, deleted where it has nothing that is not there
+    as well. Somebody's files in it stay."""
+    if not place.exists():
+        old.rename(place)
+    elif all((place / entry.name).exists() for entry in old.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
