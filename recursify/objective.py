@@ -282,13 +282,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """`x` `[N, D]`, `weight` `[V, D]`, `targets` `[N]`."""
-        total = x.new_zeros(())
+        total, room = x.new_zeros(()), x.new_empty(min(chunk, len(x)), len(weight))  # the only matrix of its size, for all chunks
         ctx.of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         ctx.of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x), chunk):
             piece, target = x[start : start + chunk], targets[start : start + chunk]
             counts, right = (target != IGNORED)[:, None], target.clamp(min=0)[:, None]
-            logits = piece @ weight.T  # from here on in place: the only matrix of its size
+            logits = torch.mm(piece, weight.T, out=room[: len(piece)])  # from here on in place
             logits -= logits.amax(dim=-1, keepdim=True)
             found = logits.gather(1, right)
             norms = logits.exp_().sum(dim=-1, keepdim=True)
