@@ -1,0 +1,59 @@
+"""Where and with what a measurement was taken, for the JSON that it is kept in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import psutil
+import torch
+import transformers
+
+import recursify
+from recursify.demo import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and commit. `load` is the number of processes that wanted to run, of all users, in the last minute."""
+    pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": machine(),
+        "pinned_to": pinned,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+        "load": load(),
+        "versions": {
+            "Python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "recursify": recursify.__version__,
+        },
+        **commit(),
+    }
+
+
+def load() -> float:
+    return round(os.getloadavg()[0], 2)
+
+
+def commit() -> dict[str, Any]:
+    """`commit`, and whether the tree differed from it (`changed`); None outside a repository."""
+    try:
+        return {"commit": _git("rev-parse", "HEAD"), "changed": bool(_git("status", "--porcelain", "--", "recursify", "benchmarks"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "changed": None}
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", "--no-optional-locks", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
