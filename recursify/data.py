@@ -100,7 +100,7 @@ class DataSettings:
     fewer. NAME is what dataset_name may be; dataset_config_name is not for these. Validation stays dataset_name's own alone."""
 
     streaming: bool = False
-    """Read and tokenise the text while training on it, for data sets that are too large for the disk; needs max_steps. Validation is the
+    """Read and tokenise the text while training on it, for data sets that are too large for the disk. Validation is the
     first 256 blocks of the data set's own validation split, or of its text, which training then leaves out."""
 
 

@@ -25,6 +25,7 @@ from .device import choose_device
 from .donor import load_tokenizer, open_donor, read_json
 from .errors import UserError
 from .modeling_recursive_llm import RecursiveLLM
+from .objective import perplexity
 
 
 @dataclass(kw_only=True)
@@ -73,7 +74,7 @@ class DepthLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.loss)
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "perplexity": self.perplexity}

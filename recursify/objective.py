@@ -23,6 +23,7 @@ Shape letters: B batch, T tokens, N counted positions, D hidden size, V vocabula
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,11 @@ def cycle_shares(schedule: str, weight: float, H: int) -> list[float]:
     """The weights of `cycle_weights` over their sum: the total loss is a mean, so equal losses give that loss, whatever the weights."""
     weights = cycle_weights(schedule, weight, H)
     return [w / sum(weights) for w in weights]
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def counted(labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel import launch, recursive, run, settings, text
+from test_parallel import launch, recursive, run, settings
 from tiny import make_tiny_tokenizer, sentences
 from torch import distributed
 
@@ -166,4 +166,4 @@ def test_the_documents_commands_can_be_given(done: tuple[Path, str]) -> None:
 def test_the_first_process_speaks_for_all(done: tuple[Path, str]) -> None:
     _, said = done
     assert said.count("Epoch 1 Summary") == 2 and said.count("Step 3 - Generating sample") == 2
-    assert said.count("Resuming from") == 1 and len(text(0, 1)) == 1
+    assert said.count("Resuming from") == 1

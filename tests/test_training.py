@@ -187,9 +187,9 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 def test_the_schedule_counts_optimizer_steps() -> None:
     """Three micro-batches and a rest of one make two steps: counted in optimizer steps, not in batches."""
-    assert total_steps(9, settings(grad_accum_steps=2, num_epochs=3)) == 6
-    assert total_steps(9, settings(max_steps=50)) == 50
-    assert total_steps(9, settings(max_tokens=4 * SEQ_LEN * 2 + 1, grad_accum_steps=2)) == 2
+    assert total_steps(range(9), settings(grad_accum_steps=2, num_epochs=3)) == 6
+    assert total_steps(range(9), settings(max_steps=50)) == 50
+    assert total_steps(range(9), settings(max_tokens=4 * SEQ_LEN * 2 + 1, grad_accum_steps=2)) == 2
     result = run(recursive(), train_blocks=blocks(10), batch_size=3, grad_accum_steps=3, num_epochs=2, lr=1.0, max_grad_norm=1e-9)
     assert logged(result, "learning_rate") == [1.0, 0.75, 0.5, 0.25]
 

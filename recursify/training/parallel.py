@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -39,6 +39,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..errors import UserError
 from ..generation import is_recursive
+from .settings import RunSettings
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Mixed
@@ -46,23 +47,6 @@ else:
     _Mixed = object
 
 _MARK = "_is_fsdp_managed_module"  # torch's, on every module whose weights are sharded
-
-
-class LaunchSettings(Protocol):
-    """The flags that decide how a run is spread."""
-
-    @property
-    def fsdp(self) -> bool: ...
-    @property
-    def deepspeed(self) -> str | None: ...
-    @property
-    def backprop(self) -> str: ...
-    @property
-    def gradient_checkpointing(self) -> bool: ...
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def resume(self) -> bool: ...
 
 
 # Before the run
@@ -75,7 +59,7 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_launch(settings: LaunchSettings, device: torch.device) -> None:
+def check_launch(settings: RunSettings, device: torch.device) -> None:
     """Whether a run could be spread as its flags say.
 
     Raises:
@@ -91,7 +75,7 @@ def check_launch(settings: LaunchSettings, device: torch.device) -> None:
         _check_deepspeed(settings, settings.deepspeed, device)
 
 
-def _check_fsdp(settings: LaunchSettings) -> None:
+def _check_fsdp(settings: RunSettings) -> None:
     if processes() == 1:
         raise UserError("--fsdp: expected several processes to spread the model over, got 1; start with torchrun --nproc_per_node N")
     if settings.backprop == "cycle":
@@ -106,7 +90,7 @@ def _check_fsdp(settings: LaunchSettings) -> None:
         )
 
 
-def _check_deepspeed(settings: LaunchSettings, file: str, device: torch.device) -> None:
+def _check_deepspeed(settings: RunSettings, file: str, device: torch.device) -> None:
     if find_spec("deepspeed") is None:
         raise UserError("--deepspeed: the package deepspeed is not installed; pip install deepspeed, or use --fsdp, which needs no package")
     if device.type not in ("cpu", "cuda"):
@@ -141,7 +125,7 @@ def _zero_stage(file: str) -> int:
         raise UserError(f"--deepspeed: expected DeepSpeed's JSON file, got {file}, which is none: {error}") from error
 
 
-def describe_launch(settings: LaunchSettings, device: torch.device) -> str:
+def describe_launch(settings: RunSettings, device: torch.device) -> str:
     """One line for the start of a run, such as "cpu, 2 processes (DDP over gloo)"; once the processes have found each other."""
     count = processes()
     if count == 1 and settings.deepspeed is None:
@@ -248,7 +232,7 @@ def _unmarked(root: nn.Module) -> Iterator[None]:
             setattr(module, _MARK, mark)
 
 
-def check_spread(prepared: Any, settings: LaunchSettings) -> None:
+def check_spread(prepared: Any, settings: RunSettings) -> None:
     """Whether what the flags ask for has happened to the model that the Trainer has prepared.
 
     Raises:
@@ -353,10 +337,11 @@ class SpreadTraining(_Mixed):
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_full_optimizer_state(self.optimizer, _read(Path(checkpoint) / OPTIMIZER_NAME))
+        load_full_optimizer_state(self.optimizer, read_state(Path(checkpoint) / OPTIMIZER_NAME))
         scheduler: Any = self.lr_scheduler
-        scheduler.load_state_dict(_read(Path(checkpoint) / SCHEDULER_NAME))
+        scheduler.load_state_dict(read_state(Path(checkpoint) / SCHEDULER_NAME))
 
 
-def _read(path: Path) -> Any:
+def read_state(path: Path) -> Any:
+    """What a checkpoint's state folder holds in one file, on the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -118,11 +118,11 @@ def fit(
     settings.validate_model(model.config)
     device, approach = choose_device(settings.device), APPROACHES[settings.approach]
     check_launch(settings, device)
-    total = None if settings.streaming else total_steps(len(train_blocks), settings)
+    total = total_steps(train_blocks, settings)
     args = training_arguments(settings, device, saver)  # this is where several processes find each other
     freeze_rest(model, settings)
     model.float()
-    depths = depth_schedule(model.config, settings, total or length_of_stream(settings))
+    depths = depth_schedule(model.config, settings, total)
     deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
     supervised = Supervised(model, Supervision.of(settings), approach.objective, deepest, _ready(teacher, settings, device))
     collate = Collate(tokenizer.eos_token_id if settings.separate_documents else None)
@@ -195,7 +195,7 @@ def train(settings: RunSettings) -> TrainResult:
     _check_tokenizer(found.model, tokenizer)
 
     blocks = _load_text(settings, tokenizer)
-    total = length_of_stream(settings) if settings.streaming else total_steps(len(blocks.train), settings)
+    total = total_steps(blocks.train, settings)
     _announce(f"Training on {describe_launch(settings, device)}")
     count = "a stream of" if settings.streaming else f"{len(blocks.train):,}"
     _announce(f"{count} training and {len(blocks.validation):,} validation sequences of {settings.seq_len} tokens: {total:,} steps")
@@ -361,7 +361,7 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
         per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
         gradient_accumulation_steps=settings.grad_accum_steps,
         num_train_epochs=settings.num_epochs,
-        max_steps=settings.max_steps or (length_of_stream(settings) if settings.max_tokens else -1),
+        max_steps=named_steps(settings) or -1,
         learning_rate=settings.lr,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=settings.log_every,
@@ -408,19 +408,19 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"--report_to {name}: cannot be used: {error}") from error
 
 
-def total_steps(sequences: int, settings: RunSettings) -> int:
-    """Optimizer steps of a run; the last step of an epoch may have fewer micro-batches, the last micro-batch fewer sequences."""
-    if settings.max_steps or settings.max_tokens:
-        return length_of_stream(settings)
-    batches = math.ceil(sequences / (settings.batch_size * processes()))
+def total_steps(blocks: Any, settings: RunSettings) -> int:
+    """Optimizer steps of a run: those that the settings name, else those of the epochs. The last step of an epoch may have fewer
+    micro-batches, the last micro-batch fewer sequences. A stream has no length, and is not asked for it."""
+    if named := named_steps(settings):
+        return named
+    batches = math.ceil(len(blocks) / (settings.batch_size * processes()))
     return math.ceil(batches / settings.grad_accum_steps) * settings.num_epochs
 
 
-def length_of_stream(settings: RunSettings) -> int:
-    """Optimizer steps of a run whose end the settings name: max_steps, or as many as max_tokens take."""
-    if settings.max_steps:
+def named_steps(settings: RunSettings) -> int | None:
+    """max_steps, or as many as max_tokens take; None where the epochs decide."""
+    if settings.max_tokens is None:
         return settings.max_steps
-    assert settings.max_tokens is not None
     return math.ceil(settings.max_tokens / (settings.seq_len * settings.batch_size * settings.grad_accum_steps * processes()))
 
 

@@ -27,10 +27,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from .. import checkpoint
 from ..cost import pass_flops
 from ..errors import UserError
-from ..objective import counted
+from ..objective import counted, perplexity
 from .depth import DepthSchedule
 from .optimizers import EMA, build_optimizer, learning_rate_factor, warmup_of
-from .parallel import SpreadTraining, check_spread, full_optimizer_state, full_state, gathered, load_full_state, part_like
+from .parallel import SpreadTraining, check_spread, full_optimizer_state, full_state, gathered, load_full_state, part_like, read_state
 from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, read_json
 from .settings import RunSettings
 from .supervised import Supervised, scored_tokens
@@ -179,7 +179,7 @@ class RecursiveTrainer(SpreadTraining, Trainer):
         if self.settings.ema_decay:
             self.ema = EMA([p for p in self.model.parameters() if p.requires_grad], self.settings.ema_decay)
             if resume_from_checkpoint is not None:
-                state = _read(Path(resume_from_checkpoint) / AVERAGES)
+                state = read_state(Path(resume_from_checkpoint) / AVERAGES)
                 parts = [part_like(mine, whole) for mine, whole in zip(self.ema.averages, state["averages"], strict=True)]
                 self.ema.load_state_dict(state | {"averages": parts})
         return model, loader
@@ -314,7 +314,7 @@ class RecursiveTrainer(SpreadTraining, Trainer):
         """The model was read from the .pt; what that has rounded or averaged comes from here."""
         folder = Path(resume_from_checkpoint)
         if (folder / MASTERS).is_file():
-            load_full_state(self.model.model, _read(folder / MASTERS))
+            load_full_state(self.model.model, read_state(folder / MASTERS))
         run = read_json(folder / RUN)
         self.epoch_loss, self.epoch_tokens = run["epoch_loss"], run["epoch_tokens"]
 
@@ -357,11 +357,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
