@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
 from .conversion import convert
+from .decoding_recursive_llm import RecursiveCache
 from .modeling_recursive_llm import FAMILIES, RecursiveLLM
 from .plan import ConversionPlan
 
-__all__ = ["ConversionPlan", "RecursiveLLM", "RecursiveLLMConfig", "convert"]
+__all__ = ["ConversionPlan", "RecursiveCache", "RecursiveLLM", "RecursiveLLMConfig", "convert"]
 __version__ = "0.1.0"
 
 for _type, _config in CONFIGS.items():
@@ -21,7 +22,7 @@ for _type, _config in CONFIGS.items():
     AutoConfig.register(_type, _config, exist_ok=True)
     AutoModel.register(_config, _family.base_class, exist_ok=True)
     AutoModelForCausalLM.register(_config, _family, exist_ok=True)
-    # `save_pretrained` then writes the two model files beside the weights, for trust_remote_code
+    # `save_pretrained` then writes the model files beside the weights, for trust_remote_code
     _config.register_for_auto_class()
     _family.register_for_auto_class("AutoModelForCausalLM")
     _family.base_class.register_for_auto_class("AutoModel")

@@ -1,11 +1,12 @@
 """Charts as text: pure functions from numbers to inline SVG.
 
-No plotting library, no script, no file: every function takes values and gives back one
+No plotting library, no script: every function takes values and gives back one
 `<svg>` element that a page can hold as it is. Colours are class names (`s1` ... `s6`, `muted`),
-so that the page's style sheet decides what they look like by day, by night and on paper.
+so that a style sheet decides what they look like by day, by night and on paper.
 
     line_chart            lines, levels (horizontal lines) and their direct labels
     architecture_picture  which donor layer went where, and how often it is applied
+    standalone            either of them as the contents of an .svg file, with `chart_style`, its look
 
 What cannot be drawn (NaN, infinities, absurd magnitudes) is left out, never drawn somewhere:
 `count_undrawable` says how many values that were.
@@ -22,6 +23,8 @@ import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import Literal
 
 FONT = 13.0
@@ -158,6 +161,30 @@ def _svg(size: Size, title: str, description: str, *children: str) -> str:
         role="img",
         aria_label=f"{title}. {description}",
     )
+
+
+@cache
+def chart_style() -> str:
+    """The style sheet of the pictures, for a page that holds some."""
+    return resources.files("recursify").joinpath("charts.css").read_text(encoding="utf-8")
+
+
+def standalone(svg: str, margin: float = 16.0) -> str:
+    """A picture as a file of its own: with its style, and on paper of its own, since nobody knows what it will be laid on.
+
+    Args:
+        svg: What a function of this module returned.
+        margin: Paper on each side, in pixels.
+    """
+    opening, rest = svg.split(">", 1)
+    width, height = (float(number) for number in opening.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split())
+    box = {"x": -margin, "y": -margin, "width": width + 2 * margin, "height": height + 2 * margin}
+    for name, old, new in (("width", width, box["width"]), ("height", height, box["height"])):
+        opening = opening.replace(f' {name}="{_attribute(old)}"', f' {name}="{_attribute(new)}"', 1)
+    opening = opening.replace(f'"0 0 {width:g} {height:g}"', '"' + " ".join(_attribute(value) for value in box.values()) + '"', 1)
+    opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    style, paper = element("style", chart_style()), element("rect", **box, rx=12, class_="paper")
+    return f"{opening}>{style}{paper}{rest}\n"
 
 
 def _text(x: float, y: float, words: str, **attributes: str | float | None) -> str:

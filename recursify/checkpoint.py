@@ -33,20 +33,22 @@ from transformers.utils import logging as transformers_logging
 from .configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
 from .donor import CONFIG_FAULTS, first_line, generation_config, load_tokenizer, read_json, reason
 from .errors import UserError
+from .model_card import EMBEDDING, LOSS_PICTURE, PLAN_PICTURE, recursive_card
 from .modeling_recursive_llm import FAMILIES, RecursiveLLM
 from .plan import ConversionPlan
 from .weights import from_guides, to_guides
 
 FORMAT = "recursify/1"
 RECORD = "recursify.json"  # in a folder: what a .pt holds beside config and weights
-EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings, whose head means nothing
 # What a save replaces in a folder that is there already. Anything else in it is somebody's, and stays.
 _WRITTEN = (".json", ".safetensors", ".py", ".md", ".jinja")
+_PICTURES = (PLAN_PICTURE, LOSS_PICTURE)
 # In a folder beside a .pt only these and what the new tokenizer writes: left from another tokenizer, they would be read with the new one.
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "tokenizer.model",
 )  # fmt: skip
+MAX_SHARD_SIZE = "5GB"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -157,11 +159,11 @@ def save(
             "plan": None if plan is None else plan.to_dict(),
             "notes": notes,
             "generation_config": model.generation_config.to_diff_dict(),
-            "model_state_dict": to_guides(_stored_state(model, stored), config),
+            "model_state_dict": to_guides(stored_state(model, stored), config),
         }
         writers[path] = lambda target: _write_pt(content, target)
     else:
-        writers[path] = lambda folder: _write_folder(folder, model, tokenizer, plan, notes, stored)
+        writers[path] = lambda folder: write_folder(folder, model, tokenizer, plan, notes, stored)
     write_whole(writers | dict(beside or {}), tokenizer_folder(path) if is_file_form(path) else None)
 
 
@@ -361,7 +363,7 @@ def _stored_names(config: Any) -> list[str]:
         return list(FAMILIES[config.model_type](config).state_dict())
 
 
-def _stored_state(model: RecursiveLLM, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def stored_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state dict on the CPU in `dtype`; the tied head stays the same tensor as the embeddings."""
     seen: dict[int, torch.Tensor] = {}
     state = {}
@@ -383,49 +385,33 @@ def _write_pt(content: dict[str, Any], target: Path) -> None:
         torch.save(content, file)
 
 
-def _write_folder(
+def write_folder(
     folder: Path,
     model: RecursiveLLM,
     tokenizer: PreTrainedTokenizerBase | None,
     plan: ConversionPlan | None,
     notes: dict[str, Any],
     dtype: torch.dtype,
+    *,
+    card: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
+    """Write the folder form into a folder that exists and is empty; `write_whole` makes it whole or nothing.
+
+    Args:
+        dtype: Type of the stored weights.
+        card: The README.md; one from what is known here where None.
+        max_shard_size: Weights of more than that are divided into several files, as transformers does it.
+    """
     with quiet():
-        model.save_pretrained(folder, state_dict=_stored_state(model, dtype))
+        model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
     fields = read_json(folder / "config.json")  # which states the type of the model in memory
     (folder / "config.json").write_text(json.dumps({**fields, "dtype": str(dtype).removeprefix("torch.")}, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     record = {"format": FORMAT, "plan": None if plan is None else plan.to_dict(), "notes": notes}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(model, plan, notes), encoding="utf-8")
-
-
-def model_card(model: RecursiveLLM, plan: ConversionPlan | None, notes: dict[str, Any]) -> str:
-    """The README.md of a folder: what the model is, how it was made, how to load it."""
-    config = model.config
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [recursify, recursive-reasoning]"]
-    lines = [
-        f"# {plan.donor if plan else config.model_type}, made recursive",
-        "",
-        f"`L_level` of {config.L_layers} layers, applied H_cycles {config.H_cycles} x (L_cycles {config.L_cycles} + 1) times, "
-        f"between {config.prelude_layers} prelude and {config.coda_layers} coda layers. Made by recursify.",
-        "",
-        "    from transformers import AutoModelForCausalLM, AutoTokenizer",
-        '    model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)   # or: import recursify, and no flag',
-        '    tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
-        '    model.generate(**tokenizer("Once upon a time", return_tensors="pt"), H_cycles=5)',
-        "",
-    ]
-    if plan:
-        if not os.path.exists(plan.donor):  # a hub id; a folder of this machine means nothing to others
-            front.append(f"base_model: {plan.donor}")
-        rows = [("prelude", plan.prelude), ("L_level", plan.loop), ("coda", plan.coda), ("dropped", plan.dropped)]
-        table = [f"| {name} | {', '.join(map(str, layers)) or 'none'} |" for name, layers in rows]
-        lines += ["| part | donor layers |", "|---|---|", *table, ""]
-    lines += [f"- {key}: {value}" for key, value in notes.items()]
-    return "\n".join(["---", *front, "---", "", *lines]).rstrip() + "\n"
+    (folder / "README.md").write_text(card or recursive_card(model, plan, notes), encoding="utf-8")
 
 
 def write_whole(writers: dict[Path, Callable[[Path], Any]], tokenizers: Path | None = None) -> None:
@@ -485,7 +471,7 @@ def _sync(path: Path) -> None:
 
 
 def _is_written(entry: Path) -> bool:
-    return entry.suffix in _WRITTEN
+    return entry.suffix in _WRITTEN or entry.name in _PICTURES
 
 
 def _is_tokenizers(entry: Path) -> bool:

@@ -61,13 +61,32 @@ def train_trm_hybrid(argv: Argv = None) -> None:
 
 
 def generate(argv: Argv = None) -> None:
-    """Write text: once with --prompt, interactively without."""
-    from . import generation, interactive
+    """Write text: once with --prompt, for every line of --prompt_file, interactively without."""
+    from . import generation, interactive, prompts
 
     def job(settings: generation.GenerateSettings) -> None:
-        interactive.run(settings) if settings.prompt is None else generation.run(settings)
+        if settings.prompt_file is not None:
+            prompts.run(settings)
+        elif settings.prompt is not None:
+            generation.run(settings)
+        else:
+            interactive.run(settings)
 
     _command("generate", generation.GenerateSettings, job, argv)
+
+
+def chat(argv: Argv = None) -> None:
+    """Talk with a model, turn by turn."""
+    from . import chat as talk
+
+    _command("chat", talk.ChatSettings, talk.run, argv)
+
+
+def serve(argv: Argv = None) -> None:
+    """Answer requests over HTTP, in the manner of OpenAI's API."""
+    from . import serving
+
+    _command("serve", serving.ServeSettings, serving.run, argv)
 
 
 def evaluate(argv: Argv = None) -> None:
@@ -94,6 +113,13 @@ def inspect(argv: Argv = None) -> None:
     _command("inspect", inspection.InspectSettings, job, argv)
 
 
+def export(argv: Argv = None) -> None:
+    """Make a folder ready for the hub, or write the plain donor back."""
+    from . import export as ready
+
+    _command("export", ready.ExportSettings, ready.run, argv)
+
+
 def demo(argv: Argv = None) -> None:
     """Go the whole way with the donor that ships: convert, fine-tune, measure, write, report."""
     from . import demo as whole_way
@@ -101,7 +127,9 @@ def demo(argv: Argv = None) -> None:
     _command("demo", whole_way.DemoSettings, whole_way.run, argv)
 
 
-JOBS: dict[str, Callable[[Argv], None]] = {job.__name__: job for job in (convert, train, generate, evaluate, inspect, demo)}
+JOBS: dict[str, Callable[[Argv], None]] = {
+    job.__name__: job for job in (convert, train, generate, chat, serve, evaluate, inspect, export, demo)
+}
 
 
 def main(argv: Argv = None) -> None:

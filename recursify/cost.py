@@ -1,9 +1,10 @@
-"""What training costs, from configurations and a few numbers alone: parameters, floating-point operations, bytes of memory.
+"""What training and decoding cost, from configurations and a few numbers alone: parameters, floating-point operations, bytes of memory.
 
     parameters_by_part   how many numbers there are to train
     step_flops           the matrix products of one forward and backward pass, every application of the loop counted
     memory_by_part       bytes on one device while it trains
     estimate             all of it for a run of some settings, as a TrainingCost
+    slot_bytes           of decoding: one slot of the KV cache
 
 Counting is by the rules of PaLM (arXiv 2204.02311, appendix B): a product of a matrix with one token costs 2 operations per weight, and
 4 more in the backward pass, 2 for the gradient of its input and 2 for that of the weight; attention costs 4 * Q * T forward and 8 * Q * T
@@ -123,6 +124,11 @@ def _numbers(part: Any, matrices: bool = False) -> int:
 def parameters_by_part(config: PreTrainedConfig) -> dict[str, int]:
     """Part -> number of parameters, counted on shapes without storage; a tied head counts 0."""
     return dict(shape_of(config).parameters)
+
+
+def slot_bytes(config: PreTrainedConfig, number: int = 2) -> int:
+    """Bytes of the keys and values of one cache slot, per token of context, with numbers of `number` bytes."""
+    return 2 * shape_of(config).keys * number
 
 
 def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:

@@ -26,8 +26,9 @@ from .data import DataSettings, load_documents, tokenize
 from .device import check_seed
 from .donor import open_donor
 from .errors import UserError
-from .generation import Sampling, generate_text, recursive_steps
+from .generation import Sampling, generate_text
 from .plan import ConversionPlan
+from .steps import recursive_steps
 from .training import FitResult, TrainSettings, fit
 from .training.saving import BEST
 
@@ -81,7 +82,8 @@ def run(settings: DemoSettings) -> Path:
     documents = load_documents(DataSettings(dataset_name=str(text)))
     train = TrainSettings(
         checkpoint=convert.output_path, dataset_name=str(text), seq_len=128, batch_size=8, max_steps=settings.steps, lr=3e-4, gain_lr=3e-3,
-        warmup_steps=10, enable_deep_supervision=True, generate_every=0, log_every=5, save_every=0, seed=settings.seed, output_dir=str(out),
+        warmup_steps=10, enable_deep_supervision=True, halting_weight=0.1, generate_every=0, log_every=5, save_every=0, seed=settings.seed,
+        output_dir=str(out),
     )  # fmt: skip
     blocks, held = (tokenize(part, tokenizer, train.seq_len) for part in (documents.train, documents.validation))
     with clock.stage("measure the donor as it is"):
@@ -260,7 +262,8 @@ def commands(convert: conversion.ConvertSettings, train: TrainSettings, out: Pat
         f"--L_cycles {convert.L_cycles} --output_path {convert.output_path}",
         f"recursify train --checkpoint {train.checkpoint} --dataset_name {train.dataset_name} --seq_len {train.seq_len} "
         f"--batch_size {train.batch_size} --max_steps {train.max_steps} --lr {train.lr} --gain_lr {train.gain_lr} "
-        f"--warmup_steps {train.warmup_steps} --enable_deep_supervision --seed {train.seed} --output_dir {out}",
+        f"--warmup_steps {train.warmup_steps} --enable_deep_supervision --halting_weight {train.halting_weight} "
+        f"--seed {train.seed} --output_dir {out}",
         f"recursify evaluate --checkpoint {out / BEST} --dataset_name {train.dataset_name} --cycles {' '.join(map(str, DEPTHS))}",
         f'recursify generate --checkpoint {out / BEST} --prompt "{PROMPT}" --H_cycles 5 --show_recursive_steps',
     )

@@ -163,17 +163,35 @@ class EvaluateReport:
         return "\n".join(lines)
 
 
+def check(settings: EvaluateSettings) -> None:
+    """What can be said of the settings before anything is loaded.
+
+    Raises:
+        UserError: A value out of range.
+    """
+    if settings.seq_len < 2 or settings.batch_size < 1:
+        raise UserError(f"--seq_len must be at least 2 and --batch_size at least 1, got {settings.seq_len} and {settings.batch_size}")
+    if any(H < 0 for H in settings.cycles):
+        raise UserError(f"--cycles: expected whole numbers of at least 0, got {list(settings.cycles)}")
+
+
 def run(settings: EvaluateSettings) -> EvaluateReport:
     """What `recursify evaluate` does.
 
     Raises:
         UserError: Bad input.
     """
-    if settings.seq_len < 2 or settings.batch_size < 1:
-        raise UserError(f"--seq_len must be at least 2 and --batch_size at least 1, got {settings.seq_len} and {settings.batch_size}")
-    if any(H < 0 for H in settings.cycles):
-        raise UserError(f"--cycles: expected whole numbers of at least 0, got {list(settings.cycles)}")
+    check(settings)
     model, tokenizer = load_any(settings.checkpoint, settings.tokenizer_path)
+    return evaluate(model, tokenizer, settings)
+
+
+def evaluate(model: Any, tokenizer: Any, settings: EvaluateSettings) -> EvaluateReport:
+    """Measure a model in memory on the text that the settings name; it is left on the device of the settings.
+
+    Raises:
+        UserError: Text that cannot be used, or windows longer than the model has positions.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and settings.seq_len > positions:
         raise UserError(f"--seq_len: expected at most {positions}, the positions that the model has, got {settings.seq_len}")

@@ -1,49 +1,47 @@
-"""Writing text with a model, and looking inside while it writes.
+"""Writing text with a model: prompts continued, with the KV cache, handed on piece by piece as they are written.
 
-    generate_text     a prompt continued, with the KV cache, handed on piece by piece as it is written
-    recursive_steps   what every cycle would have written in place of each token
-    render_steps      the same as a table for a terminal
+    generate_text     one prompt; with a `Memory`, only what is new of it is read
+    generate_batch    several at a time
 
-Works for recursive models and, for comparison, for plain ones of transformers. Probabilities are those of the model itself, before
-temperature, top_p and top_k. Shape letters: T tokens, D hidden size, V vocabulary. Floor 2.
+Works for recursive models and, for comparison, for plain ones of transformers. Floor 2.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TextIO
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 import torch
-from rich.cells import cell_len, set_cell_size
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from . import checkpoint
 from .device import check_seed, choose_device
+from .effort import CachePolicy, Effort, Halt, evaluating
 from .errors import UserError
+from .halting import applications, calibrate
+from .memory import Memory
+from .steps import show_steps
+from .streaming import Finish, Row, Rows
 
+AnySettings = TypeVar("AnySettings", bound="WriteSettings")
 # Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
 _GREEDY_BELOW = 1e-5
-_UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no whole character
-# Of the table of cycles, roomiest first: terminal cells at which a token is cut, and whether ranks are shown.
-_LAYOUTS = ((16, True), (10, True), (10, False))
+# Of a calibration file, at most so many windows of so many tokens are read.
+_WINDOWS, _WINDOW_TOKENS = 32, 128
 
 
 @dataclass(kw_only=True)
-class GenerateSettings:
-    """Write text with a recursive model: one prompt, or one after the other."""
+class WriteSettings:
+    """What all ways of writing text share."""
 
     checkpoint: str
     """A .pt file with its _tokenizer folder beside it, or a folder in Hugging Face layout."""
-    prompt: str | None = None
-    """Text to continue. Without it: interactive, one prompt after the other."""
     max_new_tokens: int = 100
     """Write at most so many tokens; an end token ends the text earlier."""
     temperature: float = 0.8
@@ -52,10 +50,27 @@ class GenerateSettings:
     """Choose among the likeliest tokens that together have this probability; 1.0 is off."""
     top_k: int = 0
     """Choose among this many likeliest tokens; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """End the text before the first of these strings, e.g. --stop "Question:" "###"."""
     tokenizer_path: str | None = None
     """Folder or hub id of the tokenizer. Default: the one saved with the checkpoint."""
     H_cycles: int | None = None
     """Cycles per token; 0 is one plain pass. Default: the checkpoint's."""
+    cache_policy: CachePolicy = "full"
+    """What is kept of earlier tokens: full, one slot per application of a layer; last, one per layer, as few as a plain model has."""
+    halt: Halt = "none"
+    """Let each token stop at the cycle at which it is ready: as q_head has learnt, when a cycle changes little (kl), or when the next token
+    is certain (entropy)."""
+    halt_threshold: float | None = None
+    """Ready means: q_head above this (default 0.5), kl below it (5e-4 nats), entropy below it (0.1 nats)."""
+    compute_budget: float | None = None
+    """Find the halt_threshold that spends this share of the layer applications, e.g. 0.6, on the text of calibration_file."""
+    calibration_file: str | None = None
+    """Text like what the model will write, for compute_budget."""
+    draft_cycles: int | None = None
+    """Draft with so many cycles and check several drafts at a time at full depth: the same text, sooner. 0 drafts with a plain pass."""
+    draft_tokens: int = 16
+    """Draft at most so many tokens at a time; how many follows from how often drafts have been right."""
     show_recursive_steps: bool = False
     """After the text, show for each token what every cycle would have said."""
     seed: int | None = None
@@ -67,13 +82,32 @@ class GenerateSettings:
         """Check all that can be checked without the model.
 
         Raises:
-            UserError: A value out of range.
+            UserError: A value out of range, or two that exclude each other.
         """
-        if self.prompt is not None:
-            _check_prompt(self.prompt)
         self.sampling.check()
+        self._check_budget()
+        if self.show_recursive_steps and self.cache_policy != "full":
+            raise UserError(
+                f"--show_recursive_steps: reads the text as --cache_policy full does, got --cache_policy {self.cache_policy}; "
+                "leave out one of the two"
+            )
         check_seed(self.seed)
         choose_device(self.device)
+
+    def _check_budget(self) -> None:
+        budget = self.compute_budget
+        if budget is None:
+            if self.calibration_file is not None:
+                raise UserError("--calibration_file: expected --compute_budget with it, e.g. 0.6, got none")
+            return
+        if not 0 < budget <= 1:
+            raise UserError(f"--compute_budget: expected a share above 0 and at most 1, got {budget}")
+        if self.halt == "none":
+            raise UserError(f"--compute_budget: expected --halt q_head, kl or entropy with it, got {budget} and no --halt")
+        if self.halt_threshold is not None:
+            raise UserError("--compute_budget: finds the threshold itself, got --halt_threshold with it; leave out one of the two")
+        if self.calibration_file is None:
+            raise UserError("--compute_budget: expected --calibration_file with it, a text like what the model will write, got none")
 
     @property
     def sampling(self) -> Sampling:
@@ -81,18 +115,45 @@ class GenerateSettings:
         return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
 
 
+@dataclass(kw_only=True)
+class GenerateSettings(WriteSettings):
+    """Write text with a recursive model: one prompt, one after the other, or a file of them."""
+
+    prompt: str | None = None
+    """Text to continue. Without it, and without prompt_file: interactive, one prompt after the other."""
+    prompt_file: str | None = None
+    """Continue every line of this file: text, or .jsonl with a "prompt" in each line. What is finished is kept: run again to go on."""
+    output_file: str | None = None
+    """Where the results of prompt_file go, a JSON object per line. Default: its name with .out.jsonl."""
+    batch_size: int = 8
+    """Prompts of prompt_file that are continued at a time."""
+
+    def validate(self) -> None:
+        """As `WriteSettings.validate`."""
+        if self.prompt is not None:
+            _check_prompt(self.prompt)
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size: expected at least 1, got {self.batch_size}")
+        if self.output_file is not None and self.prompt_file is None:
+            raise UserError(f"--output_file: expected --prompt_file with it, got {self.output_file} and no --prompt_file")
+        for name in ("prompt", "show_recursive_steps") if self.prompt_file is not None else ():
+            if getattr(self, name):
+                raise UserError(f"--prompt_file: expected no --{name} with it, got both; leave out one of the two")
+        super().validate()
+
+
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen, and from which depth. The fields are the flags of the same name."""
+class Sampling(Effort):
+    """How the next token is chosen, from which depth, and where the text ends. The fields are the flags of the same name."""
 
     max_new_tokens: int = 100
     temperature: float = 0.8
     top_p: float = 1.0
     top_k: int = 0
-    H_cycles: int | None = None
+    stop: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises UserError for a value out of range."""
+        """Raises UserError for a value out of range, or two that exclude each other."""
         if self.max_new_tokens < 1:
             raise UserError(f"--max_new_tokens: expected at least 1, got {self.max_new_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -101,10 +162,11 @@ class Sampling:
             raise UserError(f"--top_p: expected a number above 0 and at most 1 (1 is off), got {self.top_p}")
         if self.top_k < 0:
             raise UserError(f"--top_k: expected at least 0 (0 is off), got {self.top_k}")
-        if self.H_cycles is not None and self.H_cycles < 0:
-            raise UserError(f"--H_cycles: expected at least 0 (0 is one plain pass), got {self.H_cycles}")
+        if "" in self.stop:
+            raise UserError("--stop: expected some text before which to end, got ''")
+        super().check()
 
-    def as_transformers(self, ends: list[int], pad: int) -> GenerationConfig:
+    def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
         """The same in transformers' words. A penalty or a `top_k` that a donor's generation_config.json sets is switched off."""
         greedy = self.temperature < _GREEDY_BELOW
         choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -114,8 +176,9 @@ class Sampling:
             num_beams=1,
             repetition_penalty=1.0,
             use_cache=True,
-            eos_token_id=ends or None,
+            eos_token_id=list(ends) or None,
             pad_token_id=pad,
+            return_dict_in_generate=True,
             **choice,
         )
 
@@ -126,15 +189,27 @@ class Generated:
 
     Args:
         text: The continuation alone; `prompt + text` is the whole.
-        prompt_ids, token_ids: Tokens read and tokens written; the last one written may be an end token, which has no text.
-        finish_reason: `stop` at an end token, `length` at max_new_tokens, `interrupted` when the caller said so.
+        prompt_ids, token_ids: Tokens read and tokens written. The last one written may be an end token, which has no text; a stop
+            string has tokens, but is not in the text.
+        finish_reason: `stop` at an end token or before a stop string, `length` at max_new_tokens, `interrupted` when the caller said so.
+        cycles: With halting, for each token written the cycle at which it was ready; else None.
+        of_cycles: The cycles of a run that does not halt; 0 for a model without.
+        applications, plain_applications: With halting, the layers applied for the tokens written, and what full depth would have applied.
+        drafted, accepted: With self-speculation, tokens drafted and found right. The rows of a batch draft together: what they did is told
+            with the first, and the others have 0.
     """
 
     prompt: str
     text: str
     prompt_ids: list[int]
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "interrupted"]
+    finish_reason: Finish
+    cycles: tuple[int, ...] | None = None
+    of_cycles: int = 0
+    applications: int | None = None
+    plain_applications: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
 
 
 def run(settings: GenerateSettings) -> None:
@@ -146,88 +221,220 @@ def run(settings: GenerateSettings) -> None:
     if settings.prompt is None:
         raise UserError("--prompt: expected some text to continue, got none")
     model, tokenizer = load(settings)
-    write_once(model, tokenizer, settings.prompt, settings, forgiving(sys.stdout), seed=settings.seed)
+    settings = calibrated(settings, model, tokenizer)
+    write_once(model, tokenizer, settings.prompt or "", settings, forgiving(sys.stdout), seed=settings.seed)
 
 
-def load(settings: GenerateSettings) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model, on its device and ready to write, and tokenizer.
 
     Raises:
-        UserError: A setting out of range; a checkpoint or tokenizer that cannot be read; a model that cannot write.
+        UserError: A setting out of range; a checkpoint or tokenizer that cannot be read; a model that cannot write, or not as asked.
     """
     settings.validate()
     loaded = checkpoint.load(settings.checkpoint, tokenizer_path=settings.tokenizer_path)
     checkpoint.need_head(loaded, settings.checkpoint)
     tokenizer = checkpoint.need_tokenizer(loaded, settings.checkpoint)
     model: Any = loaded.model
+    settings.sampling.arguments(model)
     return model.to(choose_device(settings.device)), tokenizer
+
+
+def calibrated(settings: AnySettings, model: Any, tokenizer: PreTrainedTokenizerBase) -> AnySettings:
+    """The settings with the threshold that a compute budget means on the calibration text; unchanged where no budget is set.
+
+    What is found is told on stderr.
+
+    Raises:
+        UserError: A calibration file that cannot be read, or is too short; a budget that cannot be met.
+    """
+    if settings.compute_budget is None:
+        return settings
+    blocks = _calibration_blocks(settings.calibration_file or "", tokenizer).to(model.device)
+    print("Finding the threshold on the calibration text ...", file=sys.stderr, flush=True)
+    found = calibrate(model, blocks, settings.halt, settings.compute_budget, settings.H_cycles)
+    print(found.render(), file=sys.stderr, flush=True)
+    return replace(settings, halt_threshold=found.threshold, compute_budget=None, calibration_file=None)
+
+
+def _calibration_blocks(file: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """`[blocks, tokens]`."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--calibration_file: {file} cannot be read as text ({error}); name a UTF-8 text file") from error
+    ids = tokenizer(text[: _WINDOWS * _WINDOW_TOKENS * 16], verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise UserError(f"--calibration_file: {file} has {len(ids)} tokens; expected a text of some sentences")
+    size = min(_WINDOW_TOKENS, len(ids))
+    count = min(len(ids) // size, _WINDOWS)
+    return torch.tensor(ids[: count * size]).view(count, size)
 
 
 def generate_text(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Sequence[int],
     sampling: Sampling | None = None,
     *,
     seed: int | None = None,
     on_text: Callable[[str], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    memory: Memory | None = None,
+    ends: Sequence[int] = (),
 ) -> Generated:
     """Continue a prompt.
 
     Args:
         model: A recursive model, or any causal language model of transformers. Its training mode is put back afterwards.
+        prompt: Text, or the token ids of it, which are taken as they are.
         sampling: None is the defaults of `Sampling`.
         seed: Makes the choice repeatable and leaves torch's global random state (cpu and cuda) alone; None draws from the global state.
         on_text: Called with each piece of text as soon as it is final; a character whose bytes span tokens comes whole. The pieces
             joined are `Generated.text`.
         should_stop: Asked after each token; True ends the text there.
+        memory: Of the conversation of which the prompt is the whole so far. Greedy text is the same with and without; see `Memory`.
+        ends: Tokens that end the text, beside those of the model and the tokenizer.
 
     Raises:
         UserError: Empty prompt, a value out of range, more tokens than the model has positions, a tokenizer of another model.
     """
     sampling = sampling or Sampling()
     sampling.check()
-    depth = _depth(model, sampling.H_cycles)
-    ends = end_tokens(model, tokenizer)
-    ids = encode_prompt(model, tokenizer, prompt, sampling.max_new_tokens)
-    pieces: list[str] = []
-    asked = _Asked(should_stop)
+    sampling.arguments(model)
+    if isinstance(prompt, str):
+        ids = encode_prompt(model, tokenizer, prompt, sampling.max_new_tokens)
+    else:
+        ids, prompt = list(prompt), str(tokenizer.decode(list(prompt)))
+        check_ids(model, ids, sampling.max_new_tokens)
+    row = Row(tokenizer, ids, {*end_tokens(model, tokenizer), *ends}, sampling.stop, on_text)
+    cache = None if memory is None else memory.recall(model, ids, sampling.settled(model))
+    output = _write(model, tokenizer, [row], sampling, seed, should_stop, cache)
+    if memory is not None:
+        memory.keep(model, output.sequences[0].tolist(), sampling.settled(model), output.past_key_values)
+    return _results(model, [prompt], [row], sampling, output)[0]
 
-    def hand_on(piece: str) -> None:
-        pieces.append(piece)
-        if on_text is not None:
-            on_text(piece)
 
+def generate_batch(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sampling: Sampling | None = None, *, seed: int | None = None
+) -> list[Generated]:
+    """Continue several prompts at a time, each as `generate_text` would: greedy, the texts are the same.
+
+    Args:
+        seed: As in `generate_text`. Drawn texts depend on which prompts are written together.
+
+    Raises:
+        UserError: As `generate_text`.
+    """
+    sampling = sampling or Sampling()
+    sampling.check()
+    sampling.arguments(model)
+    ends = {*end_tokens(model, tokenizer)}
+    rows = [Row(tokenizer, encode_prompt(model, tokenizer, prompt, sampling.max_new_tokens), ends, sampling.stop) for prompt in prompts]
+    return _results(model, prompts, rows, sampling, _write(model, tokenizer, rows, sampling, seed)) if rows else []
+
+
+def _write(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    seed: int | None,
+    should_stop: Callable[[], bool] | None = None,
+    cache: Any = None,
+) -> Any:
+    """Fill the rows; returns what `generate` does. Prompts are padded on the left, so that all end in the same column."""
+    ends = sorted(rows[0].ends)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
-    batch = torch.tensor([ids], device=model.device)
-    with _evaluating(model), _seeded(seed, model.device):
+    width = max(len(row.prompt_ids) for row in rows)
+    missing = [width - len(row.prompt_ids) for row in rows]
+    batch = torch.tensor([[pad] * gap + row.prompt_ids for gap, row in zip(missing, rows, strict=True)], device=model.device)
+    mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing], device=model.device)
+    criterion = Rows(rows, width, should_stop)
+    with evaluating(model), _seeded(seed, model.device):
         output = model.generate(
             batch,
-            attention_mask=torch.ones_like(batch),
+            attention_mask=mask,
             generation_config=sampling.as_transformers(ends, pad),
-            streamer=TextPieces(tokenizer, hand_on),
-            stopping_criteria=StoppingCriteriaList([asked]),
-            **depth,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            **({} if cache is None else {"past_key_values": cache}),
+            **sampling.arguments(model),
         )
-    token_ids = output[0, len(ids) :].tolist()
-    finish: Literal["stop", "length", "interrupted"] = "stop" if token_ids[-1] in ends else "interrupted" if asked.answer else "length"
-    return Generated(prompt, "".join(pieces), ids, token_ids, finish)
+    criterion.close("length")
+    return output
+
+
+def _results(model: Any, prompts: Sequence[str], rows: Sequence[Row], sampling: Sampling, output: Any) -> list[Generated]:
+    results = []
+    width = max(len(row.prompt_ids) for row in rows)
+    for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        spent: dict[str, Any] = {}
+        if sampling.halt != "none":
+            # the token at t was ready when the one before it had been thought through
+            used = output.past_key_values.cycles_used[:, width - 1 : width - 1 + len(row.token_ids)]
+            # a batch goes on until its last row has halted
+            spent = _spent_on(model, used[index].tolist(), used.max(dim=0).values.tolist(), sampling)
+        if sampling.draft_cycles is not None:
+            spent |= {"drafted": int(output.drafted) if index == 0 else 0, "accepted": int(output.accepted) if index == 0 else 0}
+        results.append(Generated(prompt, row.text, row.prompt_ids, row.token_ids, row.finish or "length", **spent))
+    return results
+
+
+def _spent_on(model: Any, cycles: list[int], computed: list[int], sampling: Sampling) -> dict[str, Any]:
+    of = sampling.cycles(model)
+    plain = len(cycles) * model.config.depth(of)
+    cost = sum(applications(model.config, computed, sampling.halt))
+    return {"cycles": tuple(cycles), "of_cycles": of, "applications": cost, "plain_applications": plain}
+
+
+def spent(*generated: Generated) -> str:
+    """What halting or self-speculation did for these texts together, in a line; empty where neither was on."""
+    cycles = [cycle for one in generated for cycle in one.cycles or ()]
+    if cycles:
+        cost, plain = (sum(getattr(one, name) or 0 for one in generated) for name in ("applications", "plain_applications"))
+        saved = f"{1 - cost / plain:.0%} of layer applications saved"
+        if cost > plain:  # with a coda, looking whether to halt costs more than a run that does not look
+            saved = f"{cost / plain - 1:.0%} more layer applications than without halting"
+        return f"halting: {sum(cycles) / len(cycles):.1f} of {generated[0].of_cycles} cycles per token, {saved}"
+    drafted, accepted = (sum(getattr(one, name) or 0 for one in generated) for name in ("drafted", "accepted"))
+    return f"self-speculation: {accepted} of {drafted} drafted tokens accepted ({accepted / drafted:.0%})" if drafted else ""
 
 
 def encode_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 0) -> list[int]:
+    """`prompt_ids` of a prompt that the model can continue.
+
+    Raises:
+        UserError: As `prompt_ids` and `check_ids`.
+    """
+    ids = prompt_ids(tokenizer, prompt)
+    check_ids(model, ids, max_new_tokens)
+    return ids
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt, with the leading special tokens that the tokenizer itself adds, and never an end token behind.
 
     Raises:
-        UserError: Empty prompt, too long for the model, or ids that the model does not have.
+        UserError: Empty prompt, or no UTF-8.
     """
     _check_prompt(prompt)
     bare = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    ids = tokenizer(prompt, verbose=False).input_ids
+    ids = list(tokenizer(prompt, verbose=False).input_ids)
     while len(ids) > len(bare) and ids[-1] == tokenizer.eos_token_id and ids[-len(bare) :] != bare:
         ids.pop()
     if not bare:
         raise UserError(f"--prompt: the tokenizer makes no token of {prompt!r}; expected some text to continue")
+    return ids
+
+
+def check_ids(model: Any, ids: Sequence[int], max_new_tokens: int = 0) -> None:
+    """Check that a model can read a prompt and write so many tokens after it.
+
+    Raises:
+        UserError: No ids, too many for the model, or ids that it does not have.
+    """
+    if not ids:
+        raise UserError("--prompt: expected some tokens to continue, got none")
     vocabulary = model.get_input_embeddings().num_embeddings
     if max(ids) >= vocabulary:
         raise UserError(
@@ -235,7 +442,6 @@ def encode_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, m
             "name the tokenizer that was saved with the checkpoint"
         )
     _check_length(len(ids), max_new_tokens, getattr(model.config, "max_position_embeddings", None))
-    return ids
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -245,216 +451,19 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(token) for token in dict.fromkeys(found) if token is not None]
 
 
-class TextPieces(BaseStreamer):
-    """Hands on text while `generate` writes it; every piece is final, and joined they are the whole text.
-
-    transformers' own streamer waits for a space before it shows a word. This one waits only for the rest of a character. It decodes a
-    window that starts at the last whole character but one: decoders look at the token before (SentencePiece drops a leading space), and
-    a window keeps the work per token constant.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object]):
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.window: list[int] = []
-        self.done = 0  # tokens of the window whose text is out
-        self.prompt_comes = True
-
-    def put(self, value: torch.Tensor) -> None:
-        self.window += value.flatten().tolist()
-        if self.prompt_comes:  # `generate` puts the prompt first
-            self.prompt_comes, self.done = False, len(self.window)
-        else:
-            self._hand_on(last=False)
-
-    def end(self) -> None:
-        self._hand_on(last=True)
-
-    def _hand_on(self, last: bool) -> None:
-        text = self._decode(self.window)
-        if text.endswith(_UNFINISHED) and not last:
-            return
-        piece = text[len(self._decode(self.window[: self.done])) :]
-        self.window, self.done = self.window[self.done :], len(self.window) - self.done
-        if piece:
-            self.on_text(piece)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-@dataclass(frozen=True)
-class CycleGuess:
-    """What one cycle would have said in place of one token.
-
-    Args:
-        cycle: Counted from 1; 0 is the plain pass of `H_cycles = 0`.
-        token, probability: The cycle's likeliest token.
-        written_rank, written_probability: Where the token that was written stands for this cycle; rank 1 is the likeliest.
-    """
-
-    cycle: int
-    token: int
-    probability: float
-    written_rank: int
-    written_probability: float
-
-
-@dataclass(frozen=True)
-class TokenSteps:
-    """One written token, and every cycle's own idea of it, earliest first."""
-
-    token: int
-    cycles: tuple[CycleGuess, ...]
-
-
-@torch.no_grad()
-def recursive_steps(model: Any, ids: Sequence[int], prompt_length: int, H_cycles: int | None = None, chunk: int = 64) -> list[TokenSteps]:
-    """What every cycle would have said for each token of `ids` after the prompt.
-
-    One pass without a cache over the whole text, so cycle c is exactly a run at `H_cycles = c`, given the same text before.
-
-    Args:
-        prompt_length: How many of `ids` were read and not written; at least 1.
-        H_cycles: Depth to look at; None is the model's own.
-        chunk: Positions whose logits, `[chunk, V]`, are held at a time.
-
-    Raises:
-        UserError: Not a recursive model.
-    """
-    if not is_recursive(model):
-        raise UserError(f"--show_recursive_steps: expected a recursive model, got a {type(model).__name__}, which has no cycles")
-    if prompt_length < 1:
-        raise ValueError(f"prompt_length: expected at least 1 (nothing stands before the first token), got {prompt_length}")
-    batch = torch.tensor([list(ids)], device=model.device)
-    written = batch[0, prompt_length:]
-    with _evaluating(model):
-        base = model.model(batch, use_cache=False, output_cycle_states=True, **_depth(model, H_cycles))
-    plain = len(base.halt_logits) == 0
-    guesses: list[list[CycleGuess]] = [[] for _ in written]
-    for cycle, state in enumerate(base.cycle_states, start=0 if plain else 1):
-        before = state[0, prompt_length - 1 : -1]  # the state at t speaks of token t + 1
-        for first in range(0, len(written), chunk):
-            rows = _guesses(model.lm_head(before[first : first + chunk]).float(), written[first : first + chunk])
-            for position, row in enumerate(rows, start=first):
-                guesses[position].append(CycleGuess(cycle, *row))
-    return [TokenSteps(token, tuple(of_token)) for token, of_token in zip(written.tolist(), guesses, strict=True)]
-
-
-def _guesses(logits: torch.Tensor, written: torch.Tensor) -> list[tuple[int, float, int, float]]:
-    """Per row of `[T, V]` logits: likeliest token, its probability, rank and probability of the written one `[T]`."""
-    log_total = logits.logsumexp(dim=-1)
-    top, token = logits.max(dim=-1)
-    own = logits.gather(-1, written.unsqueeze(-1)).squeeze(-1)
-    # the written token is counted as the first of its equals, except behind the very token that is shown as the top
-    rank = 1 + (logits > own.unsqueeze(-1)).sum(dim=-1) + ((own == top) & (token != written)).long()
-    columns = (token, (top - log_total).exp(), rank, (own - log_total).exp())
-    return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def render_steps(steps: Sequence[TokenSteps], tokenizer: PreTrainedTokenizerBase, width: int | None = None, color: bool = False) -> str:
-    """A table for a terminal: one row per written token, one column per cycle.
-
-    Args:
-        width: Cells of the terminal; None is without end. Where the table is too wide, long tokens are cut first, then ranks are left out,
-            and then the cycles go on below.
-        color: Use ANSI colours.
-    """
-    if not steps:
-        return ""
-    for cells, ranks in _LAYOUTS:
-        columns = [_token_column(steps, tokenizer, cells)]
-        columns += [_cycle_column([step.cycles[index] for step in steps], tokenizer, cells, ranks) for index in range(len(steps[0].cycles))]
-        blocks = _side_by_side(columns, width)
-        if len(blocks) == 1:
-            break
-    lines = []
-    for block in blocks:
-        lines += ["  ".join(row).rstrip() for row in zip(*block, strict=True)]
-        lines.append("")
-    lines.append("✓  this cycle's likeliest token is the one written")
-    if ranks:
-        lines.append("#  otherwise: rank and probability of the one written")
-    return "\n".join(_painted(line) for line in lines) if color else "\n".join(lines)
-
-
-def _side_by_side(columns: list[list[str]], width: int | None) -> list[list[list[str]]]:
-    """As many columns beside each other as there is room for, the first one repeated in every block."""
-    stub, *others = columns
-    blocks: list[list[list[str]]] = []
-    room = 0
-    for column in others:
-        cells = cell_len(column[0]) + 2
-        if not blocks or (width is not None and room < cells):
-            blocks.append([stub])
-            room = (width or 0) - cell_len(stub[0])
-        blocks[-1].append(column)
-        room -= cells
-    return blocks
-
-
-def _token_column(steps: Sequence[TokenSteps], tokenizer: PreTrainedTokenizerBase, cells: int) -> list[str]:
-    digits = len(str(len(steps)))
-    rows = [f"{number:>{digits}}  {visible(tokenizer, step.token, cells)}" for number, step in enumerate(steps, start=1)]
-    return _column("token", rows, "agree")
-
-
-def _cycle_column(guesses: list[CycleGuess], tokenizer: PreTrainedTokenizerBase, cells: int, ranks: bool) -> list[str]:
-    tokens = [visible(tokenizer, guess.token, cells) for guess in guesses]
-    widest = max(cell_len(token) for token in tokens)
-    rows = []
-    for guess, token in zip(guesses, tokens, strict=True):
-        agrees = guess.written_rank == 1
-        own = f"{'✓' if agrees else ' '} {set_cell_size(token, widest)} {_percent(guess.probability)}"
-        rows.append(own if agrees or not ranks else f"{own}  #{guess.written_rank} {_percent(guess.written_probability).strip()}")
-    agreed = sum(guess.written_rank == 1 for guess in guesses)
-    title = f"cycle {guesses[0].cycle}" if guesses[0].cycle else "plain pass"
-    return _column(f"  {title}", rows, f"  {agreed} of {len(guesses)}")
-
-
-def _column(title: str, rows: list[str], foot: str) -> list[str]:
-    """Title, rows and foot, padded to one width."""
-    widest = max(cell_len(row) for row in (title, *rows, foot))
-    return [set_cell_size(row, widest) for row in (title, *rows, foot)]
-
-
-def visible(tokenizer: PreTrainedTokenizerBase, token: int, cells: int = 16) -> str:
-    """A token as a word of at most so many terminal cells: white space as signs, bytes that are no whole character in hexadecimal."""
-    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    name = tokenizer.convert_ids_to_tokens(token)
-    if not text or _UNFINISHED in text:
-        text = f"<{token}>" if name is None else _hexadecimal(str(name))
-    elif str(name).startswith("▁") and not text.startswith(" "):  # SentencePiece's space, which its decoder drops at a start
-        text = f" {text}"
-    for sign, shown in ((" ", "␣"), ("\n", "↵"), ("\t", "⇥"), ("\r", "␍")):
-        text = text.replace(sign, shown)
-    text = "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in text)
-    return text if cell_len(text) <= cells else f"{set_cell_size(text, cells - 1).rstrip()}…"
-
-
-def _hexadecimal(name: str) -> str:
-    """Bytes of a byte-level BPE token, whose name has one letter per byte: printable bytes stand for themselves, others follow U+0100."""
-    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in themselves]
-    byte_of = {chr(byte): byte for byte in themselves} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    if not all(letter in byte_of for letter in name) or name.startswith("<"):
-        return name
-    return "".join(f"\\x{byte_of[letter]:02x}" if byte_of[letter] > 0x7E else letter for letter in name)
-
-
-def _percent(probability: float) -> str:
-    return " <1%" if probability < 0.005 else f"{probability:4.0%}"
-
-
-def _painted(line: str) -> str:
-    return line.replace("✓", "\x1b[32m✓\x1b[0m")
-
-
 def write_once(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: GenerateSettings, out: TextIO, **kwargs: Any
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    settings: WriteSettings,
+    out: TextIO,
+    err: TextIO | None = None,
+    **kwargs: Any,
 ) -> Generated:
     """Write prompt and continuation to `out` as the text comes, then the table of cycles where it is asked for.
 
     Args:
+        err: Gets a line on what halting or self-speculation did; None is stderr.
         kwargs: As in `generate_text`: seed, should_stop.
     """
 
@@ -463,21 +472,26 @@ def write_once(
         out.flush()
 
     # what is wrong is told before any text comes
-    _depth(model, settings.H_cycles)
+    settings.sampling.arguments(model)
     encode_prompt(model, tokenizer, prompt, settings.max_new_tokens)
     show(prompt)
     try:
         generated = generate_text(model, tokenizer, prompt, settings.sampling, on_text=show, **kwargs)
     finally:
         show("\n")
+    tell_after(model, tokenizer, generated, settings, out, err)
+    return generated
+
+
+def tell_after(
+    model: Any, tokenizer: PreTrainedTokenizerBase, generated: Generated, settings: WriteSettings, out: TextIO, err: TextIO | None = None
+) -> None:
+    """What follows a text: a line on what it cost to `err`, and, unless it was interrupted, the table of cycles to `out` if asked for."""
+    if line := spent(generated):
+        print(line, file=err or sys.stderr, flush=True)
     if settings.show_recursive_steps and generated.finish_reason != "interrupted":
         ids = generated.prompt_ids + generated.token_ids
-        steps = recursive_steps(model, ids, len(generated.prompt_ids), settings.H_cycles)
-        terminal = out.isatty()
-        width = shutil.get_terminal_size().columns if terminal else None
-        color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        show(f"\n{render_steps(steps, tokenizer, width, color)}\n")
-    return generated
+        show_steps(model, tokenizer, ids, len(generated.prompt_ids), settings.sampling, out)
 
 
 def forgiving(stream: TextIO) -> TextIO:
@@ -485,30 +499,6 @@ def forgiving(stream: TextIO) -> TextIO:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return stream
-
-
-class _Asked(StoppingCriteria):
-    """Ends the text when the caller says so."""
-
-    def __init__(self, should_stop: Callable[[], bool] | None):
-        self.should_stop, self.answer = should_stop, False
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        self.answer = self.answer or (self.should_stop is not None and self.should_stop())
-        return torch.full((len(input_ids),), self.answer, device=input_ids.device)  # type: ignore[return-value]
-
-
-def is_recursive(model: Any) -> bool:
-    """Whether the model has cycles; false for a plain model of transformers."""
-    return hasattr(model.config, "H_cycles")
-
-
-def _depth(model: Any, H_cycles: int | None) -> dict[str, int]:
-    if H_cycles is None:
-        return {}
-    if not is_recursive(model):
-        raise UserError(f"--H_cycles: expected a recursive model, got a {type(model).__name__}, which has no cycles; leave --H_cycles out")
-    return {"H_cycles": H_cycles}
 
 
 def _check_prompt(prompt: str) -> None:
@@ -529,16 +519,6 @@ def _check_length(prompt: int, new: int, positions: int | None) -> None:
         f"--max_new_tokens: the prompt has {prompt} tokens and {new} more are asked for, {prompt + new} in all, but the model has "
         f"{positions} positions; {cure}"
     )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

@@ -26,8 +26,8 @@ With all gains A, B at 0 every F sees e, so any number of cycles gives the plain
 The layers are the donor's own classes from transformers; only the way through them is ours. A layer met n times has n cache slots,
 reached through a view of the cache that adds the offset of the application, so no module changes its `layer_idx`.
 
-Shape letters: B batch, T tokens, D hidden size, V vocabulary. Floor 1. One of the two files that travel with the weights: imports only
-torch, transformers and the configuration beside it.
+Shape letters: B batch, T tokens, D hidden size, V vocabulary. Floor 1. One of the files that travel with the weights: imports only
+torch, transformers and those beside it.
 """
 
 import copy
@@ -35,6 +35,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
@@ -61,7 +62,6 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -81,56 +81,19 @@ from .configuration_recursive_llm import (
     RecursiveSmolLM3Config,
     from_guide,
 )
-
-
-class CacheSlots(Cache):
-    """A view of a cache in which the slots of one application of a layer stand where that layer looks for them."""
-
-    def __init__(self, cache: Cache, offset: int):
-        self.cache, self.offset = cache, offset
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return self.cache.update(key_states, value_states, layer_idx + self.offset, *args, **kwargs)
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.cache.get_seq_length(layer_idx + self.offset)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
-
-
-class PeekSlots(CacheSlots):
-    """As `CacheSlots`, but what is written is forgotten: for the coda of a cycle that is only looked at."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        layer: Any = copy.copy(self.cache.layers[layer_idx + self.offset])
-        # a static layer writes in place
-        layer.__dict__.update({name: value.clone() for name, value in vars(layer).items() if isinstance(value, torch.Tensor)})
-        return layer.update(key_states, value_states, *args, **kwargs)
-
-
-class PagedCacheSlots(PagedAttentionCache):
-    """`CacheSlots` for continuous batching, whose attention functions test for this class."""
-
-    def __init__(self, cache: PagedAttentionCache, offset: int):
-        self.cache, self.offset = cache, offset
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]) -> Any:
-        return self.cache.update(key_states=key_states, value_states=value_states, layer_idx=layer_idx + self.offset, kwargs=kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
-
-
-class ShiftedInstances(dict):
-    """`CacheSlots` for engines that keep one attention object per slot and look it up by `layer_idx` (vLLM, SGLang)."""
-
-    def __init__(self, instances: Any, offset: int):
-        super().__init__()
-        self.instances, self.offset = instances, offset
-
-    def __getitem__(self, layer_idx: int) -> Any:
-        return self.instances[layer_idx + self.offset]
+from .decoding_recursive_llm import (
+    CacheSlots,
+    Drafted,
+    HaltingSlots,
+    HaltRule,
+    PagedCacheSlots,
+    PeekSlots,
+    RecursiveCache,
+    ShiftedInstances,
+    claim_cache,
+    self_speculation,
+    slotted,
+)
 
 
 @auto_docstring(custom_intro="What the base model returns.")
@@ -141,10 +104,13 @@ class RecursiveModelOutputWithPast(BaseModelOutputWithPast):
         One `[B, T, D]` per cycle, after coda and final norm: what `lm_head` reads. The last is `last_hidden_state`.
     halt_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_states=True`):
         One `[B, T]` per cycle: the logit of "good enough to stop here", from `q_head` on the detached state.
+    halt_cycles (`torch.LongTensor`, *optional*, returned when `halt` is given):
+        `[B, T]`: the cycle at which each token halted; 0 for padding.
     """
 
     cycle_states: tuple[torch.FloatTensor, ...] | None = None
     halt_logits: tuple[torch.FloatTensor, ...] | None = None
+    halt_cycles: torch.LongTensor | None = None
 
 
 @auto_docstring(custom_intro="What the model with its head returns.")
@@ -156,10 +122,13 @@ class RecursiveCausalLMOutputWithPast(CausalLMOutputWithPast):
         With a cache and a coda, an early cycle's readout sees the coda's keys and values of earlier tokens from *their* last cycle.
     halt_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_logits=True`):
         One `[B, T]` per cycle, from `q_head`.
+    halt_cycles (`torch.LongTensor`, *optional*, returned when `halt` is given):
+        `[B, T]`: the cycle at which each token halted; 0 for padding.
     """
 
     cycle_logits: tuple[torch.FloatTensor, ...] | None = None
     halt_logits: tuple[torch.FloatTensor, ...] | None = None
+    halt_cycles: torch.LongTensor | None = None
 
 
 class AnchoredInjection(nn.Module):
@@ -211,6 +180,19 @@ class Recursion(nn.Module):
         self.eps = config.rms_norm_eps
         self.q_head = HaltHead(config.hidden_size)
 
+    def start(self, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`z_L` and `z_H` before the first cycle, each `[B, T, D]`."""
+        return e + self.L_init.to(e.dtype), e + self.H_init.to(e.dtype)
+
+    def advance(
+        self, e: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], block: Any, cycles: range, L_cycles: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(z_L, z_H)` after the cycles of a range, counted from 0, from those before it."""
+        gains = self._gains(e.dtype)
+        for cycle in cycles:
+            states = self._cycle(e, *states, block, cycle, L_cycles, gains)
+        return states
+
     def steps(self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int, backprop: str = "full") -> Iterator[torch.Tensor]:
         """The loop. Yields `z_H` `[B, T, D]` at the end of each cycle.
 
@@ -220,7 +202,7 @@ class Recursion(nn.Module):
             backprop: How far back a cycle's loss reaches: "full", through all cycles before it; "cycle", to the states that the cycle began
                 with; "last", as "cycle", and cycles before the last are computed without gradients (TRM).
         """
-        z_L, z_H = e + self.L_init.to(e.dtype), e + self.H_init.to(e.dtype)
+        z_L, z_H = self.start(e)
         gains = self._gains(e.dtype)
         for cycle in range(H_cycles):
             if backprop == "cycle" and cycle > 0:  # no graph outlives its cycle, nor that of the gains
@@ -254,38 +236,89 @@ class Recursion(nn.Module):
 
 
 class ForwardPass:
-    """What all applications of a layer share within one forward pass: masks, positions, the cache and its slots."""
+    """What all applications of a layer share within one forward pass: masks, positions, the cache and its slots.
+
+    `halting` is switched on by a pass that halts tokens, which then says in `halted` `[B, T]` which have.
+    """
 
     def __init__(
-        self, model: Any, masks: dict[str, Any], rope: Any, position_ids: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]
+        self,
+        model: Any,
+        masks: dict[str, Any],
+        rope: Any,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        depth: tuple[int, int],
+        cache_policy: str,
+        kwargs: dict[str, Any],
     ):
         self.layers, self.types, self.masks = model.layers, model.config.block_types, masks
         self.P, self.K, self.C = model.config.prelude_layers, model.config.L_layers, model.config.coda_layers
         self.shared = {"position_embeddings": rope, "position_ids": position_ids, **kwargs}
         self.cache, self.paged, self.instances = cache, self.shared.pop("cache", None), self.shared.pop("attention_instances", None)
+        self.cycles, self.steps, self.one_slot = depth[0], depth[1] + 1, cache_policy == "last"
+        self.applications = max(1, depth[0] * self.steps)
+        self.readouts = model.config.depth(*depth)  # the first slot of the codas of early cycles, where they have slots
+        self.halting = False
+        self.halted: torch.Tensor | None = None
+        # (step, layer) -> keys and values of this chunk in the cycle before; of codas that are read at every cycle under step -1
+        self.kept: dict[tuple[int, int], Any] = {}
 
     def prelude(self, x: torch.Tensor) -> torch.Tensor:
-        return self._run(x, 0, self.P, 0)
+        return self._run(x, 0, self.P, 0, self._slots(0))
 
     def block(self, x: torch.Tensor, n: int) -> torch.Tensor:
         """The looped block as application number `n`; its first slot follows those of prelude and coda."""
-        return self._run(x, self.P, self.K, self.C + n * self.K)
+        slots: Any = self._loop_slots(n)
+        if self.halting:
+            slots = HaltingSlots(slots, self.kept, n % self.steps, self.halted)
+        return self._run(x, self.P, self.K, self.C + n * self.K, slots)
 
     def coda(self, x: torch.Tensor, peek: bool = False) -> torch.Tensor:
         """The layers behind the loop; with `peek` the cache is read but not written."""
-        return self._run(x, self.P + self.K, self.C, -self.K, peek)
+        return self._run(x, self.P + self.K, self.C, -self.K, self._slots(-self.K, peek))
 
-    def _run(self, x: torch.Tensor, first: int, count: int, offset: int, peek: bool = False) -> torch.Tensor:
+    def coda_at(self, x: torch.Tensor, cycle: int) -> torch.Tensor:
+        """The coda as the readout of a cycle by which tokens halt: it sees earlier tokens as they were read at that cycle."""
+        slots: Any = HaltingSlots(self._readout_slots(cycle), self.kept, -1, self.halted)
+        return self._run(x, self.P + self.K, self.C, -self.K, slots)
+
+    def leave_no_hole(self, cycles: int) -> None:
+        """No further cycle is computed after so many: the slots of deeper ones take the keys and values of the last."""
+        for n in range(cycles * self.steps, self.applications):
+            self._fill(self._loop_slots(n), n % self.steps, range(self.P, self.P + self.K))
+        coda = range(self.P + self.K, self.P + self.K + self.C)
+        if coda and (-1, coda[0]) in self.kept:
+            for cycle in (self.cycles,) if self.one_slot else range(cycles + 1, self.cycles + 1):
+                self._fill(self._slots(-self.K) if self.one_slot else self._readout_slots(cycle), -1, coda)
+
+    def _fill(self, slots: CacheSlots | None, step: int, layers: range) -> None:
+        if slots is not None:
+            for layer in layers:
+                slots.update(*self.kept[step, layer], layer)
+
+    def _readout_slots(self, cycle: int) -> CacheSlots | None:
+        """The last cycle's coda has the slots of every coda; those of earlier ones stand behind all others."""
+        if self.one_slot:  # written when it is known which readout stays
+            return self._slots(-self.K, peek=True)
+        return self._slots(-self.K if cycle == self.cycles else self.readouts + (cycle - 1) * self.C - self.P - self.K)
+
+    def _loop_slots(self, n: int) -> CacheSlots | None:
+        if self.one_slot:  # only what the last application writes stays
+            return self._slots(self.C, peek=n < self.applications - 1)
+        return self._slots(self.C + n * self.K)
+
+    def _slots(self, offset: int, peek: bool = False) -> CacheSlots | None:
+        return None if self.cache is None else PeekSlots(self.cache, offset) if peek else CacheSlots(self.cache, offset)
+
+    def _run(self, x: torch.Tensor, first: int, count: int, offset: int, slots: CacheSlots | None) -> torch.Tensor:
         kwargs = dict(self.shared)
         if self.paged is not None:
             kwargs["cache"] = PagedCacheSlots(self.paged, offset)
         if self.instances is not None:
             kwargs["attention_instances"] = ShiftedInstances(self.instances, offset)
-        cache = None
-        if self.cache is not None:
-            cache = PeekSlots(self.cache, offset) if peek else CacheSlots(self.cache, offset)
         for i in range(first, first + count):
-            x = self.layers[i](x, attention_mask=self.masks[self.types[i]], past_key_values=cache, **kwargs)
+            x = self.layers[i](x, attention_mask=self.masks[self.types[i]], past_key_values=slots, **kwargs)
         return x
 
 
@@ -369,6 +402,10 @@ class RecursiveModelMixin(PreTrainedModel):
         H_cycles: int | None = None,
         L_cycles: int | None = None,
         output_cycle_states: bool = False,
+        cache_policy: str = "full",
+        halt: str | None = None,
+        halt_threshold: float | None = None,
+        halt_rule: HaltRule | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RecursiveModelOutputWithPast:
         r"""
@@ -378,22 +415,36 @@ class RecursiveModelMixin(PreTrainedModel):
             Updates of `z_L` in each cycle of this pass; the configuration's where None.
         output_cycle_states (`bool`, *optional*, defaults to `False`):
             Also return the state of every cycle, and the logits of `q_head`.
+        cache_policy (`str`, *optional*, defaults to `"full"`):
+            `full`, a cache slot per application of a layer, or `last`, one per layer: see `RecursiveCache`.
+        halt (`str`, *optional*):
+            What halts tokens before the last cycle: `q_head`; `kl` and `entropy`, which need the model with its head.
+        halt_threshold (`float`, *optional*):
+            See `HaltRule`; the criterion's own where None.
+        halt_rule (`HaltRule`, *optional*):
+            In place of the two before.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         H, L = self.cycles(H_cycles, L_cycles)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if halt is not None:
+            halt_rule = HaltRule(halt, halt_threshold)
+        criterion = None if halt_rule is None else halt_rule.criterion
         seen = past_key_values
         if seen is not None:
-            claim_cache(seen, self.config, H, L)
+            claim_cache(seen, self.config, H, L, cache_policy, criterion)
         elif use_cache and not self.training:
             # Filled in this pass, and kept out of the masks: packed documents are only told apart where there is no cache.
-            past_key_values = DynamicCache(config=self.config.at_depth(H, L))
-            claim_cache(past_key_values, self.config, H, L)
-        one_pass = self._one_pass(inputs_embeds, attention_mask, position_ids, seen, past_key_values, {"use_cache": use_cache, **kwargs})
+            past_key_values = RecursiveCache(self.config, H, L, cache_policy, criterion)
+            claim_cache(past_key_values, self.config, H, L, cache_policy, criterion)
+        shared = {"use_cache": use_cache, **kwargs}
+        one_pass = self._one_pass(inputs_embeds, attention_mask, position_ids, seen, past_key_values, (H, L), cache_policy, shared)
 
         e = one_pass.prelude(inputs_embeds)
+        if halt_rule is not None and H > 0:
+            return self._halting(one_pass, e, H, L, halt_rule, _real(attention_mask, e), use_cache, output_cycle_states)
         states, halts, z_H = [], [], None
         for cycle, z_H in enumerate(self.recursion.steps(e, one_pass.block, H, L), start=1):
             if output_cycle_states:
@@ -401,12 +452,112 @@ class RecursiveModelMixin(PreTrainedModel):
                 if cycle < H:
                     states.append(self.norm(one_pass.coda(z_H, peek=True)))
         last = self.norm(one_pass.coda(one_pass.block(e, 0) if z_H is None else z_H))
+        if isinstance(past_key_values, RecursiveCache):
+            past_key_values.note_cycles(None, H, (e.shape[0], e.shape[1]))
         return RecursiveModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values if use_cache else None,
             cycle_states=(*states, last) if output_cycle_states else None,
             halt_logits=tuple(halts) if output_cycle_states else None,
+            halt_cycles=None if halt_rule is None else torch.zeros_like(e[..., 0], dtype=torch.long),  # type: ignore[arg-type]
         )
+
+    def _halting(
+        self,
+        one_pass: ForwardPass,
+        e: torch.Tensor,
+        H: int,
+        L: int,
+        rule: HaltRule,
+        real: torch.Tensor,
+        use_cache: bool | None,
+        output_cycle_states: bool,
+    ) -> RecursiveModelOutputWithPast:
+        """The loop where tokens halt. A token that has halted keeps its state, and in deeper cycles its keys and values of that cycle.
+
+        Cycles end when the last token has halted. Every token is one for itself in what it decides and later tokens see of it, so a text
+        halts alike read at once and token by token.
+
+        Args:
+            real: `[B, T]`, False for padding.
+        """
+        if one_pass.paged is not None:
+            raise ValueError("halt: continuous batching runs all tokens of a batch at one depth; leave halt out")
+        one_pass.halting = True
+        going, chosen = real, e
+        used: Any = torch.zeros(real.shape, dtype=torch.long, device=e.device)
+        states: list[Any] = []
+        halts: list[Any] = []
+        last: torch.Tensor | None = None
+        for cycle, z_H in enumerate(self.recursion.steps(e, one_pass.block, H, L), start=1):
+            chosen = self._unless_halted(one_pass, z_H, chosen)
+            used = torch.where(going, cycle, used)
+            if rule.reads_logits:
+                last = self._unless_halted(one_pass, self.norm(one_pass.coda_at(chosen, cycle)), last)
+                states.append(last)
+            elif output_cycle_states and cycle < H:
+                states.append(self.norm(one_pass.coda(chosen, peek=True)))
+            if output_cycle_states or not rule.reads_logits:
+                halts.append(self.recursion.q_head(chosen.detach()))
+            if cycle < H:
+                going = going & ~(rule.by_readout(states[-1]) if rule.reads_logits else rule.by_head(halts[-1]))
+                one_pass.halted = real & ~going  # padding goes on, as it would without halting, but nobody waits for it
+            if cycle == H or not going.any():
+                one_pass.leave_no_hole(cycle)
+                break
+        if last is None:
+            last = self.norm(one_pass.coda(chosen))
+            states.append(last)
+        if isinstance(one_pass.cache, RecursiveCache):
+            one_pass.cache.note_cycles(used, H, (e.shape[0], e.shape[1]))
+        return RecursiveModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=one_pass.cache if use_cache else None,
+            cycle_states=(*states, *states[-1:] * (H - len(states))) if output_cycle_states else None,
+            halt_logits=(*halts, *halts[-1:] * (H - len(halts))) if output_cycle_states else None,
+            halt_cycles=used,
+        )
+
+    @staticmethod
+    def _unless_halted(one_pass: ForwardPass, new: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+        """`[B, T, D]` of a cycle, and of tokens that have halted what they had."""
+        return new if one_pass.halted is None or old is None else torch.where(one_pass.halted.unsqueeze(-1), old, new)
+
+    def draft(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: RecursiveCache, depth: tuple[int, int]
+    ) -> tuple[torch.Tensor, Drafted]:
+        """Self-speculation, first half: tokens `[B, T]` through prelude and the draft's cycles, and its readout.
+
+        Args:
+            mask: `[B, tokens so far]`, None where there is no padding.
+            cache: Made with `draft_cycles`. The slots of prelude and first cycles are those of the whole model; the readout has its own.
+            depth: (H, L) of the whole model.
+
+        Returns:
+            The `[B, T, D]` states that `lm_head` reads, equal to those of a run at `H_cycles = draft_cycles`; and the open states.
+        """
+        k: int = cache.draft_cycles  # type: ignore[assignment]
+        P, K, C = self.config.prelude_layers, self.config.L_layers, self.config.coda_layers
+        own = self.config.depth(*depth)
+        x = self.embed_tokens(input_ids)
+        # a slot that has seen no more than what is before these tokens: the draft's own have, and it has at least one
+        one_pass = self._one_pass(x, mask, position_ids, cache, cache, depth, "full", {}, slot=P if k > 0 and C == 0 else own)
+        e = one_pass.prelude(x)
+        z_L, z_H = self.recursion.advance(e, self.recursion.start(e), one_pass.block, range(k), depth[1])
+        inner = z_H if k > 0 else one_pass._run(e, P, K, 0, CacheSlots(cache, own + C - P))
+        read = one_pass._run(inner, P + K, C, 0, CacheSlots(cache, own - P - K))
+        return self.norm(read), Drafted(e, z_L, z_H)
+
+    def verify(
+        self, drafted: Drafted, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: RecursiveCache, depth: tuple[int, int]
+    ) -> torch.Tensor:
+        """Second half: drafted tokens through the remaining cycles and coda, all at once. `[B, T, D]`, which `lm_head` reads."""
+        k: int = cache.draft_cycles  # type: ignore[assignment]
+        first = self.config.prelude_layers + self.config.coda_layers + k * (depth[1] + 1) * self.config.L_layers
+        one_pass = self._one_pass(drafted.e, mask, position_ids, cache, cache, depth, "full", {}, slot=first)
+        states = (drafted.z_L, drafted.z_H)
+        z_H = self.recursion.advance(drafted.e, states, one_pass.block, range(k, depth[0]), depth[1])[1]
+        return self.norm(one_pass.coda(z_H))
 
     def open_loop(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
@@ -417,7 +568,8 @@ class RecursiveModelMixin(PreTrainedModel):
             e `[B, T, D]`; `block(x, n)`, as `Recursion.steps` takes it; `read(z_H)`, the `[B, T, D]` state that `lm_head` reads.
         """
         inputs_embeds = self.embed_tokens(input_ids)
-        one_pass = self._one_pass(inputs_embeds, None, position_ids, None, None, {"use_cache": False})
+        depth = self.cycles()
+        one_pass = self._one_pass(inputs_embeds, None, position_ids, None, None, depth, "full", {"use_cache": False})
         return one_pass.prelude(inputs_embeds), one_pass.block, lambda z_H: self.norm(one_pass.coda(z_H))
 
     def _one_pass(
@@ -427,18 +579,33 @@ class RecursiveModelMixin(PreTrainedModel):
         position_ids: torch.Tensor | None,
         seen: Cache | None,
         cache: Cache | None,
+        depth: tuple[int, int],
+        cache_policy: str,
         kwargs: dict[str, Any],
+        slot: int | None = None,
     ) -> ForwardPass:
-        """What all applications share. `seen` is the cache that the masks know of, `cache` the one that is filled."""
+        """What all applications share.
+
+        Args:
+            seen, cache: The cache that the masks know of, and the one that is filled.
+            depth: (H, L) of the pass.
+            slot: The one whose length is how many tokens came before; None where all slots are of one length.
+        """
         # before positions are made up: only positions that are given can restart within a row
-        masks = attention_mask if isinstance(attention_mask, dict) else self._masks(inputs_embeds, attention_mask, seen, position_ids)
+        masks = attention_mask if isinstance(attention_mask, dict) else self._masks(inputs_embeds, attention_mask, seen, position_ids, slot)
         if position_ids is None:
             start = 0 if seen is None else seen.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + start).unsqueeze(0)
-        return ForwardPass(self, masks, self.rotary_emb(inputs_embeds, position_ids), position_ids, cache, kwargs)
+        rope = self.rotary_emb(inputs_embeds, position_ids)
+        return ForwardPass(self, masks, rope, position_ids, cache, depth, cache_policy, kwargs)
 
     def _masks(
-        self, inputs_embeds: torch.Tensor, attention_mask: Any, cache: Cache | None, position_ids: torch.Tensor | None
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        cache: Cache | None,
+        position_ids: torch.Tensor | None,
+        slot: int | None = None,
     ) -> dict[str, Any]:
         """The mask of each attention type that occurs."""
         masks = {}
@@ -450,31 +617,16 @@ class RecursiveModelMixin(PreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 position_ids=position_ids,
+                layer_idx=slot,
             )
         return masks
 
 
-def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int) -> None:
-    """Bind a cache to the depth that first fills it: keys and values of another depth mean something else.
-
-    Raises:
-        ValueError: Too few slots, or filled at another depth.
-    """
-    slots = config.depth(H_cycles, L_cycles)
-    if cache.layer_class_to_replicate is None and len(cache.layers) < slots:
-        raise ValueError(
-            f"past_key_values: H_cycles={H_cycles}, L_cycles={L_cycles} needs a cache of {slots} slots, this one has {len(cache.layers)}; "
-            f"make it with DynamicCache(config=model.config.at_depth({H_cycles}, {L_cycles}))"
-        )
-    if torch.compiler.is_compiling():  # the first pass, which is not compiled in `generate`, has claimed it
-        return
-    owner = getattr(cache, "recursive_depth", None)
-    if owner is not None and owner != (H_cycles, L_cycles) and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"past_key_values: filled at H_cycles={owner[0]}, L_cycles={owner[1]}, called at H_cycles={H_cycles}, L_cycles={L_cycles}; "
-            "use one cache per depth"
-        )
-    cache.recursive_depth = (H_cycles, L_cycles)  # type: ignore[attr-defined]
+def _real(attention_mask: Any, x: torch.Tensor) -> torch.Tensor:
+    """`[B, T]`, True for tokens and False for padding, where a mask over tokens says which are which."""
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        return attention_mask[:, -x.shape[1] :].to(device=x.device, dtype=torch.bool)
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
 # The guides' names on the left; on the right the names in transformers, which the modules keep.
@@ -568,6 +720,8 @@ class Inner(View):
         return LLevel(self.module.model.layers[self.module.config.prelude_layers + self.module.config.L_layers :])
 
 
+# Arguments of a pass that a donor does not know.
+OURS = ("H_cycles", "L_cycles", "cache_policy", "halt", "halt_threshold")
 # What says where a configuration is, among the arguments of `from_pretrained`.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -640,6 +794,9 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         H_cycles: int | None = None,
         L_cycles: int | None = None,
         output_cycle_logits: bool = False,
+        cache_policy: str = "full",
+        halt: str | None = None,
+        halt_threshold: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RecursiveCausalLMOutputWithPast:
         r"""
@@ -649,7 +806,14 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             Updates of `z_L` in each cycle of this pass; the configuration's where None.
         output_cycle_logits (`bool`, *optional*, defaults to `False`):
             Also return the logits of every cycle, and those of `q_head`.
+        cache_policy (`str`, *optional*, defaults to `"full"`):
+            `full`, a cache slot per application of a layer, or `last`, one per layer: see `RecursiveCache`.
+        halt (`str`, *optional*):
+            What halts tokens before the last cycle: `q_head`, `kl` or `entropy`; see `HaltRule`.
+        halt_threshold (`float`, *optional*):
+            The criterion's own where None.
         """
+        rule = None if halt is None else HaltRule(halt, halt_threshold, self.lm_head, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -660,9 +824,14 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             H_cycles=H_cycles,
             L_cycles=L_cycles,
             output_cycle_states=output_cycle_logits,
+            cache_policy=cache_policy,
+            halt_rule=rule,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if rule is not None and rule.logits is not None and rule.state is outputs.last_hidden_state:  # the rule has read it already
+            logits = slice_logits_to_keep(rule.logits, logits_to_keep)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -678,15 +847,48 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cycle_logits=cycle_logits,
             halt_logits=outputs.halt_logits,
+            halt_cycles=outputs.halt_cycles,
         )
 
+    def generate(self, *args: Any, draft_cycles: int | None = None, draft_tokens: int | None = None, **kwargs: Any) -> Any:
+        """As transformers' `generate`, with `H_cycles`, `L_cycles`, `cache_policy`, `halt` and `halt_threshold` as in `forward`.
+
+        Args:
+            draft_cycles: Speculate: draft with so many cycles (0 is one plain pass) and verify the drafted tokens with all cycles at once.
+                Greedy text is the same, sampled text has the same distribution. The output has `drafted` and `accepted`, too.
+            draft_tokens: Draft at most so many at a time, 16 where None; how many follows from how often drafts were right.
+
+        Raises:
+            ValueError: A draft no shallower than the model, or together with what it cannot be combined with.
+        """
+        if kwargs.get("halt") is not None:  # how deep a token goes is decided as it goes, so there is no graph of it
+            if kwargs.get("generation_config") is None:
+                kwargs["disable_compile"] = True
+            else:
+                kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+                kwargs["generation_config"].disable_compile = True
+        if draft_cycles is not None:
+            most = 16 if draft_tokens is None else draft_tokens
+            # bound here, since `generate` forgets the streamer of a loop that is not its own
+            loop = partial(self_speculation, draft_cycles=draft_cycles, draft_tokens=most, streamer=kwargs.get("streamer"))
+            kwargs["custom_generate"] = loop
+        elif draft_tokens is not None:
+            raise ValueError("draft_tokens: expected draft_cycles, too, which says how deep a draft is")
+        return GenerationMixin.generate(self, *args, **kwargs)  # type: ignore[arg-type]
+
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The cache of `generate(H_cycles=...)` has the slots of that call's depth, not of the configuration's."""
+        """The cache of `generate(H_cycles=...)` has the slots of that call's depth and policy, not of the configuration's."""
         H, L = self.model.cycles(model_kwargs.get("H_cycles"), model_kwargs.get("L_cycles"))
+        policy, halt = model_kwargs.get("cache_policy", "full"), model_kwargs.get("halt")
         # A shallow copy, because other threads may be reading this model's configuration.
         at_depth = copy.copy(self)
-        at_depth.config = self.config.at_depth(H, L)
+        at_depth.config = slotted(self.config, H, L, policy, halt)
         result = GenerationMixin._prepare_cache_for_generation(at_depth, generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if type(made) is DynamicCache and not made.offloading and not getattr(made, "_is_user_defined", False):
+            model_kwargs["past_key_values"] = RecursiveCache(self.config, H, L, policy, halt)
+            if generation_config.is_assistant:  # as transformers does with its own: what is drafted will be taken back
+                model_kwargs["past_key_values"].activate_past_recording()
         if hasattr(at_depth, "_previous_max_cache_length"):  # transformers' memory of how long the static cache was
             self._previous_max_cache_length = at_depth._previous_max_cache_length
         return result
@@ -694,7 +896,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
         """An assistant drafts at its own depth: a plain donor knows no cycles, and a draft as deep as the target saves nothing."""
         given = kwargs["model_kwargs"]
-        kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in ("H_cycles", "L_cycles")}
+        kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in OURS}
         return GenerationMixin._get_candidate_generator(self, *args, **kwargs)
 
     def _load_outside_layers(self, name: str) -> None:

@@ -19,7 +19,7 @@ import yaml
 
 from .errors import UserError
 
-JOB_SECTIONS = ("convert", "train", "train_trm", "train_trm_hybrid", "evaluate", "generate")
+JOB_SECTIONS = ("convert", "train", "train_trm", "train_trm_hybrid", "evaluate", "generate", "chat", "serve", "export")
 NOTES = ("about", "cost")  # sections that no job reads
 
 
@@ -41,7 +41,7 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
     values = {}
     for name, value in section.items():
         try:
-            values[name] = _typed(value, hints[name])
+            values[name] = typed(value, hints[name])
         except TypeError as error:
             raise UserError(f"--config: {path}: {job}: {name}: expected {error}, got {value!r}") from None
     return values
@@ -77,7 +77,7 @@ def _known(path: str | Path, kind: str, given: Iterable[Any], known: Iterable[st
             raise UserError(f"--config: {path}: unknown {kind}: {name!r}; {hint}known are {', '.join(known)}")
 
 
-def _typed(value: Any, hint: Any) -> Any:
+def typed(value: Any, hint: Any) -> Any:
     """A value that YAML gave as the type of a field.
 
     Raises:
@@ -91,9 +91,9 @@ def _typed(value: Any, hint: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError("a list in [brackets]")
-        return tuple(_typed(item, choices[0]) for item in value)
+        return tuple(typed(item, choices[0]) for item in value)
     if type(None) in choices:
-        return None if value is None else _typed(value, next(choice for choice in choices if choice is not type(None)))
+        return None if value is None else typed(value, next(choice for choice in choices if choice is not type(None)))
     if hint is float:
         return _float(value)
     if type(value) is not hint:

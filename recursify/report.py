@@ -23,7 +23,19 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from recursify.charts import Axes, Level, Line, Size, architecture_picture, count_undrawable, element, escape, is_drawable, line_chart
+from recursify.charts import (
+    Axes,
+    Level,
+    Line,
+    Size,
+    architecture_picture,
+    chart_style,
+    count_undrawable,
+    element,
+    escape,
+    is_drawable,
+    line_chart,
+)
 
 WIDE, NARROW = Size(820, 390), Size(360, 340)
 CLEARLY = 2.0
@@ -212,7 +224,7 @@ def render(report: DemoReport) -> str:
 
 @cache
 def _style() -> str:
-    return resources.files("recursify").joinpath("report.css").read_text(encoding="utf-8")
+    return chart_style() + resources.files("recursify").joinpath("report.css").read_text(encoding="utf-8")
 
 
 # Numbers in words

@@ -10,7 +10,11 @@ It speaks the part of the hub's protocol that ``huggingface_hub``, ``transformer
 metadata and contents with ranges, repository info, folder listings, path infos. What is absent gets the hub's
 own 404 with its ``X-Error-Code``, which clients take as "this optional file does not exist".
 
-A route is one line of ``Handler.ROUTES`` and one method of the same name: writing (preupload, commit) goes there.
+It also takes what ``create_repo`` and ``upload_folder`` send, from who holds a token of ``hub.tokens``: small files in the
+commit itself, weights as large files by the LFS batch protocol (Xet is switched off by ``env()``). A commit is applied whole:
+what it names must have been sent before.
+
+A route is one line of ``Handler.ROUTES`` and one method of the same name.
 
 ``HF_ENDPOINT`` is read when ``huggingface_hub`` and ``datasets`` are imported, and copied by many of their modules: the
 environment of ``env()`` must be set before that import. ``conftest.py`` does so for the tests' own process.
@@ -18,9 +22,11 @@ environment of ``env()`` must be set before that import. ``conftest.py`` does so
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +37,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 CHUNK = 1 << 20
+LICENSES = {"apache-2.0", "mit", "other"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Repo:
-    """A folder served under a name; ``kind`` is ``models`` or ``datasets``."""
+    """A folder served under a name; ``kind`` is ``models`` or ``datasets``. Who asks for a private one is not looked at."""
 
     kind: str
     name: str
     folder: Path
+    private: bool = False
 
     def files(self) -> dict[str, Path]:
         """Every file by its path in the repository, sorted; read anew each time, so a folder may still grow."""
@@ -78,6 +88,7 @@ class HubStandIn:
     """The server and what it serves. ``home`` becomes the clients' ``HF_HOME``: their caches and nothing else.
 
     While ``down`` is set, connections are closed without an answer, as by a broken network.
+    ``tokens`` says whose each token is: its holder may write under that name. ``refused`` are the names of routes that answer with 500.
     """
 
     def __init__(self, home: Path):
@@ -85,6 +96,9 @@ class HubStandIn:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
         self.down = False
+        self.tokens: dict[str, str] = {}
+        self.refused: set[str] = set()
+        self.large: dict[str, bytes] = {}  # sha256 -> contents of large files that were sent
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -157,12 +171,19 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", rf"{API}/refs", "send_refs"),
         ("GET", rf"{API}/revision/(?P<revision>[^/]+)", "send_info"),
         ("GET", API, "send_info"),
+        ("GET", "/api/whoami-v2", "send_user"),
+        ("POST", "/api/repos/create", "create"),
+        ("POST", "/api/validate-yaml", "validate_card"),
+        ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", "send_upload_modes"),
+        ("POST", rf"/(?P<kind>datasets/)?{NAME}\.git/info/lfs/objects/batch", "send_upload_places"),
+        ("PUT", "/large/(?P<digest>[0-9a-f]{64})", "take_large"),
+        ("POST", rf"{API}/commit/(?P<revision>[^/]+)", "commit"),
     ]
 
     def do_GET(self) -> None:
         self.dispatch()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def dispatch(self) -> None:
         self.repo_name = self.file_name = ""
@@ -170,13 +191,26 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         path = urlsplit(self.path).path
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = self.read_body()
         for methods, pattern, name in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split("|"):
+                if name in self.hub.refused:
+                    return self.send_refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "out of order")
                 answer: Callable[..., None] = getattr(self, name)
                 return answer(**{key: unquote(value) if value else "" for key, value in match.groupdict().items()})
         return self.send_absent("NotFound", f"no route for {self.command} {path}")
+
+    def read_body(self) -> bytes:
+        """Of a length that is given beforehand, or in chunks, as a client sends what it reads from a file."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
 
     def find(self, kind: str, name: str, revision: str = "main") -> Repo | None:
         """The repository, or None after the matching 404 is sent."""
@@ -216,7 +250,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         siblings = [{"rfilename": file} for file in repo.files()]
-        self.send_json({"_id": repo.commit()[:24], "id": name, "sha": repo.commit(), "private": False, "gated": False,
+        self.send_json({"_id": repo.commit()[:24], "id": name, "sha": repo.commit(), "private": repo.private, "gated": False,
                         "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})  # fmt: skip
 
     def send_refs(self, kind: str, name: str) -> None:
@@ -230,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         entries = [e for e in list_entries(repo) if not folder or e["path"].startswith(folder.rstrip("/") + "/")]
-        if not entries:
+        if folder and not entries:
             return self.send_absent("EntryNotFound", f"{folder} does not exist on {revision}")
         if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() not in ("true", "1"):
             depth = folder.rstrip("/").count("/") + 1 if folder else 0
@@ -244,6 +278,84 @@ class Handler(BaseHTTPRequestHandler):
         sent = self.body.decode()
         wanted = json.loads(sent)["paths"] if sent.startswith("{") else parse_qs(sent).get("paths", [])
         self.send_json([entry for entry in list_entries(repo) if entry["path"] in wanted])
+
+    # Writing
+
+    def writer(self, name: str) -> str | None:
+        """Who asks, where the token may write the repository ``name``, or any where that is empty; None after a refusal is sent."""
+        user = self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if user is None:
+            self.send_refusal(HTTPStatus.UNAUTHORIZED, "Invalid username or password.")
+        elif name and not name.startswith(user + "/"):
+            self.send_refusal(HTTPStatus.FORBIDDEN, f"{user} may not write {name}")
+            return None
+        return user
+
+    def send_user(self) -> None:
+        user = self.writer("")
+        if user is not None:
+            self.send_json({"type": "user", "name": user, "orgs": []})
+
+    def create(self) -> None:
+        asked = json.loads(self.body)
+        user = self.writer(f"{asked['organization']}/" if asked["organization"] else "")
+        if user is None:
+            return
+        name = f"{user}/{asked['name']}"
+        answer = {"url": f"{self.hub.url}/{name}", "name": name}
+        if ("models", name) in self.hub.repos:
+            return self.send_json(answer | {"error": "You already created this model repo"}, HTTPStatus.CONFLICT)
+        self.hub.home.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="pushed-", dir=self.hub.home))
+        self.hub.repos["models", name] = Repo("models", name, folder, private=asked.get("visibility") == "private")
+        self.send_json(answer)
+
+    def validate_card(self) -> None:
+        content = json.loads(self.body)["content"]
+        fields = yaml.safe_load(content.split("---\n")[1]) if content.startswith("---\n") else {}
+        wrong = [name for name in ("license",) if fields.get(name, "other") not in LICENSES]
+        errors = [{"message": f'"{name}" must be one of {sorted(LICENSES)}'} for name in wrong]
+        self.send_json({"errors": errors, "warnings": []}, HTTPStatus.BAD_REQUEST if errors else HTTPStatus.OK)
+
+    def send_upload_modes(self, kind: str, name: str, revision: str) -> None:
+        if self.find(kind, name, revision) is None or self.writer(name) is None:
+            return
+        modes = {file["path"]: "lfs" if file["path"].endswith(".safetensors") else "regular" for file in json.loads(self.body)["files"]}
+        self.send_json({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]})
+
+    def send_upload_places(self, kind: str, name: str) -> None:
+        if self.find(kind.strip("/"), name) is None or self.writer(name) is None:
+            return
+        objects = json.loads(self.body)["objects"]
+        for wanted in objects:
+            if wanted["oid"] not in self.hub.large:
+                wanted["actions"] = {"upload": {"href": f"{self.hub.url}/large/{wanted['oid']}"}}
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def take_large(self, digest: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != digest:
+            return self.send_refusal(HTTPStatus.BAD_REQUEST, "the contents are not those that were announced")
+        self.hub.large[digest] = self.body
+        self.send_json({})
+
+    def commit(self, kind: str, name: str, revision: str) -> None:
+        repo = self.find(kind, name, revision)
+        if repo is None or self.writer(name) is None:
+            return
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        contents = {each["value"]["path"]: base64.b64decode(each["value"]["content"]) for each in lines if each["key"] == "file"}
+        for each in lines:
+            if each["key"] == "lfsFile":
+                contents[each["value"]["path"]] = self.hub.large[each["value"]["oid"]]
+            elif each["key"] == "deletedFile":
+                (repo.folder / each["value"]["path"]).unlink()
+        for path, content in contents.items():
+            (repo.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (repo.folder / path).write_bytes(content)
+        self.send_json({"commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit()}", "commitOid": repo.commit()})
+
+    def send_refusal(self, status: HTTPStatus, message: str) -> None:
+        self.send_json({"error": message}, status, {"X-Error-Message": message})
 
     def send_absent(self, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         errors = {"X-Error-Code": code, "X-Error-Message": message}

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import tiny
 
+from recursify import checkpoint, convert
 from recursify.configuration_recursive_llm import from_donor
 from recursify.cost import step_flops
+from recursify.demo import donor_folder, write_text
+from recursify.donor import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,6 +89,43 @@ def test_a_missed_bound_is_said(benchmark: ModuleType) -> None:
     assert [check["holds"] for check in benchmark.judge({"memory": [memory_row(benchmark, 1.24)]})] == [True]
     assert [check["holds"] for check in benchmark.judge({"memory": [memory_row(benchmark, 1.26)]})] == [False]
     assert [check["holds"] for check in benchmark.judge({"loss": {"above_ratio": 0.126}})] == [False]
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_script("benchmarks/decoding.py", monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_decoding_runs_and_fills_its_page(
+    decoding: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    model = convert(str(donor_folder()), keep_donor=True, L_layers=2, L_cycles=1, gain=0.2)
+    checkpoint.save(demo / "recursive.pt", model, load_tokenizer(str(donor_folder())), None, {})
+    write_text(demo)
+    assert decoding.main(["--quick", "--output", str(tmp_path), "--demo", str(demo)]) == 0
+    found = json.loads((tmp_path / "decoding-quick.json").read_text(encoding="utf-8"))
+    assert {row["model"] for row in found["context"]} >= {"donor", "recursive, full", "recursive, last"}
+    assert all(row["equal_tokens"] in (None, 1.0) and 0 <= row["accepted"] <= 1 for row in found["speculation"])
+    assert {row["criterion"] for row in found["halting"]["rows"]} == {"q_head", "kl", "entropy"}
+    assert all(row["equal_tokens"] == 1.0 for row in found["agreement"] if row["dtype"] == "float32")
+    page = (tmp_path / "decoding-quick.md").read_text(encoding="utf-8")
+    assert all(check["what"] in page for check in found["checks"]) and len(found["checks"]) > 8
+    assert page.strip() in capsys.readouterr().out
+
+
+def test_a_missed_bound_of_decoding_is_said_and_an_aim_is_no_bound(decoding: ModuleType) -> None:
+    def row(ratio: float) -> dict[str, Any]:
+        return {"model": "m", "H_cycles": 3, "per_application": {"median": ratio}}
+
+    assert [check["holds"] for check in decoding.judge({"depth": [row(0.86), row(0.84)]})] == [True, False]
+    speculation = {"rows": 1, "draft_cycles": 1, "equal_tokens": 0.99, "speed_up": {"median": 1.2}}
+    checks = decoding.judge({"speculation": [speculation]})
+    assert [(check["must"], check["holds"]) for check in checks] == [(True, False), (False, False)]
+    halting = {"rows": [{"nats": 0.02, "saved": 0.9}, {"nats": 0.005, "saved": 0.2}]}
+    assert [(check["value"], check["must"]) for check in decoding.judge({"halting": halting})] == [(0.2, False)]
 
 
 def run_of(recipe: ModuleType, before: list[float], after: list[float]) -> dict[str, Any]:

@@ -59,3 +59,15 @@ def test_picture_of_the_plan_shows_every_layer_once_in_each_half(
     assert all(words.count(str(layer)) == (2 if layer in kept else 1) for layer in range(24))
     assert ("prelude" in words) == bool(prelude) and ("coda" in words) == bool(coda) and "\N{MULTIPLICATION SIGN} 3 (2 + 1) = 9" in words
     assert max(coordinates(svg)) <= max(float(svg.get("width", "0")), float(svg.get("height", "0")))
+
+
+def test_a_picture_as_a_file_brings_its_look_and_paper() -> None:
+    drawn = charts.architecture_picture(prelude=(0,), loop=(1, 2), coda=(), donor_layers=3, H_cycles=2, L_cycles=1, narrow=False)
+    root, inner = ElementTree.fromstring(charts.standalone(drawn, margin=10)), ElementTree.fromstring(drawn)
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == space + "svg" and [child.tag for child in root][:2] == [space + "style", space + "rect"]
+    assert [float(root.attrib[side]) - float(inner.attrib[side]) for side in ("width", "height")] == pytest.approx([20, 20])
+    left, top, width, height = map(float, root.attrib["viewBox"].split())
+    assert (left, top) == (-10, -10) and (width, height) == (float(root.attrib["width"]), float(root.attrib["height"]))
+    classes = {name for node in inner.iter() for name in node.attrib.get("class", "").split()}
+    assert classes and all(f".{name}" in charts.chart_style() for name in classes)

@@ -487,8 +487,8 @@ def test_the_folder_form_is_what_the_hub_expects(model: RecursiveLLM, saved: Pat
     assert AutoTokenizer.from_pretrained(saved / "model").eos_token_id == 0
     card = (saved / "model" / "README.md").read_text()
     assert card.startswith("---\n") and "base_model: a/donor\n" in card and "| L_level | 3, 4, 5 |" in card
-    here = ConversionPlan(str(tmp_path), 8, (), (0,), (), "first")
-    assert "base_model" not in checkpoint.model_card(model, here, {})
+    checkpoint.save(tmp_path / "here", model, None, ConversionPlan(str(tmp_path), 8, (), (0,), (), "first"))
+    assert "base_model" not in (tmp_path / "here" / "README.md").read_text()
 
 
 def test_the_folder_form_loads_where_recursify_is_not_installed(saved: Path, model: RecursiveLLM, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from rich.cells import cell_len
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_streaming import sentencepiece_like
 from tiny import END_OF_TEXT, make_tiny_tokenizer, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -21,25 +22,31 @@ from recursify.conversion import convert
 from recursify.device import choose_device
 from recursify.errors import UserError
 from recursify.generation import (
-    CycleGuess,
     GenerateSettings,
     Sampling,
-    TextPieces,
-    TokenSteps,
+    calibrated,
     encode_prompt,
     end_tokens,
     forgiving,
+    generate_batch,
     generate_text,
     load,
-    recursive_steps,
-    render_steps,
     run,
-    visible,
+    spent,
     write_once,
 )
+from recursify.halting import applications
+from recursify.steps import recursive_steps
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 PROMPTS = ["The old lobster", " leading space", "trailing space ", "two\nlines\n", "龙虾和🦞", "/tmp/café"]
+
+
+def seeded(donor_folder: Path, **shape: int) -> Any:
+    """Always the same model: where tokens halt depends on its random start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return convert(str(donor_folder), L_layers=2, H_cycles=3, L_cycles=1, prelude_layers=1, gain=0.3, **shape)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model(donor_folder: Path) -> Any:
     """Prelude, loop and coda, and gains that make every cycle say something else."""
-    return convert(str(donor_folder), L_layers=2, H_cycles=3, L_cycles=1, prelude_layers=1, coda_layers=1, gain=0.3)
+    return seeded(donor_folder, coda_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +82,6 @@ def scripted(tokens: list[int]) -> Any:
     model = tiny_model("qwen2", num_hidden_layers=1)
     model.lm_head = Script(tokens, model.config.vocab_size)
     return model
-
-
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Llama's kind: a space is part of a word, dropped at the start of a text; unknown characters are byte tokens."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁one", "▁two", "▁three"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 # --- the text
@@ -139,20 +135,6 @@ def test_nothing_is_lost_when_the_text_ends_within_a_character(tokenizer: Any) -
     assert "".join(pieces) == got.text == tokenizer.decode(tokens)
     assert got.text.startswith("ab") and got.text.endswith("\ufffd")
     assert got.finish_reason == "length"
-
-
-def test_a_space_that_the_decoder_drops_at_a_start_is_kept() -> None:
-    tokenizer = sentencepiece_like()
-    vocabulary = tokenizer.get_vocab()
-    lobster = [vocabulary[f"<0x{byte:02X}>"] for byte in "🦞".encode()]
-    words = [vocabulary[word] for word in ("▁one", "▁two", "▁three")]
-    pieces: list[str] = []
-    streamer = TextPieces(tokenizer, pieces.append)
-    streamer.put(torch.tensor([[1, words[0]]]))
-    for token in [words[1], *lobster, words[2], 2]:
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    assert pieces == [" two", "🦞", " three"]
 
 
 def test_the_seed_repeats_the_text_and_leaves_the_global_state_alone(model: Any, tokenizer: Any) -> None:
@@ -227,120 +209,187 @@ def test_no_warnings(model: Any, tokenizer: Any, temperature: float, capfd: pyte
     assert capfd.readouterr() == ("", "")
 
 
-# --- what every cycle would have said
+# --- where a text ends
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_steps_equal_runs_at_each_depth(model: Any, tokenizer: Any, chunk: int) -> None:
-    got = generate_text(model, tokenizer, "The old lobster", Sampling(temperature=1.0, max_new_tokens=9), seed=1)
-    ids, start = got.prompt_ids + got.token_ids, len(got.prompt_ids)
-    steps = recursive_steps(model, ids, start, H_cycles=4, chunk=chunk)
-    assert [step.token for step in steps] == got.token_ids
-    differ = set()
-    for cycle in range(1, 5):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]), H_cycles=cycle, use_cache=False).logits[0, start - 1 : -1]
-        for position, step in enumerate(steps):
-            guess, probabilities = step.cycles[cycle - 1], logits[position].softmax(dim=-1)
-            written = probabilities[step.token]
-            assert guess.cycle == cycle
-            assert guess.token == int(logits[position].argmax())
-            assert guess.probability == pytest.approx(float(probabilities.max()), abs=1e-6)
-            assert guess.written_probability == pytest.approx(float(written), abs=1e-6)
-            assert guess.written_rank == 1 + int((probabilities > written).sum())
-            differ.add((position, guess.token))
-    assert len(differ) > len(steps)  # cycles do disagree, or this test shows nothing
+def test_a_stop_string_ends_the_text_before_it(tokenizer: Any) -> None:
+    tokens = tokenizer(" one castle\nUser: two").input_ids
+    pieces: list[str] = []
+    sampling = Sampling(temperature=0, max_new_tokens=len(tokens), stop=("river", "\nUser:"))
+    got = generate_text(scripted(tokens), tokenizer, "The", sampling, on_text=pieces.append)
+    assert got.text == "".join(pieces) == " one castle"
+    assert got.finish_reason == "stop"
+    assert tokenizer.decode(got.token_ids) == " one castle\nUser:"
 
 
-def test_the_last_cycle_wrote_what_it_would_have_said(model: Any, tokenizer: Any) -> None:
-    got = generate_text(model, tokenizer, "The", GREEDY)
-    steps = recursive_steps(model, got.prompt_ids + got.token_ids, len(got.prompt_ids))
-    assert len(steps[0].cycles) == model.config.H_cycles
-    assert all(step.cycles[-1].token == step.token and step.cycles[-1].written_rank == 1 for step in steps)
+def test_the_beginning_of_a_stop_string_comes_out_when_the_text_goes_on_otherwise(tokenizer: Any) -> None:
+    tokens = tokenizer(" one\nUse").input_ids
+    sampling = Sampling(temperature=0, max_new_tokens=len(tokens), stop=("\nUser:",))
+    got = generate_text(scripted(tokens), tokenizer, "The", sampling)
+    assert (got.text, got.finish_reason) == (" one\nUse", "length")
 
 
-def test_steps_of_a_plain_pass(model: Any, tokenizer: Any) -> None:
-    steps = recursive_steps(model, [1, 2, 3, 4], 2, H_cycles=0)
-    assert [[guess.cycle for guess in step.cycles] for step in steps] == [[0], [0]]
-    assert "plain pass" in render_steps(steps, tokenizer)
+def test_the_caller_may_add_end_tokens(tokenizer: Any) -> None:
+    tokens = tokenizer(" one castle two").input_ids
+    end = tokenizer(" castle").input_ids[0]
+    got = generate_text(scripted(tokens), tokenizer, "The", Sampling(temperature=0, max_new_tokens=len(tokens)), ends=[end])
+    assert (got.text, got.finish_reason, got.token_ids[-1]) == (" one", "stop", end)
 
 
-def test_steps_need_cycles_and_a_token_before(model: Any, donor: Any) -> None:
-    with pytest.raises(UserError, match="--show_recursive_steps: expected a recursive model, got a Qwen2ForCausalLM"):
-        recursive_steps(donor, [1, 2], 1)
-    with pytest.raises(ValueError, match="prompt_length: expected at least 1"):
-        recursive_steps(model, [1, 2], 0)
+def test_a_prompt_may_be_tokens(model: Any, tokenizer: Any) -> None:
+    ids = tokenizer("The old").input_ids
+    by_ids, by_text = (generate_text(model, tokenizer, prompt, GREEDY) for prompt in (ids, "The old"))
+    assert by_ids == by_text
+    for wrong in ([], [5000]):
+        with pytest.raises(UserError):
+            generate_text(model, tokenizer, wrong, GREEDY)
 
 
-def two_steps(tokenizer: Any) -> list[TokenSteps]:
-    space_the, castle, line = (tokenizer(text).input_ids[0] for text in (" the", " castle", "\n"))
-    return [
-        TokenSteps(space_the, (CycleGuess(1, castle, 0.41, 3, 0.12), CycleGuess(2, space_the, 0.996, 1, 0.996))),
-        TokenSteps(line, (CycleGuess(1, line, 0.25, 1, 0.25), CycleGuess(2, castle, 0.5, 120, 0.001))),
-    ]
+# --- several at a time
+
+LONG_AND_SHORT = ["The old lobster follows the river near the castle", "A", "two\nlines\n", "quiet village songs"]
 
 
-def test_the_table(tokenizer: Any) -> None:
-    assert render_steps(two_steps(tokenizer), tokenizer).splitlines() == [
-        "token      cycle 1                 cycle 2",
-        "1  ␣the    ␣castle  41%  #3 12%  ✓ ␣the    100%",
-        "2  ↵     ✓ ↵        25%            ␣castle  50%  #120 <1%",
-        "agree      1 of 2                  1 of 2",
-        "",
-        "✓  this cycle's likeliest token is the one written",
-        "#  otherwise: rank and probability of the one written",
-    ]
-    assert render_steps([], tokenizer) == ""
+@pytest.mark.parametrize("family", ["recursive", "qwen2", "mistral"])
+def test_a_batch_writes_what_its_prompts_would_alone(model: Any, tokenizer: Any, family: str) -> None:
+    writer = model if family == "recursive" else tiny_model(family, num_hidden_layers=2)
+    batch = generate_batch(writer, tokenizer, LONG_AND_SHORT, GREEDY)
+    assert batch == [generate_text(writer, tokenizer, prompt, GREEDY) for prompt in LONG_AND_SHORT]
 
 
-def test_a_narrow_terminal_cuts_tokens_then_leaves_out_ranks_then_goes_on_below(tokenizer: Any) -> None:
-    steps = two_steps(tokenizer)
-    long_one = replace(steps[0], token=0)  # <|endoftext|>, 13 cells
-    roomy, cut, ranks, below = (render_steps([long_one, steps[1]], tokenizer, width).splitlines() for width in (66, 64, 50, 35))
-    assert "<|endoftext|>" in roomy[1] and "#3 12%" in roomy[1]
-    assert "<|endofte…" in cut[1] and "#3 12%" in cut[1]
-    assert "cycle 2" in ranks[0] and "#" not in "".join(ranks)
-    assert "cycle 2" not in below[0] and "cycle 2" in below[5] and below[1].split()[:2] == below[6].split()[:2]
-    for lines, width in ((roomy, 66), (cut, 64), (ranks, 50), (below, 35)):
-        assert all(cell_len(line) <= width for line in lines if not line.startswith(("✓", "#")))
-
-
-def test_colour_only_where_asked(tokenizer: Any) -> None:
-    assert "\x1b" not in render_steps(two_steps(tokenizer), tokenizer)
-    assert "\x1b[32m✓\x1b[0m" in render_steps(two_steps(tokenizer), tokenizer, color=True)
-
-
-@pytest.mark.parametrize(
-    ("environment", "painted"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)]
+@settings(max_examples=20, deadline=None)
+@given(
+    prompts=st.lists(st.text("ab The龙🦞\n", min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=5),
+    H_cycles=st.integers(0, 4),
+    stop=st.lists(st.text("abl� ", min_size=1, max_size=2), max_size=2),
 )
-def test_a_terminal_has_colour_and_a_width(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], painted: bool
+def test_any_batch_writes_what_its_prompts_would_alone(
+    model: Any, tokenizer: Any, prompts: list[str], H_cycles: int, stop: list[str]
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    for name, value in {"TERM": "xterm", "COLUMNS": "60", **environment}.items():
-        monkeypatch.setenv(name, value)
-    settings = GenerateSettings(checkpoint="x", max_new_tokens=3, temperature=0, show_recursive_steps=True)
-    terminal = Terminal()
-    write_once(model, tokenizer, "The", settings, terminal)
-    assert ("\x1b[32m" in terminal.getvalue()) == painted
+    sampling = Sampling(temperature=0, max_new_tokens=6, H_cycles=H_cycles, stop=tuple(stop))
+    assert generate_batch(model, tokenizer, prompts, sampling) == [generate_text(model, tokenizer, one, sampling) for one in prompts]
 
 
-def test_tokens_are_visible(tokenizer: Any) -> None:
-    lobster = tokenizer("🦞").input_ids
-    shown = [visible(tokenizer, token) for token in lobster]
-    assert "".join(shown) == "".join(f"\\x{byte:02x}" for byte in "🦞".encode())
-    assert [visible(tokenizer, tokenizer(text).input_ids[0]) for text in ("\t", "\r", "\x1b", "a")] == ["⇥", "␍", "\\u001b", "a"]
-    assert visible(tokenizer, 0) == END_OF_TEXT
-    assert visible(tokenizer, 383) == "<383>"  # the model's vocabulary is padded beyond the tokenizer's
+def test_texts_of_a_batch_end_by_themselves(model: Any, tokenizer: Any) -> None:
+    alone = [generate_text(model, tokenizer, prompt, replace(GREEDY, max_new_tokens=16)) for prompt in LONG_AND_SHORT]
+    own = model.generation_config
+    # an end token for one of them, and stop strings for others
+    model.generation_config = type(own)(eos_token_id=alone[0].token_ids[2])
+    try:
+        stop = tuple(text for text in {one.text[3:5] for one in alone[1:3]} if text)
+        sampling = Sampling(temperature=0, max_new_tokens=16, stop=stop)
+        batch = generate_batch(model, tokenizer, LONG_AND_SHORT, sampling)
+        singles = [generate_text(model, tokenizer, prompt, sampling) for prompt in LONG_AND_SHORT]
+    finally:
+        model.generation_config = own
+    assert batch == singles
+    assert len({len(one.token_ids) for one in batch}) > 1
+    assert batch[0].token_ids == alone[0].token_ids[: len(batch[0].token_ids)]
 
 
-def test_tokens_of_sentencepiece_are_visible() -> None:
-    tokenizer = sentencepiece_like()
-    assert [visible(tokenizer, tokenizer.get_vocab()[name]) for name in ("▁one", "<0xF0>", "<s>")] == ["␣one", "<0xF0>", "<s>"]
+def test_a_batch_repeats_with_its_seed(model: Any, tokenizer: Any) -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=8)
+    before = torch.get_rng_state()
+    first, again, other = (generate_batch(model, tokenizer, LONG_AND_SHORT, sampling, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_empty_batch(model: Any, tokenizer: Any) -> None:
+    assert generate_batch(model, tokenizer, [], GREEDY) == []
+
+
+# --- depth where it pays
+
+
+@pytest.mark.parametrize("halt", ["kl", "entropy"])
+def test_halting_tells_at_which_cycle_each_token_was_ready(donor_folder: Path, tokenizer: Any, halt: str) -> None:
+    model = seeded(donor_folder)
+    threshold = {"kl": 0.065, "entropy": 5.6}[halt]
+    sampling = Sampling(temperature=0, max_new_tokens=12, halt=halt, halt_threshold=threshold)
+    got = generate_text(model, tokenizer, "The old lobster", sampling)
+    ids = torch.tensor([got.prompt_ids + got.token_ids])
+    with torch.no_grad():
+        at = model(ids, use_cache=False, halt=halt, halt_threshold=threshold).halt_cycles[0]
+    assert got.cycles == tuple(at[len(got.prompt_ids) - 1 : -1].tolist())
+    assert len(set(got.cycles)) > 1  # or this test shows nothing
+    assert got.applications == sum(1 + cycle * 4 for cycle in got.cycles)  # a prelude of one layer, a loop of two applied twice
+    assert got.plain_applications == 12 * 13
+    assert spent(got).startswith(f"halting: {sum(got.cycles) / 12:.1f} of 3 cycles per token, ")
+
+
+def test_halting_that_costs_more_than_it_saves_is_told(model: Any, tokenizer: Any) -> None:
+    got = generate_text(model, tokenizer, "The", replace(GREEDY, halt="kl", halt_threshold=0.0))  # never halts, and looks at each cycle
+    assert spent(got) == "halting: 3.0 of 3 cycles per token, 14% more layer applications than without halting"
+    assert generate_text(model, tokenizer, "The", GREEDY).token_ids == got.token_ids
+
+
+def test_halting_in_a_batch_is_told_for_each_text(model: Any, tokenizer: Any) -> None:
+    sampling = Sampling(temperature=0, max_new_tokens=6, halt="entropy", halt_threshold=5.6)
+    batch = generate_batch(model, tokenizer, LONG_AND_SHORT, sampling)
+    singles = [generate_text(model, tokenizer, prompt, sampling) for prompt in LONG_AND_SHORT]
+    assert len({cycle for one in batch for cycle in one.cycles or ()}) > 1  # or this test shows nothing
+    assert [replace(one, applications=None) for one in batch] == [replace(one, applications=None) for one in singles]
+    # a row that has halted waits for the slowest: what it costs is what was computed
+    slowest = [max(cycles) for cycles in zip(*(one.cycles or () for one in batch), strict=True)]
+    assert {one.applications for one in batch} == {sum(applications(model.config, slowest, "entropy"))}
+    assert sum(slowest) > min(sum(one.cycles or ()) for one in batch)
+    everything = generate_batch(model, tokenizer, LONG_AND_SHORT, replace(sampling, halt_threshold=1e9))
+    assert {one.applications for one in everything} == {6 * model.config.depth(1)}
+
+
+@pytest.mark.parametrize("draft_cycles", [0, 1, 2])
+def test_self_speculation_writes_the_same_and_tells_what_was_accepted(model: Any, tokenizer: Any, draft_cycles: int) -> None:
+    plain = generate_text(model, tokenizer, "The old lobster", replace(GREEDY, max_new_tokens=16))
+    pieces: list[str] = []
+    sampling = Sampling(temperature=0, max_new_tokens=16, draft_cycles=draft_cycles, draft_tokens=3)
+    got = generate_text(model, tokenizer, "The old lobster", sampling, on_text=pieces.append)
+    assert (got.text, got.token_ids, got.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
+    assert "".join(pieces) == got.text
+    assert got.drafted is not None and got.accepted is not None and 0 <= got.accepted <= got.drafted
+    assert spent(got) == f"self-speculation: {got.accepted} of {got.drafted} drafted tokens accepted ({got.accepted / got.drafted:.0%})"
+
+
+def test_self_speculation_in_a_batch_counts_once(model: Any, tokenizer: Any) -> None:
+    batch = generate_batch(model, tokenizer, LONG_AND_SHORT, replace(GREEDY, draft_cycles=1))
+    assert [one.text for one in batch] == [one.text for one in generate_batch(model, tokenizer, LONG_AND_SHORT, GREEDY)]
+    assert [one.drafted for one in batch[1:]] == [0, 0, 0]
+    assert f" of {batch[0].drafted} drafted" in spent(*batch)
+
+
+def test_nothing_is_told_of_a_plain_run(model: Any, tokenizer: Any) -> None:
+    got = generate_text(model, tokenizer, "The", GREEDY)
+    assert (got.cycles, got.applications, got.drafted, got.accepted) == (None, None, None, None)
+    assert spent(got) == spent() == ""
+
+
+def test_what_it_cost_is_told_beside_the_text(model: Any, tokenizer: Any) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    settings = GenerateSettings(checkpoint="x", max_new_tokens=4, temperature=0, halt="kl", show_recursive_steps=True)
+    write_once(model, tokenizer, "The", settings, out, err)
+    assert err.getvalue().startswith("halting: ") and err.getvalue().count("\n") == 1
+    assert "halting" not in out.getvalue() and "cycle 1" in out.getvalue()
+
+
+def test_a_compute_budget_finds_the_threshold(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "like_it.txt"
+    text.write_text("The old lobster follows the river near the castle. " * 8, encoding="utf-8")
+    settings = GenerateSettings(checkpoint="x", halt="entropy", compute_budget=0.8, calibration_file=str(text))
+    found = calibrated(settings, model, tokenizer)
+    assert found.halt_threshold is not None and found.compute_budget is None
+    found.validate()
+    assert f"--halt_threshold {str(found.halt_threshold)[:4]}" in capsys.readouterr().err
+    plain = GenerateSettings(checkpoint="x", halt="entropy")
+    assert calibrated(plain, model, tokenizer) == plain
+
+
+def test_a_calibration_file_that_is_no_text(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").write_text("")
+    for name, message in (("bytes", "cannot be read as text"), ("missing", "cannot be read as text"), ("empty", "has 0 tokens")):
+        settings = GenerateSettings(checkpoint="x", halt="kl", compute_budget=0.8, calibration_file=str(tmp_path / name))
+        with pytest.raises(UserError, match=f"--calibration_file: .*{name} {message}"):
+            calibrated(settings, model, tokenizer)
 
 
 # --- settings and errors
@@ -359,6 +408,22 @@ def test_tokens_of_sentencepiece_are_visible() -> None:
         ({"top_p": 1.5}, "--top_p: expected a number above 0 and at most 1 (1 is off), got 1.5"),
         ({"top_k": -1}, "--top_k: expected at least 0 (0 is off), got -1"),
         ({"H_cycles": -1}, "--H_cycles: expected at least 0 (0 is one plain pass), got -1"),
+        ({"stop": ("a", "")}, "--stop: expected some text before which to end, got ''"),
+        ({"halt": "kl", "draft_cycles": 1}, "--draft_cycles: expected --halt none with it, got --halt kl; leave out one of the two"),
+        ({"halt_threshold": 0.5}, "--halt_threshold: expected --halt q_head, kl or entropy with it, got 0.5 and no --halt"),
+        ({"compute_budget": 0.6}, "--compute_budget: expected --halt q_head, kl or entropy with it, got 0.6 and no --halt"),
+        ({"compute_budget": 0.0, "halt": "kl"}, "--compute_budget: expected a share above 0 and at most 1, got 0.0"),
+        (
+            {"compute_budget": 0.6, "halt": "kl", "halt_threshold": 0.1},
+            "--compute_budget: finds the threshold itself, got --halt_threshold",
+        ),
+        ({"compute_budget": 0.6, "halt": "kl"}, "--compute_budget: expected --calibration_file with it"),
+        ({"calibration_file": "x.txt"}, "--calibration_file: expected --compute_budget with it, e.g. 0.6, got none"),
+        ({"cache_policy": "last", "show_recursive_steps": True}, "--show_recursive_steps: reads the text as --cache_policy full does"),
+        ({"batch_size": 0}, "--batch_size: expected at least 1, got 0"),
+        ({"output_file": "x.jsonl"}, "--output_file: expected --prompt_file with it, got x.jsonl and no --prompt_file"),
+        ({"prompt_file": "x.txt", "prompt": "a"}, "--prompt_file: expected no --prompt with it, got both"),
+        ({"prompt_file": "x.txt", "show_recursive_steps": True}, "--prompt_file: expected no --show_recursive_steps with it, got both"),
         ({"device": "abacus"}, "--device: expected one that this machine has, which are "),
         ({"device": "cuda:99"}, "; got 'cuda:99'"),
         ({"device": "meta"}, "; got 'meta'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from tiny import FAMILIES, tiny_config
 
 from recursify.configuration_recursive_llm import from_donor
@@ -57,7 +58,21 @@ def test_render_shows_every_layer_part_and_depth(plan: ConversionPlan) -> None:
         assert any(line.split() == [part, f"{count:,}"] for line in lines)
     (marked,) = [line for line in lines if "<- this checkpoint" in line]
     assert marked.split()[:3] == ["3", str(found.applications[3]), f"{found.applications[3] / 8:.2f}"]
-    assert lines[-1].split() == ["donor", "8", "1.00"]
+    assert lines[-1].split()[:3] == ["donor", "8", "1.00"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_cache_is_as_large_as_said(family: str, plan: ConversionPlan) -> None:
+    config = config_of(family, plan, H_cycles=3)
+    found, model = inspect(config, plan), CLASSES[config.model_type](config).to(torch.bfloat16).eval()
+    for policy, by_depth in found.to_dict()["cache_bytes_per_token"].items():
+        for H in (0, 2, 3):
+            past = model(torch.ones(1, 7, dtype=torch.long), use_cache=True, H_cycles=H, cache_policy=policy).past_key_values
+            assert sum(tensor.nbytes for layer in past.layers for tensor in (layer.keys, layer.values)) == 7 * by_depth[str(H)]
+    (marked,) = [line.split() for line in found.render().splitlines() if "<- this checkpoint" in line]
+    sizes = found.to_dict()["cache_bytes_per_token"]
+    assert marked[3:5] == [f"{sizes[policy]['3'] / 1e3:,.1f}" for policy in ("full", "last")]
 
 
 def test_a_model_without_a_plan() -> None:

@@ -93,7 +93,20 @@ def test_a_command_without_a_value_shows_the_value(talk: Any) -> None:
 
 def test_help_lists_every_command(talk: Any) -> None:
     out, _, _ = talk("/max 7", "/help")
-    for command in ("/temp X", "/max N", "/cycles N", "/help", "/quit", "//text", "Ctrl-C", "Ctrl-D"):
+    for command in (
+        "/temp X",
+        "/max N",
+        "/cycles N",
+        "/show on|off",
+        "/save FILE",
+        "/load FILE",
+        "/help",
+        "/quit",
+        '"""',
+        "//text",
+        "Ctrl-C",
+        "Ctrl-D",
+    ):
         assert command in out
     assert "(now 7)" in out and "(now 2)" in out
 
@@ -106,6 +119,10 @@ def test_help_lists_every_command(talk: Any) -> None:
         ("/max 0", "/max: expected at least 1, got 0"),
         ("/max 2.5", "/max: expected a whole number, got '2.5'"),
         ("/cycles -1", "/cycles: expected at least 0 (0 is one plain pass), got -1"),
+        ("/show maybe", "/show: expected on or off, got 'maybe'"),
+        ("/save", "/save: expected a file to write to, got none"),
+        ("/load", "/load: expected a file that /save wrote, got none"),
+        ("/load missing.json", "missing.json cannot be read (No such file or directory)"),
         ("/dance now", "unknown command /dance; /help lists the commands, and //dance now sends '/dance now' as a prompt"),
         ("/", "unknown command /; /help lists the commands, and // sends '/' as a prompt"),
         ("a" * 1000, "but the model has 512 positions; shorten the prompt to 511 tokens or less"),
@@ -146,6 +163,35 @@ def test_a_prompt_may_begin_with_a_slash(talk: Any, model: Any, tokenizer: Any) 
 def test_the_steps_follow_each_answer(talk: Any) -> None:
     out, _, _ = talk("The", "The", settings=replace(SETTINGS, show_recursive_steps=True))
     assert out.count("cycle 2") == 2
+
+
+def test_the_table_can_be_switched_on(talk: Any) -> None:
+    out, _, _ = talk("/show on", "The", "/show off", "The", "/show")
+    assert out.count("cycle 2") == 1 and "show_recursive_steps off\n" in out
+    _, err, _ = talk("/show on", model=tiny_model("qwen2", num_hidden_layers=1))
+    assert "/show: expected a recursive model, got a Qwen2ForCausalLM" in err
+
+
+def test_a_prompt_of_several_lines(talk: Any, model: Any, tokenizer: Any) -> None:
+    out, _, _ = talk('"""', "/The", "", "river", '"""', "A\\", "castle")
+    for prompt in ("/The\n\nriver", "A\ncastle"):
+        assert f"Generating...\n{prompt}{continuation(model, tokenizer, prompt)}\n" in out
+
+
+def test_what_was_written_is_kept_and_comes_back(talk: Any, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "kept.json"
+    out, _, first = talk("/max 3", "The", f"/save {file}")
+    assert f"2 messages kept in {file}\n" in out
+    out, _, second = talk(f"/load {file}", "The")
+    assert f"Generating...\nThe{continuation(model, tokenizer, 'The', max_new_tokens=3)}\n" in out
+    assert second.messages == first.messages * 2
+
+
+def test_a_depth_that_the_drafts_reach_is_refused(talk: Any) -> None:
+    settings = replace(SETTINGS, draft_cycles=1)
+    _, err, conversation = talk("/cycles 1", "The", settings=settings)
+    assert "--draft_cycles: expected fewer than the 1 cycles of the run, got 1" in err
+    assert conversation.settings == settings and "self-speculation: " in err
 
 
 def test_the_seed_counts_for_the_conversation(talk: Any) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..conversion import ConvertSettings, LoopSettings, Say, carry_out, resolve_plan
 from ..donor import load_tokenizer, open_donor
+from ..effort import is_recursive
 from ..errors import UserError
-from ..generation import is_recursive
 from ..modeling_recursive_llm import RecursiveLLM
 from ..objective import embedding_losses, nearest_is_next, next_embedding_losses, next_token_losses, token_losses
 from .settings import DonorSettings, RunSettings

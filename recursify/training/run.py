@@ -29,8 +29,8 @@ from ..cost import estimate
 from ..data import Blocks, DataSettings, load_blocks, separate
 from ..device import choose_device
 from ..donor import open_donor
+from ..effort import is_recursive
 from ..errors import UserError
-from ..generation import is_recursive
 from ..objective import counted
 from .approaches import APPROACHES, freeze_rest, from_donor
 from .callbacks import AfterOptimizer, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
@@ -170,7 +170,7 @@ def _keepers(trainer: RecursiveTrainer, quiet: bool) -> list[TrainerCallback]:
             callback.logging_dir = str(saver.folder / "tensorboard")
     return [
         *([MetricsFile(saver.folder / METRICS)] if saver else []),
-        Summary(lambda metrics: _save_best(trainer, metrics), quiet),
+        Summary(lambda metrics: _save_best(trainer), quiet),
         *([AfterOptimizer(trainer.update_average)] if settings.ema_decay else []),
         *([EarlyStopping(settings.early_stopping_patience)] if settings.early_stopping_patience else []),
         Validate(settings.eval_every),
@@ -463,14 +463,14 @@ def _check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _save_best(trainer: RecursiveTrainer, metrics: dict[str, float]) -> Path | None:
+def _save_best(trainer: RecursiveTrainer) -> Path | None:
     """All ranks take part; the first one writes."""
     saver = trainer.saver
     if saver is None:
         return None
     with trainer.shown():
         if trainer.args.should_save:
-            saver.save(saver.folder / BEST, trainer.model.model, epoch=metrics["epoch"], eval_loss=metrics["eval_loss"])
+            saver.save(saver.folder / BEST, trainer.model.model, step=trainer.state.global_step, **trainer.notes())
     return saver.folder / BEST
 
 

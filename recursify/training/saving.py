@@ -24,19 +24,42 @@ from zipfile import is_zipfile
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .. import checkpoint
 from ..errors import UserError
 from ..plan import ConversionPlan
+from .parallel import processes
+from .settings import RunSettings
 
 BEST = "qwen_recursive_finetuned_best.pt"
 METRICS = "metrics.jsonl"
 RUN, STATE, MASTERS, AVERAGES = "run.json", "trainer_state.json", "float32_weights.pt", "averaged_weights.pt"  # in a state folder
 KEPT_STATES = 2  # only the newest is ever resumed from; the one before it is for the day that the disk fails
 SOON_FILLED = 60.0  # seconds, of a folder aside that was just made
+# What of the settings a reader of the weights wants to know. Where the run lay and on what it ran is nobody's business elsewhere.
+_TOLD = (
+    "dataset_name", "dataset_config_name", "mix", "seq_len", "separate_documents", "batch_size", "grad_accum_steps", "cycle_choices",
+    "backprop", "lr", "gain_lr", "lr_schedule", "warmup_steps", "optimizer", "weight_decay", "ema_decay", "enable_deep_supervision",
+    "distill_weight", "self_distill_weight", "monotone_weight", "halting_weight",
+)  # fmt: skip
 _STEP = re.compile(r"checkpoint_step_\d+")  # a copy that somebody put by as checkpoint_step_1000_good.pt is none of ours
 _SAVED = re.compile(rf"({_STEP.pattern}|{Path(BEST).stem})(\.pt|_tokenizer|_state)")  # what a save has in its folder aside
+
+
+def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]:
+    """What a checkpoint says of the run behind it, in JSON types: how far it was, on what and how it trained, and the last validation.
+
+    The same run says the same: no times. Settings that are off (0, None, empty) are left out. `eval_loss_cycles` has the validation loss
+    of each cycle, the shallowest first.
+    """
+    told = {name: list(value) if isinstance(value, tuple) else value for name in _TOLD if (value := getattr(settings, name))}
+    notes = {"epoch": state.epoch, "tokens": state.num_input_tokens_seen, "processes": processes(), **told, "seed": settings.seed}
+    measured = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), None)
+    if measured is not None:
+        cycles = [loss for name, loss in measured.items() if name.startswith("eval_loss_cycle_")]
+        notes |= {"eval_loss": measured["eval_loss"], "eval_loss_cycles": cycles, "eval_step": measured["step"]}
+    return notes
 
 
 @dataclass(frozen=True)

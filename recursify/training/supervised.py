@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..generation import is_recursive
+from ..effort import is_recursive
 from ..objective import IGNORED, Reference, counted, cycle_shares, halting_loss, losses_and_divergences, worsening
 from .approaches import NEXT_TOKEN, Objective
 from .settings import RunSettings

@@ -31,7 +31,7 @@ from ..objective import counted, perplexity
 from .depth import DepthSchedule
 from .optimizers import EMA, build_optimizer, learning_rate_factor, warmup_of
 from .parallel import SpreadTraining, check_spread, full_optimizer_state, full_state, gathered, load_full_state, part_like, read_state
-from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, read_json
+from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, read_json, training_notes
 from .settings import RunSettings
 from .supervised import Supervised, scored_tokens
 
@@ -269,7 +269,7 @@ class RecursiveTrainer(SpreadTraining, Trainer):
             return
         if self.is_deepspeed_enabled:  # its states are in parts that only DeepSpeed can put together
             if self.args.should_save:
-                self.saver.save_step(self.state.global_step, self.model.model, None, epoch=self.state.epoch)
+                self.saver.save_step(self.state.global_step, self.model.model, None, **self.notes())
             return
         assert self.lr_scheduler is not None
         state: dict[str, Any] = {OPTIMIZER_NAME: full_optimizer_state(self.optimizer), SCHEDULER_NAME: self.lr_scheduler.state_dict()}
@@ -291,7 +291,11 @@ class RecursiveTrainer(SpreadTraining, Trainer):
 
         with self.shown():
             if self.args.should_save:
-                self.saver.save_step(self.state.global_step, self.model.model, write, epoch=self.state.epoch)
+                self.saver.save_step(self.state.global_step, self.model.model, write, **self.notes())
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint of this moment says of the run."""
+        return training_notes(self.settings, self.state)
 
     def _so_far(self) -> dict[str, Any]:
         sums = {"saved_at": time.time(), "epoch_loss": self.epoch_loss, "epoch_tokens": self.epoch_tokens}

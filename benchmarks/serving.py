@@ -1,0 +1,344 @@
+"""The server under load: clients that want texts, among clients that vanish, send what is too long, no JSON, unknown fields, absurd values.
+
+    OMP_NUM_THREADS=1 python benchmarks/serving.py     # a minute of it, after the texts have been asked for once by a client alone
+    python benchmarks/serving.py --quick               # a few seconds: shows that it runs, measures nothing
+
+The shipped donor is converted, with gains that make every depth say something else, and served by `recursify serve` in a process of its
+own, in float32. One client asks for every text that will be asked for; then sixteen at once, each in a thread, take by chance, from a
+fixed seed, what to do next. A text is wrong if it is not, letter by letter, the one that the client alone got. Requests that the full
+queue turns away (429) are counted and asked again. Memory is the resident bytes of the server's process: after the texts for the client
+alone and a first tenth of the load, and at the end, when all is answered.
+
+Writes serving-cpu.json and, made from it, serving-cpu.md. Exit status 1 if a bound is missed. Units: bytes, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from record import ROOT, load, provenance
+
+CLIENTS = 16
+DEPTHS = (1, 3)
+GROWTH_BOUND = 0.05  # of resident memory, from the first tenth of the load to its end
+MAX_BODY = 100_000
+RUNNING, QUEUE = 6, 4  # so few that requests wait, and some are turned away
+WRITTEN = "recursify_completion_tokens_total"
+PROMPTS = (
+    "The old man", "In the morning", "She said that", "There was once", "My dear sir,", "It was a dark", "The captain of", "When I was",
+    "He looked at", "The king had", "A long time", "They went into", "Nothing could", "I do not", "The house on", "At last the",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How long, and how many tokens a text has at most."""
+
+    seconds: float = 60.0
+    tokens: int = 40
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to ask for; what it should be is known from the client alone."""
+
+    prompt: str
+    depth: int
+    chat_seed: int | None  # None is greedy
+
+    def body(self, tokens: int) -> dict[str, Any]:
+        choice = {"temperature": 0} if self.chat_seed is None else {"temperature": 1.0, "top_p": 0.95, "seed": self.chat_seed}
+        return {"prompt": self.prompt, "max_tokens": tokens, "H_cycles": self.depth, **choice}
+
+
+# What a client may do
+
+
+class Client:
+    """One of the sixteen."""
+
+    def __init__(self, number: int, url: str, right: dict[Text, str], sizes: Sizes, tally: Tally):
+        self.rng = random.Random(number)
+        self.http = httpx.Client(base_url=url, timeout=60)
+        self.right, self.sizes, self.tally = right, sizes, tally
+        self.texts = list(right)
+        self.kinds: dict[Callable[[], None], int] = {
+            self.whole: 6, self.streamed: 6, self.vanish_streaming: 2, self.vanish_waiting: 2, self.too_long: 1, self.too_long_in_pieces: 1,
+            self.no_json: 1, self.unknown_field: 1, self.absurd: 1, self.other_depth: 1, self.other_path: 1,
+        }  # fmt: skip
+
+    def run(self, until: float) -> None:
+        while time.monotonic() < until:
+            (kind,) = self.rng.choices(list(self.kinds), list(self.kinds.values()))
+            try:
+                kind()
+            except httpx.HTTPError as error:
+                self.tally.add(kind.__name__, f"{type(error).__name__}")
+        self.http.close()
+
+    def whole(self) -> None:
+        text = self.rng.choice(self.texts)
+        answer = self._post("whole", text.body(self.sizes.tokens))
+        if answer is not None:
+            self._judge("whole", answer.json()["choices"][0]["text"], text)
+
+    def streamed(self) -> None:
+        text = self.rng.choice(self.texts)
+        with self.http.stream("POST", "/v1/completions", json={**text.body(self.sizes.tokens), "stream": True}) as answer:
+            if answer.status_code != 200:
+                self._seen("streamed", answer.status_code)
+                return
+            events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        whole = events[-1] == "[DONE]"
+        self._judge("streamed", "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) if whole else "", text)
+
+    def vanish_streaming(self) -> None:
+        with self.http.stream("POST", "/v1/completions", json={"prompt": "Once", "max_tokens": 500, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            for _ in range(self.rng.randint(0, 4)):
+                next(lines, None)
+            self._seen("vanish_streaming", answer.status_code, {200})
+
+    def vanish_waiting(self) -> None:
+        try:
+            body = {"prompt": "Once", "max_tokens": 500, "n": 2}
+            answer = self.http.post("/v1/completions", json=body, timeout=self.rng.uniform(0.02, 0.5))
+            self._seen("vanish_waiting", answer.status_code, set())
+        except httpx.TimeoutException:
+            self.tally.add("vanish_waiting", "gone")
+
+    def too_long(self) -> None:
+        self._bad("too_long", 413, content=json.dumps({"prompt": "x" * 3 * MAX_BODY}))
+
+    def too_long_in_pieces(self) -> None:
+        self._bad("too_long_in_pieces", 413, content=(b"x" * 8192 for _ in range(3 * MAX_BODY // 8192)))
+
+    def no_json(self) -> None:
+        self._bad("no_json", 400, content=self.rng.choice([b"", b"{", b"[[", b"\xff\xff", b'{"prompt": NaN}']))
+
+    def unknown_field(self) -> None:
+        self._bad("unknown_field", 400, json={"prompt": "a", "temprature": 1})
+
+    def absurd(self) -> None:
+        value = self.rng.choice(
+            [{"max_tokens": -1}, {"max_tokens": 10**12}, {"n": 10**6}, {"temperature": 1e9}, {"top_p": 0}, {"prompt": [1] * 10**4}]
+        )
+        self._bad("absurd", 400, json={"prompt": "a", **value})
+
+    def other_depth(self) -> None:
+        self._bad("other_depth", 400, json={"prompt": "a", "H_cycles": 9})
+
+    def other_path(self) -> None:
+        self._bad("other_path", 404, path="/v1/nothing", json={})
+
+    def _bad(self, kind: str, expected: int, path: str = "/v1/completions", **what: Any) -> None:
+        answer = self.http.post(path, **what)
+        self._seen(kind, answer.status_code, {expected})
+
+    def _post(self, kind: str, body: dict[str, Any]) -> httpx.Response | None:
+        answer = self.http.post("/v1/completions", json=body)
+        if answer.status_code == 200:
+            return answer
+        self._seen(kind, answer.status_code)
+        return None
+
+    def _judge(self, kind: str, found: str, text: Text) -> None:
+        self.tally.add(kind, "right" if found == self.right[text] else "wrong")
+
+    def _seen(self, kind: str, status: int, expected: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+        """429 is fair of anyone."""
+        self.tally.add(kind, str(status) if status in {429, *expected} else f"unexpected {status}")
+        if status == 429:
+            time.sleep(0.2)
+
+
+class Tally:
+    """What came of everything."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.lock = threading.Lock()
+
+    def add(self, kind: str, end: str) -> None:
+        with self.lock:
+            self.counts[kind, end] += 1
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        kinds = sorted({kind for kind, _ in self.counts})
+        return {kind: {end: n for (of, end), n in sorted(self.counts.items()) if of == kind} for kind in kinds}
+
+
+# The server
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """Its address, and its process."""
+    words = ["convert", "--qwen_model", str(ROOT / "recursify" / "demo_donor"), "--keep_donor", "--L_layers", "2", "--L_cycles", "1"]
+    recursify([*words, "--gain", "0.2", "--output_path", str(folder / "model.pt")])
+    words = ["serve", "--checkpoint", str(folder / "model.pt"), "--depths", *map(str, DEPTHS), "--port", "0", "--dtype", "float32"]
+    words += ["--max_body_bytes", str(MAX_BODY), "--max_running", str(RUNNING), "--max_queue", str(QUEUE)]
+    process = subprocess.Popen([sys.executable, "-m", "recursify", *words], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        found = next((m for line in process.stdout if (m := re.match(r"listening on (\S+);", line))), None)
+        assert found is not None, "the server did not start"
+        yield found[1], psutil.Process(process.pid)
+        process.terminate()
+        assert process.wait(60) == 0, "the server did not end well"
+    finally:
+        process.kill()
+
+
+def recursify(words: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", "recursify", *words], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
+def gauges(url: str) -> dict[str, float]:
+    """Every value of /metrics."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+
+
+def total(found: dict[str, float], name: str) -> int:
+    return int(sum(value for key, value in found.items() if key.split("{")[0] == name))
+
+
+def held(process: psutil.Process) -> dict[str, int]:
+    return {"resident": process.memory_info().rss, "threads": process.num_threads(), "files": process.num_fds()}
+
+
+def settled(url: str) -> dict[str, float]:
+    """The values of when nobody is written for any more."""
+    while total(found := gauges(url), "recursify_running") + total(found, "recursify_queued"):
+        time.sleep(0.1)
+    time.sleep(0.5)  # the managers' own turn
+    return gauges(url)
+
+
+# What is made of it
+
+
+def measure(sizes: Sizes) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as (url, process):
+        texts = [Text(p, d, seed) for n, p in enumerate(PROMPTS) for d in DEPTHS for seed in (None, n)]
+        say(f"{len(texts)} texts for a client alone")
+        right = {}
+        start = time.monotonic()
+        for text in texts:
+            answer = httpx.post(f"{url}/v1/completions", json=text.body(sizes.tokens), timeout=60).json()
+            right[text] = answer["choices"][0]["text"]
+        alone = total(gauges(url), WRITTEN) / (time.monotonic() - start)
+        say(f"{CLIENTS} clients for {sizes.seconds:g} seconds, after a tenth of it as a start")
+        crowd(url, right, sizes, sizes.seconds / 10, Tally(), first=100)
+        before, values = held(process), settled(url)
+        tally, start = Tally(), time.monotonic()
+        crowd(url, right, sizes, sizes.seconds, tally)
+        took, after = time.monotonic() - start, settled(url)
+        return {
+            "texts": len(texts), "different_texts": len(set(right.values())), "took": took, "tokens_per_second_alone": alone,
+            "tokens_per_second": (total(after, WRITTEN) - total(values, WRITTEN)) / took,
+            "requests": sum(tally.counts.values()), "by_kind": tally.to_dict(), "before": before, "after": held(process),
+            "blocks": total(after, "recursify_cache_blocks"), "blocks_free": total(after, "recursify_cache_blocks_free"),
+            "cancelled": sum(int(n) for key, n in after.items() if 'end="cancelled"' in key),
+        }  # fmt: skip
+
+
+def crowd(url: str, right: dict[Text, str], sizes: Sizes, seconds: float, tally: Tally, first: int = 0) -> None:
+    until = time.monotonic() + seconds
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for done in [pool.submit(Client(first + n, url, right, sizes, tally).run, until) for n in range(CLIENTS)]:
+            done.result()
+
+
+def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
+    ends = [(end, n) for kind in found["by_kind"].values() for end, n in kind.items()]
+    fair = {"right", "wrong", "gone", "200", "400", "404", "413", "429"}
+    growth = found["after"]["resident"] / found["before"]["resident"] - 1
+    return [
+        _check("wrong texts", 0, sum(n for end, n in ends if end == "wrong")),
+        _check("answers of another status than is fair, and broken connections", 0, sum(n for end, n in ends if end not in fair)),
+        _check("blocks of the caches that are not free afterwards", 0, found["blocks"] - found["blocks_free"]),
+        _check("growth of resident memory", GROWTH_BOUND, growth),
+    ]
+
+
+def _check(what: str, bound: float, value: float) -> dict[str, Any]:
+    return {"what": what, "bound": bound, "value": value, "holds": value <= bound}
+
+
+def render(found: dict[str, Any]) -> str:
+    """The page, of the JSON alone."""
+    machine, load_ = found["machine"], found["load"]
+    tokens = f"{load_['texts']} texts of {found['sizes']['tokens']} tokens, {load_['different_texts']} of them different"
+    speed = f"Tokens per second: {load_['tokens_per_second']:.0f}, for one client alone {load_['tokens_per_second_alone']:.0f}."
+    kinds = {kind.replace("_", " "): ", ".join(f"{n} {end}" for end, n in ends.items()) for kind, ends in load_["by_kind"].items()}
+    lines = [
+        "# The server under load, measured", "",
+        f"- {machine['date']}, commit {machine['commit']}{', changed' if machine['changed'] else ''}",
+        f"- {machine['cpu']}, pinned to {machine['pinned_to']}, {machine['memory_gib']} GiB; load {machine['load']} at the start, "
+        f"{found['load_after']} at the end, this run included",
+        "- " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
+        f"- the shipped donor with 2 of its 8 layers looped, H_cycles {' and '.join(map(str, DEPTHS))}, float32; {CLIENTS} "
+        f"clients, {RUNNING} texts written at once at each depth, {QUEUE} may wait; {load_['took']:.0f} seconds; {tokens}",
+    ]  # fmt: skip
+    if found["quick"]:
+        lines += ["", "**A few seconds: this shows that the benchmark runs, and nothing else.**"]
+    lines += ["", "| what clients did | what came of it |", "|---|---|"]
+    lines += [f"| {kind} | {ends} |" for kind, ends in kinds.items()]
+    before, after = load_["before"], load_["after"]
+    lines += [
+        "", f"{load_['requests']} requests, {load_['requests'] / load_['took']:.1f} per second. {speed} {load_['cancelled']} texts were "
+        "cancelled.",
+        "", "| the server's process | before | after |", "|---|---|---|",
+        f"| resident memory (MB) | {before['resident'] / 1e6:.1f} | {after['resident'] / 1e6:.1f} |",
+        f"| threads | {before['threads']} | {after['threads']} |",
+        f"| open files | {before['files']} | {after['files']} |",
+        f"| free blocks of {load_['blocks']} | | {load_['blocks_free']} |",
+        "", "| bound | at most | measured | holds |", "|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {c['what']} | {c['bound']:g} | {c['value']:.4g} | {'yes' if c['holds'] else 'NO'} |" for c in found["checks"]]
+    return "\n".join(lines) + "\n"
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args(argv)
+    sizes = Sizes(seconds=3.0, tokens=8) if args.quick else Sizes()
+    args.output.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"machine": provenance(torch.device("cpu")), "quick": args.quick, "sizes": asdict(sizes)}
+    found["load"] = measure(sizes)
+    found["load_after"], found["checks"] = load(), judge(found["load"])
+    stem = args.output / f"serving-{'quick' if args.quick else 'cpu'}"
+    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(render(found), encoding="utf-8")
+    print(render(found))
+    return 0 if args.quick or all(check["holds"] for check in found["checks"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,564 @@
+# Copyright 2026 The recursify authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Decoding: where keys and values are kept, when a token halts, and how a few cycles write ahead of all of them.
+
+    RecursiveCache      one slot per application of a layer ("full"), or one per layer ("last")
+    CacheSlots, ...     views of a cache in which a shared layer finds the slots of its application
+    HaltRule            q_head, the divergence between cycles, or the entropy, against a threshold
+    self_speculation    the decoding loop of `generate(draft_cycles=...)`
+
+Shape letters: B batch, T tokens, D hidden size, V vocabulary. Floor 0. One of the files that travel with the weights: imports only torch
+and transformers.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+CACHE_POLICIES = ("full", "last")
+READ_EVERY_CYCLE = ("kl", "entropy")  # criteria of halting that look at logits
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values with room behind them: a new token is written into it, where `DynamicLayer` copies all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: list[torch.Tensor | None] = [None, None]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled():  # what is written over cannot be differentiated
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = self.get_seq_length()
+        self.keys, self.values = self._write(0, self.keys, key_states, seen), self._write(1, self.values, value_states, seen)
+        return self.keys, self.values
+
+    def _write(self, which: int, old: Any, new: torch.Tensor, seen: int) -> torch.Tensor:
+        """`old`, which is the first `seen` tokens of its room unless somebody has put another tensor in its place, and `new` behind it."""
+        room, length = self.rooms[which], seen + new.shape[-2]
+        moved = room is not None and seen > 0 and old.data_ptr() != room.data_ptr()
+        if room is None or moved or room.shape[-2] < length or room.shape[0] != new.shape[0]:
+            room = new.new_empty((*new.shape[:-2], length + max(64, length // 4), new.shape[-1]))
+            if seen > 0:
+                room[:, :, :seen] = old
+            self.rooms[which] = room
+        room[:, :, seen:length] = new
+        return room[:, :, :length]
+
+
+class RecursiveCache(DynamicCache):
+    """The key/value cache that a recursive model makes for itself. Its slots run prelude, coda, loop.
+
+    Args:
+        config: The model's.
+        H_cycles, L_cycles: The depth that it is for; the configuration's where None.
+        cache_policy: "full", one slot per application of a layer: what is cached equals what is computed anew. "last", one slot per
+            layer, as many as a donor of these layers has: of every token only the keys and values of its last application stay.
+        halt: What tokens halt by. "kl" and "entropy" read out every cycle, so the coda of each early one has slots, behind the others.
+        draft_cycles: For self-speculation with so many cycles: slots behind the others for what the draft's readout computes.
+
+    Attributes:
+        cycles_used: `[B, tokens]`, the cycle at which each token halted, 0 for padding; None as long as no pass has halted any.
+    """
+
+    cycles_used: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        config: Any,
+        H_cycles: int | None = None,
+        L_cycles: int | None = None,
+        cache_policy: str = "full",
+        halt: str | None = None,
+        draft_cycles: int | None = None,
+    ):
+        super().__init__(config=slotted(config, H_cycles, L_cycles, cache_policy, halt))
+        self.draft_cycles = draft_cycles
+        if draft_cycles is None:
+            self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        else:  # drafted tokens are taken back, which a layer that has dropped what left its window cannot do
+            self.layers = [GrowingLayer() for _ in range(len(self.layers) + draft_slots(config, draft_cycles))]
+
+    def note_cycles(self, used: torch.Tensor | None, H_cycles: int, tokens: tuple[int, int]) -> None:
+        """Remember `used` `[B, T]` of a pass over `tokens` (B, T), which is already in the cache; None is a pass without halting."""
+        if used is None and self.cycles_used is None:
+            return
+        before = self.get_seq_length() - tokens[1]
+        device = self.layers[0].keys.device  # type: ignore[union-attr]
+        used = torch.full(tokens, H_cycles, device=device) if used is None else used
+        known = self.cycles_used
+        known = torch.full((tokens[0], before), H_cycles, device=device) if known is None else known
+        self.cycles_used = torch.cat([known, used], dim=1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.cycles_used is not None and tokens_to_remove:
+            self.cycles_used = self.cycles_used[:, : -abs(tokens_to_remove)]
+
+    def reset(self) -> None:
+        super().reset()
+        self.cycles_used = None
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(lambda used: used.index_select(0, beam_idx.to(used.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda used: used.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda used: used[indices])
+
+    def _rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.cycles_used is not None:
+            self.cycles_used = change(self.cycles_used)
+
+
+def slotted(config: Any, H_cycles: int | None, L_cycles: int | None, cache_policy: str, halt: str | None = None) -> Any:
+    """A copy of the configuration whose caches have the slots of that depth, policy and halting criterion.
+
+    Raises:
+        ValueError: No such policy.
+    """
+    if cache_policy not in CACHE_POLICIES:
+        raise ValueError(f"cache_policy: expected one of {', '.join(CACHE_POLICIES)}, got {cache_policy!r}")
+    if cache_policy == "last":
+        return config.at_depth(0)
+    other = config.at_depth(H_cycles, L_cycles)
+    if halt in READ_EVERY_CYCLE:
+        coda = config.block_types[config.prelude_layers + config.L_layers :]
+        other.layer_types = other.layer_types + coda * (other.H_cycles - 1)
+        other.num_hidden_layers = len(other.layer_types)
+    return other
+
+
+def draft_slots(config: Any, draft_cycles: int) -> int:
+    """Slots of a draft's own: its coda; and its one application of the loop where it has no cycles, which no cycle repeats."""
+    return config.coda_layers + (config.L_layers if draft_cycles == 0 else 0)
+
+
+def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int, cache_policy: str = "full", halt: str | None = None) -> None:
+    """Bind a cache to the depth and policy that first fill it: keys and values of others mean something else.
+
+    So do the criteria that read every cycle, where there is a coda: they fill slots that nobody else does.
+
+    Raises:
+        ValueError: No such policy, too few slots, or filled otherwise.
+    """
+    slots = slotted(config, H_cycles, L_cycles, cache_policy, halt).num_hidden_layers
+    asked = f"H_cycles={H_cycles}, L_cycles={L_cycles}, cache_policy={cache_policy!r}"
+    if halt in READ_EVERY_CYCLE and config.coda_layers > 0 and cache_policy == "full":
+        asked += f", halt={halt!r}"
+    if cache.layer_class_to_replicate is not None:
+        cache.layers += [cache.layer_class_to_replicate() for _ in range(slots - len(cache.layers))]
+    if len(cache.layers) < slots:
+        raise ValueError(
+            f"past_key_values: {asked} needs a cache of {slots} slots, this one has {len(cache.layers)}; "
+            f"make it with RecursiveCache(model.config, {asked})"
+        )
+    if torch.compiler.is_compiling():  # the first pass, which is not compiled in `generate`, has claimed it
+        return
+    owner = getattr(cache, "recursive_depth", None)
+    if owner is not None and owner != asked and cache.get_seq_length() > 0:
+        raise ValueError(f"past_key_values: filled at {owner}, called at {asked}; use one cache for each")
+    cache.recursive_depth = asked  # type: ignore[attr-defined]
+
+
+class CacheSlots(Cache):
+    """A view of a cache in which the slots of one application of a layer stand where that layer looks for them."""
+
+    def __init__(self, cache: Cache, offset: int):
+        self.cache, self.offset = cache, offset
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self.cache.update(key_states, value_states, layer_idx + self.offset, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.cache.get_seq_length(layer_idx + self.offset)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+class PeekSlots(CacheSlots):
+    """As `CacheSlots`, but what is written is forgotten: for what a later application or readout of the same pass writes again."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self.cache.layers[layer_idx + self.offset]
+        tokens = key_states.shape[-2]
+        if type(layer) in (DynamicLayer, GrowingLayer):
+            found = layer.update(key_states, value_states, *args, **kwargs)
+            layer.crop(-tokens)
+            return found
+        if type(layer) is StaticLayer:  # the next write begins at the same place
+            found = layer.update(key_states, value_states, *args, **kwargs)
+            layer.cumulative_length.sub_(tokens)
+            return found
+        layer = copy.copy(layer)
+        # a static window writes in place
+        layer.__dict__.update({name: value.clone() for name, value in vars(layer).items() if isinstance(value, torch.Tensor)})
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+
+class HaltingSlots(CacheSlots):
+    """As the view it is made of, but of tokens that have halted the keys and values stay those of the cycle before.
+
+    Args:
+        slots: The view that they are written through; None without a cache.
+        kept: Of this chunk of tokens the keys and values of the cycle before, by place; replaced by those of this one.
+        step: Which application of its cycle it is.
+        halted: `[B, T]`, or None as long as no token has halted.
+    """
+
+    def __init__(self, slots: CacheSlots | None, kept: dict[tuple[int, int], Any], step: int, halted: torch.Tensor | None):
+        self.cache: Any = slots
+        self.kept, self.step, self.halted = kept, step, halted
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        pair, place = (key_states, value_states), (self.step, layer_idx)
+        if self.halted is not None:
+            halted = self.halted[:, None, :, None]
+            pair = tuple(torch.where(halted, old, new) for old, new in zip(self.kept[place], pair, strict=True))  # type: ignore[assignment]
+        self.kept[place] = pair
+        return pair if self.cache is None else self.cache.update(*pair, layer_idx, *args, **kwargs)
+
+
+class PagedCacheSlots(PagedAttentionCache):
+    """`CacheSlots` for continuous batching, whose attention functions test for this class."""
+
+    def __init__(self, cache: PagedAttentionCache, offset: int):
+        self.cache, self.offset = cache, offset
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]) -> Any:
+        return self.cache.update(key_states=key_states, value_states=value_states, layer_idx=layer_idx + self.offset, kwargs=kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+class ShiftedInstances(dict):
+    """`CacheSlots` for engines that keep one attention object per slot and look it up by `layer_idx` (vLLM, SGLang)."""
+
+    def __init__(self, instances: Any, offset: int):
+        super().__init__()
+        self.instances, self.offset = instances, offset
+
+    def __getitem__(self, layer_idx: int) -> Any:
+        return self.instances[layer_idx + self.offset]
+
+
+HALT_CRITERIA = {"q_head": 0.5, "kl": 5e-4, "entropy": 0.1}  # and the thresholds where none is given
+_READOUT_ELEMENTS = 2**26  # logits held at a time while a criterion reads them
+
+
+class HaltRule:
+    """When a token has had cycles enough. Every criterion looks at that token alone, so none sees a later one.
+
+    Args:
+        criterion: "q_head": the head's sigmoid is above the threshold; 0 halts always, 1 never. "kl": the next-token distribution of this
+            cycle diverges from that of the cycle before by less than so many nats (Huginn, arXiv 2502.05171); infinity halts always, at
+            cycle 2, 0 never. "entropy": the distribution's entropy in nats is below it; infinity halts always, 0 never.
+        threshold: The criterion's own in `HALT_CRITERIA` where None.
+        head, vocabulary: States `[N, D]` to logits `[N, V]`, and V; for the criteria that read them.
+
+    Raises:
+        ValueError: No such criterion, a threshold that is no number, or no head where one is read.
+    """
+
+    def __init__(
+        self,
+        criterion: str,
+        threshold: float | None = None,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        vocabulary: int = 1,
+    ):
+        if criterion not in HALT_CRITERIA:
+            raise ValueError(f"halt: expected one of {', '.join(HALT_CRITERIA)}, got {criterion!r}")
+        self.criterion, self.head, self.chunk = criterion, head, max(1, _READOUT_ELEMENTS // vocabulary)
+        self.threshold = HALT_CRITERIA[criterion] if threshold is None else float(threshold)
+        if math.isnan(self.threshold):
+            raise ValueError("halt_threshold: expected a number, got nan")
+        self.reads_logits = criterion in READ_EVERY_CYCLE
+        if self.reads_logits and head is None:
+            raise ValueError(f"halt: {criterion} reads logits, and the base model has no head; call the model with its head")
+        self.state: torch.Tensor | None = None  # read last, and what came of it where all of it was held at once
+        self.logits: torch.Tensor | None = None
+        self.log_probs: torch.Tensor | None = None
+
+    def by_head(self, halt_logit: torch.Tensor) -> torch.Tensor:
+        """`[B, T]` logits of `q_head` to `[B, T]`, True where the token halts."""
+        # at 0 also where the sigmoid is rounded to 0
+        return (halt_logit.float().sigmoid() > self.threshold) | (self.threshold <= 0)
+
+    def by_readout(self, state: torch.Tensor) -> torch.Tensor:
+        """The `[B, T, D]` states that the head reads, to `[B, T]`, True where the token halts."""
+        rows, before = state.flatten(0, 1), self.state
+        known, self.logits, self.log_probs = self.log_probs, None, None
+        nats = []
+        for first in range(0, len(rows), self.chunk):
+            logits = self.head(rows[first : first + self.chunk])  # type: ignore[misc]
+            log_probs = logits.float().log_softmax(dim=-1)
+            if len(rows) <= self.chunk:
+                self.logits, self.log_probs = logits.unflatten(0, state.shape[:2]), log_probs
+            if self.criterion == "kl" and before is not None and known is None:
+                earlier = self.head(before.flatten(0, 1)[first : first + self.chunk]).float().log_softmax(dim=-1)  # type: ignore[misc]
+            else:
+                earlier = known if known is not None else log_probs
+            nats.append(self._nats(log_probs, earlier, first_cycle=before is None))
+        self.state = state
+        return (torch.cat(nats) < self.threshold).unflatten(0, state.shape[:2])
+
+    def _nats(self, log_probs: torch.Tensor, earlier: torch.Tensor, first_cycle: bool) -> torch.Tensor:
+        if self.criterion == "entropy":
+            return -(log_probs.exp() * log_probs).sum(dim=-1)
+        if first_cycle:  # nothing to compare with
+            return log_probs.new_full(log_probs.shape[:1], math.inf)
+        return (log_probs.exp() * (log_probs - earlier)).sum(dim=-1).clamp(min=0)
+
+
+@dataclass
+class Drafted:
+    """Tokens that have been through prelude and the first cycles: e, z_L and z_H, each `[B, T, D]`."""
+
+    e: torch.Tensor
+    z_L: torch.Tensor
+    z_H: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: "list[Drafted]") -> "Drafted":
+        """One after the other along T."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("e", "z_L", "z_H")))
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate(draft_cycles=...)` returns with `return_dict_in_generate=True`.
+
+    Args:
+        drafted: Tokens drafted for rows that had not ended.
+        accepted: Those of them that the whole model agreed with, up to the first that it did not.
+    """
+
+    drafted: int | None = None
+    accepted: int | None = None
+
+
+def self_speculation(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    draft_cycles: int,
+    draft_tokens: int,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Decoding in which a few cycles write ahead and all of them check (arXiv 2211.17192, with the model's own first cycles as the draft).
+
+    What a draft has computed of prelude and first cycles is the beginning of what the whole model computes, so verifying goes on from
+    there. All rows of a batch go as far as the least agreeing one. Signature as transformers asks of `custom_generate`.
+    """
+    depth = model.model.cycles(model_kwargs.get("H_cycles"), model_kwargs.get("L_cycles"))
+    _check_draft(draft_cycles, draft_tokens, depth, generation_config, model_kwargs)
+    cache = _draft_cache(model, draft_cycles, depth, model_kwargs)
+    draft = DraftLength(model.config, draft_cycles, depth, draft_tokens)
+    mask = model_kwargs.get("attention_mask")
+    reader = _Reader(model.model, cache, depth, None if mask is None or bool(mask.all()) else mask, len(input_ids))
+    if input_ids.shape[1] - 1 > cache.get_seq_length():
+        reader.read(input_ids[:, cache.get_seq_length() : -1])
+    choose = _Choice(logits_processor, generation_config.do_sample)
+    pad = generation_config._pad_token_tensor
+    going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    drafted = accepted = 0
+    while going.any():
+        left = max(1, stopping_criteria.max_length - input_ids.shape[1]) if stopping_criteria.max_length is not None else draft_tokens
+        guessed, guesses = reader.draft(input_ids, min(draft.length(), left), choose, model.lm_head)
+        logits = model.lm_head(reader.verify()).float()
+        taken, right = choose.check(input_ids, guessed, guesses, logits, going)
+        count, agreed = guessed.shape[1], right.cumprod(dim=1).sum(dim=1)
+        drafted += count * int(going.sum())
+        accepted += int(agreed[going].sum())
+        kept = min(int(agreed[going].min()) + 1, count)
+        draft.learn(kept, right=kept == count and bool(right[going, -1].all()))
+        for column in range(kept):
+            token = taken[:, column] if pad is None else torch.where(going, taken[:, column], pad)
+            input_ids = torch.cat([input_ids, token.unsqueeze(1)], dim=1)
+            if streamer is not None:
+                streamer.put(token.cpu())
+            going = going & ~stopping_criteria(input_ids, None)
+            if not going.any():
+                kept = column + 1
+                break
+        reader.take_back(count - kept)
+    if streamer is not None:
+        streamer.end()
+    if generation_config.return_dict_in_generate:
+        return SpeculativeOutput(input_ids, past_key_values=cache, drafted=drafted, accepted=accepted)  # type: ignore[arg-type]
+    return input_ids
+
+
+def _check_draft(draft_cycles: int, draft_tokens: int, depth: tuple[int, int], config: Any, model_kwargs: dict[str, Any]) -> None:
+    if not 0 <= draft_cycles < depth[0]:
+        raise ValueError(f"draft_cycles: expected at least 0 and less than H_cycles = {depth[0]}, got {draft_cycles}")
+    if draft_tokens < 1:
+        raise ValueError(f"draft_tokens: expected at least 1, got {draft_tokens}")
+    modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    for reason, met in (
+        ("one beam", config.get_generation_mode() in modes),
+        ("no halting", model_kwargs.get("halt") is None),
+        ("cache_policy 'full'", model_kwargs.get("cache_policy", "full") == "full"),
+        ("use_cache", config.use_cache is not False),
+        ("the dynamic cache", config.cache_implementation in (None, "dynamic")),
+        ("no scores, logits, states or attentions in the output", not any(getattr(config, f"output_{name}") for name in _NOT_KEPT)),
+    ):
+        if not met:
+            raise ValueError(f"draft_cycles: self-speculation works with {reason} only; leave draft_cycles out, or the other")
+
+
+_NOT_KEPT = ("scores", "logits", "hidden_states", "attentions")
+
+
+def _draft_cache(model: Any, draft_cycles: int, depth: tuple[int, int], model_kwargs: dict[str, Any]) -> RecursiveCache:
+    """The caller's, if it was made for such drafts, or a new one."""
+    given = model_kwargs.get("past_key_values")
+    if given is None or (given.get_seq_length() == 0 and not getattr(given, "_is_user_defined", False)):
+        given = RecursiveCache(model.config, *depth, draft_cycles=draft_cycles)
+    if getattr(given, "draft_cycles", None) != draft_cycles:
+        raise ValueError(
+            f"past_key_values: expected a cache for drafts, RecursiveCache(model.config, H_cycles={depth[0]}, L_cycles={depth[1]}, "
+            f"draft_cycles={draft_cycles}), got a {type(given).__name__} for draft_cycles={getattr(given, 'draft_cycles', None)}"
+        )
+    claim_cache(given, model.config, *depth)
+    return given
+
+
+class DraftLength:
+    """How many tokens to draft: what gives the most tokens per layer application, as often as drafts have lately been right.
+
+    A token that is drafted costs its prelude, first cycles and readout; verifying costs the other cycles and the coda, about as much for a
+    few tokens as for one, since it is the weights that have to be fetched.
+    """
+
+    def __init__(self, config: Any, draft_cycles: int, depth: tuple[int, int], most: int):
+        cycle = (depth[1] + 1) * config.L_layers
+        own = config.coda_layers + (config.L_layers if draft_cycles == 0 else draft_cycles * cycle)
+        self.drafting, self.verifying = config.prelude_layers + own, (depth[0] - draft_cycles) * cycle + config.coda_layers
+        self.most, self.right, self.seen = most, 4.0, 5.0  # four of five, until there is more to go by
+
+    def length(self) -> int:
+        rate = self.right / self.seen
+        tokens = [sum(rate**i for i in range(n)) for n in range(1, self.most + 1)]
+        speed = [gained / (n * self.drafting + self.verifying) for n, gained in enumerate(tokens, start=1)]
+        return 1 + speed.index(max(speed))
+
+    def learn(self, kept: int, right: bool) -> None:
+        """`kept` tokens stayed of a draft, of which the last was `right` or else corrected; what is long past counts less."""
+        self.right, self.seen = 0.9 * self.right + kept - (not right), 0.9 * self.seen + kept
+
+
+class _Reader:
+    """The two halves of a pass over the next tokens of a batch, and what both have to know."""
+
+    def __init__(self, base: Any, cache: RecursiveCache, depth: tuple[int, int], mask: torch.Tensor | None, rows: int):
+        self.base, self.cache, self.depth, self.mask, self.rows = base, cache, depth, mask, rows
+        self.open: list[Drafted] = []
+
+    def read(self, input_ids: torch.Tensor) -> None:
+        """Fill the cache, with draft and whole model, from tokens that are known."""
+        place = self._place(input_ids, self.cache.get_seq_length())
+        _, drafted = self.base.draft(input_ids, *place, self.cache, self.depth)
+        self.base.verify(drafted, *place, self.cache, self.depth)
+
+    def draft(self, input_ids: torch.Tensor, count: int, choose: "_Choice", head: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The next tokens `[B, count]` as the draft would have them, and for each the scores `[B, V]` that it was chosen from."""
+        self.start, self.open, ids, scores = self.cache.get_seq_length(), [], input_ids, []
+        for _ in range(count):
+            fed = ids[:, -1:]
+            state, drafted = self.base.draft(fed, *self._place(fed, self.start + len(self.open)), self.cache, self.depth)
+            self.open.append(drafted)
+            scores.append(choose.scores(ids, head(state)[:, -1].float()))
+            ids = torch.cat([ids, choose.token(scores[-1])], dim=1)
+        return ids[:, input_ids.shape[1] :], scores
+
+    def verify(self) -> torch.Tensor:
+        """`[B, count, D]` of the whole model, for the tokens that drafts were made from."""
+        drafted = Drafted.join(self.open)
+        return self.base.verify(drafted, *self._place(drafted.e, self.start), self.cache, self.depth)
+
+    def take_back(self, tokens: int) -> None:
+        if tokens > 0:
+            self.cache.crop(-tokens)
+
+    def _place(self, x: torch.Tensor, start: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Mask and positions of tokens that stand behind `start` others, the padding on the left not counted."""
+        stop = start + x.shape[1]
+        positions = torch.arange(start, stop, device=x.device).unsqueeze(0)
+        if self.mask is None:
+            return None, positions
+        if self.mask.shape[1] < stop:
+            self.mask = torch.nn.functional.pad(self.mask, (0, stop - self.mask.shape[1]), value=1)
+        padding = (self.mask[:, :stop] == 0).sum(dim=1, keepdim=True)
+        return self.mask[:, :stop], (positions - padding).clamp(min=0)
+
+
+class _Choice:
+    """The next token from logits, and whether the whole model would have it so."""
+
+    def __init__(self, processors: Any, sample: bool):
+        self.processors, self.sample = processors, sample
+
+    def scores(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return self.processors(input_ids, logits)
+
+    def token(self, scores: torch.Tensor) -> torch.Tensor:
+        """`[B, V]` to `[B, 1]`."""
+        return torch.multinomial(scores.softmax(dim=-1), 1) if self.sample else scores.argmax(dim=-1, keepdim=True)
+
+    def check(
+        self, input_ids: torch.Tensor, guessed: torch.Tensor, guesses: list[torch.Tensor], logits: torch.Tensor, going: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stands at each place, drafted or corrected, and whether the draft was right; each `[B, count]`.
+
+        A drafted token is kept with the chance p/q of its probabilities under model and draft, and else replaced by one drawn from what
+        of p is above q: so what stands is distributed as p (arXiv 2211.17192, algorithm 1). Ended rows agree with everything.
+        """
+        ids, taken, right = torch.cat([input_ids, guessed], dim=1), [], []
+        for column, guess in enumerate(guesses):
+            scores = self.scores(ids[:, : input_ids.shape[1] + column], logits[:, column])
+            token = guessed[:, column : column + 1]
+            if self.sample:
+                p, q = scores.softmax(dim=-1), guess.softmax(dim=-1)
+                keeps = torch.rand_like(p[:, :1]) * q.gather(1, token) < p.gather(1, token)
+                beyond = (p - q).clamp(min=0)
+                other = torch.multinomial(torch.where(beyond.sum(dim=-1, keepdim=True) > 0, beyond, p), 1)
+            else:
+                other = scores.argmax(dim=-1, keepdim=True)
+                keeps = other == token
+            taken.append(torch.where(keeps, token, other))
+            right.append(keeps | ~going.unsqueeze(1))
+        return torch.cat(taken, dim=1), torch.cat(right, dim=1)

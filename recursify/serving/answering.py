@@ -1,0 +1,278 @@
+"""The texts that answer one request, from what was asked to pieces of text.
+
+    Service   model, tokenizer and engine, and what they can do for a request
+    Answer    the texts of one request, on their way
+
+Floor 3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..dialogue import Dialogue
+from ..errors import UserError
+from ..generation import encode_prompt, end_tokens
+from ..modeling_recursive_llm import RecursiveLLM
+from ..streaming import Row
+from .engine import Depth, Engine, Event, Job, QueueFull, Ticket, Unavailable
+from .metrics import Labels, Metrics, labelled
+from .protocol import ApiError, Ask, ChatAsk, CompletionAsk
+from .sampling import Choice
+from .settings import ServeSettings
+
+_COMPLETION_TOKENS = 16  # of OpenAI's completions that name no number
+_RETRY_SECONDS = 1
+_CONTEXT = 8  # tokens of the prompt that a decoder may look at before the first that is written
+
+
+class Service:
+    """What there is to serve.
+
+    Args:
+        model, tokenizer: As `recursify.evaluation.load_any` gives them; the model on its device.
+
+    Raises:
+        UserError: Depths of a plain donor, a tokenizer of another model, caches that do not fit.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, settings: ServeSettings):
+        self.model, self.tokenizer, self.name, self.settings = model, tokenizer, name, settings
+        self.ends = [*dict.fromkeys([*end_tokens(model, tokenizer), *Dialogue(tokenizer).ends])]
+        encode_prompt(model, tokenizer, "a")  # says so if they do not belong together
+        depths = _depths(model, settings)
+        cache_tokens, batch_tokens = settings.sizes(model.device)
+        sizes = {"cache_tokens": cache_tokens, "batch_tokens": batch_tokens, "max_running": settings.max_running}
+        self.engine = Engine(model, self.ends, depths, max_queue=settings.max_queue, **sizes)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        self.longest = min(self.engine.longest, positions or self.engine.longest)
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        # One thread, so that a long prompt does not hold up the event loop, nor two meet in the tokenizer.
+        self.reader = ThreadPoolExecutor(1, "tokenizer")
+
+    @property
+    def depths(self) -> list[int]:
+        return [depth for depth in self.engine.batchers if depth is not None]
+
+    async def answer(self, ask: Ask) -> Answer:
+        """Begin to answer.
+
+        Raises:
+            ApiError: Something that this server has not got, a prompt that is too long, a queue that is full.
+        """
+        depth = self._depth(ask.H_cycles)
+        if ask.model is not None and ask.model != self.name:
+            raise ApiError(404, f"model: there is no {ask.model[:80]!r} here, only {self.name!r}", param="model", code="model_not_found")
+        n = ask.n or 1
+        count = n * (len(ask.prompts) if isinstance(ask, CompletionAsk) else 1)
+        most = self.settings.max_choices
+        if count > most:
+            raise ApiError(400, f"n: {count} texts are asked for; this server writes at most {most} for one request", param="n")
+        prompts = await asyncio.get_running_loop().run_in_executor(self.reader, self._read, ask)
+        jobs = self._jobs(ask, prompts, n)
+        answer = Answer(self, depth, prompts, n, ask.stops)
+        try:
+            answer.begin(jobs)
+        except QueueFull:
+            raise ApiError(
+                429, "the queue is full; try again in a moment", code="queue_full", headers={"retry-after": str(_RETRY_SECONDS)}
+            ) from None
+        except Unavailable as error:
+            raise ApiError(503, str(error), code="unavailable") from None
+        return answer
+
+    def gauges(self) -> dict[str, dict[Labels, float]]:
+        """What `Metrics.render` cannot know."""
+        by_depth = {labelled(H_cycles=name_of(depth)): batcher for depth, batcher in self.engine.batchers.items()}
+        return {
+            "recursify_running": {key: len(batcher.running) for key, batcher in by_depth.items()},
+            "recursify_queued": {key: len(batcher.waiting) for key, batcher in by_depth.items()},
+            "recursify_cache_blocks": {key: batcher.blocks for key, batcher in by_depth.items()},
+            "recursify_cache_blocks_free": {key: batcher.free_blocks for key, batcher in by_depth.items()},
+            "recursify_up": {labelled(): int(self.engine.obstacle is None)},
+        }
+
+    def close(self) -> None:
+        """End all threads. Any thread may call it."""
+        self.engine.stop()
+        self.reader.shutdown()
+
+    def _depth(self, wanted: int | None) -> Depth:
+        if wanted is None:
+            return self.engine.default
+        if wanted not in self.engine.batchers:
+            offered = ", ".join(map(str, self.depths))
+            has = f"this server offers {offered}" if offered else "this model has no cycles; leave it out"
+            raise ApiError(400, f"H_cycles: {has}; got {wanted}", param="H_cycles", code="unknown_depth")
+        return wanted
+
+    def _read(self, ask: Ask) -> list[list[int]]:
+        """Token ids of every prompt. Runs in the thread of the tokenizer."""
+        if isinstance(ask, ChatAsk):
+            return [self._read_chat(ask)]
+        assert isinstance(ask, CompletionAsk)
+        return [self._read_prompt(prompt) for prompt in ask.prompts]
+
+    def _read_prompt(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            if max(prompt) >= self.vocabulary:
+                raise ApiError(400, f"prompt: token ids are 0 to {self.vocabulary - 1} here, got {max(prompt)}", param="prompt")
+            return prompt
+        try:
+            # Its length is checked later, together with what is to come.
+            return encode_prompt(_Boundless(self.model), self.tokenizer, prompt)
+        except UserError as error:
+            raise ApiError(400, str(error).removeprefix("--"), param="prompt") from None
+
+    def _read_chat(self, ask: ChatAsk) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise ApiError(
+                400, f"messages: {self.name!r} has no chat template; use /v1/completions", param="messages", code="no_chat_template"
+            )
+        messages = [message.as_template() for message in ask.messages]
+        try:
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except (TemplateError, TypeError, ValueError) as error:  # templates are programs, and expect what they expect
+            raise ApiError(400, f"messages: the model's chat template refuses them: {error}", param="messages") from None
+        if not ids:
+            raise ApiError(400, "messages: the model's chat template makes nothing of them", param="messages")
+        return list(ids)
+
+    def _jobs(self, ask: Ask, prompts: list[list[int]], n: int) -> list[Job]:
+        """One for each text, in the order of the choices."""
+        seed = secrets.randbits(64) if ask.seed is None else ask.seed
+        temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, ask.top_p or 1.0
+        jobs: list[Job] = []
+        for prompt in prompts:
+            limit = self._limit(ask, len(prompt))
+            jobs += [Job(prompt, limit, Choice(temperature, top_p, seed, len(jobs) + i)) for i in range(n)]
+        return jobs
+
+    def _limit(self, ask: Ask, prompt: int) -> int:
+        """How many tokens may follow a prompt of so many."""
+        room, most = self.longest - prompt, self.settings.max_completion_tokens
+        param = "messages" if isinstance(ask, ChatAsk) else "prompt"
+        if room < 1:
+            raise ApiError(
+                400, f"{param}: has {prompt} tokens; prompt and answer together have room for {self.longest}", param=param,
+                code="context_length_exceeded",
+            )  # fmt: skip
+        if ask.limit is None:
+            return min(room, most if isinstance(ask, ChatAsk) else min(most, _COMPLETION_TOKENS))
+        name, wanted = ask.limit
+        if wanted > most:
+            raise ApiError(400, f"{name}: at most {most} on this server, got {wanted}", param=name)
+        if wanted > room:
+            raise ApiError(
+                400, f"{name}: the prompt has {prompt} tokens, and prompt and answer together have room for {self.longest}, so at most "
+                f"{room}; got {wanted}", param=name, code="context_length_exceeded",
+            )  # fmt: skip
+        return wanted
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Of choice number `index`: text that is certain, and, with the last one, why it ends there."""
+
+    index: int
+    text: str
+    reason: str | None = None
+
+
+class Answer:
+    """The texts of one request. Whoever has one calls `close`, whatever happens."""
+
+    def __init__(self, service: Service, depth: Depth, prompts: list[list[int]], n: int, stops: list[str]):
+        self.service, self.depth, self.label = service, depth, name_of(depth)
+        self.prompt_tokens = sum(map(len, prompts))
+        self.fresh: list[list[str]] = [[] for _ in range(len(prompts) * n)]  # text of each choice that has not been handed on
+        starts = [prompt[-_CONTEXT:] for prompt in prompts for _ in range(n)]
+        self.rows = [
+            Row(service.tokenizer, start, service.ends, stops, fresh.append) for start, fresh in zip(starts, self.fresh, strict=True)
+        ]
+        self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.open: dict[int, Ticket] = {}
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens written so far, end tokens included."""
+        return sum(len(row.token_ids) for row in self.rows)
+
+    def begin(self, jobs: list[Job]) -> None:
+        """Raises QueueFull, Unavailable: nothing has begun."""
+        tickets = self.service.engine.submit(self.depth, jobs, lambda number, event: self.events.put_nowait((number, event)))
+        self.open = dict(enumerate(tickets))
+        self.service.metrics.add("recursify_prompt_tokens_total", self.prompt_tokens, H_cycles=self.label)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Text as it comes, of all choices in turn; one piece with a reason for each.
+
+        Raises:
+            ApiError: The engine has given up.
+        """
+        while self.open:
+            index, event = await self.events.get()
+            if index not in self.open:
+                continue
+            if isinstance(event, Exception):
+                raise ApiError(503, str(event), code="unavailable")
+            piece = self._piece(index, event)
+            if piece.text or piece.reason:
+                yield piece
+
+    def close(self) -> None:
+        """Give up what is not over; its place is free again."""
+        for index in list(self.open):
+            self._over(index, "cancelled")
+
+    def _piece(self, index: int, event: list[int] | None) -> Piece:
+        row = self.rows[index]
+        for token in event or ():
+            if row.finish is None:  # the manager may be a token ahead of a stop string
+                row.put(token)
+        if event is None:
+            row.close("length")
+        if row.finish is not None:
+            self._over(index, row.finish)
+        text = "".join(self.fresh[index])
+        self.fresh[index].clear()
+        return Piece(index, text, row.finish)
+
+    def _over(self, index: int, reason: str) -> None:
+        self.service.engine.cancel(self.depth, self.open.pop(index))
+        metrics = self.service.metrics
+        metrics.add("recursify_texts_total", H_cycles=self.label, end=reason)
+        metrics.add("recursify_completion_tokens_total", len(self.rows[index].token_ids), H_cycles=self.label)
+
+
+def name_of(depth: Depth) -> str:
+    """A depth as a label; a plain donor has none."""
+    return "" if depth is None else str(depth)
+
+
+def _depths(model: Any, settings: ServeSettings) -> tuple[int, ...]:
+    wanted = settings.wanted_depths()
+    if isinstance(model, RecursiveLLM):
+        config: Any = model.config
+        return wanted or (config.H_cycles,)
+    if wanted:
+        raise UserError(f"--depths: {settings.checkpoint} is a plain model without cycles; leave the flag out")
+    return ()
+
+
+class _Boundless:
+    """A model for `encode_prompt`, whose words on length speak of flags."""
+
+    def __init__(self, model: Any):
+        self.get_input_embeddings = model.get_input_embeddings
+        self.config = object()

@@ -1,0 +1,257 @@
+"""HTTP: routes, limits on what is read, errors in OpenAI's shape. Needs FastAPI. Floor 3."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from .answering import Answer, Service
+from .protocol import ApiError, ChatAsk, ChatShape, CompletionAsk, CompletionShape, Shape, read, usage
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_GONE = 499  # not sent, counted: the client went before its answer
+_KINDS: dict[str, tuple[type[Any], type[Shape]]] = {
+    "/v1/completions": (CompletionAsk, CompletionShape),
+    "/v1/chat/completions": (ChatAsk, ChatShape),
+}
+_ROUTES = (*_KINDS, "/v1/models", "/health", "/metrics")
+_DRAIN_SECONDS = 2.0  # that a body which is too long may go on, so that its sender gets to reading why
+
+
+class Gone(Exception):
+    """The client went away."""
+
+
+def make_app(service: Service) -> Any:
+    """The ASGI application over a service that has been started."""
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    for path, (ask_kind, shape_kind) in _KINDS.items():
+        app.add_api_route(path, _generating(service, ask_kind, shape_kind), methods=["POST"], response_model=None)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        _check_key(service, request)
+        return JSONResponse({"object": "list", "data": [_model(service)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        _check_key(service, request)
+        if name != service.name:
+            raise ApiError(404, f"model: there is no {name!r} here, only {service.name!r}", param="model", code="model_not_found")
+        return JSONResponse(_model(service))
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    async def health() -> Response:
+        obstacle = service.engine.obstacle
+        return JSONResponse({"status": obstacle or "ok"}, 200 if obstacle is None else 503)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        _check_key(service, request)
+        page = service.metrics.render(service.gauges())
+        return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
+
+    app.add_exception_handler(ApiError, _told)
+    app.add_exception_handler(HTTPException, _told)
+    app.add_exception_handler(Exception, _told)
+    return _Counted(app, service)
+
+
+def _generating(service: Service, ask_kind: type[Any], shape_kind: type[Shape]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    async def generate(request: Request) -> Response:
+        _check_key(service, request)
+        if (obstacle := service.engine.obstacle) is not None:  # before a long body is read
+            raise ApiError(503, obstacle, code="unavailable")
+        deadline = asyncio.get_running_loop().time() + service.settings.request_timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                ask = read(ask_kind, await _body(request, service.settings.max_body_bytes))
+                shape = shape_kind(service.name, ask.wants_usage)
+                answer = await service.answer(ask)
+                if ask.stream:
+                    return EventStream(answer, shape, deadline)
+                try:
+                    return JSONResponse(await _unless_gone(request.receive, _whole(answer, shape)))
+                finally:
+                    answer.close()
+        except TimeoutError:
+            raise _too_slow(service) from None
+        except Gone:
+            return Response(status_code=_GONE)
+
+    return generate
+
+
+def _too_slow(service: Service) -> ApiError:
+    return ApiError(504, f"no answer within {service.settings.request_timeout:g} seconds", code="timeout")
+
+
+async def _whole(answer: Answer, shape: Shape) -> dict[str, Any]:
+    """All choices, and what they took."""
+    texts = ["" for _ in answer.rows]
+    reasons = ["" for _ in answer.rows]
+    async for piece in answer.pieces():
+        texts[piece.index] += piece.text
+        reasons[piece.index] = piece.reason or ""
+    return shape.answer(list(zip(texts, reasons, strict=True)), usage(answer.prompt_tokens, answer.completion_tokens))
+
+
+class EventStream(Response):
+    """Server-sent events: a chunk for every piece, then perhaps the usage, then `[DONE]`; an error takes the place of the rest."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, shape: Shape, deadline: float):
+        self.answer, self.shape, self.deadline = answer, shape, deadline
+        self.status_code, self.background = 200, None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(receive, self._send_all(send))
+        except Gone:
+            scope["recursify.status"] = _GONE
+        finally:
+            self.answer.close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                async for event in self._events():
+                    await send({"type": "http.response.body", "body": _data(json.dumps(event, ensure_ascii=False)), "more_body": True})
+            last = _data("[DONE]")
+        except (ApiError, TimeoutError) as error:
+            told = error if isinstance(error, ApiError) else _too_slow(self.answer.service)
+            last = _data(json.dumps(told.body))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _events(self) -> AsyncIterator[dict[str, Any]]:
+        for index in range(len(self.answer.rows)):
+            if (opening := self.shape.opening(index)) is not None:
+                yield opening
+        async for piece in self.answer.pieces():
+            if piece.text:
+                yield self.shape.chunk(piece.index, piece.text, None)
+            if piece.reason:
+                yield self.shape.chunk(piece.index, "", piece.reason)
+        if self.shape.wants_usage:
+            yield self.shape.usage_chunk(usage(self.answer.prompt_tokens, self.answer.completion_tokens))
+
+
+def _data(text: str) -> bytes:
+    return f"data: {text}\n\n".encode()
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of `work`, which is cancelled when the client goes.
+
+    Raises:
+        Gone: It went.
+    """
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body, of `most` bytes at most, whatever its header says of its length.
+
+    Raises:
+        ApiError: 413.
+        Gone: The client left off.
+    """
+    parts: list[bytes] = []
+    length, give_up = 0, float("inf")
+    loop = asyncio.get_running_loop()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        part = message.get("body", b"")
+        length += len(part)
+        if length <= most:
+            parts.append(part)
+        else:
+            parts.clear()
+            give_up = min(give_up, loop.time() + _DRAIN_SECONDS)
+        over = not message.get("more_body", False)
+        if length > most and (over or loop.time() > give_up):
+            raise ApiError(413, f"the body is longer than {most} bytes, the most that this server reads", code="body_too_large")
+        if over:
+            return b"".join(parts)
+
+
+def _check_key(service: Service, request: Request) -> None:
+    key = service.settings.key
+    if key is None:
+        return
+    given = request.headers.get("authorization", "")
+    if not secrets.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
+        raise ApiError(
+            401, "expected this server's API key in the header Authorization: Bearer KEY", code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )  # fmt: skip
+
+
+def _model(service: Service) -> dict[str, Any]:
+    """An entry of the list of models, with the depths beside what OpenAI has."""
+    depths = {"H_cycles": {"offered": service.depths, "default": service.engine.default}} if service.depths else {}
+    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "recursify", **depths}
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    """Any error in OpenAI's shape; of one that is ours, nothing but that it is."""
+    if isinstance(error, HTTPException):
+        words = {404: f"there is no {request.url.path!r} here", 405: f"{request.url.path} does not take {request.method}"}
+        error = ApiError(error.status_code, words.get(error.status_code, str(error.detail)), headers=error.headers)
+    if not isinstance(error, ApiError):
+        error = ApiError(500, "the server has failed; its log says why", code="internal_error")
+    return JSONResponse(error.body, error.status, headers=dict(error.headers or {}))
+
+
+class _Counted:
+    """Counts what is answered, by route and status."""
+
+    def __init__(self, app: Any, service: Service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        status = _GONE
+
+        async def seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, seen)
+        finally:
+            status = scope.get("recursify.status", status)
+            path = scope["path"]
+            route = path if path in _ROUTES else "/v1/models" if path.startswith("/v1/models/") else "other"
+            self.service.metrics.add("recursify_requests_total", route=route, status=status)

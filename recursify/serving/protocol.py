@@ -1,0 +1,238 @@
+"""What a body may say, and what an answer looks like, as OpenAI's API has it. Needs pydantic, which comes with FastAPI. Floor 3."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+_STOPS = 16
+_SHOWN = 80  # characters of a bad value that its error repeats
+
+# Fields of OpenAI's API that change nothing here.
+_HARMLESS = frozenset({"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
+# Those that would change the answer, with the values at which they do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
+    "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "moderation": (), "parallel_tool_calls": (True, False),
+    "prediction": (), "presence_penalty": (0,), "reasoning_effort": (), "response_format": ({"type": "text"},), "store": (False,),
+    "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
+}  # fmt: skip
+# Instead of what pydantic says of each branch of a choice of types.
+_EXPECTED = {
+    "prompt": "some text, a list of texts, a list of token ids, or a list of such lists; none of them empty",
+    "stop": f"a text, or a list of up to {_STOPS} texts; none of them empty",
+    "content": "a text, or a list of parts of type text",
+}
+
+
+class ApiError(Exception):
+    """What went wrong, as the client is told."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[Id], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    """No number for a text, no text for a number; what is unknown is kept for `_refuse_others` to judge."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Ask(_Strict):
+    """What completions and chats have in common. None is the default, as for a field that is left out."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=_STOPS)] | None = None
+    H_cycles: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def limit(self) -> tuple[str, int] | None:
+        """The field that says how long an answer may be, and what it says."""
+        given = [(name, value) for name in ("max_completion_tokens", "max_tokens") if (value := getattr(self, name)) is not None]
+        return given[0] if given else None
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionAsk(Ask):
+    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if alone else self.prompt  # type: ignore[list-item, return-value]
+
+
+class Part(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    def as_template(self) -> dict[str, str]:
+        """As a chat template takes it; `developer` is OpenAI's newer word for `system`."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatAsk(Ask):
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+
+def read(kind: type[Ask], body: bytes) -> Any:
+    """A body as `kind`.
+
+    Raises:
+        ApiError: 400, with the field that is wrong.
+    """
+    try:
+        ask = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explained(error) from None
+    _refuse_others(ask, kind)
+    for message in getattr(ask, "messages", ()):
+        # `name` says who speaks; a client that hands back an answer hands back its empty fields too
+        for name, value in (message.model_extra or {}).items():
+            if name != "name" and value not in (None, [], {}):
+                raise ApiError(400, f"messages: a message has {name}, which this server does not read", param="messages")
+    if ask.stream_options is not None and not ask.stream:
+        raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
+    if None not in (ask.max_tokens, ask.max_completion_tokens) and ask.max_tokens != ask.max_completion_tokens:
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+    return ask
+
+
+def _explained(error: ValidationError) -> ApiError:
+    """The first fault, in one line."""
+    fault = error.errors(include_url=False, include_context=False)[0]
+    where = [str(part) for part in fault["loc"]]
+    if not where:
+        return ApiError(400, f"the body is not a JSON object: {fault['msg']}", code="invalid_json")
+    if fault["type"] == "missing":
+        return ApiError(400, f"{'.'.join(where)}: missing", param=where[0])
+    for at, name in enumerate(where):
+        if name in _EXPECTED:
+            return ApiError(400, f"{'.'.join(where[: at + 1])}: expected {_EXPECTED[name]}", param=where[0])
+    said = fault["msg"][:1].lower() + fault["msg"][1:]
+    return ApiError(400, f"{'.'.join(where)}: {said}; got {_short(fault['input'])}", param=where[0])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _refuse_others(ask: Ask, kind: type[Ask]) -> None:
+    """Fields beyond those of `kind`: harmless, at a value that asks for nothing, or refused."""
+    for name, value in (ask.model_extra or {}).items():
+        if name in _HARMLESS or (name in _NEUTRAL and (value is None or value in _NEUTRAL[name])):
+            continue
+        if name in _NEUTRAL:
+            raise ApiError(400, f"{name}: this server does not support it; leave it out", param=name, code="unsupported_parameter")
+        near = difflib.get_close_matches(name, [*kind.model_fields, *_NEUTRAL], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ApiError(400, f"{name[:_SHOWN]}: no such field{hint}", param=name[:_SHOWN], code="unknown_parameter")
+
+
+class Shape:
+    """The objects of one answer. Subclasses say what completions and chats call things."""
+
+    prefix = whole = piece = ""
+
+    def __init__(self, model: str, wants_usage: bool):
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.wants_usage = wants_usage
+
+    def answer(self, texts: list[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
+        """All of it: (text, finish_reason) of each choice."""
+        choices = [self.choice(index, text, reason) for index, (text, reason) in enumerate(texts)]
+        return {**self.head, "object": self.whole, "choices": choices, "usage": usage}
+
+    def chunk(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        return self._chunk([self.delta(index, text, reason)])
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What comes before a choice's first piece."""
+        return None
+
+    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        return {**self._chunk([]), "usage": usage}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.head, "object": self.piece, "choices": choices, **({"usage": None} if self.wants_usage else {})}
+
+    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionShape(Shape):
+    prefix, whole, piece = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+    delta = choice
+
+
+class ChatShape(Shape):
+    prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "delta": {"content": text} if text else {}, "logprobs": None, "finish_reason": reason}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -1,0 +1,196 @@
+"""From the flags to a server that is up, and down again. Floor 3."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..device import choose_device
+from ..errors import UserError
+from .settings import ServeSettings
+
+if TYPE_CHECKING:
+    from .answering import Service
+
+_NEEDED = ("fastapi", "uvicorn")
+_TICK = 0.05  # seconds between looks at whether all is answered
+_GOODBYE = 5  # seconds that connections have to take the last of their answers
+_KILLED = 130  # the shell's status of a program that was interrupted
+
+
+def run(settings: ServeSettings, say: Callable[[str], object] | None = None) -> None:
+    """Serve until Ctrl-C or SIGTERM; a second one ends the process at once.
+
+    Args:
+        say: Called with each line about the start and the end; None prints.
+
+    Raises:
+        UserError: A flag out of range, a checkpoint that cannot be read, caches that do not fit, a port that is taken, packages that are
+            missing.
+    """
+    say = say or _print
+    settings.validate()
+    need_packages()
+    with bound(settings.host, settings.port) as sock:
+        service = load(settings)
+        for line in described(service):
+            say(line)
+        stop = Stop()
+        with stop.on_signals():
+            asyncio.run(serve(service, sock, stop, ready=lambda: say(f"listening on {address(sock)}; Ctrl-C stops")))
+    say("stopped")
+
+
+def need_packages() -> None:
+    """Raises UserError where FastAPI or uvicorn is missing."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(f'{" and ".join(missing)}: not installed, and the server needs it; pip install "recursify[serve]"')
+
+
+def load(settings: ServeSettings) -> Service:
+    """Model, tokenizer and caches, ready to be served.
+
+    Raises:
+        UserError: As `run`.
+    """
+    from ..evaluation import load_any
+    from .answering import Service
+
+    device = choose_device(settings.device)
+    model, tokenizer = load_any(settings.checkpoint, settings.tokenizer_path)
+    dtype = model.dtype if settings.dtype is None else getattr(torch, settings.dtype)
+    path = Path(settings.checkpoint)
+    name = settings.model_name or (path.absolute().name.removesuffix(".pt") if path.exists() else settings.checkpoint)
+    return Service(model.to(device=device, dtype=dtype).eval(), tokenizer, name, settings)
+
+
+def described(service: Service) -> Iterator[str]:
+    """What a person wants to know at the start, in lines."""
+    engine, model = service.engine, service.model
+    offered = f", H_cycles {', '.join(map(str, service.depths))} (default {engine.default})" if service.depths else ""
+    yield f"model {service.name}{offered}, {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    for depth, batcher in engine.batchers.items():
+        where = "" if depth is None else f" at H_cycles {depth}"
+        yield f"cache{where}: {batcher.blocks} blocks of {batcher.page} tokens, {batcher.memory / 1e6:,.0f} MB"
+    yield f"a text has at most {service.longest} tokens, prompt included; {service.settings.max_running} are written at once"
+
+
+async def serve(service: Service, sock: socket.socket, stop: Stop, ready: Callable[[], object] = lambda: None) -> None:
+    """Answer on a bound socket until `stop` is asked for; then finish what runs, for as long as the settings say.
+
+    Args:
+        ready: Called once when requests are taken.
+    """
+    import uvicorn
+
+    from .app import make_app
+
+    class Server(uvicorn.Server):
+        def capture_signals(self) -> Any:  # which are ours
+            return nullcontext()
+
+    config = uvicorn.Config(
+        make_app(service), http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=_GOODBYE,
+    )  # fmt: skip
+    server = Server(config)
+    asked = stop.here()
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        service.engine.start()
+        while not server.started and not serving.done():
+            await asyncio.sleep(_TICK)
+        ready()
+        await asyncio.wait({serving, asyncio.ensure_future(asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        service.engine.stopping = True
+        await _until_idle(service, service.settings.shutdown_timeout)
+    finally:
+        service.engine.abandon()
+        server.should_exit = True
+        await asyncio.gather(serving, asyncio.to_thread(service.close))
+
+
+async def _until_idle(service: Service, seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not service.engine.idle and loop.time() < deadline:
+        await asyncio.sleep(_TICK)
+
+
+class Stop:
+    """The wish that a server stop, which may come from any thread, and before it has begun."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event = asyncio.Event()
+
+    def here(self) -> asyncio.Event:
+        """The event that is set when it comes, for the running loop."""
+        self._loop = asyncio.get_running_loop()
+        if self.asked:
+            self._event.set()
+        return self._event
+
+    def ask(self) -> None:
+        self.asked = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM ask; the second of them ends the process as it stands. Main thread only."""
+        before = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+    def _on_signal(self, kind: int, frame: object) -> None:
+        if self.asked:
+            os._exit(_KILLED)
+        self.ask()
+
+
+@contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at an address, on which nobody listens yet.
+
+    Raises:
+        UserError: No such host, or the port is taken or not ours to take.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise UserError(f"--host: expected an address of this machine, got {host!r} ({error.strerror or error})") from error
+    with socket.socket(family, kind, protocol) as sock:
+        if os.name == "posix":  # a port whose last server has just gone is free; elsewhere the option means another thing
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(where)
+        except OSError as error:
+            raise UserError(
+                f"--port: {host} port {port} cannot be had ({error.strerror}); choose another, or 0 for any free one"
+            ) from error
+        yield sock
+
+
+def address(sock: socket.socket) -> str:
+    """Where clients find it, as a URL."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,119 @@
+"""The next token of each text in a batch, by that text's own temperature, top_p and seed.
+
+transformers' batch manager samples all of a batch or none of it, from one random state, so that what one client gets would depend on
+who else is there. Here the manager always takes the largest score, and this puts noise on the scores of those who sample: the largest of
+logit + Gumbel noise is a draw from softmax(logits). The noise is a function of the text's seed, its number among the request's texts,
+the position, and the token, and of nothing else. V is the vocabulary size. Floor 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+
+# Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
+_GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one text chooses its tokens.
+
+    Args:
+        temperature: 0 is greedy.
+        top_p: Above 0, at most 1 (off).
+        seed: Any whole number.
+        index: Which of the request's texts it is: they differ, though their seed is one.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    index: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < _GREEDY_BELOW
+
+    def key(self, position: int) -> int:
+        """64 bits, signed, that stand for this text at this position."""
+        said = f"{self.seed}/{self.index}/{position}".encode()
+        return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little", signed=True)
+
+
+class EachItsOwn(ContinuousBatchingLogitsProcessorList):
+    """In the place of the manager's list of logits processors; a request brings `choice=Choice(...)`.
+
+    Keeps the choices of the batch that is on its way in Python, so the manager must not run ahead nor replay a graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(LogitsProcessorList())
+        self.do_processing = True
+        self.supported_keys = {"choice": Choice}
+        self.rows: list[tuple[Choice, int]] = []
+
+    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
+        """Note who gets a token in this pass, and at which position."""
+        states = [request.state for request in requests_in_batch if request.has_new_token]
+        self.rows = [(state.logit_processor_kwargs["choice"], state.position_offset) for state in states]
+        return arg_storage
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor) -> torch.Tensor:
+        """Logits `[texts, V]`, some rows of which may belong to nobody, to scores whose largest is the choice."""
+        drawn = [row for row, (choice, _) in enumerate(self.rows) if not choice.greedy]
+        if drawn:
+            choices = [self.rows[row] for row in drawn]
+            scores[drawn] = choose(scores[drawn], [choice for choice, _ in choices], [choice.key(at) for choice, at in choices])
+        return scores
+
+
+def choose(logits: torch.Tensor, choices: list[Choice], keys: list[int]) -> torch.Tensor:
+    """Logits `[n, V]` in float32 to scores `[n, V]` whose largest entry is a draw, each row by its own choice and 64-bit key."""
+    temperature = torch.tensor([choice.temperature for choice in choices], device=logits.device)
+    scores = logits / temperature[:, None]
+    top_p = torch.tensor([choice.top_p for choice in choices], device=logits.device)
+    if any(choice.top_p < 1 for choice in choices):
+        scores = _nucleus(scores, top_p)
+    return scores + gumbel(torch.tensor(keys, device=logits.device), logits.shape[-1])
+
+
+def _nucleus(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Without the tokens beyond the likeliest ones that together have `top_p` `[n]`; the likeliest always stays."""
+    ordered, order = scores.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    beyond = (before >= top_p[:, None]) & (top_p[:, None] < 1)
+    beyond[:, 0] = False
+    return scores.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+
+
+def gumbel(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Gumbel noise `[n, V]` in float32, a function of keys `[n]` in int64 and nothing else.
+
+    Bits by counting and mixing (SplitMix64): whole numbers, so the same on every device and in every batch.
+    """
+    x = keys[:, None] + _GOLDEN * torch.arange(1, vocabulary + 1, device=keys.device)
+    x = (x ^ _shifted(x, 30)) * _MIX[0]
+    x = (x ^ _shifted(x, 27)) * _MIX[1]
+    x = x ^ _shifted(x, 31)
+    uniform = (_shifted(x, 32).float() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the right, as if int64 had no sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)

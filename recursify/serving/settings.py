@@ -1,0 +1,110 @@
+"""The flags of the server. Floor 3."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..device import choose_device
+from ..errors import UserError
+
+API_KEY = "RECURSIFY_API_KEY"
+
+
+@dataclass(kw_only=True)
+class ServeSettings:
+    """Answer requests over HTTP, in the manner of OpenAI's API."""
+
+    checkpoint: str
+    """A .pt file with its _tokenizer folder beside it, or a folder in Hugging Face layout; a plain donor serves too, without depths."""
+    depths: tuple[int | str, ...] = ()
+    """Cycle counts among which a request chooses with H_cycles: 1 3 5, or 1,3,5. Each has a cache of its own. Default: the checkpoint's."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every one of this machine."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one and prints it."""
+    api_key: str | None = None
+    """Refuse requests without this key. Default: what the environment variable RECURSIFY_API_KEY holds, which other users cannot see."""
+    model_name: str | None = None
+    """Name that clients know the model by. Default: the checkpoint's."""
+    tokenizer_path: str | None = None
+    """Folder or hub id of the tokenizer. Default: the one saved with the checkpoint."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps. Default: cuda where there is one, else mps, else cpu."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of weights and cache. Default: as stored."""
+    cache_tokens: int | None = None
+    """Tokens that the cache of each depth holds, of all its requests together. Default: 8192, 65536 on a GPU."""
+    batch_tokens: int | None = None
+    """Tokens that go through the model in one pass at most; longer prompts are read in several. Default: 512, 2048 on a GPU."""
+    max_running: int = 32
+    """Texts that are written at once at each depth; more wait."""
+    max_queue: int = 128
+    """Texts that may wait, over all depths; a request beyond that is told to come back later."""
+    max_completion_tokens: int = 1024
+    """Most tokens that a request may ask for, for each text; a chat that names no number gets as many."""
+    max_choices: int = 16
+    """Most texts that one request may ask for: its prompts times n."""
+    max_body_bytes: int = 2_000_000
+    """Longest request body."""
+    request_timeout: float = 600.0
+    """Seconds after which a request is given up, waiting included."""
+    shutdown_timeout: float = 30.0
+    """Seconds that running requests have to finish after Ctrl-C or SIGTERM."""
+
+    def validate(self) -> None:
+        """Check all that can be checked without the model.
+
+        Raises:
+            UserError: A value out of range.
+        """
+        self.wanted_depths()
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"--port: expected 0 to {2**16 - 1} (0 is any free one), got {self.port}")
+        for name in ("max_running", "max_completion_tokens", "max_choices", "max_body_bytes", "cache_tokens", "batch_tokens"):
+            self._at_least(name, 1)
+        self._at_least("max_queue", 0)
+        for name in ("request_timeout", "shutdown_timeout"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"--{name}: expected seconds, at least 0, got {value}")
+        if self.request_timeout == 0:
+            raise UserError("--request_timeout: expected more than 0 seconds, got 0")
+        if self.batch_tokens is not None and self.batch_tokens < self.max_running:
+            raise UserError(
+                f"--batch_tokens: expected at least --max_running, {self.max_running}, since each text takes a token of a pass; "
+                f"got {self.batch_tokens}"
+            )
+        for name in ("api_key", "model_name"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name}: expected some text, got an empty one")
+        choose_device(self.device)
+
+    def wanted_depths(self) -> tuple[int, ...]:
+        """`depths` as numbers, each once, in the order given.
+
+        Raises:
+            UserError: One that is no whole number of at least 0.
+        """
+        words = [word for part in self.depths for word in str(part).split(",")]
+        for word in words:
+            if not word.strip().isdecimal():
+                raise UserError(f"--depths: expected whole numbers of at least 0, such as 1 3 5, got {word!r}")
+        return tuple(dict.fromkeys(int(word) for word in words))
+
+    @property
+    def key(self) -> str | None:
+        """The key that requests must show; None where none is asked for."""
+        return self.api_key or os.environ.get(API_KEY) or None
+
+    def sizes(self, device: Any) -> tuple[int, int]:
+        """(tokens of a cache, tokens of a pass) on a `torch.device`, with defaults filled in."""
+        cache, batch = (8192, 512) if device.type == "cpu" else (65536, 2048)
+        return self.cache_tokens or cache, self.batch_tokens or max(batch, self.max_running)
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}: expected at least {least}, got {value}")

@@ -1,0 +1,81 @@
+"""Conversations as prompts: the tokenizer's template, its end of a turn, and plain lines where there is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_tiny_tokenizer
+from transformers import AutoTokenizer
+
+from recursify.dialogue import Dialogue
+from recursify.errors import UserError
+
+DATA = Path(os.environ.get("RECURSIFY_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+QWEN = DATA / "qwen2_tokenizer"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "龙虾🦞"}]  # fmt: skip
+
+
+def with_template(template: str = CHATML) -> Any:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_the_template_of_the_tokenizer() -> None:
+    tokenizer = with_template()
+    dialogue = Dialogue(tokenizer)
+    assert tokenizer.decode(dialogue.prompt(TALK)) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\n龙虾🦞<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert dialogue.ends == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert dialogue.stop == () and dialogue.said(" as it is\n") == " as it is\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}{{ messages[0]['content'] }}",
+    ],
+)
+def test_a_template_without_an_end_of_turn(template: str) -> None:
+    assert Dialogue(with_template(template)).ends == ()
+
+
+def test_a_conversation_that_the_template_refuses() -> None:
+    dialogue = Dialogue(with_template("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(UserError, match="the tokenizer's chat template refuses this conversation: roles must alternate"):
+        dialogue.prompt(TALK)
+
+
+def test_plain_lines_where_there_is_no_template() -> None:
+    tokenizer = make_tiny_tokenizer()
+    dialogue = Dialogue(tokenizer)
+    assert tokenizer.decode(dialogue.prompt(TALK)) == "Be brief.\n\nUser: Hello\nAssistant: Yes?\nUser: 龙虾🦞\nAssistant:"
+    assert (dialogue.ends, dialogue.stop, dialogue.said(" Yes?\n")) == ((), ("\nUser:",), "Yes?")
+
+
+@pytest.mark.parametrize("tokenizer", [make_tiny_tokenizer(), with_template()], ids=["plain", "template"])
+def test_a_stray_byte(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="expected UTF-8 text"):
+        Dialogue(tokenizer).prompt([{"role": "user", "content": "a\udcff"}])
+
+
+@pytest.mark.skipif(not QWEN.is_dir(), reason="the tokenizer of Qwen2 is not here")
+def test_qwen2s_own() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    dialogue = Dialogue(tokenizer)
+    text = tokenizer.decode(dialogue.prompt(TALK))
+    assert text.endswith("<|im_start|>user\n龙虾🦞<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.convert_ids_to_tokens(list(dialogue.ends)) == ["<|im_end|>"]

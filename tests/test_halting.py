@@ -1,0 +1,72 @@
+"""What halting saves and costs on a text, and the threshold of a budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_decoding_recursive_llm import CRITERIA, NEVER, ids, middling, recursive, tokens_through
+
+from recursify.errors import UserError
+from recursify.halting import applications, calibrate, measure
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@torch.no_grad()
+def test_applications_are_those_that_were_computed(criterion: str) -> None:
+    model = recursive(H_cycles=4)
+    layers, x = model.model.layers, ids(1, 20, seed=9)
+    rule = {"halt": criterion, "halt_threshold": middling(model, criterion)}
+    cycles, computed, past = [], 0, model(x[:, :1], use_cache=True, **rule).past_key_values
+    for token in x[:, 1:].split(1, dim=1):
+        with tokens_through(*layers) as counts:
+            cycles.append(model(token, past_key_values=past, **rule).halt_cycles.item())
+        computed += sum(counts)
+    assert sum(applications(model.config, cycles, criterion)) == computed
+    assert applications(model.config, [0], criterion) == [0]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@torch.no_grad()
+def test_a_measure_is_of_what_the_model_does(criterion: str) -> None:
+    model, blocks = recursive(H_cycles=4), ids(3, 12)
+    threshold = middling(model, criterion)
+    found, full = measure(model, blocks, criterion, threshold), measure(model, blocks, criterion)
+    out = model(blocks, labels=blocks, use_cache=False, halt=criterion, halt_threshold=threshold)
+    assert found.loss == pytest.approx(out.loss.item(), abs=1e-5)
+    assert found.cycles == {c: int((out.halt_cycles == c).sum()) for c in range(1, 5)}
+    cost = applications(model.config, out.halt_cycles.flatten().tolist(), criterion)
+    assert found.share == pytest.approx(sum(cost) / (36 * model.config.depth()))
+    assert full.loss == pytest.approx(model(blocks, labels=blocks).loss.item(), abs=1e-5)
+    assert (full.share, full.cycles) == (1.0, {1: 0, 2: 0, 3: 0, 4: 36})
+    shallow = measure(model, blocks, criterion, threshold, H_cycles=2)
+    assert set(shallow.cycles) == {1, 2}
+
+
+@pytest.mark.parametrize(("criterion", "budget"), [("q_head", 0.5), ("q_head", 0.8), ("entropy", 0.6), ("kl", 0.85)])
+def test_a_calibrated_threshold_spends_the_budget(criterion: str, budget: float) -> None:
+    model, blocks = recursive(H_cycles=4), ids(8, 32)
+    found = calibrate(model, blocks, criterion, budget)
+    assert budget - 0.02 < found.chosen.share <= budget
+    assert measure(model, blocks, criterion, found.threshold) == found.chosen
+    assert f"--halt_threshold {found.threshold:.6g}: {found.chosen.share:.0%} of the layer applications" in found.render()
+
+
+def test_the_whole_budget_never_halts_and_too_small_a_one_is_refused() -> None:
+    model, blocks = recursive(H_cycles=4), ids(2, 12)
+    assert calibrate(model, blocks, "q_head", 1.0).threshold == NEVER["q_head"]
+    least = (2 + 2 * 2 + 2) / model.config.depth()
+    with pytest.raises(UserError, match=rf"--compute_budget: expected at least {least:.2f}, what is spent where q_head halts .*, got 0.1"):
+        calibrate(model, blocks, "q_head", 0.1)
+
+
+def test_the_mode_of_the_model_stays() -> None:
+    model: Any = recursive()
+    model.train()
+    try:
+        assert math.isfinite(measure(model, ids(1, 8), "q_head", 0.5).loss)
+        assert model.training
+    finally:
+        model.eval()
