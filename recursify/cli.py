@@ -90,12 +90,13 @@ def serve(argv: Argv = None) -> None:
 
 
 def evaluate(argv: Argv = None) -> None:
-    """Measure the loss on text at several cycle counts."""
+    """Measure loss, bits per byte and what each cycle does, on text."""
     from . import evaluation
 
     def job(settings: evaluation.EvaluateSettings) -> None:
         report = evaluation.run(settings)
-        _print_json(report) if settings.json else print(report.render())
+        if evaluation.is_first():
+            _print_json(report) if settings.json else print(report.render())
 
     _command("evaluate", evaluation.EvaluateSettings, job, argv)
 

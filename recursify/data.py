@@ -322,7 +322,7 @@ def separate(input_ids: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tokenizer: Any, seq_len: int, seed: int) -> Blocks:
-    with _one_process_first():
+    with one_process_first():
         documents = load_documents(own)
         train, validation = tokenize(documents.train, tokenizer, seq_len), tokenize(documents.validation, tokenizer, seq_len)
         parts = [train]
@@ -346,7 +346,7 @@ def choose_blocks(blocks: Dataset, wanted: int, rng: np.random.Generator) -> lis
 
 
 @contextmanager
-def _one_process_first() -> Iterator[None]:
+def one_process_first() -> Iterator[None]:
     """In three waves: the first process of all, the first of every other node, the rest.
 
     Where the cache is shared, the first makes all and the others find it; where each node has a cache of its own, each node's first does.
