@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,16 +183,15 @@ def _read_evaluations(files: tuple[str, ...]) -> Evaluation | None:
     if not found:
         return None
     for file, other in zip(files, found, strict=True):
-        if (other.dataset, other.windows, other.seq_len) != (found[0].dataset, found[0].windows, found[0].seq_len):
+        if other.text != found[0].text:
             raise UserError(
-                f"--evaluation: {file} is of {other.windows} windows of {other.seq_len} tokens of {other.dataset}, {files[0]} of "
-                f"{found[0].windows} of {found[0].seq_len} of {found[0].dataset}; losses on different text cannot be compared"
+                f"--evaluation: {file} is of {other.text}, {files[0]} of {found[0].text}; losses on different text cannot be compared"
             )
     rows = [row for each in found for row in each.rows]
     lines = [(row.H_cycles, row.name if row.H_cycles is None else "") for row in rows]
     if len(set(lines)) < len(lines):
         raise UserError(f"--evaluation: {', '.join(files)}: the same depth twice; give one file of the model and one of each donor")
-    return Evaluation(found[0].dataset, found[0].windows, found[0].seq_len, tuple(rows))
+    return replace(found[0], rows=tuple(rows))
 
 
 def _read_evaluation(file: str) -> Evaluation:
@@ -216,7 +215,7 @@ def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
         )
         for row in fields["rows"]
     )
-    return Evaluation(str(fields["dataset"]), int(fields["windows"]), int(fields["seq_len"]), rows)
+    return Evaluation(str(fields["dataset"]), int(fields["windows"]), int(fields["seq_len"]), int(fields["stride"]), rows)
 
 
 def _check_evaluation(measured: Evaluation, config: Any) -> None:

@@ -56,12 +56,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses on one text: `windows` windows of `seq_len` tokens."""
+    """Losses on one text: `windows` windows of `seq_len` tokens, `stride` tokens from one to the next."""
 
     dataset: str
     windows: int
     seq_len: int
+    stride: int
     rows: tuple[Row, ...]
+
+    @property
+    def text(self) -> str:
+        """What was measured on, in words."""
+        apart = "" if self.stride == self.seq_len else f", {self.stride} apart"
+        return f"{public(self.dataset)}, {self.windows:,} windows of {self.seq_len} tokens{apart}"
 
     @property
     def depths(self) -> list[Row]:
@@ -298,7 +305,7 @@ def _table_of_losses(extras: Extras, rows: Sequence[Row], own: int | None) -> st
         ]
         for row in rows
     ]
-    told = f"Loss per token on {_words(public(found.dataset))}, {found.windows:,} windows of {found.seq_len} tokens."
+    told = f"Loss per token on {_words(found.text)}."
     note = f" {extras.evaluation_note}" if extras.evaluation_note else ""
     return f"{told}{note}\n\n{_table(head, cells)}"
 

@@ -94,7 +94,15 @@ def run(**changes: Any) -> tuple[export.ExportReport, str]:
 def evaluation(name: str, *rows: tuple[int | None, float, int], **changes: Any) -> str:
     """A file as `recursify evaluate --json` prints it."""
     found = [{"H_cycles": H, "loss": loss, "standard_error": 0.01, "layer_applications": cost, "perplexity": 1.0} for H, loss, cost in rows]
-    content = {"checkpoint": "x", "dataset": "/home/me/book.txt", "windows": 40, "seq_len": 16, "trained_cycles": 2, "rows": found}
+    content = {
+        "checkpoint": "x",
+        "dataset": "/home/me/book.txt",
+        "windows": 40,
+        "seq_len": 16,
+        "stride": 16,
+        "trained_cycles": 2,
+        "rows": found,
+    }
     Path(name).write_text(json.dumps(content | changes))
     return name
 
@@ -343,7 +351,8 @@ def in_another_process(folder: Path, code: str, **environment: str) -> str:
         ({"evaluation": ("text.txt",)}, "text.txt: is not JSON"),
         ({"evaluation": ("wrong.json",)}, "--evaluation: wrong.json is not what `recursify evaluate --json` prints"),
         ({"evaluation": ("other_model.json",)}, "--evaluation: is of another model: 99 layer applications at 1 cycles, this one has 9"),
-        ({"evaluation": ("e.json", "other_text.json")}, "--evaluation: other_text.json is of 41 windows .* cannot be compared"),
+        ({"evaluation": ("e.json", "other_text.json")}, "--evaluation: other_text.json is of .*, 41 windows .* cannot be compared"),
+        ({"evaluation": ("e.json", "overlapping.json")}, "is of .* of 16 tokens, 4 apart, e.json of .* of 16 tokens; losses"),
         ({"evaluation": ("e.json", "e.json")}, "the same depth twice"),
         ({"dataset_name": "nothing.txt"}, "nothing.txt"),
         ({"dataset_name": "text.txt", "cycles": (-1,)}, "--cycles"),
@@ -360,6 +369,7 @@ def test_bad_input_writes_nothing(flags: dict[str, Any], message: str, place: Pa
     evaluation("wrong.json", rows=[{"loss": 3}])
     evaluation("other_model.json", (1, 2.5, 99))
     evaluation("other_text.json", (None, 2.5, 8), windows=41)
+    evaluation("overlapping.json", (None, 2.5, 8), stride=4)
     if flags.get("checkpoint") == "bare.pt":
         checkpoint.save(place / "bare.pt", model, None)
     if flags.get("checkpoint") == "large.pt":
