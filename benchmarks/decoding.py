@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import load, provenance
+from record import earlier, load, provenance, spread
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 
 from recursify import RecursiveLLM, checkpoint
@@ -103,10 +103,6 @@ def timed(device: torch.device, work: Callable[..., Any], *args: Any, **kwargs: 
     result = work(*args, **kwargs)
     wait()
     return time.perf_counter() - start, result
-
-
-def spread(ratios: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def pair(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.float32, gain: float = 0.2, std: float = 0.02) -> tuple[Any, Any]:
@@ -371,14 +367,6 @@ def render(found: dict[str, Any]) -> str:
 
 def _ratio(of: dict[str, float]) -> str:
     return f"{of['median']:.2f} ({of['least']:.2f} to {of['most']:.2f})"
-
-
-def earlier(path: Path, parts: set[str]) -> dict[str, Any]:
-    """Those parts of a file that is there already."""
-    if not path.is_file():
-        return {}
-    before = json.loads(path.read_text(encoding="utf-8"))
-    return {key: before[key] for key in parts if key in before} | {"measured": before.get("measured", {})}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,22 @@ def provenance(device: torch.device) -> dict[str, Any]:
         },
         **commit(),
     }
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Median, least and most of some ratios, and how many they are."""
+    values = list(values)
+    return {"median": statistics.median(values), "least": min(values), "most": max(values), "pairs": len(values)}
+
+
+def earlier(file: Path, parts: set[str]) -> dict[str, Any]:
+    """What was measured before of the parts that are not measured now, with the time and commit of each."""
+    if not file.exists():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    whole = {part: {"date": found["machine"]["date"], "commit": found["machine"]["commit"]} for part in parts}
+    measured = {part: found.get("measured", whole)[part] for part in parts if part in found}
+    return {part: found[part] for part in measured} | {"measured": measured}
 
 
 def load() -> float:

@@ -26,7 +26,6 @@ import ctypes
 import gc
 import json
 import multiprocessing
-import statistics
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ from typing import Any
 
 import psutil
 import torch
-from record import load, provenance
+from record import earlier, load, provenance, spread
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
@@ -388,11 +387,6 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def spread(values: Any) -> dict[str, Any]:
-    values = list(values)
-    return {"median": statistics.median(values), "least": min(values), "most": max(values), "pairs": len(values)}
-
-
 def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Every bound with what was measured. Throughput is judged where matrix products of the layers dominate: in layer applications
     with the small vocabulary, and in FLOPs, head included, with any."""
@@ -480,16 +474,6 @@ def _throughput_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 def _spread(found: dict[str, Any]) -> str:
     return f"{found['median']:.3f} ({found['least']:.3f} to {found['most']:.3f})"
-
-
-def earlier(file: Path, parts: set[str]) -> dict[str, Any]:
-    """What was measured before of the parts that are not measured now, with the time and commit of each."""
-    if not file.exists():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    whole = {part: {"date": found["machine"]["date"], "commit": found["machine"]["commit"]} for part in PARTS}
-    measured = {part: found.get("measured", whole)[part] for part in parts if part in found}
-    return {part: found[part] for part in measured} | {"measured": measured}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -460,8 +460,8 @@ def _draft_cache(model: Any, draft_cycles: int, depth: tuple[int, int], model_kw
 class DraftLength:
     """How many tokens to draft: what gives the most tokens per layer application, as often as drafts have lately been right.
 
-    A token that is drafted costs its prelude, first cycles and readout; verifying costs the other cycles and the coda, about as much for a
-    few tokens as for one, since it is the weights that have to be fetched.
+    A token that is drafted costs its prelude, first cycles and readout; verifying costs the other cycles and the coda, here taken to be as
+    much for all drafted tokens together as for one, as it is where fetching the weights takes longer than using them.
     """
 
     def __init__(self, config: Any, draft_cycles: int, depth: tuple[int, int], most: int):

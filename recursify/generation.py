@@ -31,7 +31,7 @@ from .streaming import Finish, Row, Rows
 
 AnySettings = TypeVar("AnySettings", bound="WriteSettings")
 # Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
-_GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-5
 # Of a calibration file, at most so many windows of so many tokens are read.
 _WINDOWS, _WINDOW_TOKENS = 32, 128
 
@@ -168,7 +168,7 @@ class Sampling(Effort):
 
     def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
         """The same in transformers' words. A penalty or a `top_k` that a donor's generation_config.json sets is switched off."""
-        greedy = self.temperature < _GREEDY_BELOW
+        greedy = self.temperature < GREEDY_BELOW
         choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,

@@ -188,7 +188,7 @@ class Recursion(nn.Module):
         self, e: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], block: Any, cycles: range, L_cycles: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(z_L, z_H)` after the cycles of a range, counted from 0, from those before it."""
-        gains = self._gains(e.dtype)
+        gains = self._gains(e.dtype) if cycles else None  # a draft of no cycles asks for every token
         for cycle in cycles:
             states = self._cycle(e, *states, block, cycle, L_cycles, gains)
         return states

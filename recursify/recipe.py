@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -92,13 +93,26 @@ def typed(value: Any, hint: Any) -> Any:
         if not isinstance(value, list):
             raise TypeError("a list in [brackets]")
         return tuple(typed(item, choices[0]) for item in value)
-    if type(None) in choices:
-        return None if value is None else typed(value, next(choice for choice in choices if choice is not type(None)))
+    if isinstance(hint, UnionType):
+        return _one_of(value, choices)
     if hint is float:
         return _float(value)
     if type(value) is not hint:
         raise TypeError(_WORDS[hint])
     return value
+
+
+def _one_of(value: Any, hints: tuple[Any, ...]) -> Any:
+    """The value as the first of several types that it fits."""
+    if type(None) in hints and value is None:
+        return None
+    expected = []
+    for hint in (hint for hint in hints if hint is not type(None)):
+        try:
+            return typed(value, hint)
+        except TypeError as error:
+            expected.append(str(error))
+    raise TypeError(" or ".join(expected))
 
 
 _WORDS = {int: "a whole number", str: "text (in quotes, where YAML reads it as something else)", bool: "true or false"}

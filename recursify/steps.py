@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from .decoding_recursive_llm import HaltRule
 from .effort import Effort, Halt, evaluating, is_recursive
 from .errors import UserError
+from .streaming import UNFINISHED
 
-_UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no whole character
 # Of the table of cycles, roomiest first: terminal cells at which a token is cut, and whether ranks are shown.
 _LAYOUTS = ((16, True), (10, True), (10, False))
 
@@ -211,7 +211,7 @@ def visible(tokenizer: PreTrainedTokenizerBase, token: int, cells: int = 16) -> 
     """A token as a word of at most so many terminal cells: white space as signs, bytes that are no whole character in hexadecimal."""
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     name = tokenizer.convert_ids_to_tokens(token)
-    if not text or _UNFINISHED in text:
+    if not text or UNFINISHED in text:
         text = f"<{token}>" if name is None else _hexadecimal(str(name))
     elif str(name).startswith("▁") and not text.startswith(" "):  # SentencePiece's space, which its decoder drops at a start
         text = f" {text}"

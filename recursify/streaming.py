@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 Finish = Literal["stop", "length", "interrupted"]
-_UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no whole character
+UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no whole character
 
 
 class TextPieces(BaseStreamer):
@@ -42,7 +42,7 @@ class TextPieces(BaseStreamer):
 
     def _hand_on(self, last: bool) -> None:
         text = self._decode(self.window)
-        if text.endswith(_UNFINISHED) and not last:
+        if text.endswith(UNFINISHED) and not last:
             return
         piece = text[len(self._decode(self.window[: self.done])) :]
         self.window, self.done = self.window[self.done :], len(self.window) - self.done

@@ -14,10 +14,12 @@ from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from recursify import cli, cost
 from recursify.configuration_recursive_llm import from_donor
 from recursify.conversion import ConvertSettings
+from recursify.errors import UserError
 from recursify.evaluation import EvaluateSettings
 from recursify.generation import GenerateSettings
 from recursify.plan import make_plan
 from recursify.recipe import NOTES
+from recursify.serving import ServeSettings
 from recursify.training.settings import EmbeddingSettings, HybridSettings, TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,3 +136,13 @@ def test_the_quick_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert [row["H_cycles"] for row in json.loads(report)["rows"]] == [0, 1, 2, 3, 4, 5]
     cli.main(["generate", *recipe, "--prompt", "The statement", "--max_new_tokens", "3"])
     assert "The statement" in capsys.readouterr().out
+
+
+def test_a_field_of_several_types_takes_each_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("serve:\n  checkpoint: m.pt\n  depths: [1, '3,5']\n")
+    settings = cli.parse("serve", ServeSettings, ["--config", str(file)])
+    assert settings.depths == (1, "3,5") and settings.wanted_depths() == (1, 3, 5)
+    file.write_text("serve:\n  checkpoint: m.pt\n  depths: [1, 2.5]\n")
+    with pytest.raises(UserError, match="depths: expected a whole number or text .*, got"):
+        cli.parse("serve", ServeSettings, ["--config", str(file)])

@@ -16,8 +16,7 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
-# Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
-_GREEDY_BELOW = 1e-5
+from ..generation import GREEDY_BELOW
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Choice:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < _GREEDY_BELOW
+        return self.temperature < GREEDY_BELOW
 
     def key(self, position: int) -> int:
         """64 bits, signed, that stand for this text at this position."""
