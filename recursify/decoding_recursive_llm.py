@@ -374,7 +374,6 @@ def self_speculation(
     generation_config: Any,
     draft_cycles: int,
     draft_tokens: int,
-    synced_gpus: bool = False,
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:

@@ -497,7 +497,7 @@ class RecursiveModelMixin(PreTrainedModel):
                 states.append(last)
             elif output_cycle_states and cycle < H:
                 states.append(self.norm(one_pass.coda(chosen, peek=True)))
-            if output_cycle_states or not rule.reads_logits:
+            if output_cycle_states or (not rule.reads_logits and cycle < H):
                 halts.append(self.recursion.q_head(chosen.detach()))
             if cycle < H:
                 going = going & ~(rule.by_readout(states[-1]) if rule.reads_logits else rule.by_head(halts[-1]))
@@ -868,6 +868,8 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
                 kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
                 kwargs["generation_config"].disable_compile = True
         if draft_cycles is not None:
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError("draft_cycles: the model is its own assistant; leave draft_cycles out, or assistant_model")
             most = 16 if draft_tokens is None else draft_tokens
             # bound here, since `generate` forgets the streamer of a loop that is not its own
             loop = partial(self_speculation, draft_cycles=draft_cycles, draft_tokens=most, streamer=kwargs.get("streamer"))

@@ -655,3 +655,8 @@ def test_what_speculation_refuses(kwargs: dict[str, Any], message: str) -> None:
         kwargs = kwargs | {"past_key_values": RecursiveCache(model.config)}
     with pytest.raises(ValueError, match=message):
         write(model, ids(1, 4), 4, **kwargs)
+
+
+def test_a_model_that_drafts_for_itself_takes_no_assistant() -> None:
+    with pytest.raises(ValueError, match="draft_cycles: the model is its own assistant; leave draft_cycles out, or assistant_model"):
+        write(recursive(), ids(1, 4), 4, draft_cycles=1, assistant_model=recursive())
