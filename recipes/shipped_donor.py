@@ -30,7 +30,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from recursify import convert, evaluation
+from recursify import convert, text_losses
 from recursify.configuration_recursive_llm import GAIN_MAX
 from recursify.data import tokenize
 from recursify.demo import donor_folder, machine, versions
@@ -116,7 +116,7 @@ class AtStart(TrainerCallback):
 
 def losses_of(model: Any, blocks: Dataset) -> torch.Tensor:
     """`[depths, windows]`, of a donor `[1, windows]`."""
-    return evaluation.window_losses(model, blocks, DEPTHS if hasattr(model.config, "H_cycles") else ())
+    return text_losses.window_losses(model, blocks, DEPTHS if hasattr(model.config, "H_cycles") else ())
 
 
 def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Text, tokenizer: Any) -> tuple[dict[str, Any], torch.Tensor]:
@@ -138,7 +138,7 @@ def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Te
     trained = SHAPE["H_cycles"] - 1 if len(losses) > 1 else 0
     row = {
         "name": name, "changes": changes, "seed": seed, "steps": result.steps, "tokens": result.tokens, "start_gain": start.gain,
-        "before": start.losses, "after": losses.mean(dim=1).tolist(), "standard_error": evaluation.standard_error(losses[trained]),
+        "before": start.losses, "after": losses.mean(dim=1).tolist(), "standard_error": text_losses.standard_error(losses[trained]),
         "validation": {key: value for key, value in result.history[-1].items() if key.startswith("eval_loss_cycle")},
         "cpu_seconds": round(seconds, 1),
         "history": [entry for entry in result.history if "loss" in entry],
@@ -147,7 +147,7 @@ def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Te
 
 
 def mean_and_error(values: torch.Tensor) -> dict[str, float | None]:
-    return {"mean": values.mean().item(), "standard_error": evaluation.standard_error(values)}
+    return {"mean": values.mean().item(), "standard_error": text_losses.standard_error(values)}
 
 
 def verdict(runs: list[dict[str, Any]], as_is: float) -> dict[str, Any]:

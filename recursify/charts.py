@@ -68,7 +68,8 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The words of a chart. `x_ticks` gives each labelled x its rows of text; empty means ticks are chosen."""
+    """The words of a chart. `x_ticks` gives each labelled x its rows of text; empty means ticks are chosen. `y_reach` are values that the
+    y axis reaches in any case."""
 
     title: str
     description: str
@@ -76,6 +77,7 @@ class Axes:
     y_label: str
     x_ticks: Sequence[tuple[float, Sequence[str]]] = ()
     x_margin: float = 0.0
+    y_reach: Sequence[float] = ()
     marked_x: float | None = None
     mark: str = ""
 
@@ -292,7 +294,7 @@ def line_chart(lines: Sequence[Line], levels: Sequence[Level], axes: Axes, size:
     if not ys or not xs:
         return _empty_chart(axes, size)
     label_width = _label_width(lines, levels, size)
-    frame = _frame(xs, ys, axes, size, label_width)
+    frame = _frame(xs, [*ys, *axes.y_reach], axes, size, label_width)
     return _svg(
         size,
         axes.title,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from .errors import UserError
 from .recipe import JOB_SECTIONS, read_section
 
 if TYPE_CHECKING:
+    from .evaluation import MeasureSettings
     from .training.settings import RunSettings
 
 Settings = TypeVar("Settings")
@@ -90,15 +92,23 @@ def serve(argv: Argv = None) -> None:
 
 
 def evaluate(argv: Argv = None) -> None:
-    """Measure loss, bits per byte and what each cycle does, on text."""
+    """Measure every depth: loss on text, accuracy on questions and tasks, and what each cycle does."""
     from . import evaluation
 
     def job(settings: evaluation.EvaluateSettings) -> None:
-        report = evaluation.run(settings)
-        if evaluation.is_first():
-            _print_json(report) if settings.json else print(report.render())
+        _tell_measured(evaluation.run(settings), settings)
 
     _command("evaluate", evaluation.EvaluateSettings, job, argv)
+
+
+def compare(argv: Argv = None) -> None:
+    """Measure several models on the same items, and say how sure the differences are."""
+    from . import comparison
+
+    def job(settings: comparison.CompareSettings) -> None:
+        _tell_measured(comparison.run(settings), settings)
+
+    _command("compare", comparison.CompareSettings, job, argv)
 
 
 def inspect(argv: Argv = None) -> None:
@@ -129,7 +139,7 @@ def demo(argv: Argv = None) -> None:
 
 
 JOBS: dict[str, Callable[[Argv], None]] = {
-    job.__name__: job for job in (convert, train, generate, chat, serve, evaluate, inspect, export, demo)
+    job.__name__: job for job in (convert, train, generate, chat, serve, evaluate, compare, inspect, export, demo)
 }
 
 
@@ -238,9 +248,29 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
+def _tell_measured(report: Any, settings: MeasureSettings) -> None:
+    """Figures and page, from one of several processes."""
+    from . import evaluation_page, sharing
+
+    if not sharing.is_first():
+        return
+    _print_json(report) if settings.json else print(report.render())
+    if settings.report is not None:
+        _to_stderr(f"✓ Page in {evaluation_page.write(report.to_dict(), settings.report)}")
+
+
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 def _print_json(report: Any) -> None:
-    print(json.dumps(report.to_dict(), default=str))
+    print(json.dumps(_strict(report.to_dict()), default=str, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no infinity and no "not a number": they become the strings that Python's float and most others read."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,7 @@ several processes one makes it while the others wait. Mixing chooses rows of suc
 With ``streaming`` no table is made: documents are read, tokenised and cut while training asks for them, without end, and what lies in
 memory is one shuffle buffer. Every stream begins anew, and the same, each time that it is iterated over; that is how a run resumes.
 
-``separate`` tells the documents in a block apart again: positions that begin anew, and labels that do not cross a boundary.
+``separate`` tells the documents in a block apart again: positions that begin anew, and where.
 
 Units: lengths are token ids, except where characters are named; weights of a mixture count blocks.
 
@@ -53,7 +53,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recursify.errors import UserError
-from recursify.objective import IGNORED
+from recursify.questions import divide, is_questions, question_rows, row_features
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,8 @@ class DataSettings:
     """Where the text comes from."""
 
     dataset_name: str = "wikitext"
-    """Hub data set (wikitext means Salesforce/wikitext), or a local .txt, .jsonl, .json, .csv or .parquet file, or a folder of them."""
+    """Hub data set (wikitext means Salesforce/wikitext), or a local .txt, .jsonl, .json, .csv or .parquet file, or a folder of them; or a
+    question set (questions.py), to train on its answers."""
 
     dataset_config_name: str | None = None
     """Configuration of the hub data set; wikitext-2-raw-v1 for wikitext when none is named."""
@@ -311,20 +312,19 @@ def separate(input_ids: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         position_ids: [B, T], 0 at the start of the row and after every end-of-text token, then counting on.
-        labels: [B, T], the ids unshifted, but -100 at the first token of every document except the row's first: position t is scored
-            against label t + 1, and no token is to be predicted from another document.
+        starts: [B, T], whether a document begins here, the row's first one excepted. Position t is scored against label t + 1, so a label
+            at such a place would have a token predicted from another document.
     """
     starts = torch.zeros_like(input_ids, dtype=torch.bool)
     starts[:, 1:] = input_ids[:, :-1] == eos_token_id
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     begun_at = (index * starts).cummax(dim=1).values
-    return index - begun_at, input_ids.masked_fill(starts, IGNORED)
+    return index - begun_at, starts
 
 
 def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tokenizer: Any, seq_len: int, seed: int) -> Blocks:
     with one_process_first():
-        documents = load_documents(own)
-        train, validation = tokenize(documents.train, tokenizer, seq_len), tokenize(documents.validation, tokenizer, seq_len)
+        train, validation = _tables_of(own, tokenizer, seq_len)
         parts = [train]
         for number, (settings, weight) in enumerate(mixed):
             wanted = round(weight * len(train))
@@ -333,9 +333,27 @@ def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tok
                     f"--mix {settings.dataset_name}={weight:g} adds nothing: {weight:g} times the {len(train)} blocks of "
                     f"{own.dataset_name} is less than half a block; give a larger weight"
                 )
-            blocks = tokenize(load_documents(settings).train, tokenizer, seq_len)
+            blocks = _tables_of(settings, tokenizer, seq_len)[0]
             parts += choose_blocks(blocks, wanted, np.random.default_rng([seed, number]))
+        if any("labels" in part.column_names for part in parts):
+            parts = [_with_labels(part, seq_len) for part in parts]
     return Blocks(datasets.concatenate_datasets(parts), validation)
+
+
+def _tables_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[Dataset, Dataset]:
+    """Rows of one data set to train on and to validate on: blocks of text, or questions."""
+    if is_questions(settings.dataset_name):
+        train, held_out = divide(settings.dataset_name)
+        return question_rows(train, tokenizer, seq_len), question_rows(held_out, tokenizer, seq_len)
+    documents = load_documents(settings)
+    return tokenize(documents.train, tokenizer, seq_len), tokenize(documents.validation, tokenizer, seq_len)
+
+
+def _with_labels(blocks: Dataset, seq_len: int) -> Dataset:
+    """Text beside questions: its labels are its tokens."""
+    if "labels" in blocks.column_names:
+        return blocks
+    return blocks.map(lambda rows: {"labels": rows["input_ids"]}, batched=True, features=row_features(seq_len))
 
 
 def choose_blocks(blocks: Dataset, wanted: int, rng: np.random.Generator) -> list[Dataset]:

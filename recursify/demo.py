@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from . import checkpoint, conversion, evaluation, report
+from . import checkpoint, conversion, report, text_losses
 from .data import DataSettings, load_documents, tokenize
 from .device import check_seed
 from .donor import open_donor
@@ -87,14 +87,14 @@ def run(settings: DemoSettings) -> Path:
     )  # fmt: skip
     blocks, held = (tokenize(part, tokenizer, train.seq_len) for part in (documents.train, documents.validation))
     with clock.stage("measure the donor as it is"):
-        as_is = evaluation.measure(donor, held)[0]
+        as_is = text_losses.measure(donor, held)[0]
     with clock.stage("fine-tune the recursive model"):
         fitted = _whole(fit(model, tokenizer, blocks, held, train))
     checkpoint.save(out / "recursive.pt", model, tokenizer, found.plan, {**found.notes, "trained_on": "pydoc_data.topics"})
     with clock.stage("fine-tune the donor on the same tokens"):
         tuned = _whole(fit(donor, tokenizer, blocks, held, train))
     with clock.stage("measure every depth"):
-        losses, tuned_losses = (evaluation.window_losses(m, held, DEPTHS) for m in (model, donor))
+        losses, tuned_losses = (text_losses.window_losses(m, held, DEPTHS) for m in (model, donor))
     with clock.stage("write text"):
         samples = write_samples(model, donor, tokenizer, settings.seed)
         sentence = guess_sentence(model, tokenizer, first_sentence(documents.validation["text"]))
@@ -121,7 +121,7 @@ def make_page(
     model: Any,
     donor: Any,
     *,
-    data: tuple[int, evaluation.DepthLoss],
+    data: tuple[int, text_losses.DepthLoss],
     runs: tuple[FitResult, FitResult],
     losses: tuple[torch.Tensor, torch.Tensor],
     **rest: Any,
@@ -148,11 +148,11 @@ def make_page(
         curves=(curve(RECURSIVE, fitted), curve(TUNED, tuned)),
         depths=tuple(
             report.DepthPoint(H_cycles=H, loss=d.loss, layer_applications=d.layer_applications, standard_error=d.standard_error)
-            for H, d in zip(DEPTHS, evaluation.summarise(model, ours, DEPTHS), strict=True)
+            for H, d in zip(DEPTHS, text_losses.summarise(model, ours, DEPTHS), strict=True)
         ),
         donor_as_is=baseline(AS_IS, as_is),
-        donor_tuned=baseline(TUNED, evaluation.summarise(donor, theirs)[0]),
-        difference_error=evaluation.standard_error(ours[DEPTHS.index(config.H_cycles)] - theirs[0]),
+        donor_tuned=baseline(TUNED, text_losses.summarise(donor, theirs)[0]),
+        difference_error=text_losses.standard_error(ours[DEPTHS.index(config.H_cycles)] - theirs[0]),
         machine=machine(),
         versions=versions(),
         model_name=RECURSIVE,
@@ -234,7 +234,7 @@ def curve(name: str, fitted: FitResult) -> report.Curve:
     )
 
 
-def baseline(name: str, point: evaluation.DepthLoss) -> report.Baseline:
+def baseline(name: str, point: text_losses.DepthLoss) -> report.Baseline:
     return report.Baseline(name=name, loss=point.loss, layer_applications=point.layer_applications, standard_error=point.standard_error)
 
 

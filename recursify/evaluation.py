@@ -1,63 +1,52 @@
-"""How good is a model at every depth? Loss on text, for a recursive checkpoint at several cycle counts or for a plain donor.
+"""How good is a model at every depth? Text, questions with one right answer, and tasks of lm-eval, for a checkpoint or a plain donor.
 
-Losses are in nats per token over windows of `seq_len` tokens (windows.py says which, and which tokens are scored); bits per byte are the
-same nats, in bits, over the bytes of text that the scored tokens stand for, so that models with other tokenizers can be compared. Standard
-errors take windows as independent, and where windows overlap, as many of them together as score about `seq_len` tokens. One pass at the
-deepest count yields all shallower ones, since without a cache cycle c of a deeper run equals a run at depth c; and what the cycles do
-(telemetry.py).
+    run(settings)                                         what `recursify evaluate` does
+    evaluate(model, tokenizer, settings)                  the same for a model in memory
+    evaluate_paired(model, tokenizer, settings, name)     and what a comparison of models on the same items needs
 
-Under `torchrun --nproc_per_node N` every process holds the model and reads every N-th batch of windows. The batches are those of one
-process and are summed in their order, so the figures are those of one process, too. Floor 2.
+text_losses.py measures on text, answers.py on questions, harness.py runs tasks, passages.py looks into a text. Under `torchrun
+--nproc_per_node N` every process holds the model and does its share; the figures are those of one process. Floor 3.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from datasets import Dataset
-from torch import Tensor, distributed
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, harness
+from .answers import Judge, QuestionsReport, ask
 from .configuration_recursive_llm import CONFIGS
-from .data import DataSettings, load_documents, one_process_first, tokenize
+from .data import DataSettings
 from .device import choose_device
 from .donor import load_tokenizer, open_donor, read_json
-from .effort import Effort, Halt, evaluating
+from .effort import Effort, Halt
 from .errors import UserError
+from .harness import TaskScore, run_tasks, split_names
 from .modeling_recursive_llm import RecursiveLLM
-from .objective import perplexity
-from .telemetry import (
-    Sums,
-    Telemetry,
-    per_window,
-    read_out,
-    scored_places,
-    summarise_halting,
-    sums_of_cycles,
-    sums_of_halting,
-)
-from .telemetry import summarise as summarise_cycles
-from .windows import Windows, mean_and_error, stream_bytes
+from .passages import Passage, read_passage
+from .questions import is_questions, load_questions
+from .sharing import is_first
+from .tasks import FORMATS, GENERATED, Item
+from .text_losses import PairedText, Text, TextReport, measure_text, open_text
+
+DEFAULT_TEXT = "wikitext"
+_PASSAGES, _PASSAGE_TOKENS = 3, 128  # of a text, what is shown on a page
+_OF_TEXT = ("dataset_config_name", "stride", "max_windows")  # settings that say nothing where no text is measured
 
 
 @dataclass(kw_only=True)
-class EvaluateSettings:
-    """Measure a checkpoint, or a plain donor, on text at several cycle counts."""
+class MeasureSettings:
+    """What is measured, on what, and how."""
 
-    checkpoint: str
-    """A recursive checkpoint (a .pt file or a folder), or a plain donor (folder or hub id) for comparison."""
-    tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer, when the checkpoint has none."""
-    dataset_name: str = "wikitext"
-    """The text: wikitext, another hub data set, or a local file (.txt, .jsonl, .parquet) or folder. Its validation split is measured."""
+    dataset_name: str | None = None
+    """The text: wikitext, another hub data set, or a local file (.txt, .jsonl, .parquet) or folder. Its validation split is measured.
+    Default: wikitext, unless --questions or --tasks are given."""
     dataset_config_name: str | None = None
     """Configuration of a hub data set."""
     text_column: str = "text"
@@ -70,171 +59,165 @@ class EvaluateSettings:
     """Tokens from one window to the next. Default: seq_len, windows side by side, each of which scores all its tokens but the first. With
     less, windows overlap and every token is scored once, with at least seq_len - stride tokens before it, at seq_len/stride the cost."""
     batch_size: int = 8
-    """Windows per pass."""
+    """Windows, questions or requests of a task per pass."""
     max_windows: int | None = None
     """Measure only the first so many windows."""
+    questions: tuple[str, ...] = ()
+    """Question sets, e.g. --questions permutations:difficulty=4-32/4,count=200 babi:qa2_test.txt. Made: permutations, pointers, addition,
+    booleans, with difficulty, count of each, seed, group, nodes. Read from a file, or a hub data set's owner/name/path: gsm8k, svamp,
+    prosqa, babi, scan."""
+    judge: Judge = "answer"
+    """How questions are judged: by the answer that the model writes, or, for state tracking, by its likeliest token at each label's place,
+    which is one pass."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval, e.g. --tasks hellaswag,arc_easy. Needs recursify[lm_eval]."""
+    tasks_folder: str | None = None
+    """Folder with YAML tasks of one's own, for --tasks."""
+    max_items: int | None = None
+    """Of each question set ask only so many, evenly spread over it; of each task of lm-eval, the first so many."""
     halt: Halt = "none"
-    """Measure a run in which tokens halt, too: its loss, its layer applications, and the cycles that tokens halt at. It has at most
-    the checkpoint's own cycles, or the largest of --cycles."""
+    """Measure a run in which tokens halt, too: its loss, its layer applications, and the cycles that tokens halt at; the accuracy of its
+    answers; its tasks. It has at most the checkpoint's own cycles, or the largest of --cycles."""
     halt_threshold: float | None = None
     """When a token halts, as in recursify generate; the criterion's own threshold where not given."""
     device: str | None = None
     """cpu, cuda, mps; the best there is where not given."""
     json: bool = False
     """Print the result as one JSON object on stdout; everything else goes to stderr."""
-
-
-@dataclass(frozen=True)
-class DepthLoss:
-    """Loss at one depth.
-
-    Args:
-        H_cycles: None for a plain donor.
-        loss: Nats per token.
-        standard_error: Of the loss, over windows; None for a single one.
-        layer_applications: Cost of one token.
-        bits_per_byte: Of the text of the scored tokens; None where it is not known.
-    """
-
-    H_cycles: int | None
-    loss: float
-    standard_error: float | None
-    layer_applications: int
-    bits_per_byte: float | None = None
+    report: str | None = None
+    """Write a page with charts to this file, e.g. report.html; it needs no other file and no network."""
 
     @property
-    def perplexity(self) -> float:
-        return perplexity(self.loss)
+    def text(self) -> str | None:
+        """The data set that is measured; None for none."""
+        return self.dataset_name or (None if self.questions or self.tasks else DEFAULT_TEXT)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "perplexity": self.perplexity}
-
-
-def window_losses(model: PreTrainedModel, blocks: Dataset, cycles: Sequence[int] = (), *, batch_size: int = 8) -> torch.Tensor:
-    """Mean loss of every window at every depth, `[depths, windows]`, in nats per token.
-
-    Args:
-        model: A `RecursiveLLM`, or any causal language model of transformers, which has one depth.
-        blocks: Rows with `input_ids` of equal length of at least 2.
-        cycles: Cycle counts, for a `RecursiveLLM` only; its configuration's where empty.
-    """
-    depths, windows = _depths(model, cycles), Windows(blocks)
-    found: list[Tensor] = []
-    with evaluating(model), torch.no_grad():
-        for first in range(0, len(windows), batch_size):
-            ids, places = _batch(model, windows, first, batch_size)
-            found.append(_nats(model, _states(model, ids, depths), ids, places) / (ids.shape[1] - 1))
-    return torch.cat(found, dim=1)
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return split_names(self.tasks)
 
 
-def measure(model: PreTrainedModel, blocks: Dataset, cycles: Sequence[int] = (), *, batch_size: int = 8) -> list[DepthLoss]:
-    """Loss of a model on blocks of token ids, one entry per cycle count in the order given; arguments as `window_losses`."""
-    return summarise(model, window_losses(model, blocks, cycles, batch_size=batch_size), cycles)
+@dataclass(kw_only=True)
+class EvaluateSettings(MeasureSettings):
+    """Measure a checkpoint, or a plain donor, at several cycle counts: on text, on questions with one right answer, on tasks of lm-eval."""
 
-
-def summarise(model: PreTrainedModel, losses: torch.Tensor, cycles: Sequence[int] = ()) -> list[DepthLoss]:
-    """Means and standard errors of what `window_losses` returned for the same model and cycles."""
-    depths = _depths(model, cycles)
-    errors = [standard_error(row) for row in losses]
-    cost = [_cost(model, H) for H in depths]
-    return [DepthLoss(*row) for row in zip(depths, losses.mean(1).tolist(), errors, cost, strict=True)]
-
-
-def standard_error(values: torch.Tensor) -> float | None:
-    """Of the mean of `[windows]` values; None for a single one."""
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def _depths(model: Any, cycles: Sequence[int]) -> list[int | None]:
-    return list(cycles or [model.config.H_cycles]) if isinstance(model, RecursiveLLM) else [None]
-
-
-def _cost(model: Any, H_cycles: int | None) -> int:
-    return model.config.num_hidden_layers if H_cycles is None else model.config.depth(H_cycles)
-
-
-def _batch(model: Any, windows: Windows, first: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """`[B, T]` ids of some windows on the model's device, and the `[B, T - 1]` places whose next tokens are scored."""
-    behind = min(first + batch_size, len(windows))
-    ids = windows.ids(first, behind).to(model.device)
-    return ids, scored_places(ids, windows.scored(first, behind))
-
-
-def _nats(model: Any, states: Sequence[Tensor], ids: Tensor, places: Tensor) -> Tensor:
-    """`[states, B]`: the summed loss of each window."""
-    return per_window(torch.stack([read_out(model.get_output_embeddings(), state, ids, places)[0] for state in states]), places)
-
-
-def _states(model: Any, ids: torch.Tensor, depths: Sequence[int | None]) -> list[torch.Tensor]:
-    """What the head reads at each depth, each `[B, T, D]`."""
-    if depths == [None]:
-        return [model.get_decoder()(ids, use_cache=False).last_hidden_state]
-    deepest = max(H for H in depths if H is not None)
-    cycles = model.model(ids, H_cycles=deepest, output_cycle_states=True, use_cache=False).cycle_states if deepest else ()
-    plain = model.model(ids, H_cycles=0, use_cache=False).last_hidden_state if 0 in depths else None
-    return [cycles[H - 1] if H else plain for H in depths]  # type: ignore[misc]  # plain is there where 0 was asked for
+    checkpoint: str
+    """A recursive checkpoint (a .pt file or a folder), or a plain donor (folder or hub id) for comparison."""
+    tokenizer_path: str | None = None
+    """Folder or hub id of the tokenizer, when the checkpoint has none."""
 
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """The result of the command.
+    """What was measured of one model.
 
     Args:
-        windows: How many were read.
-        stride: Tokens from one to the next.
-        scored_tokens, scored_bytes: What the losses are means over, and the bytes of text that it stands for.
-        telemetry: What the cycles do; None for a plain donor, and where no cycle was asked for.
+        trained_cycles: The checkpoint's own; None for a plain donor.
+        text: None where none was measured.
+        questions: Of every set.
+        tasks: Every figure of every task.
+        passages: Pieces of the text token by token, where a page is asked for.
     """
 
     checkpoint: str
-    dataset: str
-    windows: int
-    seq_len: int
     trained_cycles: int | None
-    rows: list[DepthLoss]
-    stride: int
-    scored_tokens: int
-    scored_bytes: int
-    telemetry: Telemetry | None = None
+    text: TextReport | None = None
+    questions: list[QuestionsReport] = field(default_factory=list)
+    tasks: list[TaskScore] = field(default_factory=list)
+    passages: list[Passage] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        telemetry = None if self.telemetry is None else self.telemetry.to_dict()
-        return {**vars(self), "rows": [row.to_dict() for row in self.rows], "telemetry": telemetry}
+        """What is of the text stands at the top, too, as it does where nothing else is measured."""
+        text = None if self.text is None else self.text.to_dict()
+        parts = {name: [part.to_dict() for part in getattr(self, name)] for name in ("questions", "tasks", "passages")}
+        return {"checkpoint": self.checkpoint, "trained_cycles": self.trained_cycles, **(text or {}), "text": text, **parts}
 
     def render(self) -> str:
-        overlap = "" if self.stride == self.seq_len else f", {self.stride} tokens apart"
-        lines = [
-            f"{self.checkpoint} on {self.dataset}: {self.windows} windows of {self.seq_len} tokens{overlap}",
-            f"scored: {self.scored_tokens:,} tokens, {self.scored_bytes:,} bytes of text",
-            "",
-            f"{'H_cycles':>8}  {'loss (nats)':>11}  {'+-':>7}  {'perplexity':>10}  {'bits/byte':>9}  {'layer applications':>18}",
-        ]
-        for row in self.rows:
-            name = "donor" if row.H_cycles is None else str(row.H_cycles)
-            error = "-" if row.standard_error is None else f"{row.standard_error:.4f}"
-            bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-            mark = "  <- the checkpoint's own" if row.H_cycles is not None and row.H_cycles == self.trained_cycles else ""
-            figures = f"{row.loss:>11.4f}  {error:>7}  {row.perplexity:>10.2f}  {bits:>9}  {row.layer_applications:>18}"
-            lines += [f"{name:>8}  {figures}{mark}"]
-        told = [] if self.telemetry is None else self.telemetry.lines()
-        return "\n".join([*lines, *([""] if told else []), *told])
+        parts = [] if self.text is None else [self.text.lines(self.trained_cycles)]
+        parts += [part.lines() for part in self.questions]
+        parts += [harness.lines(self.tasks)] if self.tasks else []
+        return "\n\n".join([self.checkpoint, *("\n".join(lines) for lines in parts)])
 
 
-def check(settings: EvaluateSettings) -> None:
-    """What can be said of the settings before anything is loaded.
+@dataclass(frozen=True)
+class Paired:
+    """What it takes to compare two models on the same items, in runs without halting.
+
+    Args:
+        depths: Cycle counts; `[None]` for a plain donor.
+        text: The losses of every window; None where no text was measured.
+        rights: Of each question set, by its name, `[depths, items]` whether the answer is right.
+    """
+
+    depths: list[int | None]
+    text: PairedText | None
+    rights: dict[str, Tensor]
+
+
+def check(settings: MeasureSettings) -> None:
+    """What can be said of the settings before a model is loaded.
 
     Raises:
-        UserError: A value out of range.
+        UserError: A value out of range, two that exclude each other, questions or tasks that are not there.
     """
     if settings.seq_len < 2 or settings.batch_size < 1:
         raise UserError(f"--seq_len must be at least 2 and --batch_size at least 1, got {settings.seq_len} and {settings.batch_size}")
     if settings.stride is not None and not 1 <= settings.stride <= settings.seq_len:
         raise UserError(f"--stride: expected 1 to the {settings.seq_len} tokens of a window (--seq_len), got {settings.stride}")
-    if settings.max_windows is not None and settings.max_windows < 1:
-        raise UserError(f"--max_windows: expected at least 1, got {settings.max_windows}")
+    for name in ("max_windows", "max_items"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise UserError(f"--{name}: expected at least 1, got {value}")
     Effort(halt=settings.halt, halt_threshold=settings.halt_threshold).check()
-    if any(H < 0 for H in settings.cycles):
-        raise UserError(f"--cycles: expected whole numbers of at least 0, got {list(settings.cycles)}")
+    if any(H < 0 for H in settings.cycles) or len(set(settings.cycles)) < len(settings.cycles):
+        raise UserError(f"--cycles: expected whole numbers of at least 0, each once, got {list(settings.cycles)}")
+    _check_together(settings)
+    if settings.report is not None:
+        _check_page(Path(settings.report))
+    question_sets(settings)
+    if settings.task_names:
+        harness.check(settings.task_names, settings.tasks_folder)
+
+
+def _check_together(settings: MeasureSettings) -> None:
+    for name in _OF_TEXT if settings.text is None else ():
+        if (value := getattr(settings, name)) is not None:
+            raise UserError(f"--{name}: is about a text, and none is measured; name one with --dataset_name, or leave out --{name} {value}")
+    if settings.judge != "answer" and not settings.questions:
+        raise UserError(f"--judge: expected --questions with it, got {settings.judge} and no --questions")
+    if settings.tasks_folder is not None and not settings.task_names:
+        raise UserError(f"--tasks_folder: expected --tasks with it, got {settings.tasks_folder} and no --tasks")
+    if settings.max_items is not None and not (settings.questions or settings.task_names):
+        raise UserError(f"--max_items: expected --questions or --tasks with it, got {settings.max_items} and neither")
+
+
+def _check_page(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--report: expected a file in a folder that exists, such as report.html, got {path}")
+
+
+def question_sets(settings: MeasureSettings) -> dict[str, list[Item]]:
+    """The items of every set that is asked for, by its name."""
+    found: dict[str, list[Item]] = {}
+    for name in settings.questions:
+        if not is_questions(name):
+            raise UserError(
+                f"--questions: expected one of {', '.join(GENERATED)}, or {', '.join(FORMATS)} with a file behind a colon, got {name!r}"
+            )
+        if name in found:
+            raise UserError(f"--questions: {name} stands there twice")
+        found[name] = _spread(load_questions(name, "test"), settings.max_items)
+    return found
+
+
+def _spread(items: list[Item], most: int | None) -> list[Item]:
+    count = len(items)
+    return items if most is None or most >= count else [items[number * count // most] for number in range(most)]
+
+
+def join_processes(settings: MeasureSettings) -> None:
+    """Under torchrun, the processes find each other here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=choose_device(settings.device).type == "cpu")
 
 
 def run(settings: EvaluateSettings) -> EvaluateReport:
@@ -244,101 +227,74 @@ def run(settings: EvaluateSettings) -> EvaluateReport:
         UserError: Bad input.
     """
     check(settings)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=choose_device(settings.device).type == "cpu")  # several processes find each other here
+    join_processes(settings)
     model, tokenizer = load_any(settings.checkpoint, settings.tokenizer_path)
     return evaluate(model, tokenizer, settings)
 
 
 def evaluate(model: Any, tokenizer: Any, settings: EvaluateSettings) -> EvaluateReport:
-    """Measure a model in memory on the text that the settings name; it is left on the device of the settings.
+    """As `evaluate_paired`, the report alone."""
+    return evaluate_paired(model, tokenizer, settings, settings.checkpoint)[0]
 
-    Where `torch.distributed` has several processes, all of them must call this; each reads its share and returns the whole report.
+
+def evaluate_paired(model: Any, tokenizer: Any, settings: MeasureSettings, name: str) -> tuple[EvaluateReport, Paired]:
+    """Measure a model in memory on what the settings name; it is left on the device of the settings.
+
+    Where `torch.distributed` has several processes, all of them must call this; each does its share and returns the whole report.
+
+    Args:
+        name: Of the model, for the report.
 
     Raises:
-        UserError: Text that cannot be used, windows longer than the model has positions, or halting that the model cannot do.
+        UserError: Text, questions or tasks that cannot be used, more tokens than the model has positions, or halting that it cannot do.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and settings.seq_len > positions:
-        raise UserError(f"--seq_len: expected at most {positions}, the positions that the model has, got {settings.seq_len}")
     own = model.config.H_cycles if isinstance(model, RecursiveLLM) else None
-    cycles = settings.cycles or tuple(range(1, 2 * own + 1) if own else () if own is None else (0,))
-    depths, halting = _depths(model, cycles), _halting(model, settings)
-    source = DataSettings(
-        dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name, text_column=settings.text_column
-    )
-    with one_process_first():
-        documents = load_documents(source).validation
-        blocks = tokenize(documents, tokenizer, settings.seq_len)
-    windows = Windows(blocks, settings.stride, settings.max_windows)
+    depths: list[int | None] = [None] if own is None else [*(settings.cycles or range(1, 2 * own + 1) or (0,))]
+    halting = _halting(model, settings)
+    runs = [*(Effort(H_cycles=H) for H in depths), *([] if halting is None else [halting])]
     model.to(choose_device(settings.device))
-    sums, tokens = _read(model, windows, depths, halting, settings.batch_size), windows.scored(0, len(windows))
-    size = windows.bytes_scored(stream_bytes(documents, tokenizer, windows.tokens_read))
-    rows = [_row(model, H, nats, tokens, windows.per_piece, size) for H, nats in zip(depths, sums["asked"], strict=True)]
-    telemetry = None
-    if "nats" in sums:
-        told = None if halting is None else summarise_halting(sums, tokens, windows.per_piece, model.config, *halting)
-        telemetry = summarise_cycles(sums, tokens, windows.per_piece, told)
-    return EvaluateReport(
-        settings.checkpoint, settings.dataset_name, len(windows), settings.seq_len, own, rows, windows.step, int(tokens.sum()), round(size),
-        telemetry,
-    )  # fmt: skip
+    text, paired_text, passages = None, None, []
+    if settings.text is not None:
+        opened = _open(model, tokenizer, settings)
+        text, paired_text = measure_text(model, opened, depths, halting, batch_size=settings.batch_size)
+        passages = _passages(model, tokenizer, opened, depths) if settings.report is not None and is_first() else []
+    questions, rights = [], {}
+    for asked, items in question_sets(settings).items():
+        answered, right = ask(model, tokenizer, asked, items, runs, settings.judge, batch_size=settings.batch_size)
+        questions.append(answered)
+        rights[asked] = right[: len(depths)]
+    scores = _scores(model, tokenizer, settings, runs) if settings.task_names else []
+    return EvaluateReport(name, own, text, questions, scores, passages), Paired(depths, paired_text, rights)
 
 
-def _halting(model: Any, settings: EvaluateSettings) -> tuple[str, float | None, int] | None:
-    """Criterion, threshold and cycles at most of the run in which tokens halt; None where none was asked for."""
+def _scores(model: Any, tokenizer: Any, settings: MeasureSettings, runs: Sequence[Effort]) -> list[TaskScore]:
+    shape: dict[str, Any] = {"batch_size": settings.batch_size, "max_items": settings.max_items}
+    return run_tasks(model, tokenizer, settings.task_names, runs, folder=settings.tasks_folder, **shape)
+
+
+def _halting(model: Any, settings: MeasureSettings) -> Effort | None:
+    """The run in which tokens halt, with its cycles at most; None where none was asked for."""
     if settings.halt == "none":
         return None
     effort = Effort(H_cycles=max(settings.cycles, default=None), halt=settings.halt, halt_threshold=settings.halt_threshold)
     effort.arguments(model)  # refuses what the model cannot do
-    return settings.halt, settings.halt_threshold, effort.cycles(model)
+    return effort.settled(model)
 
 
-def _row(model: Any, H_cycles: int | None, nats: Tensor, tokens: Tensor, per_piece: int, size: float) -> DepthLoss:
-    bits = nats.sum().item() / math.log(2) / size if size else None
-    return DepthLoss(H_cycles, *mean_and_error(nats, tokens, per_piece), _cost(model, H_cycles), bits)
+def _open(model: Any, tokenizer: Any, settings: MeasureSettings) -> Text:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and settings.seq_len > positions:
+        raise UserError(f"--seq_len: expected at most {positions}, the positions that the model has, got {settings.seq_len}")
+    source = DataSettings(
+        dataset_name=settings.text or "", dataset_config_name=settings.dataset_config_name, text_column=settings.text_column
+    )
+    return open_text(source, tokenizer, seq_len=settings.seq_len, stride=settings.stride, max_windows=settings.max_windows)
 
 
-def _read(
-    model: Any, windows: Windows, depths: Sequence[int | None], halting: tuple[str, float | None, int] | None, batch_size: int
-) -> Sums:
-    """All that is to be known of every window, `[rows, windows]` each: `asked`, the summed loss at every depth, and for a recursive model
-    what `sums_of_cycles` gives of all cycles up to the deepest, and `sums_of_halting`."""
-    rank, count = (distributed.get_rank(), distributed.get_world_size()) if _several() else (0, 1)
-    mine: list[Sums] = []
-    with evaluating(model), torch.no_grad():
-        for first in range(rank * batch_size, len(windows), count * batch_size):
-            ids, places = _batch(model, windows, first, batch_size)
-            mine.append(_read_batch(model, ids, places, depths, halting))
-    parts: list[list[Sums]] = [mine]
-    if _several():
-        parts = [[] for _ in range(count)]
-        distributed.all_gather_object(parts, mine)
-    ordered = [part[turn] for turn in range(len(parts[0])) for part in parts if turn < len(part)]
-    return {name: torch.cat([sums[name] for sums in ordered], dim=1) for name in ordered[0]}
-
-
-def _read_batch(
-    model: Any, ids: Tensor, places: Tensor, depths: Sequence[int | None], halting: tuple[str, float | None, int] | None
-) -> Sums:
+def _passages(model: Any, tokenizer: Any, text: Text, depths: Sequence[int | None]) -> list[Passage]:
+    rows = text.windows.ids(0, min(_PASSAGES, len(text.windows)))[:, :_PASSAGE_TOKENS]
     deepest = max((H for H in depths if H is not None), default=0)
-    if deepest == 0:
-        return {"asked": _nats(model, _states(model, ids, depths), ids, places)}
-    plain = _states(model, ids, [0]) if 0 in depths else []
-    sums = sums_of_cycles(model.lm_head, _states(model, ids, range(1, deepest + 1)), ids, places)
-    by_depth = torch.cat([_nats(model, plain, ids, places), sums["nats"]]) if plain else sums["nats"]
-    first = 0 if plain else 1
-    sums["asked"] = by_depth[[H - first for H in depths if H is not None]]
-    return sums if halting is None else sums | sums_of_halting(model, ids, places, *halting)
-
-
-def is_first() -> bool:
-    """Whether this is the only process, or the first of several: the one that speaks."""
-    return not _several() or distributed.get_rank() == 0
-
-
-def _several() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return [read_passage(model, tokenizer, ids, deepest) for ids in rows]
 
 
 def load_any(path: str, tokenizer_path: str | None = None) -> tuple[Any, Any]:

@@ -231,7 +231,7 @@ def _check_evaluation(measured: Evaluation, config: Any) -> None:
 
 def _as_evaluate(settings: ExportSettings) -> evaluation.EvaluateSettings:
     return evaluation.EvaluateSettings(
-        checkpoint=settings.checkpoint, dataset_name=settings.dataset_name or "", dataset_config_name=settings.dataset_config_name,
+        checkpoint=settings.checkpoint, dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name,
         text_column=settings.text_column, cycles=settings.cycles or ((0,) if settings.donor else ()), seq_len=settings.seq_len,
         batch_size=settings.batch_size, max_windows=settings.max_windows, device=settings.device,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import yaml
 
 from .errors import UserError
 
-JOB_SECTIONS = ("convert", "train", "train_trm", "train_trm_hybrid", "evaluate", "generate", "chat", "serve", "export")
+JOB_SECTIONS = ("convert", "train", "train_trm", "train_trm_hybrid", "evaluate", "compare", "generate", "chat", "serve", "export")
 NOTES = ("about", "cost")  # sections that no job reads
 
 

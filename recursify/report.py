@@ -10,37 +10,49 @@ that a recursive model that came out worse than its donor is said to be worse.
 
 Units: losses and their standard errors in nats per token, times in seconds, cost in layer applications per token.
 
-Floor 3. Imports the standard library and charts.py.
+Floor 3. Imports the standard library, charts.py and page.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from recursify.charts import (
     Axes,
     Level,
     Line,
-    Size,
     architecture_picture,
-    chart_style,
     count_undrawable,
     element,
     escape,
     is_drawable,
     line_chart,
 )
+from recursify.page import (
+    NARROW,
+    PLUS_MINUS,
+    WIDE,
+    document,
+    figure,
+    magnitude,
+    number,
+    paragraph,
+    plural,
+    row,
+    scroll,
+    section,
+    signed,
+    table,
+    tile,
+    undrawn,
+    visible,
+    write_document,
+)
 
-WIDE, NARROW = Size(820, 390), Size(360, 340)
 CLEARLY = 2.0
-PLUS_MINUS = "±\N{NO-BREAK SPACE}"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STANDING_LIMITS = (
     "One run with one seed: another seed moves the losses, and the standard errors given here are those of the validation text only.",
     "A small model, a small text and a short fine-tuning: differences at this size need not hold at a larger one.",
@@ -185,29 +197,12 @@ class DemoReport:
 
 def write(report: DemoReport, path: str | Path) -> Path:
     """Write the page to `path`, making its folder. A crash leaves the old file, never half a new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(render(report), encoding="utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-    return path
+    return write_document(render(report), path)
 
 
 def render(report: DemoReport) -> str:
     """The whole page as HTML text."""
     title = f"{report.donor.name}, made recursive"
-    head = [
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<link rel="icon" href="data:,">',
-        element("title", escape(title)),
-        element("style", _style()),
-    ]
     sections = [
         _plan(report),
         _loss_by_cycles(report),
@@ -218,41 +213,7 @@ def render(report: DemoReport) -> str:
         _making(report),
         _limits(report),
     ]
-    body = _header(report, title) + element("main", *sections) + _footer(report)
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{"".join(head)}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
-
-
-@cache
-def _style() -> str:
-    return chart_style() + resources.files("recursify").joinpath("report.css").read_text(encoding="utf-8")
-
-
-# Numbers in words
-
-
-def number(value: float | None, decimals: int = 4) -> str:
-    """A number for reading: fixed decimals, a true minus sign, powers of ten where it is huge, words where it is none."""
-    if value is None:
-        return ""
-    if math.isnan(value):
-        return "not a number"
-    if math.isinf(value):
-        return "infinite" if value > 0 else "infinite and negative"
-    written = f"{value:,.{decimals}f}" if abs(value) < 1e6 else f"{value:.3e}"
-    return written.replace("-", "\N{MINUS SIGN}")
-
-
-def signed(value: float, decimals: int = 4) -> str:
-    """The same with its sign always shown."""
-    return ("+" if value > 0 else "") + number(value, decimals)
-
-
-def magnitude(count: int) -> str:
-    """A count in short: 12.6 million."""
-    for size, word in ((10**9, "billion"), (10**6, "million")):
-        if count >= size:
-            return f"{count / size:.3g} {word}"
-    return f"{count:,}"
+    return document(title, _header(report, title), element("main", *sections), _footer(report))
 
 
 def perplexity(loss: float) -> float:
@@ -261,15 +222,6 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def visible(token: str) -> str:
-    """A token with its white space shown: spaces as ·, line breaks as ↵, tabs as ⇥; an empty one as ∅."""
-    return token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 
 # Findings
@@ -363,40 +315,6 @@ def _cost(report: DemoReport) -> str:
 # Parts of the page
 
 
-def _section(title: str, *content: str) -> str:
-    return element("section", element("h2", escape(title)), *content)
-
-
-def _paragraph(text: str, class_: str | None = None) -> str:
-    return element("p", escape(text), class_=class_)
-
-
-def _figure(draw: Callable[[bool], str], caption: str) -> str:
-    """A picture drawn twice, for wide and for narrow screens; the style sheet shows the one that fits."""
-    wide = element("div", draw(False), class_="wide")
-    narrow = element("div", draw(True), class_="narrow")
-    return element("figure", wide, narrow, element("figcaption", escape(caption)))
-
-
-def _table(head: Sequence[str], rows: Iterable[str], caption: str, class_: str | None = None) -> str:
-    """A table that scrolls by itself where the screen is narrow. Rows are markup, the head is text."""
-    heading = element("thead", element("tr", *(element("th", escape(words), scope="col") for words in head)))
-    table = element("table", element("caption", escape(caption)), heading, element("tbody", *rows), class_=class_)
-    return _scroll(table, caption)
-
-
-def _scroll(table: str, label: str, class_: str = "scroll") -> str:
-    return element("div", table, class_=class_, tabindex="0", role="region", aria_label=label)
-
-
-def _row(name: str, cells: Sequence[str], class_: str | None = None) -> str:
-    return element("tr", element("th", escape(name), scope="row"), *(element("td", escape(cell)) for cell in cells), class_=class_)
-
-
-def _undrawn(count: int) -> str:
-    return f" {plural(count, 'value')} not drawn, being infinite, not a number, or too large." if count else ""
-
-
 def _colours(report: DemoReport) -> dict[str, str]:
     """One colour per model, the same in every chart."""
     names = (report.model_name, report.donor_tuned.name, report.donor_as_is.name, *(line.name for line in report.further_baselines))
@@ -414,28 +332,24 @@ def _header(report: DemoReport, title: str) -> str:
         f"beside the donor itself, on the same {plural(report.train_tokens, 'token')}."
     )
     said = element("ul", *(element("li", escape(sentence)) for sentence in findings(report)), class_="findings")
-    eyebrow = _paragraph("recursify demo", "eyebrow")
-    return element("header", eyebrow, element("h1", escape(title)), _paragraph(lede, "lede"), _tiles(report), said)
+    eyebrow = paragraph("recursify demo", "eyebrow")
+    return element("header", eyebrow, element("h1", escape(title)), paragraph(lede, "lede"), _tiles(report), said)
 
 
 def _tiles(report: DemoReport) -> str:
     ours, best, compared = report.at_trained_depth, report.best_depth, difference_to_tuned(report)
     tiles = []
     if ours is not None:
-        tiles.append(_tile("s1", number(ours.loss), f"nats per token, {report.model_name}, {plural(ours.H_cycles, 'cycle')}"))
-    tiles.append(_tile("s2", number(report.donor_tuned.loss), f"nats per token, {report.donor_tuned.name}"))
+        tiles.append(tile("s1", number(ours.loss), f"nats per token, {report.model_name}, {plural(ours.H_cycles, 'cycle')}"))
+    tiles.append(tile("s2", number(report.donor_tuned.loss), f"nats per token, {report.donor_tuned.name}"))
     if compared is not None:
         difference, error = compared
         spread = f", {PLUS_MINUS}{number(error)}" if error is not None else ""
-        tiles.append(_tile(None, signed(difference), f"nats of difference{spread}: {_verdict(difference, error)}"))
+        tiles.append(tile(None, signed(difference), f"nats of difference{spread}: {_verdict(difference, error)}"))
     if best is not None:
         measured = ", ".join(str(point.H_cycles) for point in report.depths)
-        tiles.append(_tile(None, plural(best.H_cycles, "cycle"), f"had the lowest loss, of {measured} measured"))
+        tiles.append(tile(None, plural(best.H_cycles, "cycle"), f"had the lowest loss, of {measured} measured"))
     return element("ul", *tiles, class_="tiles")
-
-
-def _tile(colour: str | None, value: str, note: str) -> str:
-    return element("li", element("b", escape(value)), element("span", escape(note)), class_=colour)
 
 
 def _plan(report: DemoReport) -> str:
@@ -458,12 +372,12 @@ def _plan(report: DemoReport) -> str:
         f"Numbers are the donor's own layers. {fate} One cycle applies the loop {plural(plan.L_cycles, 'time')} to the inner state z_L "
         f"and once to z_H; {plural(plan.H_cycles, 'cycle')} make {plural(plan.passes, 'pass', 'passes')} with the same weights."
     )
-    return _section("The plan", _figure(draw, caption))
+    return section("The plan", figure(draw, caption))
 
 
 def _loss_by_cycles(report: DemoReport) -> str:
     if not report.depths:
-        return _section("Loss by cycles", _paragraph("No depth was measured.", "quiet"))
+        return section("Loss by cycles", paragraph("No depth was measured.", "quiet"))
     points, colours = sorted(report.depths, key=lambda point: point.H_cycles), _colours(report)
     line = Line(
         name=report.model_name,
@@ -481,9 +395,9 @@ def _loss_by_cycles(report: DemoReport) -> str:
     caption = (
         f"Validation loss of one and the same model, run with more or fewer cycles than it was trained for. "
         f"Dashed: models without a loop, and their layers per token: {costs}. "
-        f"{'Bars and bands: plus and minus one standard error.' if any(errors) else ''}{_undrawn(count_undrawable([line], levels))}"
+        f"{'Bars and bands: plus and minus one standard error.' if any(errors) else ''}{undrawn(count_undrawable([line], levels))}"
     )
-    return _section("Loss by cycles", _figure(lambda narrow: line_chart([line], levels, axes, NARROW if narrow else WIDE), caption))
+    return section("Loss by cycles", figure(lambda narrow: line_chart([line], levels, axes, NARROW if narrow else WIDE), caption))
 
 
 def _depth_axes(report: DemoReport, points: Sequence[DepthPoint]) -> Axes:
@@ -504,7 +418,7 @@ def _depth_axes(report: DemoReport, points: Sequence[DepthPoint]) -> Axes:
 def _fine_tuning(report: DemoReport) -> str:
     lines = [line for curve in report.curves for line in _curve_lines(curve, _colours(report).get(curve.name, "s6"))]
     if not lines:
-        return _section("Fine-tuning", _paragraph("No training loss was recorded.", "quiet"))
+        return section("Fine-tuning", paragraph("No training loss was recorded.", "quiet"))
     axes = Axes(
         title="Loss during fine-tuning",
         description="Training loss over optimizer steps, with validation loss as dots, for "
@@ -517,9 +431,9 @@ def _fine_tuning(report: DemoReport) -> str:
     how = "Thin: the training loss as logged. Thick: its running mean." if smooth else "Lines: the training loss as logged."
     caption = (
         f"{how} Dots: validation loss. The figure at a line's end is its last. Both models read the same tokens: {report.data}."
-        f"{_undrawn(count_undrawable(_given(lines)))}"
+        f"{undrawn(count_undrawable(_given(lines)))}"
     )
-    return _section("Fine-tuning", _figure(lambda narrow: line_chart(lines, [], axes, NARROW if narrow else WIDE), caption))
+    return section("Fine-tuning", figure(lambda narrow: line_chart(lines, [], axes, NARROW if narrow else WIDE), caption))
 
 
 def _given(lines: Iterable[Line]) -> list[Line]:
@@ -561,8 +475,8 @@ def _sentence(report: DemoReport) -> str:
     rows = [_token_row(row, depth) for row in report.sentence]
     head = element("thead", element("tr", *_sentence_head(report, depth)))
     foot = element("tfoot", element("tr", *_sentence_foot(report, depth)))
-    table = _scroll(element("table", head, element("tbody", *rows), foot, class_="tokens"), "What each cycle would have said")
-    return _section("One sentence, cycle by cycle", _paragraph(explained), element("figure", table))
+    shown = scroll(element("table", head, element("tbody", *rows), foot, class_="tokens"), "What each cycle would have said")
+    return section("One sentence, cycle by cycle", paragraph(explained), element("figure", shown))
 
 
 def _sentence_head(report: DemoReport, depth: int) -> list[str]:
@@ -611,7 +525,7 @@ def _samples(report: DemoReport) -> str:
     for prompt in dict.fromkeys(sample.prompt for sample in report.samples):
         cards = [_sample(report, sample) for sample in report.samples if sample.prompt == prompt]
         content += [element("p", escape(prompt), class_="prompt", dir="auto"), element("dl", *cards, class_="samples")]
-    return _section("Samples", _paragraph("Each prompt, and how each model went on.", "quiet"), *content)
+    return section("Samples", paragraph("Each prompt, and how each model went on.", "quiet"), *content)
 
 
 def _sample(report: DemoReport, sample: Sample) -> str:
@@ -626,14 +540,14 @@ def _numbers(report: DemoReport) -> str:
     caption = f"Validation on {plural(report.validation_tokens, 'token')}; losses in nats per token."
     head = ("model", "cycles", "loss", "std. error", "perplexity", "vs. donor tuned", "layers per token")
     rows = [_depth_row(report, point) for point in sorted(report.depths, key=lambda point: point.H_cycles)]
-    rows += [_row(base.name, ["", *_loss_cells(report, base)]) for base in report.baselines]
-    return _section("All numbers", _table(head, rows, caption), *(_curve_details(curve) for curve in report.curves))
+    rows += [row(base.name, ["", *_loss_cells(report, base)]) for base in report.baselines]
+    return section("All numbers", table(head, rows, caption), *(_curve_details(curve) for curve in report.curves))
 
 
 def _depth_row(report: DemoReport, point: DepthPoint) -> str:
     trained = point.H_cycles == report.architecture.H_cycles
     name = f"{report.model_name}, trained depth" if trained else report.model_name
-    return _row(name, [str(point.H_cycles), *_loss_cells(report, point)], "ours trained" if trained else "ours")
+    return row(name, [str(point.H_cycles), *_loss_cells(report, point)], "ours trained" if trained else "ours")
 
 
 def _loss_cells(report: DemoReport, measured: DepthPoint | Baseline) -> list[str]:
@@ -649,13 +563,13 @@ def _loss_cells(report: DemoReport, measured: DepthPoint | Baseline) -> list[str
 
 def _curve_details(curve: Curve) -> str:
     trained, validated = dict(zip(curve.steps, curve.train_loss, strict=True)), dict(zip(curve.eval_steps, curve.eval_loss, strict=True))
-    rows = [_row(f"{step:,}", [number(trained.get(step)), number(validated.get(step))]) for step in sorted({*trained, *validated})]
+    rows = [row(f"{step:,}", [number(trained.get(step)), number(validated.get(step))]) for step in sorted({*trained, *validated})]
     if not rows:
         return ""
     title = f"Fine-tuning of {curve.name}, {plural(len(rows), 'logged step')}"
     head = element("thead", element("tr", *(element("th", words, scope="col") for words in ("step", "training loss", "validation loss"))))
-    table = element("table", head, element("tbody", *rows))
-    return element("details", element("summary", escape(title)), _scroll(table, title, "scroll tall"))
+    whole = element("table", head, element("tbody", *rows))
+    return element("details", element("summary", escape(title)), scroll(whole, title, "scroll tall"))
 
 
 def _making(report: DemoReport) -> str:
@@ -671,7 +585,7 @@ def _making(report: DemoReport) -> str:
         ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions)),
     ]
     listed = [element("dt", escape(name)) + element("dd", escape(value)) for name, value in facts if value]
-    return _section("How it was made", element("dl", *listed, class_="facts"), _stages(report), _commands(report))
+    return section("How it was made", element("dl", *listed, class_="facts"), _stages(report), _commands(report))
 
 
 def _stages(report: DemoReport) -> str:
@@ -680,7 +594,7 @@ def _stages(report: DemoReport) -> str:
     finite = [stage.seconds for stage in report.stages if math.isfinite(stage.seconds)]
     total, longest = math.fsum(finite), max(finite, default=0.0)
     rows = [_stage_row(stage, longest) for stage in report.stages]
-    return element("h3", "Time") + _table(("stage", "seconds", ""), rows, f"{number(total, 1)} seconds in all", "stages")
+    return element("h3", "Time") + table(("stage", "seconds", ""), rows, f"{number(total, 1)} seconds in all", "stages")
 
 
 def _stage_row(stage: Stage, longest: float) -> str:
@@ -697,9 +611,9 @@ def _commands(report: DemoReport) -> str:
 
 def _limits(report: DemoReport) -> str:
     items = [element("li", escape(words)) for words in (*report.limits, *STANDING_LIMITS)]
-    return _section("What this does not show", element("ul", *items, class_="findings"))
+    return section("What this does not show", element("ul", *items, class_="findings"))
 
 
 def _footer(report: DemoReport) -> str:
     version = dict(report.versions).get("recursify", "")
-    return element("footer", element("section", _paragraph(f"Written by recursify {version}".strip() + ". This page holds all it needs.")))
+    return element("footer", element("section", paragraph(f"Written by recursify {version}".strip() + ". This page holds all it needs.")))

@@ -789,30 +789,30 @@ class TestStream:
 EOS = 0
 
 
-def separate_slowly(row: list[int]) -> tuple[list[int], list[int]]:
-    positions, labels = [], []
+def separate_slowly(row: list[int]) -> tuple[list[int], list[bool]]:
+    positions, starts = [], []
     position = 0
-    for t, token in enumerate(row):
+    for t in range(len(row)):
         after_end = t > 0 and row[t - 1] == EOS
         position = 0 if after_end or t == 0 else position + 1
         positions.append(position)
-        labels.append(-100 if after_end else token)
-    return positions, labels
+        starts.append(after_end)
+    return positions, starts
 
 
 class TestSeparate:
     @given(st.integers(1, 12).flatmap(lambda T: st.lists(st.lists(st.integers(0, 3), min_size=T, max_size=T), min_size=1, max_size=4)))
     def test_as_the_obvious_way(self, rows: list[list[int]]) -> None:
         ids = torch.tensor(rows)
-        positions, labels = separate(ids, EOS)
+        positions, starts = separate(ids, EOS)
         assert ids.tolist() == rows
-        assert positions.dtype == labels.dtype == torch.int64
-        assert [tuple(pair) for pair in zip(positions.tolist(), labels.tolist(), strict=True)] == [separate_slowly(row) for row in rows]
+        assert (positions.dtype, starts.dtype) == (torch.int64, torch.bool)
+        assert [tuple(pair) for pair in zip(positions.tolist(), starts.tolist(), strict=True)] == [separate_slowly(row) for row in rows]
 
     def test_by_hand(self) -> None:
-        positions, labels = separate(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), EOS)
+        positions, starts = separate(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), EOS)
         assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 0]]
-        assert labels.tolist() == [[5, 6, 0, -100, 0, -100, -100]]
+        assert starts.tolist() == [[False, False, False, True, False, True, True]]
 
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_packed_documents_are_as_each_alone(self, attention: str) -> None:

@@ -40,7 +40,9 @@ def test_the_numbers_in_the_page_can_be_measured_again(out: Path) -> None:
     settings = EvaluateSettings(checkpoint=str(out / "recursive.pt"), dataset_name=str(out / "language_reference"), cycles=(1, 5))
     page = (out / "report.html").read_text(encoding="utf-8")
     # the checkpoint is stored in the donor's bfloat16, the page shows the float32 model: equal to two decimals
-    for row in run(settings).rows:
+    measured = run(settings).text
+    assert measured is not None
+    for row in measured.rows:
         shown = [float(number) for number in re.findall(r"\b\d\.\d{4}\b", page)]
         assert min(abs(number - row.loss) for number in shown) < 0.02
 
@@ -72,7 +74,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_a_run_that_ctrl_c_has_ended_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = FitResult(history=[], steps=1, tokens=1, seconds=1.0, eval_loss=None, best_eval_loss=None, interrupted=True)
     monkeypatch.setattr(demo, "fit", lambda *args: ended)
-    monkeypatch.setattr(demo.evaluation, "measure", lambda *args: [None])
+    monkeypatch.setattr(demo.text_losses, "measure", lambda *args: [None])
     with pytest.raises(KeyboardInterrupt):
         demo.run(demo.DemoSettings(output_dir=str(tmp_path)))
     assert not (tmp_path / "report.html").exists()

@@ -1,4 +1,4 @@
-"""Loss at every depth, against hand-made sums and plain runs at each depth.
+"""The whole command: text, questions and tasks together, in one process and in several, and what it refuses.
 
 Started by torchrun, this file is also the program that several processes run.
 """
@@ -6,7 +6,6 @@ Started by torchrun, this file is also the program that several processes run.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from contextlib import redirect_stdout
@@ -15,22 +14,25 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from test_parallel import launch
-from tiny import make_tiny_tokenizer, sentences, tiny_model
+from tiny import make_tiny_tokenizer, sentences, tiny_donor, tiny_model
 from torch import distributed
-from torch.nn import functional as F
 
-from recursify import RecursiveLLM, checkpoint, cli, convert
+from recursify import RecursiveLLM, checkpoint, cli, convert, tasks
 from recursify.errors import UserError
-from recursify.evaluation import EvaluateSettings, evaluate, is_first, load_any, measure, run, standard_error, window_losses
+from recursify.evaluation import EvaluateSettings, evaluate, evaluate_paired, load_any, run
+from recursify.sharing import is_first
+
+MADE = "pointers:difficulty=1-2,count=3"
 
 
 @pytest.fixture(scope="module")
-def model(donor_folder: Path) -> RecursiveLLM:
+def model(tmp_path_factory: pytest.TempPathFactory) -> RecursiveLLM:
     """Keep-donor, gains and states well away from 0, so that every depth says something else."""
+    folder = tmp_path_factory.mktemp("small")
+    tiny_donor("llama", folder, num_hidden_layers=3)
     torch.manual_seed(1)
-    model = convert(str(donor_folder), L_layers=2, keep_donor=True, H_cycles=2, L_cycles=1)
+    model = convert(str(folder), L_layers=1, keep_donor=True, H_cycles=2, L_cycles=1)
     with torch.no_grad():
         for parameter in model.model.recursion.parameters():
             parameter.normal_()
@@ -38,85 +40,160 @@ def model(donor_folder: Path) -> RecursiveLLM:
 
 
 @pytest.fixture(scope="module")
-def blocks() -> Dataset:
-    ids = torch.randint(300, (7, 12), generator=torch.Generator().manual_seed(0))
-    return Dataset.from_dict({"input_ids": ids.tolist()})
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name, seed in (("train", 3), ("validation", 4)):
+        (folder / f"{name}.txt").write_text(" ".join(sentences(seed, 4)))
+    return folder
 
 
-def by_hand(model: Any, ids: torch.Tensor, **depth: int) -> list[float]:
-    """Mean loss of each row, from whole logits of one row at a time."""
-    with torch.no_grad():
-        rows = [model(row.unsqueeze(0), **depth).logits[0] for row in ids]
-    return [F.cross_entropy(logits[:-1], row[1:]).item() for logits, row in zip(rows, ids, strict=True)]
+def settings(**changes: Any) -> EvaluateSettings:
+    return EvaluateSettings(**({"checkpoint": "in memory", "seq_len": 16, "device": "cpu"} | changes))
 
 
-def test_every_depth_equals_a_run_at_that_depth(model: RecursiveLLM, blocks: Dataset) -> None:
-    cycles, ids = (3, 0, 1, 2), torch.tensor(blocks["input_ids"])
-    losses = window_losses(model, blocks, cycles, batch_size=3)
-    for row, H in zip(losses.tolist(), cycles, strict=True):
-        assert row == pytest.approx(by_hand(model, ids, H_cycles=H), abs=1e-5)
-    assert len({round(row.mean().item(), 4) for row in losses}) == 4
+def measure(model: Any, **changes: Any) -> Any:
+    return evaluate(model, make_tiny_tokenizer(), settings(**changes))
 
 
-def test_means_errors_and_costs(model: RecursiveLLM, blocks: Dataset) -> None:
-    losses = window_losses(model, blocks, (1, 2))
-    for row, values, H in zip(measure(model, blocks, (1, 2), batch_size=2), losses, (1, 2), strict=True):
-        assert row.H_cycles == H
-        assert row.loss == pytest.approx(values.mean().item())
-        assert row.standard_error == pytest.approx(values.std().item() / math.sqrt(7))
-        assert row.perplexity == pytest.approx(math.exp(row.loss))
-        assert row.layer_applications == 22 + 2 * H * 2
-
-
-def test_the_batch_size_changes_nothing(model: RecursiveLLM, blocks: Dataset) -> None:
-    one, all_at_once = (measure(model, blocks, (2,), batch_size=size)[0].loss for size in (1, 7))
-    assert one == pytest.approx(all_at_once, abs=1e-6)
-
-
-def test_a_plain_model_has_one_depth(blocks: Dataset) -> None:
-    donor = tiny_model("llama").eval()
-    [row] = measure(donor, blocks)
-    assert row.H_cycles is None and row.layer_applications == donor.config.num_hidden_layers
-    assert row.loss == pytest.approx(sum(by_hand(donor, torch.tensor(blocks["input_ids"]))) / 7, abs=1e-5)
-
-
-def test_a_single_window_has_no_error(model: RecursiveLLM, blocks: Dataset) -> None:
-    assert measure(model, blocks.select([0]), (1,))[0].standard_error is None
-    assert standard_error(torch.tensor([1.0, 1.0, 1.0])) == 0.0
-
-
-def test_training_mode_is_put_back(model: RecursiveLLM, blocks: Dataset) -> None:
-    model.train()
-    measure(model, blocks.select([0]), (1,))
-    assert model.training
-    model.eval()
+# --- Text --------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["m.pt", "folder"])
-def test_the_command_reads_both_forms(form: str, model: RecursiveLLM, donor_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
+def test_the_command_reads_both_forms(form: str, model: RecursiveLLM, text: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / form, model, make_tiny_tokenizer())
+    report = run(settings(checkpoint=str(tmp_path / form), dataset_name=str(text), max_windows=5))
+    assert report.text is not None and report.trained_cycles == 2
+    assert [row.H_cycles for row in report.text.rows] == [1, 2, 3, 4]  # to twice the checkpoint's own
+    assert report.text.windows == 5
+    assert f"{report.text.rows[1].loss:.4f}" in report.render() and "own" in report.render()
 
-    checkpoint.save(tmp_path / form, model, AutoTokenizer.from_pretrained(donor_folder))
-    rows = [json.dumps({"text": f"The ship number {i} crosses the river . " * 5}) for i in range(40)]
-    (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    settings = EvaluateSettings(checkpoint=str(tmp_path / form), dataset_name=str(tmp_path / "t.jsonl"), seq_len=16, max_windows=5)
-    report = run(settings)
-    assert [row.H_cycles for row in report.rows] == [1, 2, 3, 4]  # to twice the checkpoint's own
-    assert report.windows == 5
-    assert f"{report.rows[1].loss:.4f}" in report.render() and "own" in report.render()
+
+def test_what_is_of_the_text_stands_at_the_top_too(model: RecursiveLLM, text: Path) -> None:
+    """There others read it, such as recursify export."""
+    found = measure(model, dataset_name=str(text), stride=8).to_dict()
+    assert {"checkpoint", "dataset", "windows", "seq_len", "trained_cycles", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
+    assert (
+        found["text"] == {name: found[name] for name in found["text"]} and found["questions"] == found["tasks"] == found["passages"] == []
+    )
+
+
+@pytest.mark.parametrize(("cycles", "most"), [((), 2), ((1, 3), 3)])
+def test_halting_goes_as_deep_as_asked_for(cycles: tuple[int, ...], most: int, model: RecursiveLLM, text: Path) -> None:
+    report = measure(model, dataset_name=str(text), cycles=cycles, halt="entropy", halt_threshold=1.0, questions=(MADE,))
+    assert report.text.telemetry.halting.H_cycles == most
+    assert {(row.H_cycles, row.halt) for row in report.questions[0].rows if row.halt} == {(most, "entropy")}
+
+
+def test_halting_that_cannot_be(model: RecursiveLLM, text: Path) -> None:
+    with pytest.raises(UserError, match="--halt: expected a recursive model, got a LlamaForCausalLM"):
+        measure(tiny_model("llama"), dataset_name=str(text), halt="kl")
+    with pytest.raises(UserError, match="--halt: expected a run of at least 1 cycle"):
+        measure(model, dataset_name=str(text), cycles=(0,), halt="kl")
+
+
+def test_an_infinite_threshold_is_strict_json(model: RecursiveLLM, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save(tmp_path / "m.pt", model, make_tiny_tokenizer())
+    flags = ["--dataset_name", str(text), "--seq_len", "16", "--cycles", "1", "--device", "cpu", "--json"]
+    cli.main(["evaluate", "--checkpoint", str(tmp_path / "m.pt"), *flags, "--halt", "entropy", "--halt_threshold", "inf"])
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert float(found["telemetry"]["halting"]["threshold"]) == float("inf")
+
+
+def test_wikitext_is_measured_unless_something_else_is() -> None:
+    assert settings().text == "wikitext" and settings(questions=(MADE,)).text is None and settings(tasks=("a",)).text is None
+    assert settings(questions=(MADE,), dataset_name="x.txt").text == "x.txt"
+
+
+# --- Questions and tasks -----------------------------------------------------------------------------------------------------------------
+
+
+def test_questions_are_those_of_the_test_split(model: RecursiveLLM) -> None:
+    report, paired = evaluate_paired(model, make_tiny_tokenizer(), settings(questions=(MADE, f"{MADE},seed=1"), cycles=(0, 2)), "mine")
+    assert report.checkpoint == "mine" and report.text is None and "text" not in report.render()
+    assert [part.name for part in report.questions] == [MADE, f"{MADE},seed=1"] and report.questions[0].items == 6
+    assert [(row.H_cycles, row.difficulty, row.count) for row in report.questions[0].rows] == [
+        (0, None, 6), (0, 1, 3), (0, 2, 3), (2, None, 6), (2, 1, 3), (2, 2, 3),
+    ]  # fmt: skip
+    assert paired.depths == [0, 2] and paired.text is None and paired.rights[MADE].shape == (2, 6)
+    assert report.to_dict()["text"] is None and "rows" not in report.to_dict()
+
+
+def test_rights_are_of_runs_without_halting(model: RecursiveLLM, text: Path) -> None:
+    asked = settings(questions=(MADE,), dataset_name=str(text), halt="kl", cycles=(1, 2))
+    report, paired = evaluate_paired(model, make_tiny_tokenizer(), asked, "mine")
+    assert paired.rights[MADE].shape == (2, 6) and paired.text is not None and paired.text.nats.shape[0] == 2
+    assert len(report.to_dict()["questions"][0]["halting"]) == 3 and f"{MADE}: 6 questions" in report.render()
+
+
+@pytest.mark.parametrize(("most", "numbers"), [(None, range(6)), (9, range(6)), (4, (0, 1, 3, 4)), (1, (0,))])
+def test_fewer_questions_are_spread_over_the_set(most: int | None, numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tasks.Item] = []
+
+    def ask(model: Any, tokenizer: Any, name: str, items: list[tasks.Item], runs: Any, judge: str, **kwargs: Any) -> Any:
+        asked.extend(items)
+        return None, torch.ones(1, len(items))
+
+    monkeypatch.setattr("recursify.evaluation.ask", ask)
+    measure(tiny_model("llama"), questions=(MADE,), max_items=most)
+    every = [item for difficulty in (1, 2) for item in tasks.generate("pointers", difficulty, 3, 0, split="test")]
+    assert asked == [every[number] for number in numbers]
+
+
+def test_tasks_are_run_at_every_depth(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def run_tasks(model: Any, tokenizer: Any, names: Any, runs: Any, **kwargs: Any) -> list[Any]:
+        asked.update(names=names, runs=[(run.H_cycles, run.halt) for run in runs], **kwargs)
+        return []
+
+    monkeypatch.setattr("recursify.evaluation.run_tasks", run_tasks)
+    measure(model, tasks=("a,b", "c"), tasks_folder="here", cycles=(1, 3), halt="kl", batch_size=5, max_items=7)
+    assert asked == {
+        "names": ("a", "b", "c"), "runs": [(1, "none"), (3, "none"), (3, "kl")], "folder": "here", "batch_size": 5, "max_items": 7,
+    }  # fmt: skip
+
+
+def test_a_page_is_written(model: RecursiveLLM, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save(tmp_path / "m.pt", model, make_tiny_tokenizer())
+    flags = ["--dataset_name", str(text), "--seq_len", "16", "--device", "cpu", "--questions", MADE, "--report", str(tmp_path / "r.html")]
+    cli.main(["evaluate", "--checkpoint", str(tmp_path / "m.pt"), *flags, "--json"])
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert len(found["passages"]) == 3 and all(len(passage["nats"]) == 4 for passage in found["passages"])
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert MADE in page and f"{found['rows'][1]['loss']:.4f}" in page and str(tmp_path / "r.html") in captured.err
+
+
+# --- What is refused ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"cycles": (-1,)}, "--cycles"),
+        ({"cycles": (1, 2, 1)}, r"--cycles: .* each once, got \[1, 2, 1\]"),
         ({"seq_len": 1}, "--seq_len"),
         ({"batch_size": 0}, "--batch_size"),
         ({"stride": 0}, "--stride: expected 1 to the 128 tokens of a window .--seq_len., got 0"),
         ({"stride": 129}, "--stride: .* got 129"),
         ({"max_windows": 0}, "--max_windows: expected at least 1, got 0"),
+        ({"max_items": 0}, "--max_items: expected at least 1, got 0"),
+        ({"max_items": 3}, "--max_items: expected --questions or --tasks with it, got 3 and neither"),
         ({"halt": "q_head", "halt_threshold": 1.5}, "--halt_threshold: expected 0"),
         ({"halt_threshold": 0.5}, "--halt_threshold: expected --halt"),
+        ({"questions": ("riddles",)}, "--questions: expected one of permutations, .*, or gsm8k, .* behind a colon, got 'riddles'"),
+        ({"questions": (MADE, MADE)}, f"--questions: {MADE} stands there twice"),
+        ({"questions": ("babi:nowhere.txt",)}, "nowhere.txt"),
+        ({"questions": (MADE,), "stride": 4}, "--stride: is about a text, and none is measured; .* leave out --stride 4"),
+        ({"judge": "labels"}, "--judge: expected --questions with it, got labels and no --questions"),
+        ({"tasks_folder": "x"}, "--tasks_folder: expected --tasks with it, got x and no --tasks"),
+        ({"tasks": ("a",), "tasks_folder": "nowhere"}, "--tasks_folder: expected a folder of YAML tasks, got nowhere"),
+        ({"report": "no/such/folder/r.html"}, "--report: expected a file in a folder that exists, such as report.html, got no/such"),
+        ({"report": "."}, "--report: expected a file"),
     ],
 )
 def test_settings_out_of_range(wrong: dict[str, Any], message: str) -> None:
@@ -124,11 +201,9 @@ def test_settings_out_of_range(wrong: dict[str, Any], message: str) -> None:
         run(EvaluateSettings(checkpoint="x.pt", **wrong))
 
 
-def test_windows_longer_than_the_positions(donor_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("The ship crosses the river . " * 300)
-    settings = EvaluateSettings(checkpoint=str(donor_folder), dataset_name=str(tmp_path / "t.txt"), seq_len=513)
+def test_windows_longer_than_the_positions(model: RecursiveLLM, text: Path) -> None:
     with pytest.raises(UserError, match="--seq_len: expected at most 512"):
-        run(settings)
+        measure(model, dataset_name=str(text), seq_len=513)
 
 
 def test_a_donor_that_is_refused_says_why(tmp_path: Path) -> None:
@@ -144,124 +219,32 @@ def test_nothing_there(tmp_path: Path) -> None:
         load_any(str(tmp_path / "nothing"))
 
 
-# --- Text, in windows that may overlap ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A validation file of some hundred tokens, with characters of more bytes than one."""
-    folder = tmp_path_factory.mktemp("text")
-    for name, seed in (("train", 3), ("validation", 4)):
-        (folder / f"{name}.txt").write_text(
-            "\n<|endoftext|>\n".join([" ".join(sentences(seed, 2)), "北方的船 🦞", *sentences(seed + 1, 1)])
-        )
-    return folder
-
-
-def settings(text: Path, **changes: Any) -> EvaluateSettings:
-    return EvaluateSettings(**({"checkpoint": "in memory", "dataset_name": str(text), "seq_len": 16, "device": "cpu"} | changes))
-
-
-def stream(text: Path) -> tuple[list[int], list[str]]:
-    """All ids as they are read, and the documents."""
-    tokenizer, documents = make_tiny_tokenizer(), (text / "validation.txt").read_text().split("\n<|endoftext|>\n")
-    return [i for document in documents for i in [*tokenizer(document)["input_ids"], 0]], documents
-
-
-@pytest.mark.parametrize("stride", [16, 5, 1])
-def test_the_report_is_of_every_token_with_its_context(stride: int, model: RecursiveLLM, text: Path) -> None:
-    report = evaluate(model, make_tiny_tokenizer(), settings(text, stride=stride, cycles=(2, 0)))
-    ids, _ = stream(text)
-    whole = torch.tensor(ids[: len(ids) // 16 * 16])
-    starts = range(0, len(whole) - 15, stride)
-    nats = {2: 0.0, 0: 0.0}
-    with torch.no_grad():
-        for start in starts:
-            row = whole[start : start + 16]
-            for H in nats:
-                losses = F.cross_entropy(model(row[None], H_cycles=H).logits[0, :-1], row[1:], reduction="none")
-                nats[H] += losses[0 if start == 0 else -min(stride, 15) :].sum().item()
-    tokens = 15 * len(starts) if stride == 16 else starts[-1] + 15
-    assert (report.windows, report.stride, report.scored_tokens) == (len(starts), stride, tokens)
-    for row in report.rows:
-        assert row.H_cycles is not None and row.loss == pytest.approx(nats[row.H_cycles] / tokens, abs=1e-5)
-        assert row.bits_per_byte == pytest.approx(row.loss * tokens / math.log(2) / report.scored_bytes)
-        assert row.standard_error is not None
-
-
-def test_bytes_are_those_of_the_text(model: RecursiveLLM, text: Path) -> None:
-    """Of all tokens but the first and the few at the end that fill no window."""
-    report = evaluate(model, make_tiny_tokenizer(), settings(text, stride=1, cycles=(1,)))
-    ids, documents = stream(text)
-    written = sum(len(document.encode()) for document in documents)
-    cut = [ids[0], *ids[len(ids) // 16 * 16 :]]
-    assert report.scored_tokens == len(ids) - len(cut)
-    assert report.scored_bytes == written - len(make_tiny_tokenizer().decode([i for i in cut if i != 0]))
-
-
-def test_telemetry_is_of_every_cycle_up_to_the_deepest(model: RecursiveLLM, text: Path) -> None:
-    deep = evaluate(model, make_tiny_tokenizer(), settings(text, cycles=(3,)))
-    all_cycles = evaluate(model, make_tiny_tokenizer(), settings(text, cycles=(1, 2, 3), batch_size=2))
-    for report in (deep, all_cycles):
-        assert report.telemetry is not None and report.telemetry.H_cycles == 3
-        assert report.telemetry.losses == pytest.approx([row.loss for row in all_cycles.rows], abs=1e-5)
-        assert report.telemetry.loop_gain == pytest.approx(all_cycles.rows[0].loss - all_cycles.rows[2].loss, abs=1e-5)
-    assert "1 -> 2" in deep.render() and "loop gain" in deep.render()
-
-
-def test_without_cycles_there_is_nothing_to_tell(model: RecursiveLLM, text: Path) -> None:
-    plain = evaluate(model, make_tiny_tokenizer(), settings(text, cycles=(0,)))
-    donor = evaluate(tiny_model("llama"), make_tiny_tokenizer(), settings(text))
-    for report in (plain, donor):
-        assert report.telemetry is None and report.to_dict()["telemetry"] is None and "cycles do" not in report.render()
-        assert report.rows[0].bits_per_byte is not None and f"{report.rows[0].bits_per_byte:.4f}" in report.render()
-
-
-@pytest.mark.parametrize(("cycles", "most"), [((), 2), ((1, 3), 3)])
-def test_halting_goes_no_deeper_than_asked(cycles: tuple[int, ...], most: int, model: RecursiveLLM, text: Path) -> None:
-    report = evaluate(model, make_tiny_tokenizer(), settings(text, stride=8, cycles=cycles, halt="entropy", halt_threshold=1.0))
-    assert report.telemetry is not None and report.telemetry.halting is not None
-    halting, full = report.telemetry.halting, report.telemetry.losses[most - 1]
-    assert (
-        halting.H_cycles == most and list(halting.cycles) == list(range(1, most + 1)) and sum(halting.cycles.values()) == pytest.approx(1)
-    )
-    assert halting.extra_loss == pytest.approx(halting.loss - full)
-    assert "halting by entropy, threshold 1" in report.render()
-
-
-def test_a_threshold_that_never_halts_is_the_plain_run(model: RecursiveLLM, text: Path) -> None:
-    report = evaluate(model, make_tiny_tokenizer(), settings(text, stride=8, halt="entropy", halt_threshold=0.0))
-    assert report.telemetry is not None and report.telemetry.halting is not None
-    assert report.telemetry.halting.extra_loss == pytest.approx(0, abs=1e-6) and report.telemetry.halting.cycles[2] == 1.0
-
-
-def test_halting_that_cannot_be(model: RecursiveLLM, text: Path) -> None:
-    with pytest.raises(UserError, match="--halt: expected a recursive model, got a LlamaForCausalLM"):
-        evaluate(tiny_model("llama"), make_tiny_tokenizer(), settings(text, halt="kl"))
-    with pytest.raises(UserError, match="--halt: expected a run of at least 1 cycle"):
-        evaluate(model, make_tiny_tokenizer(), settings(text, cycles=(0,), halt="kl"))
-
-
-def test_the_report_as_json(model: RecursiveLLM, text: Path) -> None:
-    report = evaluate(model, make_tiny_tokenizer(), settings(text, stride=8, halt="kl"))
-    read = json.loads(json.dumps(report.to_dict()))
-    assert {"checkpoint", "dataset", "windows", "seq_len", "trained_cycles", "rows", "stride", "scored_tokens", "scored_bytes"} < set(read)
-    assert read["rows"][0].keys() == {"H_cycles", "loss", "standard_error", "layer_applications", "bits_per_byte", "perplexity"}
-    assert {"loop_gain", "corrected", "spoilt", "steps", "halting"} < read["telemetry"].keys()
-    assert read["telemetry"]["halting"]["criterion"] == "kl"
-
-
 # --- Several processes -------------------------------------------------------------------------------------------------------------------
 
+TASK = """\
+task: ships
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/ships.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["river", "castle"]
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+TEXT = ["--dataset_name", "FOLDER/text", "--seq_len", "16"]
 LAUNCHES: dict[str, list[str]] = {
-    "overlapping": ["--stride", "5", "--batch_size", "3", "--halt", "entropy", "--halt_threshold", "1.0"],
-    "fewer batches than processes": ["--max_windows", "2", "--cycles", "0", "2"],
+    "overlapping": [*TEXT, "--stride", "5", "--batch_size", "3", "--halt", "entropy", "--halt_threshold", "1.0"],
+    "fewer batches than processes": [*TEXT, "--max_windows", "2", "--cycles", "0", "2"],
+    "questions": ["--questions", MADE, "--batch_size", "2", "--halt", "entropy"],
+    "labels": ["--questions", "permutations:difficulty=8,count=5", "--judge", "labels", "--batch_size", "2"],
+    "tasks": ["--tasks", "ships", "--tasks_folder", "FOLDER", "--cycles", "0", "1", "2"],
 }
 
 
 def command(folder: Path, name: str) -> list[str]:
-    common = ["--checkpoint", str(folder / "m.pt"), "--dataset_name", str(folder / "text"), "--seq_len", "16", "--device", "cpu", "--json"]
-    return ["evaluate", *common, *LAUNCHES[name]]
+    flags = [flag.replace("FOLDER", str(folder)) for flag in LAUNCHES[name]]
+    return ["evaluate", "--checkpoint", str(folder / "m.pt"), "--device", "cpu", "--json", *flags]
 
 
 def work(folder: Path) -> None:
@@ -282,14 +265,18 @@ if __name__ == "__main__":
 def test_several_processes_find_what_one_finds(model: RecursiveLLM, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save(tmp_path / "m.pt", model, make_tiny_tokenizer())
     (tmp_path / "text").symlink_to(text)
+    (tmp_path / "ships.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "ships.jsonl").write_text("\n".join(json.dumps({"question": sentence}) for sentence in sentences(7, 3)))
     done = launch([__file__, tmp_path])
     assert done.returncode == 0, done.stdout
-    theirs = [json.loads(line) for line in (tmp_path / "said_0").read_text().splitlines()]
-    ours = []
+    theirs = dict(zip(LAUNCHES, map(json.loads, (tmp_path / "said_0").read_text().splitlines()), strict=True))
+    capsys.readouterr()
+    ours = {}
     for name in LAUNCHES:
         cli.main(command(tmp_path, name))
-        ours.append(json.loads(capsys.readouterr().out))
-    assert ours[0]["windows"] % 3 and ours[1]["windows"] == 2
+        ours[name] = json.loads(capsys.readouterr().out)
+    assert ours["overlapping"]["windows"] % 3 and ours["fewer batches than processes"]["windows"] == 2
+    assert ours["questions"]["questions"][0]["items"] == 6 and len(ours["tasks"]["tasks"]) == 3
     assert theirs == ours  # to the last digit
     assert not (tmp_path / "said_1").read_text()
     assert is_first() and [(tmp_path / f"first_{rank}").read_text() for rank in (0, 1)] == ["True", "False"]

@@ -221,7 +221,9 @@ def test_measured_now(place: Path) -> None:
     from recursify.evaluation import EvaluateSettings, evaluate
 
     asked = EvaluateSettings(checkpoint="", dataset_name="text.txt", seq_len=16, max_windows=3, cycles=(0, 2))
-    for row in evaluate(found, tokenizer, asked).rows:
+    text = evaluate(found, tokenizer, asked).text
+    assert text is not None
+    for row in text.rows:
         assert f" | {row.loss:.4f} | " in card
 
 

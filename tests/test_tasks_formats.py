@@ -11,6 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recursify.errors import UserError
@@ -64,6 +66,21 @@ def test_svamp(tmp_path: Path) -> None:
     assert [(item.answer, item.difficulty) for item in items] == [("1", 2), ("0.5", 1), ("6", 1)]
 
 
+def test_records_are_the_same_in_every_form(tmp_path: Path) -> None:
+    asked = [SVAMP | {"Answer": "1.0"}, SVAMP | {"Answer": "0.5"}]
+    lists = file(tmp_path, asked, ".json")
+    lines = file(tmp_path, "".join(json.dumps(record) + "\n" for record in asked), ".jsonl")
+    pq.write_table(pa.Table.from_pylist(asked), tmp_path / "rows.parquet")
+    assert read("svamp", lists) == read("svamp", lines) == read("svamp", tmp_path / "rows.parquet")
+    assert [item.answer for item in read("svamp", lists)] == ["1", "0.5"]
+
+
+def test_what_is_no_table(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_text("none")
+    with pytest.raises(UserError, match=r"rows\.parquet: expected a parquet file, but it cannot be read as one: "):
+        read("gsm8k", tmp_path / "rows.parquet")
+
+
 def test_the_training_files_of_svamp(tmp_path: Path) -> None:
     many = "1 " * 10 + "7.5"
     rows = "ann had number0 pears and ate number1 . left ?,6.0 2.5,- number0 number1,3.5,x\n"
@@ -110,7 +127,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("svamp", ".json", [SVAMP, 3], ", element 2: expected an object, found 3"),
     ("svamp", ".json", [without(SVAMP, "Body")], ", element 1: expected a field Body, found ID, Question, Equation, Answer, Type"),
     ("svamp", ".json", [SVAMP | {"Body": " "}], ", element 1: expected text as Body, found ' '"),
-    ("svamp", ".json", [SVAMP | {"Answer": "1"}], ", element 1: expected a number as Answer, found '1'"),
+    ("svamp", ".json", [SVAMP | {"Answer": "one"}], ", element 1: expected a number as Answer, found 'one'"),
     ("svamp", ".json", [SVAMP | {"Answer": True}], ", element 1: expected a number as Answer, found True"),
     ("svamp", ".json", [SVAMP | {"Answer": float("nan")}], ", element 1: expected a number as Answer, found nan"),
     ("svamp", ".csv", "Question,Answer\nx,1\n", ", line 2: expected a field Numbers, found Question, Answer"),

@@ -1,14 +1,16 @@
 """Published reasoning sets, read from files as they are published. Nothing is fetched, and one file is read at a time.
 
     name    file                                             difficulty
-    gsm8k   .jsonl: question, answer ending in "#### 72"     lines of the worked answer
-    svamp   .json: Body, Question, Equation, Answer          operations in the equation
+    gsm8k   records: question, answer ending in "#### 72"    lines of the worked answer
+    svamp   records: Body, Question, Equation, Answer        operations in the equation
             .csv: Question with number0, ..., Numbers,       the same; the training files that come with SVAMP
             Equation, Answer
-    prosqa  .json: question, answer, steps                   hops: number of steps
+    prosqa  records: question, answer, steps                 hops: number of steps
     babi    .txt: numbered lines; a question, its answer     supporting facts
             and its facts divided by tabs, or by |
     scan    .txt: IN: command OUT: actions                   actions
+
+Records are a .json list of objects, a .jsonl with one on each line, or a .parquet table, as data sets of the hub have them.
 
 What a file holds is kept as it is written there, mistakes of the set included; only what the format itself puts around it is taken off,
 GSM8K's <<48/2=24>> among it.
@@ -25,6 +27,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..errors import UserError
 from .item import FINAL, Item
@@ -67,8 +72,7 @@ def read(name: str, path: str | Path) -> list[Item]:
 
 
 def _gsm8k(path: Path) -> Iterator[Item]:
-    for place, line in _lines(path):
-        record = _object(_parsed(line, place), place)
+    for place, record in _records(path):
         question, worked = _text(record, "question", place), _text(record, "answer", place)
         steps, mark, answer = worked.rpartition(FINAL)
         if not mark or not _WHOLE.fullmatch(answer.strip()):
@@ -82,9 +86,11 @@ def _svamp(path: Path) -> Iterator[Item]:
 
 
 def _svamp_records(path: Path) -> Iterator[Item]:
-    for place, record in _elements(path):
+    for place, record in _records(path):
         body, question, equation = (_text(record, key, place) for key in ("Body", "Question", "Equation"))
         answer = _field(record, "Answer", place)
+        if isinstance(answer, str):  # as copies on the hub have it
+            answer = _float(answer, "Answer", place)
         if isinstance(answer, bool) or not isinstance(answer, int | float) or not math.isfinite(answer):
             raise _fault(place, "a number as Answer", answer)
         yield Item(f"{body} {question}", _plain(answer), _operations(equation), "number")
@@ -101,7 +107,7 @@ def _svamp_rows(path: Path) -> Iterator[Item]:
 
 
 def _prosqa(path: Path) -> Iterator[Item]:
-    for place, record in _elements(path):
+    for place, record in _records(path):
         steps = _field(record, "steps", place)
         if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step.strip() for step in steps):
             raise _fault(place, "a list of sentences as steps", steps)
@@ -167,13 +173,30 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path}, line {number}", line.rstrip("\n")
 
 
-def _elements(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name of the place, and content, of the objects in a JSON list."""
-    records = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
-    if not isinstance(records, list):
-        raise _fault(str(path), "a list of objects", records)
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name of the place, and content, of the objects of a .jsonl or .parquet file, else of a JSON list."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        yield from ((place, _object(_parsed(line, place), place)) for place, line in _lines(path))
+    elif suffix == ".parquet":
+        yield from _numbered(path, "row", _table(path))
+    else:
+        records = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
+        if not isinstance(records, list):
+            raise _fault(str(path), "a list of objects", records)
+        yield from _numbered(path, "element", records)
+
+
+def _numbered(path: Path, kind: str, records: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, record in enumerate(records, 1):
-        yield f"{path}, element {number}", _object(record, f"{path}, element {number}")
+        yield f"{path}, {kind} {number}", _object(record, f"{path}, {kind} {number}")
+
+
+def _table(path: Path) -> list[Any]:
+    try:
+        return pq.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: expected a parquet file, but it cannot be read as one: {error}") from error
 
 
 def _parsed(content: str, place: str) -> Any:

@@ -31,7 +31,7 @@ from ..device import choose_device
 from ..donor import open_donor
 from ..effort import is_recursive
 from ..errors import UserError
-from ..objective import counted
+from ..objective import IGNORED, counted
 from .approaches import APPROACHES, freeze_rest, from_donor
 from .callbacks import AfterOptimizer, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
 from .depth import DepthSchedule
@@ -125,7 +125,7 @@ def fit(
     depths = depth_schedule(model.config, settings, total)
     deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
     supervised = Supervised(model, Supervision.of(settings), approach.objective, deepest, _ready(teacher, settings, device))
-    collate = Collate(tokenizer.eos_token_id if settings.separate_documents else None)
+    collate = Collate(tokenizer.eos_token_id if settings.separates else None)
     if resume_from is None:
         _start_gains(supervised, eval_blocks, collate, settings, device)
     if settings.gradient_checkpointing:
@@ -326,7 +326,7 @@ def uncompile_layers(model: Any) -> None:
 
 
 class Collate:
-    """Rows of equal length as one batch; the labels are the tokens themselves, unshifted.
+    """Rows of equal length as one batch; the labels are those of the rows, else the tokens themselves, unshifted.
 
     Args:
         eos_token_id: What ends a document, where no token is to see into another one; None lets them.
@@ -336,11 +336,16 @@ class Collate:
         self.eos_token_id = eos_token_id
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        ids = torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
+        ids = _stacked(rows, "input_ids")
+        labels = _stacked(rows, "labels") if "labels" in rows[0] else ids
         if self.eos_token_id is None:
-            return {"input_ids": ids, "labels": ids}
-        position_ids, labels = separate(ids, self.eos_token_id)
-        return {"input_ids": ids, "labels": labels, "position_ids": position_ids}
+            return {"input_ids": ids, "labels": labels}
+        position_ids, starts = separate(ids, self.eos_token_id)
+        return {"input_ids": ids, "labels": labels.masked_fill(starts, IGNORED), "position_ids": position_ids}
+
+
+def _stacked(rows: Sequence[dict[str, Any]], column: str) -> Tensor:
+    return torch.stack([torch.as_tensor(row[column], dtype=torch.long) for row in rows])
 
 
 # In the words of transformers

@@ -21,6 +21,7 @@ from ..conversion import LoopSettings
 from ..data import parse_mix
 from ..device import check_seed, choose_device
 from ..errors import UserError
+from ..questions import is_questions
 
 GAIN_LR_RATIO = 10.0
 
@@ -49,7 +50,8 @@ class RunSettings:
     """Folder or hub id of the tokenizer. Default: the one that the model came with."""
 
     dataset_name: str = "wikitext"
-    """Hub data set (wikitext means Salesforce/wikitext), or a local .txt, .jsonl, .json, .csv or .parquet file, or a folder of them."""
+    """Hub data set (wikitext means Salesforce/wikitext), a local .txt, .jsonl, .json, .csv or .parquet file or a folder of them; or
+    questions, to train on their answers alone: babi:FILE (scan, prosqa, svamp, gsm8k), or made: permutations:difficulty=2-8,count=500."""
     dataset_config_name: str | None = None
     """Configuration of the hub data set; wikitext-2-raw-v1 for wikitext when none is named."""
     text_column: str = "text"
@@ -61,7 +63,8 @@ class RunSettings:
     seq_len: int = 128
     """Tokens per training sequence. Documents are joined, with an end-of-text token after each, and cut to this length."""
     separate_documents: bool = False
-    """Let no token see into another document of its sequence: positions restart where one begins, and attention stays inside."""
+    """Let no token see into another document of its sequence: positions restart where one begins, and attention stays inside. Questions, of
+    which several share a sequence, are always kept apart."""
 
     batch_size: int = 4
     """Sequences per forward pass."""
@@ -196,6 +199,8 @@ class RunSettings:
         parse_mix(self.mix)
         if self.streaming and not (self.max_steps or self.max_tokens):
             raise UserError("--streaming: the end of a stream is not known; say where the run ends with --max_steps or --max_tokens")
+        if self.streaming and self.has_questions:
+            raise UserError("--streaming: question sets are small and not streamed; leave it out")
         if self.generate_every and not self.generation_prompt.strip():
             raise UserError("--generation_prompt: expected some text to continue, got none; --generate_every 0 prints no samples")
         check_seed(self.seed)
@@ -258,6 +263,15 @@ class RunSettings:
     def source(self) -> str:
         """Where the model comes from."""
         raise NotImplementedError
+
+    @property
+    def separates(self) -> bool:
+        """Whether documents are kept apart."""
+        return self.separate_documents or self.has_questions
+
+    @property
+    def has_questions(self) -> bool:
+        return any(is_questions(name) for name in (self.dataset_name, *(name for name, _ in parse_mix(self.mix))))
 
     @property
     def gain_learning_rate(self) -> float:

@@ -1,0 +1,46 @@
+"""Evidence, rebuilt from nothing: does recursion pay, where, and how much?
+
+    python -m recipes.evidence state_tracking                 # half an hour on 2 cores; --size gpu on one large GPU
+    python -m recipes.evidence state_tracking --rows "naive loop" "Muon"     # these rows anew, whatever is there already
+    python -m recipes.evidence tables                         # docs/evidence.md from all results
+
+A study makes its donor, trains and measures every row that is not in results/STUDY-SIZE.json yet, and keeps each as soon as it is there.
+Run it from the root of the checkout, with the project installed (`make install`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from recipes.evidence import state_tracking
+from recipes.evidence.study import RESULTS, Size, Study, run
+from recursify.device import choose_device
+
+STUDIES: dict[str, tuple[Callable[[Size], Study], dict[str, Size]]] = {
+    "state_tracking": (state_tracking.study, state_tracking.SIZES),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--size", choices=["cpu", "gpu", "test"], default="cpu")
+    parser.add_argument("--rows", nargs="*", default=[], metavar="NAME", help="only these rows, anew")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder where donors are made, once")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rows at once on a CPU, one core each")
+    parser.add_argument("--device", help="cpu or cuda; the best there is where not given")
+    args = parser.parse_args(argv)
+    make, sizes = STUDIES[args.study]
+    names = [row.name for row in make(sizes[args.size]).rows]
+    if unknown := set(args.rows) - set(names):
+        parser.error(f"--rows: expected some of {names}, got {sorted(unknown)}")
+    processes = args.processes if choose_device(args.device).type == "cpu" else 1
+    run(make, args.size, sizes[args.size], args.rows, args.output, args.work, args.device, processes)
+
+
+if __name__ == "__main__":
+    main()

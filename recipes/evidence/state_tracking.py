@@ -1,0 +1,131 @@
+"""State tracking: running products in the permutation group S3, the state asked for at every letter.
+
+The donor learns words of up to 8 letters and is lost beyond. All rows are fine-tuned on words of 16, and asked for every state of words
+of 24 that begin as no word of the training did. What a fixed number of layers cannot do for words of any length, more applications of
+layers can do for longer ones: here recursion should pay, if it does anywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from recipes.evidence.study import Figures, Row, Size, Study
+from recursify.answers import ask
+from recursify.effort import Effort
+from recursify.questions import question_rows
+from recursify.tasks import Item, generate
+from recursify.training import TrainSettings, fit
+
+SHORT, LONG, ASKED = 8, 16, 24  # letters
+EXTRA = 4  # tokens besides the letters: "Question:", "Answer:", the answer, the end
+SHOWN = (4, 8, 10, 12, 14, 16, 20, 24)
+
+SIZES = {
+    "cpu": Size({"hidden_size": 128, "intermediate_size": 256, "layers": 4}, 1500, steps=500, items=500, batch_size=64, seeds=3),
+    "gpu": Size({"hidden_size": 512, "intermediate_size": 1024, "layers": 8}, 4000, steps=3000, items=2000, batch_size=256, seeds=3),
+    "test": Size({"hidden_size": 16, "intermediate_size": 32, "layers": 4}, 2, steps=2, items=4, batch_size=4, seeds=1),
+}
+
+KEEP = {"keep_donor": True, "L_layers": 2, "H_cycles": 3, "L_cycles": 1}
+COMPACT = {"L_layers": 2, "H_cycles": 3, "L_cycles": 1}
+OURS = "ours: keep_donor, H 3, L 1"
+
+
+def rows() -> list[Row]:
+    main = [
+        Row("donor as it is", budget="none"),
+        Row("donor, fine-tuned on the same tokens", seeds=3),
+        Row("donor, fine-tuned for the same FLOPs", budget="flops", seeds=3),
+        Row("naive loop", shape=KEEP, rival="naive"),
+        Row("bare sum (TRM)", shape=KEEP | {"injection": "sum_norm"}),
+        Row("concat adapter (retrofitting-recurrence)", shape=KEEP, rival="concat"),
+        Row("selective gate (LoopUS)", shape=KEEP, rival="gate"),
+        Row(OURS, shape=KEEP, seeds=3),
+    ]
+    shapes = [
+        *(Row(f"keep_donor, H {H}, L {L}", "shape", KEEP | {"H_cycles": H, "L_cycles": L}) for H, L in ((2, 1), (4, 1), (3, 0), (3, 3))),
+        Row(
+            "compact, the layers without recursion", "shape", COMPACT | {"H_cycles": 1, "L_cycles": 0},
+            changes={"start_gain": 0.0, "enable_deep_supervision": False},
+        ),
+        Row("compact, H 3, L 1", "shape", COMPACT),
+        Row("compact, H 3, L 1, distilled", "shape", COMPACT, changes={"distill_weight": 1.0}),
+    ]  # fmt: skip
+    parts: dict[str, dict[str, Any]] = {
+        "no deep supervision": {"enable_deep_supervision": False},
+        "one depth": {"cycle_choices": (), "cycle_weights": ()},
+        "depth curriculum": {"depth_curriculum": 0.5},
+        "start gain 0": {"start_gain": 0.0},
+        "start gain 0.05": {"start_gain": 0.05},
+        "distilled from the donor": {"distill_weight": 0.5},
+        "self-distilled": {"self_distill_weight": 0.5},
+        "early_decay": {"deep_supervision_schedule": "early_decay"},
+        "backprop cycle": {"backprop": "cycle"},
+        "backprop last": {"backprop": "last", "enable_deep_supervision": False},
+        "gains at the rate of the rest": {"gain_lr": 1e-3},
+        "Muon": {"optimizer": "muon", "lr": 1e-2, "gain_lr": 1e-2},
+    }
+    return [*main, *shapes, *(Row(name, "parts", KEEP, changes=changes) for name, changes in parts.items())]
+
+
+def study(size: Size) -> Study:
+    settings = {
+        "seq_len": LONG + EXTRA, "lr": 1e-3, "warmup_steps": size.steps // 10, "weight_decay": 0.1, "lr_schedule": "wsd",
+        "dataset_name": f"permutations:difficulty={LONG}",
+    }  # fmt: skip
+
+    def donor(folder: Path) -> dict[str, Any]:
+        shape = size.donor
+        tokenizer = make_tokenizer()
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(tokenizer), hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"],
+                num_hidden_layers=shape["layers"], num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+                tie_word_embeddings=False, eos_token_id=0, bos_token_id=None, attn_implementation="eager",
+            )
+        )  # fmt: skip
+        words = generate("permutations", SHORT, size.donor_steps * size.batch_size // 2, 0)
+        blocks = question_rows(words, tokenizer, SHORT + EXTRA)
+        own = settings | {
+            "seq_len": SHORT + EXTRA, "lr": 1.5e-3, "warmup_steps": size.donor_steps // 15, "max_steps": size.donor_steps,
+            "batch_size": size.batch_size, "bf16": True, "generate_every": 0, "save_every": 0,
+        }  # fmt: skip
+        fit(model, tokenizer, blocks, blocks.select(range(size.batch_size)), TrainSettings(checkpoint="", **own), console=False)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {"trained_on": f"{len(words):,} words of {SHORT} letters", "steps": size.donor_steps, **shape}
+
+    def train(tokenizer: Any, count: int) -> tuple[Dataset, Dataset]:
+        blocks = question_rows(generate("permutations", LONG, count // 4, 1), tokenizer, LONG + EXTRA)
+        return blocks, blocks.select(range(min(16, len(blocks))))
+
+    def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
+        return shares(model, tokenizer, generate("permutations", ASKED, size.items, 2, split="test"), depths)
+
+    return Study("state_tracking", "State tracking (S3)", OURS, settings, rows(), donor, train, measure)
+
+
+def shares(model: Any, tokenizer: Any, items: list[Item], depths: Any) -> Figures:
+    """Share of right states at every letter, at every depth."""
+    runs = [Effort(H_cycles=H) for H in depths] or [Effort()]
+    report, _ = ask(model, tokenizer, "permutations", items, runs, "labels", batch_size=100)
+    found: Figures = {}
+    for row in report.rows:
+        if row.difficulty in SHOWN:
+            found.setdefault("donor" if row.H_cycles is None else str(row.H_cycles), {})[str(row.difficulty)] = round(row.accuracy, 4)
+    return found
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One word, one token."""
+    words = ["<eos>", "Question:", "Answer:", *"abcde", *"ABCDEF"]
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>")

@@ -1,0 +1,238 @@
+"""What a study is: a donor, data to fine-tune on, rows that differ in one thing each, and how every row is measured and kept.
+
+A row is one way to spend the same training: the donor as it is, the donor fine-tuned on the same tokens or for the same FLOPs, a rival's
+loop, ours, ours without one of its parts. All rows of a study see the same tokens in the same order with the same optimizer settings, but
+for what a row changes by its name. FLOPs are those of `recursify.cost`: matrix products, readouts included.
+
+Results are written after every run, so an interrupted study loses one run, and `--rows` adds to what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.record import provenance
+from recipes.evidence.rivals import replace_loop
+from recursify import convert
+from recursify.cost import estimate
+from recursify.device import choose_device
+from recursify.training import TrainSettings, fit
+
+# What all recursive rows are trained with, but for those that change it.
+SUPERVISED: dict[str, Any] = {"enable_deep_supervision": True}
+START_GAIN = 0.2
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Figures = dict[str, dict[str, float]]  # cycle count, or "donor" -> what was measured -> figure
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Args:
+        name: As the table has it.
+        group: The table that it stands in.
+        shape: Arguments of `convert`; None for the donor itself.
+        rival: Whose loop takes the place of ours.
+        changes: Of the study's training settings.
+        budget: "none" trains nothing; "tokens" as many steps as all; "flops" as many as cost what the study's main row costs.
+        seeds: Of the order of the data and of all that starts at random.
+    """
+
+    name: str
+    group: str = "main"
+    shape: dict[str, Any] | None = None
+    rival: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    budget: Literal["none", "tokens", "flops"] = "tokens"
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study is made: for a CPU in half an hour, for a GPU in twenty minutes, or for a test in seconds."""
+
+    donor: dict[str, Any]
+    donor_steps: int
+    steps: int
+    items: int
+    batch_size: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question asked of all rows.
+
+    Args:
+        main: The name of the row whose FLOPs the donor is given, too.
+        settings: Of training; rows change them.
+        donor: Makes the donor, with its tokenizer, in a folder; what it returns is kept with the results.
+        train: Rows to fine-tune on; the second part is for validation (the sweep of the start gain reads it).
+        measure: Figures of a model at all depths that are given; none for a donor.
+    """
+
+    name: str
+    title: str
+    main: str
+    settings: dict[str, Any]
+    rows: Sequence[Row]
+    donor: Callable[[Path], dict[str, Any]]
+    train: Callable[[Any, int], tuple[Dataset, Dataset]]
+    measure: Callable[[Any, Any, Sequence[int]], Figures]
+
+
+Maker = Callable[[Size], Study]
+
+
+def run(
+    make: Maker, size_name: str, size: Size, wanted: Sequence[str], output: Path, work: Path, device: str | None, processes: int
+) -> dict[str, Any]:
+    """Make the donor, train and measure every row that is wanted, and keep what was found.
+
+    Args:
+        wanted: Names of rows; empty for all that are not there yet.
+        work: Where the donor is made, or lies from before.
+        processes: So many rows at once, on one core each.
+    """
+    study, where = make(size), choose_device(device)
+    folder = work / f"{study.name}-{size_name}-donor"
+    if not (folder / "made.json").exists():
+        _say(f"{study.name}: pretraining the donor")
+        began = time.monotonic()
+        told = study.donor(folder)
+        (folder / "made.json").write_text(json.dumps({**told, "seconds": round(time.monotonic() - began, 1)}))
+    file = output / f"{study.name}-{size_name}.json"
+    found = _earlier(file) | {
+        "study": study.name, "size": size_name, "settings": study.settings, "steps": size.steps, "batch_size": size.batch_size,
+        "donor": json.loads((folder / "made.json").read_text()), "machine": provenance(where),
+    }  # fmt: skip
+    jobs = [
+        (make, size, number, seed, folder, str(where))
+        for number, row in enumerate(study.rows)
+        for seed in range(min(row.seeds, size.seeds))
+        if (row.name in wanted if wanted else not _is_there(found, row, seed))
+    ]
+    for entry in _done(jobs, processes):
+        found["runs"] = [e for e in found["runs"] if (e["name"], e["seed"]) != (entry["name"], entry["seed"])] + [entry]
+        _write(file, found, study)
+    return found
+
+
+def _done(jobs: Sequence[tuple[Any, ...]], processes: int) -> Iterator[dict[str, Any]]:
+    if processes == 1:
+        yield from (one(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for future in as_completed([pool.submit(one, *job) for job in jobs]):
+            yield future.result()
+
+
+def one(make: Maker, size: Size, number: int, seed: int, folder: Path, device_name: str) -> dict[str, Any]:
+    """Train and measure one row with one seed."""
+    study, device = make(size), torch.device(device_name)
+    row = study.rows[number]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # the auto class takes any tokenizer of a Qwen2 for Qwen2's own
+    data = study.train(tokenizer, size.steps * size.batch_size)
+    torch.manual_seed(seed)  # what a rival, H_init and L_init start from
+    model, settings = _model(row, folder, device), _settings(study, size, row, seed, folder, device)
+    if row.budget == "flops":
+        settings = replace(settings, max_steps=_steps_for(_main_flops(study, size, folder, device), model.config, settings))
+    steps = 0 if row.budget == "none" else settings.max_steps or 0
+    _say(f"{study.name}: {row.name}, seed {seed}, {steps} steps")
+    began, history = time.monotonic(), []
+    if steps:
+        result = fit(model, tokenizer, *data, settings, teacher=_teacher(settings, folder, device), console=False)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        history = [round(entry["loss"], 4) for entry in result.history if "loss" in entry]
+    seconds = time.monotonic() - began
+    trained = None if row.shape is None else model.config.H_cycles
+    figures = study.measure(model.to(device).eval(), tokenizer, () if trained is None else range(1, 2 * trained + 1))
+    return {
+        "name": row.name, "group": row.group, "seed": seed, "shape": row.shape, "rival": row.rival, "changes": row.changes,
+        "trained_cycles": trained, "steps": steps, "flops": estimate(model.config, settings, steps).flops if steps else 0.0,
+        "parameters": sum(p.numel() for p in model.parameters()), "seconds": round(seconds, 1), "figures": figures, "loss": history,
+    }  # fmt: skip
+
+
+def _main_flops(study: Study, size: Size, folder: Path, device: Any) -> float:
+    """What the main row costs."""
+    row = next(row for row in study.rows if row.name == study.main)
+    return estimate(_model(row, folder, device).config, _settings(study, size, row, 0, folder, device), size.steps).flops
+
+
+def _steps_for(flops: float, config: Any, settings: TrainSettings) -> int:
+    return max(1, round(flops / estimate(config, settings, 1).flops))
+
+
+def _model(row: Row, folder: Path, device: Any) -> Any:
+    if row.shape is None:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        model = convert(str(folder), **row.shape)
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")  # at these lengths faster than sdpa
+    if row.rival is not None:
+        replace_loop(model, row.rival)
+    return model.float()
+
+
+def _settings(study: Study, size: Size, row: Row, seed: int, folder: Path, device: Any) -> TrainSettings:
+    values: dict[str, Any] = {
+        "checkpoint": str(folder), "max_steps": size.steps, "batch_size": size.batch_size, "seed": seed, "device": str(device),
+        "bf16": True, "generate_every": 0, "save_every": 0, "log_every": max(1, size.steps // 20),
+    }  # fmt: skip
+    if row.shape is not None:
+        values |= SUPERVISED | varied(row.shape["H_cycles"])
+        anchored = row.rival is None and row.shape.get("injection") != "sum_norm"
+        values |= {"start_gain": START_GAIN} if anchored else {"gain_lr": study.settings["lr"]}
+    return TrainSettings(**values | study.settings | row.changes)
+
+
+def varied(H_cycles: int) -> dict[str, Any]:
+    """Depths around the one that is meant, half of the steps at it: what is never trained is not to be relied on."""
+    others = {1, 2, H_cycles + 1, 2 * H_cycles} - {H_cycles}
+    if H_cycles == 1:
+        return {}
+    choices = sorted({H_cycles, *others})
+    return {"cycle_choices": tuple(choices), "cycle_weights": tuple(float(len(others)) if H_cycles == H else 1.0 for H in choices)}
+
+
+def _teacher(settings: TrainSettings, folder: Path, device: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).to(device) if settings.distill_weight else None
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    return {"runs": json.loads(file.read_text())["runs"] if file.exists() else []}
+
+
+def _is_there(found: dict[str, Any], row: Row, seed: int) -> bool:
+    return any((entry["name"], entry["seed"]) == (row.name, seed) for entry in found["runs"])
+
+
+def _write(file: Path, found: dict[str, Any], study: Study) -> None:
+    """What another process has added meanwhile stays."""
+    own = {(entry["name"], entry["seed"]) for entry in found["runs"]}
+    found["runs"] += [entry for entry in _earlier(file)["runs"] if (entry["name"], entry["seed"]) not in own]
+    order = [row.name for row in study.rows]
+    found["runs"].sort(key=lambda entry: (order.index(entry["name"]) if entry["name"] in order else len(order), entry["seed"]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
