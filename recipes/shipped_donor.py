@@ -31,9 +31,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from recursify import convert, text_losses
-from recursify.configuration_recursive_llm import GAIN_MAX
 from recursify.data import tokenize
-from recursify.demo import donor_folder, machine, versions
+from recursify.demo import machine, versions
+from recursify.demo_text import donor_folder
 from recursify.donor import load_tokenizer, open_donor
 from recursify.training import TrainSettings, fit
 
@@ -111,7 +111,7 @@ class AtStart(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.losses = losses_of(self.model, self.test).mean(dim=1).tolist()
         if hasattr(self.model.config, "H_cycles"):
-            self.gain = round(GAIN_MAX * self.model.model.recursion.inject_H.theta_A.tanh().mean().item(), 6)
+            self.gain = round(self.model.model.recursion.inject_H.gains(torch.float32)[0].mean().item(), 6)
 
 
 def losses_of(model: Any, blocks: Dataset) -> torch.Tensor:

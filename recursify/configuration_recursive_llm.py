@@ -41,8 +41,9 @@ from transformers import (
 )
 from transformers.utils import auto_docstring
 
-# |A| + |B| stays below 2 * GAIN_MAX = 0.8 in every channel, so the states stay bounded for any number of cycles.
-GAIN_MAX = 0.4
+# |A| + |B| is at most GAIN_SUM in every channel, so the states stay bounded for any number of cycles. GAIN_MAX is one gain for both.
+GAIN_SUM = 0.9
+GAIN_MAX = GAIN_SUM / 2
 INJECTIONS = ("anchored", "sum_norm")
 PREFIX = "recursive_"
 _FULL, _SLIDING = _KINDS = ("full_attention", "sliding_attention")
@@ -71,7 +72,7 @@ L_cycles (`int`, *optional*, defaults to 3):
 injection (`str`, *optional*, defaults to `"anchored"`):
     `anchored` (an affine mix around the embedding) or `sum_norm` (TRM's bare sum, normalised after the block).
 gain_init (`float`, *optional*, defaults to 0.0):
-    Start value of the four per-channel gains of `anchored`, below 0.4. At 0 every cycle equals the plain pass.
+    Start value of the four per-channel gains of `anchored`, at most 0.45. At 0 every cycle equals the plain pass.
 state_init_std (`float`, *optional*, defaults to 0.02):
     Standard deviation of `H_init` and `L_init` at the start.
 freeze_embeddings (`bool`, *optional*, defaults to `False`):
@@ -209,8 +210,8 @@ def _check(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     if name == "injection" and value not in INJECTIONS:
         raise ValueError(f"injection: expected one of {', '.join(INJECTIONS)}, got {value!r}")
-    if name == "gain_init" and not 0.0 <= value < GAIN_MAX:
-        raise ValueError(f"gain: expected 0 <= gain < {GAIN_MAX} (gains are {GAIN_MAX} * tanh(theta)), got {value}")
+    if name == "gain_init" and not 0.0 <= value <= GAIN_MAX:
+        raise ValueError(f"gain: expected 0 <= gain <= {GAIN_MAX} (two of them add up to at most {GAIN_SUM}), got {value}")
 
 
 @auto_docstring(custom_intro=_INTRO, custom_args=FIELDS)

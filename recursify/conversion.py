@@ -66,7 +66,7 @@ class ConvertSettings(LoopSettings):
     coda_layers: int = 0
     """Donor layers kept after the loop."""
     gain: float = 0.0
-    """Start value of the gains on the states, 0 <= gain < 0.4. At 0 every cycle equals the plain pass."""
+    """Start value of the gains on the states, 0 <= gain <= 0.45. At 0 every cycle equals the plain pass."""
     injection: Literal["anchored", "sum_norm"] = "anchored"
     """How states and embedding mix: anchored, or sum_norm (TRM's bare sum with a norm; not exact at conversion)."""
     dry_run: bool = False

@@ -70,7 +70,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_recursive_llm import (
-    GAIN_MAX,
+    GAIN_SUM,
     RecursiveLlamaConfig,
     RecursiveLLMConfig,
     RecursiveMistralConfig,
@@ -132,7 +132,8 @@ class RecursiveCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class AnchoredInjection(nn.Module):
-    """x = e + A * (own - e) + B * (other - e), with per-channel gains `GAIN_MAX * tanh(theta)`."""
+    """x = e + A * (own - e) + B * (other - e), with gains per channel, each the tanh of its theta: scaled down together to
+    |A| + |B| = `GAIN_SUM` where they are more, so either may be nearly all of it."""
 
     def __init__(self, config: RecursiveLLMConfig):
         super().__init__()
@@ -141,7 +142,9 @@ class AnchoredInjection(nn.Module):
 
     def gains(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B, each `[D]`; computed in float32, once per pass."""
-        return tuple((GAIN_MAX * torch.tanh(theta.float())).to(dtype) for theta in (self.theta_A, self.theta_B))  # type: ignore[return-value]
+        A, B = torch.tanh(self.theta_A.float()), torch.tanh(self.theta_B.float())
+        excess = ((A.abs() + B.abs()) / GAIN_SUM).clamp(min=1.0)
+        return (A / excess).to(dtype), (B / excess).to(dtype)
 
     def forward(self, e: torch.Tensor, own: torch.Tensor, other: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         A, B = gains
@@ -358,7 +361,7 @@ class RecursiveModelMixin(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, AnchoredInjection):
-            theta = math.atanh(self.config.gain_init / GAIN_MAX)
+            theta = math.atanh(self.config.gain_init)
             init.constant_(module.theta_A, theta)
             init.constant_(module.theta_B, theta)
         elif isinstance(module, Recursion):

@@ -275,7 +275,7 @@ def test_a_dry_run_reads_only_the_config(donor: str, nothing_written: Path) -> N
         ({"prelude_layers": 4, "coda_layers": 4}, "the donor has only 8 layers"),
         ({"H_cycles": -1}, "--H_cycles: expected a whole number of at least 0, got -1"),
         ({"L_cycles": -1}, "--L_cycles: expected a whole number of at least 0, got -1"),
-        ({"gain": 0.4}, "--gain: expected 0 <= gain < 0.4"),
+        ({"gain": 0.5}, "--gain: expected 0 <= gain <= 0.45"),
         ({"injection": "concat"}, "--injection: expected one of anchored, sum_norm, got 'concat'"),
         ({"seq_len": 513}, r"--seq_len: expected 1 to 512 \(the donor's positions\), got 513"),
         ({"seq_len": 0}, r"--seq_len: expected 1 to 512 .*, got 0"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import FAMILIES, make_tiny_tokenizer, tiny_model
 from torch import nn
 from transformers import (
@@ -202,7 +205,9 @@ def naive_logits(model: RecursiveLLM, x: torch.Tensor, H: int, L: int) -> torch.
         return z if config.injection == "anchored" else z / (z.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
 
     def mix(gains: Any, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return e + 0.4 * gains.theta_A.tanh() * (own - e) + 0.4 * gains.theta_B.tanh() * (other - e)
+        A, B = gains.theta_A.tanh(), gains.theta_B.tanh()
+        most = torch.maximum(A.abs() + B.abs(), torch.tensor(0.9))
+        return e + 0.9 * A / most * (own - e) + 0.9 * B / most * (other - e)
 
     e = run(e, 0, P)
     z_L, z_H = e + r.L_init, e + r.H_init
@@ -240,6 +245,19 @@ def test_cycle_logits_are_those_of_a_shorter_run(injection: str, around: int) ->
     assert_same(model.lm_head(base.cycle_states[1]), out.cycle_logits[1])
     assert base.cycle_states[-1] is base.last_hidden_state
     assert model(x).cycle_logits is None and model(x).halt_logits is None
+
+
+@given(st.floats(-20, 20), st.floats(-20, 20))
+@torch.no_grad()
+def test_no_two_gains_are_more_than_their_bound(theta_A: float, theta_B: float) -> None:
+    injection = graft(donor_of("qwen2"), [0, 2, 4], prelude_layers=0, coda_layers=0).model.recursion.inject_H
+    injection.theta_A.fill_(theta_A)
+    injection.theta_B.fill_(theta_B)
+    A, B = (gain[0].item() for gain in injection.gains(torch.float32))
+    wanted = (math.tanh(theta_A), math.tanh(theta_B))
+    whole = sum(map(abs, wanted))
+    assert pytest.approx([gain * min(1.0, 0.9 / whole) if whole else 0.0 for gain in wanted], abs=1e-6) == (A, B)
+    assert abs(A) + abs(B) <= 0.9 + 1e-6
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes.evidence import state_tracking
+from recipes.evidence import prose, state_tracking
 from recipes.evidence.study import RESULTS, Size, Study, run
 from recursify.device import choose_device
 
 STUDIES: dict[str, tuple[Callable[[Size], Study], dict[str, Size]]] = {
+    "prose": (prose.study, prose.SIZES),
     "state_tracking": (state_tracking.study, state_tracking.SIZES),
 }
 

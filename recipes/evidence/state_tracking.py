@@ -62,7 +62,7 @@ def rows() -> list[Row]:
         "one depth": {"cycle_choices": (), "cycle_weights": ()},
         "depth curriculum": {"depth_curriculum": 0.5},
         "start gain 0": {"start_gain": 0.0},
-        "start gain 0.05": {"start_gain": 0.05},
+        "start gain 0.2": {"start_gain": 0.2},
         "distilled from the donor": {"distill_weight": 0.5},
         "self-distilled": {"self_distill_weight": 0.5},
         "early_decay": {"deep_supervision_schedule": "early_decay"},

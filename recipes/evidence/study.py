@@ -32,10 +32,9 @@ from recursify.training import TrainSettings, fit
 
 # What all recursive rows are trained with, but for those that change it.
 SUPERVISED: dict[str, Any] = {"enable_deep_supervision": True}
-START_GAIN = 0.2
 
 RESULTS = Path(__file__).resolve().parent / "results"
-Figures = dict[str, dict[str, float]]  # cycle count, or "donor" -> what was measured -> figure
+Figures = dict[str, dict[str, Any]]  # cycle count, or "donor" -> what was measured -> figure
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class Study:
         donor: Makes the donor, with its tokenizer, in a folder; what it returns is kept with the results.
         train: Rows to fine-tune on; the second part is for validation (the sweep of the start gain reads it).
         measure: Figures of a model at all depths that are given; none for a donor.
+        start_gain: Of our rows, but for those that change it.
     """
 
     name: str
@@ -93,6 +93,7 @@ class Study:
     donor: Callable[[Path], dict[str, Any]]
     train: Callable[[Any, int], tuple[Dataset, Dataset]]
     measure: Callable[[Any, Any, Sequence[int]], Figures]
+    start_gain: float = 0.45
 
 
 Maker = Callable[[Size], Study]
@@ -199,7 +200,7 @@ def _settings(study: Study, size: Size, row: Row, seed: int, folder: Path, devic
     if row.shape is not None:
         values |= SUPERVISED | varied(row.shape["H_cycles"])
         anchored = row.rival is None and row.shape.get("injection") != "sum_norm"
-        values |= {"start_gain": START_GAIN} if anchored else {"gain_lr": study.settings["lr"]}
+        values |= {"start_gain": study.start_gain} if anchored else {"gain_lr": study.settings["lr"]}
     return TrainSettings(**values | study.settings | row.changes)
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from ..configuration_recursive_llm import GAIN_MAX
 from ..modeling_recursive_llm import AnchoredInjection
 
-CANDIDATES = (0.2, 0.15, 0.1, 0.05)  # from the largest; beyond 0.2 a loop loses what it learnt at depths that it was not trained at
+CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # from the largest that there is
 MAX_COST = 0.02  # nats per token of the last cycle, over the plain pass
 CALIBRATION_TOKENS = 8192  # fewer gave costs that differed by 0.04 nats from one text to the next
 
@@ -36,7 +35,7 @@ def set_gains(model: Any, gain: float) -> None:
     """One gain for all channels."""
     for module in injections(model):
         for theta in module.parameters():
-            theta.fill_(math.atanh(gain / GAIN_MAX))
+            theta.fill_(math.atanh(gain))
 
 
 def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float] = CANDIDATES) -> tuple[float, list[tuple[float, float]]]:

@@ -92,7 +92,7 @@ class RunSettings:
     backprop: Literal["full", "cycle", "last"] = "full"
     """How far back gradients go: through all cycles; through each cycle alone, at the memory of one; or through the last alone (TRM)."""
     start_gain: float | None = None
-    """Gain that the loop starts from. Default: as it is; where all are 0, the largest of 0.2 to 0.05 that costs at most 0.02 nats."""
+    """Gain that the loop starts from. Default: as it is; where all are 0, the largest of 0.45 to 0.05 that costs at most 0.02 nats."""
 
     lr: float = 1e-5
     """Learning rate of all but what gain_lr is for, reached after the warm-up; from there lr_schedule brings it to 0 over the run."""
@@ -229,7 +229,7 @@ class RunSettings:
                 "--backprop last: only the last cycle has gradients, so --enable_deep_supervision has nothing to train; "
                 "take --backprop cycle"
             )
-        if self.start_gain is not None and not abs(self.start_gain) < GAIN_MAX:
+        if self.start_gain is not None and not abs(self.start_gain) <= GAIN_MAX:
             raise UserError(f"--start_gain: expected a number between -{GAIN_MAX} and {GAIN_MAX}, got {self.start_gain}")
 
     def _validate_terms(self) -> None:

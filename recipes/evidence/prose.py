@@ -1,0 +1,84 @@
+"""Prose: the donor that ships, on the language reference that every CPython carries.
+
+Nothing in such text asks for many steps of thought, and the donor is small: here recursion must at least cost nothing. Losses are measured
+on topics that were neither trained on nor used to choose anything.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from recipes.evidence.study import Figures, Row, Size, Study
+from recipes.shipped_donor import load_text
+from recursify.demo_text import donor_folder
+from recursify.donor import load_tokenizer
+from recursify.text_losses import window_losses
+
+SEQ_LEN = 128
+SIZES = {
+    "cpu": Size({}, 0, steps=120, items=10**6, batch_size=8, seeds=3),
+    "gpu": Size({}, 0, steps=600, items=10**6, batch_size=32, seeds=3),
+    "test": Size({}, 0, steps=1, items=4, batch_size=2, seeds=1),
+}
+
+KEEP = {"keep_donor": True, "L_layers": 2, "H_cycles": 3, "L_cycles": 1}
+COMPACT = {"L_layers": 4, "H_cycles": 3, "L_cycles": 1}
+OURS = "ours: keep_donor, H 3, L 1, start gain 0"
+
+
+def rows() -> list[Row]:
+    return [
+        Row("donor as it is", budget="none"),
+        Row("ours, as converted", shape=KEEP, budget="none"),
+        Row("donor, fine-tuned on the same tokens", seeds=3),
+        Row("donor, fine-tuned for the same FLOPs", budget="flops"),
+        Row(OURS, shape=KEEP, seeds=3),
+        Row("naive loop", shape=KEEP, rival="naive"),
+        Row("bare sum (TRM)", shape=KEEP | {"injection": "sum_norm"}),
+        Row("concat adapter (retrofitting-recurrence)", shape=KEEP, rival="concat"),
+        Row("selective gate (LoopUS)", shape=KEEP, rival="gate"),
+        Row("start gain 0.1", "parts", KEEP, changes={"start_gain": 0.1}),
+        Row("start gain 0.45", "parts", KEEP, changes={"start_gain": 0.45}),
+        Row("gains at 30 times the rate", "parts", KEEP, changes={"gain_lr": 9e-3}),
+        Row("one depth", "parts", KEEP, changes={"cycle_choices": (), "cycle_weights": ()}),
+        Row("distilled from the donor", "parts", KEEP, changes={"distill_weight": 0.5}),
+        Row(
+            "4 of 12 layers without recursion",
+            "shape",
+            COMPACT | {"H_cycles": 1, "L_cycles": 0},
+            changes={"enable_deep_supervision": False},
+        ),
+        Row("compact, H 3, L 1", "shape", COMPACT),
+        Row("compact, H 3, L 1, start gain 0.45", "shape", COMPACT, changes={"start_gain": 0.45}),
+        Row("compact, H 3, L 1, distilled", "shape", COMPACT, changes={"distill_weight": 1.0}),
+    ]
+
+
+def study(size: Size) -> Study:
+    settings = {"seq_len": SEQ_LEN, "lr": 3e-4, "warmup_steps": 10, "dataset_name": "pydoc_data.topics"}
+
+    def donor(folder: Path) -> dict[str, Any]:
+        shutil.copytree(donor_folder(), folder)
+        return {"name": "the donor that ships"}
+
+    def text(tokenizer: Any) -> Any:
+        return load_text(load_tokenizer(str(donor_folder())), SEQ_LEN)
+
+    def train(tokenizer: Any, count: int) -> tuple[Dataset, Dataset]:
+        found = text(tokenizer)
+        return found.train, found.validation
+
+    def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
+        """Loss, and that of every window for paired differences."""
+        test = text(tokenizer).test
+        windows = window_losses(model, test.select(range(min(size.items, len(test)))), tuple(depths))
+        return {
+            "donor" if H is None else str(H): {"loss": round(row.mean().item(), 5), "windows": [round(loss, 4) for loss in row.tolist()]}
+            for H, row in zip(list(depths) or [None], windows, strict=True)
+        }
+
+    return Study("prose", "Prose (the language reference)", OURS, settings, rows(), donor, train, measure, start_gain=0.0)

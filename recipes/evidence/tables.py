@@ -1,0 +1,187 @@
+"""The tables of docs/evidence.md, from the results alone: what stands there between `<!-- table NAME -->` and `<!-- end -->`.
+
+    python -m recipes.evidence tables
+
+A test makes them again and compares, so no figure there is typed in or out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.evidence.study import RESULTS
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
+_BLOCK = re.compile(r"(<!-- table (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+Runs = list[dict[str, Any]]
+
+
+def render(page: str, results: Path = RESULTS) -> str:
+    """The page with all of its tables made anew.
+
+    Raises:
+        KeyError: A table that nobody makes.
+    """
+    return _BLOCK.sub(lambda block: block[1] + make(block["name"], results) + "\n" + block[3], page)
+
+
+def write() -> None:
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def make(name: str, results: Path = RESULTS) -> str:
+    """One table by its name: STUDY KIND [GROUP], of the CPU results; those of a GPU with `gpu` behind it."""
+    study, kind, *rest = name.split()
+    size = "gpu" if "gpu" in rest else "cpu"
+    file = results / f"{study}-{size}.json"
+    if not file.exists():
+        return f"(No results yet: `python -m recipes.evidence {study}{' --size gpu' if size == 'gpu' else ''}` makes them.)"
+    groups = [part for part in rest if part != "gpu"]
+    return KINDS[kind](json.loads(file.read_text(encoding="utf-8")), groups)
+
+
+def _rows(found: dict[str, Any], groups: Sequence[str]) -> dict[str, Runs]:
+    """Name -> its runs, seed by seed."""
+    named: dict[str, Runs] = {}
+    for run in found["runs"]:
+        if not groups or run["group"] in groups:
+            named.setdefault(run["name"], []).append(run)
+    return named
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
+
+
+def _flops(runs: Runs, found: dict[str, Any]) -> str:
+    """Of training, over what one fine-tuning of the donor on the same tokens costs."""
+    plain = next((run["flops"] for run in found["runs"] if run["name"] == SAME_TOKENS), math.nan)
+    return f"{runs[0]['flops'] / plain:.2f}" if runs[0]["flops"] else "0"
+
+
+SAME_TOKENS, SAME_FLOPS = "donor, fine-tuned on the same tokens", "donor, fine-tuned for the same FLOPs"
+
+
+# Accuracy
+
+
+def _at(run: dict[str, Any], cycles: int | None, difficulty: str) -> float:
+    return run["figures"]["donor" if cycles is None else str(cycles)][difficulty]
+
+
+def _difficulties(found: dict[str, Any]) -> list[str]:
+    return list(next(iter(found["runs"][0]["figures"].values())))
+
+
+def hard(found: dict[str, Any]) -> str:
+    """The first difficulty at which the donor that was fine-tuned for the same FLOPs is right less than half of the time."""
+    tuned = _rows(found, ["main"])[SAME_FLOPS]
+    return next(d for d in _difficulties(found) if statistics.mean(_at(run, None, d) for run in tuned) < 0.5)
+
+
+def accuracy(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """In %, at the trained depth, by difficulty."""
+    shown = _difficulties(found)
+    lines = [
+        [name, str(len(runs)), _flops(runs, found)]
+        + [_spread([100 * _at(run, run["trained_cycles"], d) for run in runs], ".1f") for d in shown]
+        for name, runs in _rows(found, groups).items()
+    ]
+    return _table(["row", "seeds", "FLOPs", *shown], lines)
+
+
+def cycles(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """In %, at the difficulty where the donor falls below one half, from cycle 1 to twice the trained count."""
+    at = hard(found)
+    most = max(len(run["figures"]) for run in found["runs"])
+    lines = []
+    for name, runs in _rows(found, groups).items():
+        if runs[0]["trained_cycles"] is None:
+            continue
+        depths = range(1, len(runs[0]["figures"]) + 1)
+        cells = [_spread([100 * _at(run, H, at) for run in runs], ".1f") for H in depths]
+        cells[runs[0]["trained_cycles"] - 1] = f"**{cells[runs[0]['trained_cycles'] - 1]}**"
+        lines.append([name, *cells, *[""] * (most - len(cells))])
+    return _table([f"row, at {at}", *(f"cycle {H}" for H in range(1, most + 1))], lines)
+
+
+def verdict(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """Whether ours is ahead where the donor fails, and whether more cycles ever harm."""
+    at, rows = hard(found), _rows(found, ["main"])
+    ours = next(runs for name, runs in rows.items() if name.startswith("ours"))
+    trained, margin = ours[0]["trained_cycles"], []
+    for name in (SAME_FLOPS, SAME_TOKENS):
+        for mine, theirs in zip(ours, rows[name], strict=False):
+            margin.append(100 * (_at(mine, trained, at) - _at(theirs, None, at)))
+    up = max(100 * (_at(run, c, d) - _at(run, c + 1, d)) for run in ours for d in _difficulties(found) for c in range(1, trained))
+    twice = max(100 * (_at(run, trained, d) - _at(run, 2 * trained, d)) for run in ours for d in _difficulties(found))
+    return "\n".join(
+        [
+            f"- At {at}, the first where the donor fine-tuned for the same FLOPs is right less than half of the time, ours is "
+            f"{min(margin):+.1f} points or more from either fine-tuned donor, seed by seed.",
+            f"- From one cycle to the next, up to the trained {trained}, no accuracy of any seed falls by more than {max(0.0, up):.1f} "
+            "points.",
+            f"- From there to {2 * trained} cycles none falls by more than {max(0.0, twice):.1f} points.",
+        ]
+    )
+
+
+# Losses
+
+
+def losses(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """Nats per token, and the paired difference from the fine-tuned donor of the same seed."""
+    tuned = {run["seed"]: run["figures"]["donor"]["windows"] for run in found["runs"] if run["name"] == SAME_TOKENS}
+    lines = []
+    for name, runs in _rows(found, groups).items():
+        trained = runs[0]["trained_cycles"]
+        shown = [None] if trained is None else sorted({1, trained, 2 * trained})
+        cells = [_spread([run["figures"]["donor" if H is None else str(H)]["loss"] for run in runs], ".4f") for H in shown]
+        if trained == 1:
+            cells.insert(0, cells[0])
+        cells = ["", cells[0], ""] if trained is None else cells
+        lines.append([name, str(len(runs)), _flops(runs, found), *cells, *(_against(runs, tuned, H) for H in (1, trained or 1))])
+    head = ["row", "seeds", "FLOPs", "cycle 1", "trained depth", "twice", "cycle 1 against the donor", "trained depth against the donor"]
+    return _table(head, lines)
+
+
+def _against(runs: Runs, tuned: dict[int, list[float]], H: int) -> str:
+    """Mean over seeds, with the standard error over windows of the first."""
+    if runs[0]["name"] == SAME_TOKENS or not runs[0]["flops"]:
+        return ""
+    paired = []
+    for run in runs:
+        own = run["figures"].get("donor") or run["figures"][str(H)]
+        paired.append([a - b for a, b in zip(own["windows"], tuned[run["seed"]], strict=True)])
+    error = statistics.stdev(paired[0]) / math.sqrt(len(paired[0]))
+    return f"{statistics.mean(statistics.mean(each) for each in paired):+.4f} ± {error:.4f}"
+
+
+def setting(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """How it was made."""
+    machine, seconds = found["machine"], sum(run["seconds"] for run in found["runs"])
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    device = machine["gpu"] or machine["cpu"]
+    donor = ", ".join(f"{key} {value}" for key, value in found["donor"].items() if key != "seconds")
+    return (
+        f"Donor: {donor}. Fine-tuning: {found['steps']} steps of {found['batch_size']} rows of {found['settings']['seq_len']} tokens, "
+        f"learning rate {found['settings']['lr']:g}. {seconds / 60:.0f} minutes of training on {device}; {versions}; "
+        f"commit {(machine['commit'] or 'unknown')[:10]}."
+    )
+
+
+KINDS: dict[str, Callable[[dict[str, Any], Sequence[str]], str]] = {
+    "accuracy": accuracy, "cycles": cycles, "verdict": verdict, "losses": losses, "setting": setting,
+}  # fmt: skip
