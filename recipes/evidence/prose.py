@@ -44,7 +44,6 @@ def rows() -> list[Row]:
         Row("start gain 0.1", "parts", KEEP, changes={"start_gain": 0.1}),
         Row("start gain 0.45", "parts", KEEP, changes={"start_gain": 0.45}),
         Row("gains at 30 times the rate", "parts", KEEP, changes={"gain_lr": 9e-3}),
-        Row("one depth", "parts", KEEP, changes={"cycle_choices": (), "cycle_weights": ()}),
         Row("distilled from the donor", "parts", KEEP, changes={"distill_weight": 0.5}),
         Row(
             "4 of 12 layers without recursion",

@@ -64,11 +64,8 @@ def rows() -> list[Row]:
         "start gain 0": {"start_gain": 0.0},
         "start gain 0.2": {"start_gain": 0.2},
         "distilled from the donor": {"distill_weight": 0.5},
-        "self-distilled": {"self_distill_weight": 0.5},
-        "early_decay": {"deep_supervision_schedule": "early_decay"},
         "backprop cycle": {"backprop": "cycle"},
         "backprop last": {"backprop": "last", "enable_deep_supervision": False},
-        "gains at the rate of the rest": {"gain_lr": 1e-3},
         "Muon": {"optimizer": "muon", "lr": 1e-2, "gain_lr": 1e-2},
     }
     return [*main, *shapes, *(Row(name, "parts", KEEP, changes=changes) for name, changes in parts.items())]
