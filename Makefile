@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Each stamp is remade when what it installs has changed.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint evidence clean
 
 demo: .venv/.installed
 	$(BIN)/recursify demo
@@ -17,6 +17,9 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mlinter --no-progress recursify/modeling_recursive_llm.py recursify/configuration_recursive_llm.py
+
+evidence: .venv/.installed
+	for study in state_tracking scan prose tables; do $(BIN)/python -m recipes.evidence $$study || exit 1; done
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

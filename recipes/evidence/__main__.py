@@ -5,7 +5,7 @@
     python -m recipes.evidence tables                         # docs/evidence.md from all results
 
 A study makes its donor, trains and measures every row that is not in results/STUDY-SIZE.json yet, and keeps each as soon as it is there.
-Run it from the root of the checkout, with the project installed (`make install`).
+Run it from the root of the checkout, with the project installed (`make demo` does that), or all of them by `make evidence`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes.evidence import prose, state_tracking
+from recipes.evidence import prose, scan, state_tracking, tables
 from recipes.evidence.study import RESULTS, Size, Study, run
 from recursify.device import choose_device
 
 STUDIES: dict[str, tuple[Callable[[Size], Study], dict[str, Size]]] = {
     "prose": (prose.study, prose.SIZES),
+    "scan": (scan.study, scan.SIZES),
     "state_tracking": (state_tracking.study, state_tracking.SIZES),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("study", choices=[*STUDIES, "tables"])
     parser.add_argument("--size", choices=["cpu", "gpu", "test"], default="cpu")
     parser.add_argument("--rows", nargs="*", default=[], metavar="NAME", help="only these rows, anew")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -35,6 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="rows at once on a CPU, one core each")
     parser.add_argument("--device", help="cpu or cuda; the best there is where not given")
     args = parser.parse_args(argv)
+    if args.study == "tables":
+        tables.write()
+        return
     make, sizes = STUDIES[args.study]
     names = [row.name for row in make(sizes[args.size]).rows]
     if unknown := set(args.rows) - set(names):

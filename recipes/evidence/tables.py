@@ -85,10 +85,10 @@ def _difficulties(found: dict[str, Any]) -> list[str]:
     return list(next(iter(found["runs"][0]["figures"].values())))
 
 
-def hard(found: dict[str, Any]) -> str:
+def hard(found: dict[str, Any]) -> str | None:
     """The first difficulty at which the donor that was fine-tuned for the same FLOPs is right less than half of the time."""
     tuned = _rows(found, ["main"])[SAME_FLOPS]
-    return next(d for d in _difficulties(found) if statistics.mean(_at(run, None, d) for run in tuned) < 0.5)
+    return next((d for d in _difficulties(found) if statistics.mean(_at(run, None, d) for run in tuned) < 0.5), None)
 
 
 def accuracy(found: dict[str, Any], groups: Sequence[str]) -> str:
@@ -104,7 +104,7 @@ def accuracy(found: dict[str, Any], groups: Sequence[str]) -> str:
 
 def cycles(found: dict[str, Any], groups: Sequence[str]) -> str:
     """In %, at the difficulty where the donor falls below one half, from cycle 1 to twice the trained count."""
-    at = hard(found)
+    at = hard(found) or _difficulties(found)[-1]
     most = max(len(run["figures"]) for run in found["runs"])
     lines = []
     for name, runs in _rows(found, groups).items():
@@ -118,24 +118,37 @@ def cycles(found: dict[str, Any], groups: Sequence[str]) -> str:
 
 
 def verdict(found: dict[str, Any], groups: Sequence[str]) -> str:
-    """Whether ours is ahead where the donor fails, and whether more cycles ever harm."""
-    at, rows = hard(found), _rows(found, ["main"])
-    ours = next(runs for name, runs in rows.items() if name.startswith("ours"))
-    trained, margin = ours[0]["trained_cycles"], []
-    for name in (SAME_FLOPS, SAME_TOKENS):
-        for mine, theirs in zip(ours, rows[name], strict=False):
-            margin.append(100 * (_at(mine, trained, at) - _at(theirs, None, at)))
-    up = max(100 * (_at(run, c, d) - _at(run, c + 1, d)) for run in ours for d in _difficulties(found) for c in range(1, trained))
-    twice = max(100 * (_at(run, trained, d) - _at(run, 2 * trained, d)) for run in ours for d in _difficulties(found))
+    """Whether ours is ahead where the donor fails, and whether more cycles ever harm; of what has been run."""
+    rows = _rows(found, ["main"])
+    ours = next((runs for name, runs in rows.items() if name.startswith("ours")), [])
+    at = hard(found)
+    if at is None or not ours:
+        return "The donor fine-tuned for the same FLOPs is right more than half of the time at every difficulty: nothing is left to gain."
+    trained, at_most = ours[0]["trained_cycles"], _difficulties(found).index(at)
+    margins = {
+        name: statistics.mean(100 * _at(run, trained, at) for run in ours) - statistics.mean(100 * _at(run, None, at) for run in rows[name])
+        for name in (SAME_FLOPS, SAME_TOKENS)
+    }
+    falls = {difficulty: _falls(ours, difficulty) for difficulty in _difficulties(found)}
+    up, twice = (max(each) for each in zip(*list(falls.values())[: at_most + 1], strict=True))
+    mean_up, mean_twice = (statistics.mean(each) for each in zip(*falls.values(), strict=True))
     return "\n".join(
         [
             f"- At {at}, the first where the donor fine-tuned for the same FLOPs is right less than half of the time, ours is "
-            f"{min(margin):+.1f} points or more from either fine-tuned donor, seed by seed.",
-            f"- From one cycle to the next, up to the trained {trained}, no accuracy of any seed falls by more than {max(0.0, up):.1f} "
-            "points.",
-            f"- From there to {2 * trained} cycles none falls by more than {max(0.0, twice):.1f} points.",
+            f"{margins[SAME_FLOPS]:+.1f} points from it, and {margins[SAME_TOKENS]:+.1f} from the donor fine-tuned on the same tokens.",
+            f"- From one cycle to the next, up to the trained {trained}, accuracy falls by at most {max(0.0, up):.1f} points up to {at}; "
+            f"the largest fall, as a mean over all difficulties, is {mean_up:+.1f}.",
+            f"- From there to {2 * trained} cycles it falls by at most {max(0.0, twice):.1f} points up to {at}; {mean_twice:+.1f} as that "
+            "mean.",
         ]
     )
+
+
+def _falls(runs: Runs, difficulty: str) -> tuple[float, float]:
+    """Largest fall from a cycle to the next up to the trained one, and the fall from there to twice as many: points, means over seeds."""
+    trained = runs[0]["trained_cycles"]
+    share = [0.0] + [100 * statistics.mean(_at(run, H, difficulty) for run in runs) for H in range(1, 2 * trained + 1)]
+    return max(share[c] - share[c + 1] for c in range(1, trained)), share[trained] - min(share[trained:])
 
 
 # Losses
