@@ -183,7 +183,7 @@ def depth(sizes: Sizes, device: torch.device, demo: Path) -> list[dict[str, Any]
 
 def demo_models(folder: Path, device: torch.device) -> tuple[tuple[Any, Any], Any]:
     """((donor, recursive model), tokenizer) of a finished demo, which is run if it is not there."""
-    from recursify.demo import donor_folder
+    from recursify.demo_text import donor_folder
     from recursify.donor import open_donor
 
     if not (folder / "recursive.pt").is_file():

@@ -50,7 +50,7 @@ class Line:
     ys: Sequence[float]
     colour: str
     errors: Sequence[float | None] = ()
-    stroke: Literal["solid", "faint", "dotted"] = "solid"
+    stroke: Literal["solid", "faint", "dotted", "dashed"] = "solid"
     dots: bool = False
     valued: bool = False
     labelled: bool = True

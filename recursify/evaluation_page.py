@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .charts import Axes, Level, Line, Size, count_undrawable, element, escape, line_chart
+from .accuracy_chart import Point, difficulty_figure, difficulty_line, shade
+from .charts import Axes, Level, Line, count_undrawable, element, escape, line_chart
 from .page import (
-    NARROW,
     PLUS_MINUS,
-    WIDE,
+    chart_size,
     document,
     figure,
     number,
@@ -44,7 +44,6 @@ Rows = Sequence[Mapping[str, Any]]
 
 SURE = 0.05  # a difference with a smaller p is called one
 DEPTHS_DRAWN = 7  # as many lines as have colours of their own and room for a label; the tables have all
-SHADES = 7
 LOOPED_COLOURS, PLAIN_COLOURS = ("s1", "s2", "s4", "s5"), ("s3", "s4", "s5")
 NOTES = (
     "Standard errors and p say how far another sample of such texts or questions might be off. Another training run, with another seed, "
@@ -310,13 +309,7 @@ def _cycles_figure(title: str, y_label: str, models: Sequence[Model], lines: Seq
     if levels:
         caption += f"Dashed: {', '.join(level.name for level in levels)}, without a loop. "
     caption += undrawn(count_undrawable(lines, levels))
-    return figure(lambda narrow: line_chart(lines, levels, axes, _size(narrow, len(lines) + len(levels))), caption.strip())
-
-
-def _size(narrow: bool, labels: int) -> Size:
-    """Tall enough for a label of about two rows for every line."""
-    usual = NARROW if narrow else WIDE
-    return Size(usual.width, max(usual.height, 110 + 40.0 * labels))
+    return figure(lambda narrow: line_chart(lines, levels, axes, chart_size(narrow, len(lines) + len(levels))), caption.strip())
 
 
 # Accuracy
@@ -349,51 +342,34 @@ def _accuracy_by_cycles(models: Sequence[Model], key: tuple[str, str]) -> str:
 
 def _by_difficulty(models: Sequence[Model], key: tuple[str, str]) -> list[str]:
     """All models at their own depth, where there are several; then each one that has a loop, one line per cycle count."""
+    title = f"Accuracy by difficulty, {_set_name(key)}"
     looped, plain = [model for model in models if model.own is not None], [model for model in models if model.own is None]
     figures = []
     if len(models) > 1 or plain:
         lines = [_own_line(model, key) for model in models]
-        figures.append(_difficulty_figure(key, lines, "Each model at its own cycle count. Bars: plus and minus one standard error."))
+        figures.append(difficulty_figure(title, lines, "Each model at its own cycle count. Bars: plus and minus one standard error."))
     for model in looped:
         beside = [_own_line(other, key) for other in plain]
         caption = f"{model.name}, one line per cycle count."
-        figures.append(_difficulty_figure(key, [*_depth_lines(model, key), *beside], caption))
+        figures.append(difficulty_figure(title, [*_depth_lines(model, key), *beside], caption))
     return figures
 
 
 def _own_line(model: Model, key: tuple[str, str]) -> Line:
     own = _own_row(_together(model.questions(key)), model)["H_cycles"]
     name = model.name if own is None else f"{model.name}, {plural(own, 'cycle')}"
-    return _difficulty_line(model.questions(key), own, name, model.colour, "solid" if model.own is not None else "dotted", True)
+    points = _graded(model, key, own)
+    return difficulty_line(points, name, model.colour, "solid" if model.own is not None else "dotted", errors=True)
 
 
 def _depth_lines(model: Model, key: tuple[str, str]) -> list[Line]:
     depths = _some_depths([line["H_cycles"] for line in _together(model.questions(key))], model.own)
-    return [
-        _difficulty_line(model.questions(key), H, _cycles_name(H, model), _shade(index, len(depths)), "solid", False)
-        for index, H in enumerate(depths)
-    ]
+    return [difficulty_line(_graded(model, key, H), _cycles_name(H, model), shade(index, len(depths))) for index, H in enumerate(depths)]
 
 
-def _difficulty_line(rows: Rows, H_cycles: int | None, name: str, colour: str, stroke: Any, errors: bool) -> Line:
-    found = sorted((line for line in rows if line["H_cycles"] == H_cycles and line["difficulty"] is not None), key=_difficulty)
-    return Line(
-        name=name,
-        xs=[line["difficulty"] for line in found],
-        ys=[100 * line["accuracy"] for line in found],
-        errors=[_scaled(line["standard_error"]) for line in found] if errors else (),
-        colour=colour,
-        stroke=stroke,
-        dots=True,
-    )
-
-
-def _difficulty(line: Mapping[str, Any]) -> int:
-    return int(line["difficulty"])
-
-
-def _scaled(error: float | None) -> float | None:
-    return None if error is None else 100 * error
+def _graded(model: Model, key: tuple[str, str], H_cycles: int | None) -> list[Point]:
+    found = [line for line in model.questions(key) if line["H_cycles"] == H_cycles and line["difficulty"] is not None]
+    return [(line["difficulty"], line["accuracy"], line["standard_error"]) for line in found]
 
 
 def _some_depths(depths: Sequence[int], own: int | None) -> list[int]:
@@ -404,25 +380,6 @@ def _some_depths(depths: Sequence[int], own: int | None) -> list[int]:
     last, steps = len(ordered) - 1, DEPTHS_DRAWN - 2
     chosen = {ordered[round(index * last / steps)] for index in range(steps + 1)}
     return sorted(chosen | ({own} & set(ordered)))  # type: ignore[operator]  # None is in no list of depths
-
-
-def _shade(index: int, count: int) -> str:
-    """From the first colour of the depths to the last."""
-    return f"d{round(index * (SHADES - 1) / max(1, count - 1))}"
-
-
-def _difficulty_figure(key: tuple[str, str], lines: Sequence[Line], caption: str) -> str:
-    ticks = sorted({int(x) for line in lines for x in line.xs})
-    axes = Axes(
-        title=f"Accuracy by difficulty, {_set_name(key)}",
-        description=f"Share of right answers in percent, for {'; '.join(line.name for line in lines)}. The values are in the tables below.",
-        x_label="difficulty",
-        y_label="right, %",
-        x_ticks=[(tick, (str(tick),)) for tick in ticks] if len(ticks) <= 12 else (),
-        x_margin=0.02 * (ticks[-1] - ticks[0]),
-        y_reach=(0, 100),
-    )
-    return figure(lambda narrow: line_chart(lines, [], axes, _size(narrow, len(lines))), caption + undrawn(count_undrawable(lines)))
 
 
 # Where later cycles help

@@ -117,6 +117,12 @@ def figure(draw: Callable[[bool], str], caption: str) -> str:
     return element("figure", wide, narrow, element("figcaption", escape(caption)))
 
 
+def chart_size(narrow: bool, labels: int) -> Size:
+    """Of a chart that is tall enough for a label of about two rows for every line."""
+    usual = NARROW if narrow else WIDE
+    return Size(usual.width, max(usual.height, 110 + 40.0 * labels))
+
+
 def table(head: Sequence[str], rows: Iterable[str], caption: str, class_: str | None = None) -> str:
     """A table that scrolls by itself where the screen is narrow. Rows are markup, the head is text."""
     heading = element("thead", element("tr", *(element("th", escape(words), scope="col") for words in head)))

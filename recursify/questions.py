@@ -149,10 +149,11 @@ def question_rows(items: Sequence[Item], tokenizer: Any, seq_len: int) -> Datase
     """
     filler = (tokenizer.eos_token_id, IGNORED)
     rows: list[list[tuple[int, int]]] = [[]]
+    known: dict[str, int | None] = {}
     for item in items:
-        tokens = _labelled(item, tokenizer)
+        tokens = _labelled(item, tokenizer, known)
         if len(tokens) > seq_len:
-            longest = max(len(_labelled(other, tokenizer)) for other in items)
+            longest = max(len(_labelled(other, tokenizer, known)) for other in items)
             raise UserError(f"--seq_len: expected at least {longest}, the tokens of the longest question, got {seq_len}")
         if len(rows[-1]) + len(tokens) > seq_len:
             rows.append([])
@@ -166,12 +167,12 @@ def row_features(seq_len: int) -> Features:
     return Features({name: List(Value("int32"), length=seq_len) for name in ("input_ids", "labels")})
 
 
-def _labelled(item: Item, tokenizer: Any) -> list[tuple[int, int]]:
+def _labelled(item: Item, tokenizer: Any, known: dict[str, int | None]) -> list[tuple[int, int]]:
     """Ids of question, answer and end of text, each with its label."""
     begins = len(prompt(item))
     ids, spans = _tokens(as_text(item), tokenizer)
     labels = [token if end > begins else IGNORED for token, (_, end) in zip(ids, spans, strict=True)]
-    for place, target in _states(item, spans, tokenizer):
+    for place, target in _states(item, spans, tokenizer, known):
         labels[place + 1] = target
     if ids[-1] != tokenizer.eos_token_id:
         ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
@@ -188,15 +189,20 @@ def label_tokens(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list
         label that is not one token.
     """
     ids, spans = _tokens(prompt(item), tokenizer)
-    states = _states(item, spans, tokenizer)
+    states = _states(item, spans, tokenizer, {})
     return (ids, [place for place, _ in states], [target for _, target in states]) if states else None
 
 
-def _states(item: Item, spans: Sequence[tuple[int, int]], tokenizer: Any) -> list[tuple[int, int]]:
-    """Token by which each state is known, and the id that tells it; none where a state is not one token."""
+def _states(item: Item, spans: Sequence[tuple[int, int]], tokenizer: Any, known: dict[str, int | None]) -> list[tuple[int, int]]:
+    """Token by which each state is known, and the id that tells it; none where a state is not one token.
+
+    Args:
+        known: Ids of states so far, which are few and in many questions; those that are new are put there.
+    """
     covering = [next(i for i, (start, end) in enumerate(spans) if start < at <= end) for at in label_ends(item)]
-    told = {label: _one_token(label, tokenizer) for label in item.labels}
-    return [] if None in told.values() else [(place, told[label]) for place, label in zip(covering, item.labels, strict=True)]  # type: ignore[misc]
+    known |= {label: _one_token(label, tokenizer) for label in set(item.labels) - set(known)}
+    targets = [token for label in item.labels if (token := known[label]) is not None]
+    return list(zip(covering, targets, strict=True)) if len(targets) == len(item.labels) else []
 
 
 def _one_token(label: str, tokenizer: Any) -> int | None:

@@ -10,7 +10,7 @@ that a recursive model that came out worse than its donor is said to be worse.
 
 Units: losses and their standard errors in nats per token, times in seconds, cost in layer applications per token.
 
-Floor 3. Imports the standard library, charts.py and page.py.
+Floor 3. Imports the standard library, charts.py, page.py and report_tracking.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recursify import report_tracking
 from recursify.charts import (
     Axes,
     Level,
@@ -51,12 +52,13 @@ from recursify.page import (
     visible,
     write_document,
 )
+from recursify.report_tracking import Tracking
 
 CLEARLY = 2.0
 STANDING_LIMITS = (
     "One run with one seed: another seed moves the losses, and the standard errors given here are those of the validation text only.",
     "A small model, a small text and a short fine-tuning: differences at this size need not hold at a larger one.",
-    "Loss on held-out text, not skill at any task; the samples are for reading, not for counting.",
+    "Loss on held-out text is not skill at a task; the samples are for reading, not for counting. The one task here is made, and small.",
     "Layer applications are a count, not a timing: speed also depends on caches, kernels and batch size.",
 )
 
@@ -181,6 +183,7 @@ class DemoReport:
     commands: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
     model_name: str = "recursive"
+    tracking: Tracking | None = None
 
     @property
     def baselines(self) -> tuple[Baseline, ...]:
@@ -209,6 +212,7 @@ def render(report: DemoReport) -> str:
         _fine_tuning(report),
         _sentence(report),
         _samples(report),
+        report_tracking.render(report.tracking) if report.tracking else "",
         _numbers(report),
         _making(report),
         _limits(report),
@@ -241,6 +245,8 @@ def difference_to_tuned(report: DemoReport) -> tuple[float, float | None] | None
 def findings(report: DemoReport) -> list[str]:
     """What the numbers say, in sentences. Each is left out, or says that it cannot be told, where its numbers are missing."""
     sentences = [_against_tuned(report), _across_cycles(report), _against_as_is(report), _cost(report)]
+    if report.tracking is not None:
+        sentences.append(report_tracking.finding(report.tracking))
     return [sentence for sentence in sentences if sentence]
 
 

@@ -17,7 +17,7 @@ import tiny
 from recursify import checkpoint, convert
 from recursify.configuration_recursive_llm import from_donor
 from recursify.cost import step_flops
-from recursify.demo import donor_folder, write_text
+from recursify.demo_text import donor_folder, write_text
 from recursify.donor import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recursify import checkpoint, cli, demo
+from recursify import checkpoint, cli, demo, demo_text, demo_tracking
 from recursify.donor import open_donor
 from recursify.errors import UserError
 from recursify.training import FitResult
@@ -18,7 +18,7 @@ from recursify.training import FitResult
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    demo.run(demo.DemoSettings(output_dir=str(folder), steps=2))
+    demo.run(demo.DemoSettings(output_dir=str(folder), steps=2, tracking_steps=2))
     return folder
 
 
@@ -29,7 +29,7 @@ def test_the_demo_makes_a_page_and_a_checkpoint(out: Path) -> None:
     found = checkpoint.load(out / "recursive.pt")
     assert found.plan is not None and found.plan.keeps_donor
     assert found.tokenizer is not None
-    for name in (demo.AS_IS, demo.TUNED, demo.RECURSIVE):
+    for name in (demo_text.AS_IS, demo_text.TUNED, demo_text.RECURSIVE, demo_tracking.AS_IS, demo_tracking.TUNED, demo_tracking.RECURSIVE):
         assert name in page
 
 
@@ -51,17 +51,43 @@ def test_the_numbers_in_the_page_can_be_measured_again(out: Path) -> None:
 def test_the_commands_in_the_page_do_the_same_one_by_one(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     shown = re.findall(r"recursify (?:convert|train|evaluate|generate) --[^<\n]*", page)
-    assert [line.split()[1] for line in shown] == ["convert", "train", "evaluate", "generate"]
+    assert [line.split()[1] for line in shown] == ["convert", "train", "evaluate", "generate", "convert", "train", "evaluate"]
     for line in shown:
         cli.main(shlex.split(line)[1:])
-    assert capsys.readouterr().out.count("✓ New best model saved") == 1
+    assert capsys.readouterr().out.count("✓ New best model saved") == 2
 
 
-def test_the_donor_that_ships_is_small_and_says_how_it_was_made() -> None:
-    folder = demo.donor_folder()
-    assert (folder / "model.safetensors").stat().st_size <= 8_000_000
+@pytest.mark.slow
+def test_the_tracker_s_figures_are_those_of_evaluate(out: Path) -> None:
+    from recursify.evaluation import EvaluateSettings, run
+
+    (asked,) = run(
+        EvaluateSettings(
+            checkpoint=str(out / "tracker.pt"), questions=(demo_tracking.ASKED_SET,), judge="labels", cycles=demo_tracking.DEPTHS
+        )
+    ).questions
+    page = (out / "report.html").read_text(encoding="utf-8")
+    table = re.search(r"<caption>Right, in percent, after so many letters.*?</table>", page, re.DOTALL)
+    assert table is not None
+    rows = {name: cells for name, cells in re.findall(r'<tr[^>]*><th scope="row">(.*?)</th>(.*?)</tr>', table[0])}
+    for H in demo_tracking.DEPTHS:
+        shown = [float(cell) for cell in re.findall(r"<td>([\d.]+)</td>", rows[demo_tracking.at_depth(H)])][2:]
+        measured = {row.difficulty: 100 * row.accuracy for row in asked.rows if row.H_cycles == H}
+        # the checkpoint is stored in the donor's bfloat16
+        assert all(abs(figure - measured[letters]) < 4 for letters, figure in zip(range(2, 99, 2), shown, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("folder", "size", "words"),
+    [
+        (demo_text.donor_folder(), 8_000_000, ("held-out loss", "recipes/demo_donor.py")),
+        (demo_tracking.tracker_folder(), 2_000_000, ("right at letter", "recipes.demo_tracker")),
+    ],
+)
+def test_the_donors_that_ship_are_small_and_say_how_they_were_made(folder: Path, size: int, words: tuple[str, ...]) -> None:
+    assert (folder / "model.safetensors").stat().st_size <= size
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "held-out loss" in card and "recipes/demo_donor.py" in card
+    assert all(word in card for word in words)
     assert open_donor(str(folder)).config.model_type == "qwen2"
 
 
@@ -73,8 +99,8 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_run_that_ctrl_c_has_ended_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = FitResult(history=[], steps=1, tokens=1, seconds=1.0, eval_loss=None, best_eval_loss=None, interrupted=True)
-    monkeypatch.setattr(demo, "fit", lambda *args: ended)
-    monkeypatch.setattr(demo.text_losses, "measure", lambda *args: [None])
+    monkeypatch.setattr(demo_text, "fit", lambda *args: ended)
+    monkeypatch.setattr(demo_text.text_losses, "measure", lambda *args: [None])
     with pytest.raises(KeyboardInterrupt):
         demo.run(demo.DemoSettings(output_dir=str(tmp_path)))
     assert not (tmp_path / "report.html").exists()

@@ -9,14 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "recursify"
 FLOORS = {
-    "cli": 4, "__main__": 4, "demo": 4,
-    "training": 3, "console": 3, "interactive": 3, "chat": 3, "prompts": 3, "serving": 3, "export": 3, "report": 3,
+    "cli": 4, "__main__": 4, "demo": 4, "demo_text": 4, "demo_tracking": 4,
+    "training": 3, "console": 3, "interactive": 3, "chat": 3, "prompts": 3, "serving": 3, "export": 3, "report": 3, "report_tracking": 3,
     "evaluation": 3, "harness": 3, "comparison": 3, "evaluation_page": 3,
     "charts": 2, "conversion": 2, "checkpoint": 2, "generation": 2, "steps": 2, "memory": 2, "dialogue": 2, "halting": 2, "telemetry": 2,
-    "text_losses": 2, "answers": 2, "passages": 2, "page": 2, "inspection": 2, "model_card": 2,
+    "text_losses": 2, "answers": 2, "passages": 2, "page": 2, "accuracy_chart": 2, "inspection": 2, "model_card": 2,
     "modeling_recursive_llm": 1, "weights": 1, "objective": 1, "data": 1, "windows": 1, "tasks": 1, "donor": 1, "device": 1, "cost": 1,
     "effort": 1, "streaming": 1, "transcript": 1, "publishing": 1, "sharing": 1, "questions": 1,
-    "configuration_recursive_llm": 0, "decoding_recursive_llm": 0, "plan": 0, "recipe": 0, "errors": 0, "significance": 0,
+    "configuration_recursive_llm": 0, "decoding_recursive_llm": 0, "plan": 0, "recipe": 0, "errors": 0, "significance": 0, "stages": 0,
 }  # fmt: skip
 TRAVELLERS = {"configuration_recursive_llm", "decoding_recursive_llm", "modeling_recursive_llm"}
 
