@@ -40,7 +40,6 @@ from recursify.configuration_recursive_llm import from_donor
 from recursify.data import DataSettings, load_documents, tokenize
 from recursify.decoding_recursive_llm import HALT_CRITERIA
 from recursify.demo import DemoSettings
-from recursify.demo import run as run_demo
 from recursify.halting import measure
 from recursify.plan import make_plan
 
@@ -183,13 +182,15 @@ def depth(sizes: Sizes, device: torch.device, demo: Path) -> list[dict[str, Any]
 
 def demo_models(folder: Path, device: torch.device) -> tuple[tuple[Any, Any], Any]:
     """((donor, recursive model), tokenizer) of a finished demo, which is run if it is not there."""
-    from recursify.demo_text import donor_folder
+    from recursify import demo_text
     from recursify.donor import open_donor
+    from recursify.stages import Clock
 
     if not (folder / "recursive.pt").is_file():
-        run_demo(DemoSettings(output_dir=str(folder)))
+        folder.mkdir(parents=True, exist_ok=True)
+        demo_text.run(folder, DemoSettings.steps, DemoSettings.seed, Clock())
     found = checkpoint.load(folder / "recursive.pt")
-    donor = open_donor(str(donor_folder())).load(dtype=torch.float32).eval().to(device)
+    donor = open_donor(str(demo_text.donor_folder())).load(dtype=torch.float32).eval().to(device)
     return (donor, found.model.float().eval().to(device)), found.tokenizer
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import checkpoint, conversion
 from .answers import ask
+from .configuration_recursive_llm import GAIN_MAX
 from .data import DataSettings, load_blocks
 from .demo_text import whole
 from .donor import open_donor
@@ -25,8 +26,8 @@ from .stages import Clock
 from .tasks import Item
 from .training import TrainSettings, fit
 
-STEPS = 250
-PRETRAINED, TRAINED, ASKED = 8, 12, 18  # letters
+STEPS = 220
+PRETRAINED, TRAINED, ASKED = 8, 10, 14  # letters
 FRAME = 7  # tokens of a question besides its letters, with its answer and the end
 WORDS = 400
 ASKED_SET = f"permutations:difficulty={ASKED},count={WORDS}"
@@ -92,12 +93,12 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:
 
 
 def settings(out: Path, steps: int, seed: int) -> TrainSettings:
-    """Of the recursive model. There are as many words as it reads; depths around its own are trained, too, or they would fall apart."""
-    count = max(40, steps * BATCH_SIZE)
+    """Of the recursive model, which reads every word four times; depths around its own are trained, too, or they would fall apart."""
+    count = max(40, steps * BATCH_SIZE // 4)
     return TrainSettings(
         checkpoint=str(out / "tracker_init.pt"), dataset_name=f"permutations:difficulty={TRAINED},count={count},seed={seed}",
-        seq_len=TRAINED + FRAME, batch_size=BATCH_SIZE, max_steps=steps, lr=1e-3, gain_lr=1e-2, lr_schedule="wsd",
-        warmup_steps=steps // 10, weight_decay=0.1, start_gain=0.44, enable_deep_supervision=True, cycle_choices=(1, 2, 3, 4, 6),
+        seq_len=TRAINED + FRAME, batch_size=BATCH_SIZE, max_steps=steps, lr=1e-3, gain_lr=1e-2, lr_schedule="wsd", decay_share=0.4,
+        warmup_steps=steps // 10, weight_decay=0.1, start_gain=GAIN_MAX, enable_deep_supervision=True, cycle_choices=(1, 2, 3, 4, 6),
         cycle_weights=(1, 1, 4, 1, 1), generate_every=0, save_every=0, log_every=max(1, steps // 10), seed=seed,
         output_dir=str(out / "tracker"),
     )  # fmt: skip
@@ -141,6 +142,7 @@ def commands(out: Path, steps: int, seed: int) -> tuple[str, ...]:
         f"--seq_len {train.seq_len} --output_path {train.checkpoint}",
         f"recursify train --checkpoint {train.checkpoint} --dataset_name {train.dataset_name} --seq_len {train.seq_len} "
         f"--batch_size {train.batch_size} --max_steps {steps} --lr {train.lr} --gain_lr {train.gain_lr} --lr_schedule {train.lr_schedule} "
+        f"--decay_share {train.decay_share} "
         f"--warmup_steps {train.warmup_steps} --weight_decay {train.weight_decay} --start_gain {train.start_gain} "
         f"--cycle_choices {_spaced(train.cycle_choices)} --cycle_weights {_spaced(train.cycle_weights)} --enable_deep_supervision "
         f"--generate_every 0 --seed {seed} --output_dir {train.output_dir}",

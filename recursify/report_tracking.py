@@ -197,7 +197,7 @@ def _line(tracker: Tracker, colour: str, stroke: Literal["solid", "dotted", "das
 
 
 def shown_lengths(tracking: Tracking) -> list[int]:
-    """The lengths of the short table: every second one up to somewhat beyond those of the fine-tuning."""
+    """The lengths of the short table: every second one up to 4 letters more than those of the fine-tuning."""
     return [share.letters for share in tracking.donor_as_is.shares if share.letters % 2 == 0 and share.letters <= tracking.trained + 4]
 
 

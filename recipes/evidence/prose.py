@@ -35,16 +35,9 @@ def rows() -> list[Row]:
         Row("donor as it is", budget="none"),
         Row("ours, as converted", shape=KEEP, budget="none"),
         Row("donor, fine-tuned on the same tokens", seeds=3),
-        Row("donor, fine-tuned for the same FLOPs", budget="flops"),
         Row(OURS, shape=KEEP, seeds=3),
-        Row("naive loop", shape=KEEP, rival="naive"),
-        Row("bare sum (TRM)", shape=KEEP | {"injection": "sum_norm"}),
-        Row("concat adapter (retrofitting-recurrence)", shape=KEEP, rival="concat"),
-        Row("selective gate (LoopUS)", shape=KEEP, rival="gate"),
         Row("start gain 0.1", "parts", KEEP, changes={"start_gain": 0.1}),
         Row("start gain 0.45", "parts", KEEP, changes={"start_gain": 0.45}),
-        Row("gains at 30 times the rate", "parts", KEEP, changes={"gain_lr": 9e-3}),
-        Row("distilled from the donor", "parts", KEEP, changes={"distill_weight": 0.5}),
         Row(
             "4 of 12 layers without recursion",
             "shape",
@@ -52,8 +45,14 @@ def rows() -> list[Row]:
             changes={"enable_deep_supervision": False},
         ),
         Row("compact, H 3, L 1", "shape", COMPACT),
-        Row("compact, H 3, L 1, start gain 0.45", "shape", COMPACT, changes={"start_gain": 0.45}),
         Row("compact, H 3, L 1, distilled", "shape", COMPACT, changes={"distill_weight": 1.0}),
+        Row("naive loop", shape=KEEP, rival="naive"),
+        Row("bare sum (TRM)", shape=KEEP | {"injection": "sum_norm"}),
+        Row("concat adapter (retrofitting-recurrence)", shape=KEEP, rival="concat"),
+        Row("selective gate (LoopUS)", shape=KEEP, rival="gate"),
+        Row("donor, fine-tuned for the same FLOPs", budget="flops"),
+        Row("distilled from the donor", "parts", KEEP, changes={"distill_weight": 0.5}),
+        Row("gains at 30 times the rate", "parts", KEEP, changes={"gain_lr": 9e-3}),
     ]
 
 

@@ -4,7 +4,8 @@ A natural set only in part, but a published one: what a command means is compute
 donor learns commands of up to 12 actions and is lost beyond; all rows are fine-tuned on commands of every length, and asked for others of
 every length: one command in five, chosen by a hash, is for testing alone.
 
-The donor has two layers, one of which is looped. Needs the files of the length split: RECURSIFY_SCAN names their folder (tasks_train_length.txt and tasks_test_length.txt, or length_train.txt and length_test.txt).
+The donor has two layers, one of which is looped. Needs the files of the length split: RECURSIFY_SCAN names their folder
+(tasks_train_length.txt and tasks_test_length.txt, or length_train.txt and length_test.txt).
 """
 
 from __future__ import annotations
