@@ -26,7 +26,7 @@ class DemoSettings:
 
     output_dir: str = "runs/demo"
     """Folder for the report, the checkpoints and the text; made if it is missing."""
-    steps: int = 120
+    steps: int = 90
     """Optimizer steps of each of the two fine-tunings on text."""
     tracking_steps: int = demo_tracking.STEPS
     """Optimizer steps of the recursive model that tracks a state; its donor is then fine-tuned for the same time."""

@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, from the results alone: what stands there between `<!-- table NAME -->` and `<!-- end -->`.
+"""The tables of docs/evidence.md and of the guides, from the results alone: what stands between `<!-- table NAME -->` and `<!-- end -->`.
 
     python -m recipes.evidence tables
 
@@ -17,7 +17,8 @@ from typing import Any
 
 from recipes.evidence.study import RESULTS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = tuple(DOCS / name for name in ("evidence.md", "QWEN_TO_RECURSIVE_GUIDE.md", "DEEP_SUPERVISION_GUIDE.md"))
 _BLOCK = re.compile(r"(<!-- table (?P<name>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 Runs = list[dict[str, Any]]
 
@@ -32,7 +33,8 @@ def render(page: str, results: Path = RESULTS) -> str:
 
 
 def write() -> None:
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def make(name: str, results: Path = RESULTS) -> str:
@@ -47,10 +49,10 @@ def make(name: str, results: Path = RESULTS) -> str:
 
 
 def _rows(found: dict[str, Any], groups: Sequence[str]) -> dict[str, Runs]:
-    """Name -> its runs, seed by seed."""
+    """Name -> its runs, seed by seed; ours is in every group, to be compared with."""
     named: dict[str, Runs] = {}
     for run in found["runs"]:
-        if not groups or run["group"] in groups:
+        if not groups or run["group"] in groups or run["name"].startswith("ours:"):
             named.setdefault(run["name"], []).append(run)
     return named
 
