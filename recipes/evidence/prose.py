@@ -34,6 +34,10 @@ def rows() -> list[Row]:
     return [
         Row("donor as it is", budget="none"),
         Row("ours, as converted", shape=KEEP, budget="none"),
+        Row("naive loop, as converted", shape=KEEP, rival="naive", budget="none"),
+        Row("bare sum (TRM), as converted", shape=KEEP | {"injection": "sum_norm"}, budget="none"),
+        Row("concat adapter, as converted", shape=KEEP, rival="concat", budget="none"),
+        Row("selective gate, as converted", shape=KEEP, rival="gate", budget="none"),
         Row("donor, fine-tuned on the same tokens", seeds=3),
         Row(OURS, shape=KEEP, seeds=3),
         Row("start gain 0.1", "parts", KEEP, changes={"start_gain": 0.1}),
