@@ -192,8 +192,12 @@ def load_documents(settings: DataSettings) -> Documents:
     article, from one level-1 heading to the next.
 
     Raises:
-        UserError: If the data set is missing, unreadable, empty, or has no such text column.
+        UserError: If the data set is missing, unreadable, empty, has no such text column, or is a question set.
     """
+    if is_questions(settings.dataset_name):
+        raise UserError(
+            f"--dataset_name {settings.dataset_name}: expected text, got questions; recursify evaluate asks them with --questions"
+        )
     with _bars_on_terminals_only():
         train, validation = _load_local(settings) if _is_local(settings.dataset_name) else _load_hub(settings)
         return Documents(train, validation) if validation is not None else hold_out(train, settings.dataset_name)

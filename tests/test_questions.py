@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recursify import cli
-from recursify.data import DataSettings, load_blocks
+from recursify.data import DataSettings, load_blocks, load_documents
 from recursify.errors import UserError
 from recursify.objective import IGNORED
 from recursify.questions import divide, is_questions, label_tokens, load_questions, question_rows
@@ -185,6 +185,11 @@ def test_questions_mixed_with_text(tmp_path: Path) -> None:
     text = [row for row in blocks.train if row["labels"] == row["input_ids"]]
     assert len(text) == round((len(blocks.train) - len(text)) / 2) > 0
     assert blocks.validation.column_names == ["input_ids", "labels"]
+
+
+def test_questions_are_no_text() -> None:
+    with pytest.raises(UserError, match=r"--dataset_name permutations: expected text, got questions; .* ask --questions"):
+        load_documents(DataSettings(dataset_name="permutations"))
 
 
 def test_training_on_questions_from_the_command_line(donor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
