@@ -43,7 +43,7 @@ def rows() -> list[Row]:
         Row("start gain 0.1", "parts", KEEP, changes={"start_gain": 0.1}),
         Row("start gain 0.45", "parts", KEEP, changes={"start_gain": 0.45}),
         Row(
-            "4 of 12 layers without recursion",
+            "4 of 8 layers without recursion",
             "shape",
             COMPACT | {"H_cycles": 1, "L_cycles": 0},
             changes={"enable_deep_supervision": False},
