@@ -19,7 +19,7 @@ lint: .venv/.installed-test
 	$(BIN)/mlinter --no-progress recursify/modeling_recursive_llm.py recursify/configuration_recursive_llm.py
 
 evidence: .venv/.installed
-	for study in state_tracking scan prose tables; do $(BIN)/python -m recipes.evidence $$study || exit 1; done
+	for study in state_tracking prose scan tables; do $(BIN)/python -m recipes.evidence $$study || exit 1; done
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

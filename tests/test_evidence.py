@@ -121,6 +121,14 @@ def test_a_study_runs_from_nothing_and_goes_on(tmp_path: Path) -> None:
         evidence.main([*run, "--rows", "no such row"])
 
 
+def test_scan_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RECURSIFY_SCAN", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        evidence.main(["scan", "--size", "test", "--device", "cpu", "--output", str(tmp_path), "--work", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "RECURSIFY_SCAN: expected a folder with tasks_train_length.txt and tasks_test_length.txt" in capsys.readouterr().err
+
+
 def test_names_of_rows_are_their_own() -> None:
     for make, sizes in evidence.STUDIES.values():
         names = [row.name for row in make(sizes["test"]).rows]

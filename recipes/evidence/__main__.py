@@ -18,6 +18,7 @@ from pathlib import Path
 from recipes.evidence import prose, scan, state_tracking, tables
 from recipes.evidence.study import RESULTS, Size, Study, run
 from recursify.device import choose_device
+from recursify.errors import UserError
 
 STUDIES: dict[str, tuple[Callable[[Size], Study], dict[str, Size]]] = {
     "prose": (prose.study, prose.SIZES),
@@ -44,7 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(args.rows) - set(names):
         parser.error(f"--rows: expected some of {names}, got {sorted(unknown)}")
     processes = args.processes if choose_device(args.device).type == "cpu" else 1
-    run(make, args.size, sizes[args.size], args.rows, args.output, args.work, args.device, processes)
+    try:
+        run(make, args.size, sizes[args.size], args.rows, args.output, args.work, args.device, processes)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
