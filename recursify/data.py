@@ -195,9 +195,7 @@ def load_documents(settings: DataSettings) -> Documents:
         UserError: If the data set is missing, unreadable, empty, has no such text column, or is a question set.
     """
     if is_questions(settings.dataset_name):
-        raise UserError(
-            f"--dataset_name {settings.dataset_name}: expected text, got questions; recursify evaluate asks them with --questions"
-        )
+        raise UserError(f"--dataset_name {settings.dataset_name}: expected text, got questions; evaluate and compare ask --questions")
     with _bars_on_terminals_only():
         train, validation = _load_local(settings) if _is_local(settings.dataset_name) else _load_hub(settings)
         return Documents(train, validation) if validation is not None else hold_out(train, settings.dataset_name)

@@ -50,8 +50,7 @@ class RunSettings:
     """Folder or hub id of the tokenizer. Default: the one that the model came with."""
 
     dataset_name: str = "wikitext"
-    """Hub data set (wikitext means Salesforce/wikitext), a local .txt, .jsonl, .json, .csv or .parquet file or a folder of them; or
-    questions, to train on their answers alone: babi:FILE (scan, prosqa, svamp, gsm8k), or made: permutations:difficulty=2-8,count=500."""
+    """Hub data set, a .txt, .jsonl, .json, .csv or .parquet file, or a folder of them; or questions, as in evaluate --questions."""
     dataset_config_name: str | None = None
     """Configuration of the hub data set; wikitext-2-raw-v1 for wikitext when none is named."""
     text_column: str = "text"
@@ -63,8 +62,7 @@ class RunSettings:
     seq_len: int = 128
     """Tokens per training sequence. Documents are joined, with an end-of-text token after each, and cut to this length."""
     separate_documents: bool = False
-    """Let no token see into another document of its sequence: positions restart where one begins, and attention stays inside. Questions, of
-    which several share a sequence, are always kept apart."""
+    """Let no token see into another document of its sequence: attention stays inside, positions restart. Questions are always apart."""
 
     batch_size: int = 4
     """Sequences per forward pass."""
