@@ -83,4 +83,4 @@ def study(size: Size) -> Study:
             for H, row in zip(list(depths) or [None], windows, strict=True)
         }
 
-    return Study("prose", "Prose (the language reference)", OURS, settings, rows(), donor, train, measure, start_gain=0.0)
+    return Study("prose", OURS, settings, rows(), donor, train, measure, start_gain=0.0)

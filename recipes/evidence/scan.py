@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
-from recipes.evidence.study import Figures, Row, Size, Study
+from recipes.evidence.study import Figures, Row, Size, Study, small_model
 from recursify.answers import ask
 from recursify.effort import Effort
 from recursify.errors import UserError
@@ -64,14 +63,7 @@ def study(size: Size) -> Study:
     def donor(folder: Path) -> dict[str, Any]:
         items, shape = commands("train"), size.donor
         tokenizer = make_tokenizer([as_text(item) for item in items])
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=len(tokenizer), hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"],
-                num_hidden_layers=shape["layers"], num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-                tie_word_embeddings=False, eos_token_id=0, bos_token_id=None, attn_implementation="eager",
-            )
-        )  # fmt: skip
+        model = small_model(shape, len(tokenizer))
         blocks = question_rows([item for item in items if item.difficulty <= EASY], tokenizer, SEQ_LEN)
         own = settings | {"max_steps": size.donor_steps, "batch_size": size.batch_size, "bf16": True, "generate_every": 0, "save_every": 0}
         fit(model, tokenizer, blocks, blocks.select(range(size.batch_size)), TrainSettings(checkpoint="", **own), console=False)
@@ -83,7 +75,7 @@ def study(size: Size) -> Study:
         blocks = question_rows(commands("train"), tokenizer, SEQ_LEN)
         return blocks, blocks.select(range(16))
 
-    return Study("scan", "SCAN", OURS, settings, rows(), donor, train, partial(measure, size.items))
+    return Study("scan", OURS, settings, rows(), donor, train, partial(measure, size.items))
 
 
 def measure(count: int, model: Any, tokenizer: Any, depths: Any) -> Figures:

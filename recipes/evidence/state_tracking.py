@@ -10,12 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
-from recipes.evidence.study import Figures, Row, Size, Study
+from recipes.evidence.study import Figures, Row, Size, Study, small_model
 from recursify.answers import ask
 from recursify.effort import Effort
 from recursify.questions import question_rows
@@ -80,14 +79,7 @@ def study(size: Size) -> Study:
     def donor(folder: Path) -> dict[str, Any]:
         shape = size.donor
         tokenizer = make_tokenizer()
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=len(tokenizer), hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"],
-                num_hidden_layers=shape["layers"], num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-                tie_word_embeddings=False, eos_token_id=0, bos_token_id=None, attn_implementation="eager",
-            )
-        )  # fmt: skip
+        model = small_model(shape, len(tokenizer))
         words = generate("permutations", SHORT, size.donor_steps * size.batch_size // 2, 0)
         blocks = question_rows(words, tokenizer, SHORT + EXTRA)
         own = settings | {
@@ -106,7 +98,7 @@ def study(size: Size) -> Study:
     def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
         return shares(model, tokenizer, generate("permutations", ASKED, size.items, 2, split="test"), depths)
 
-    return Study("state_tracking", "State tracking (S3)", OURS, settings, rows(), donor, train, measure)
+    return Study("state_tracking", OURS, settings, rows(), donor, train, measure)
 
 
 def shares(model: Any, tokenizer: Any, items: list[Item], depths: Any) -> Figures:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.record import provenance
 from recipes.evidence.rivals import replace_loop
@@ -86,7 +86,6 @@ class Study:
     """
 
     name: str
-    title: str
     main: str
     settings: dict[str, Any]
     rows: Sequence[Row]
@@ -94,6 +93,17 @@ class Study:
     train: Callable[[Any, int], tuple[Dataset, Dataset]]
     measure: Callable[[Any, Any, Sequence[int]], Figures]
     start_gain: float = 0.45
+
+
+def small_model(shape: dict[str, Any], words: int) -> Qwen2ForCausalLM:
+    """A donor before its pretraining, the same every time."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=words, hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"], num_hidden_layers=shape["layers"],
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=False, eos_token_id=0,
+        bos_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
 
 
 Maker = Callable[[Size], Study]
