@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import recursify
-from recursify.demo import machine
+from recursify.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 

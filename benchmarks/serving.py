@@ -1,20 +1,10 @@
 """The server under load: clients that want texts, among clients that vanish, send what is too long, no JSON, unknown fields, absurd values.
 
-    OMP_NUM_THREADS=1 python benchmarks/serving.py     # a minute of it, after the texts have been asked for once by a client alone
-    python benchmarks/serving.py --quick               # a few seconds: shows that it runs, measures nothing
-
-The shipped donor is converted, with gains that make every depth say something else, and served by `recursify serve` in a process of its
-own, in float32. One client asks for every text that will be asked for; then sixteen at once, each in a thread, take by chance, from a
-fixed seed, what to do next. A text is wrong if it is not, letter by letter, the one that the client alone got. Requests that the full
-queue turns away (429) are counted and asked again. Memory is the resident bytes of the server's process: after the texts for the client
-alone and a first tenth of the load, and at the end, when all is answered.
-
-Writes serving-cpu.json and, made from it, serving-cpu.md. Exit status 1 if a bound is missed. Units: bytes, seconds.
+Units: bytes, seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -27,14 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-import torch
-from record import ROOT, load, provenance
+
+from .case import Bench, Check, Table, case
+from .measure import say
+from .record import ROOT
 
 CLIENTS = 16
 DEPTHS = (1, 3)
@@ -65,7 +57,7 @@ class Text:
     chat_seed: int | None  # None is greedy
 
     def body(self, tokens: int) -> dict[str, Any]:
-        choice = {"temperature": 0} if self.chat_seed is None else {"temperature": 1.0, "top_p": 0.95, "seed": self.chat_seed}
+        choice = {"temperature": 0.0} if self.chat_seed is None else {"temperature": 1.0, "top_p": 0.95, "seed": self.chat_seed}
         return {"prompt": self.prompt, "max_tokens": tokens, "H_cycles": self.depth, **choice}
 
 
@@ -138,10 +130,10 @@ class Client:
         self._bad("unknown_field", 400, json={"prompt": "a", "temprature": 1})
 
     def absurd(self) -> None:
-        value = self.rng.choice(
-            [{"max_tokens": -1}, {"max_tokens": 10**12}, {"n": 10**6}, {"temperature": 1e9}, {"top_p": 0}, {"prompt": [1] * 10**4}]
-        )
-        self._bad("absurd", 400, json={"prompt": "a", **value})
+        values: list[dict[str, Any]] = [
+            {"max_tokens": -1}, {"max_tokens": 10**12}, {"n": 10**6}, {"temperature": 1e9}, {"top_p": 0}, {"prompt": [1] * 10**4},
+        ]  # fmt: skip
+        self._bad("absurd", 400, json={"prompt": "a", **self.rng.choice(values)})
 
     def other_depth(self) -> None:
         self._bad("other_depth", 400, json={"prompt": "a", "H_cycles": 9})
@@ -222,7 +214,7 @@ def total(found: dict[str, float], name: str) -> int:
     return int(sum(value for key, value in found.items() if key.split("{")[0] == name))
 
 
-def held(process: psutil.Process) -> dict[str, int]:
+def resources(process: psutil.Process) -> dict[str, int]:
     return {"resident": process.memory_info().rss, "threads": process.num_threads(), "files": process.num_fds()}
 
 
@@ -237,7 +229,51 @@ def settled(url: str) -> dict[str, float]:
 # What is made of it
 
 
-def measure(sizes: Sizes) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Load:
+    """What was measured.
+
+    Args:
+        right: Every text, as the client alone got it.
+        took: Seconds that the clients had.
+        alone, together: Tokens per second of one client, and of all of them.
+        before, after: `resources` of the server.
+        gauges: Of /metrics, when all is answered.
+    """
+
+    right: dict[Text, str]
+    took: float
+    alone: float
+    together: float
+    tally: Tally
+    before: dict[str, int]
+    after: dict[str, int]
+    gauges: dict[str, float]
+
+
+@case("serving", "The server under load", sizes=("cpu",), asked=True)
+def measure(bench: Bench) -> Iterator[Table | Check]:
+    """The shipped donor with 2 of its 8 layers looped, and gains that make every depth say something else, is served at H_cycles 1 and 3 by
+    `recursify serve` in a process of its own, in float32. One client asks for every text that will be asked for; then sixteen at once, each
+    in a thread, take by chance, from a fixed seed, what to do next, for a minute. A text is wrong if it is not, letter by letter, the one
+    that the client alone got. At each depth 6 texts are written at once and 4 may wait: what the full queue turns away (429) is counted.
+    Memory is that of the server's process: after the texts for the client alone and a first tenth of the load, and at the end, when all is
+    answered."""
+    sizes = bench.pick(Sizes(seconds=3.0, tokens=8), Sizes(), Sizes())
+    found = put_under_load(sizes)
+    kinds = found.tally.to_dict()
+    came = [{"what clients did": kind.replace("_", " "), "what came of it": _ends(ends)} for kind, ends in kinds.items()]
+    different = f"{len(found.right)} texts of at most {sizes.tokens} tokens, {len(set(found.right.values()))} of them different."
+    yield Table("What clients did", came, different)
+    requests, cancelled = sum(found.tally.counts.values()), sum(int(n) for key, n in found.gauges.items() if 'end="cancelled"' in key)
+    together = {"tokens per second": found.together, "requests per second": requests / found.took, "texts cancelled": cancelled}
+    yield Table("Speed", [{"clients": 1, "tokens per second": found.alone}, {"clients": CLIENTS, **together}])
+    blocks, free = (total(found.gauges, f"recursify_cache_blocks{which}") for which in ("", "_free"))
+    yield Table("The server's process", [*_before_and_after(found), {"what": f"free blocks of {blocks}", "after": free}])
+    yield from bounds(kinds, blocks - free, found.after["resident"] / found.before["resident"] - 1)
+
+
+def put_under_load(sizes: Sizes) -> Load:
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as (url, process):
         texts = [Text(p, d, seed) for n, p in enumerate(PROMPTS) for d in DEPTHS for seed in (None, n)]
         say(f"{len(texts)} texts for a client alone")
@@ -249,17 +285,12 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         alone = total(gauges(url), WRITTEN) / (time.monotonic() - start)
         say(f"{CLIENTS} clients for {sizes.seconds:g} seconds, after a tenth of it as a start")
         crowd(url, right, sizes, sizes.seconds / 10, Tally(), first=100)
-        before, values = held(process), settled(url)
+        before, values = resources(process), settled(url)
         tally, start = Tally(), time.monotonic()
         crowd(url, right, sizes, sizes.seconds, tally)
         took, after = time.monotonic() - start, settled(url)
-        return {
-            "texts": len(texts), "different_texts": len(set(right.values())), "took": took, "tokens_per_second_alone": alone,
-            "tokens_per_second": (total(after, WRITTEN) - total(values, WRITTEN)) / took,
-            "requests": sum(tally.counts.values()), "by_kind": tally.to_dict(), "before": before, "after": held(process),
-            "blocks": total(after, "recursify_cache_blocks"), "blocks_free": total(after, "recursify_cache_blocks_free"),
-            "cancelled": sum(int(n) for key, n in after.items() if 'end="cancelled"' in key),
-        }  # fmt: skip
+        together = (total(after, WRITTEN) - total(values, WRITTEN)) / took
+        return Load(right, took, alone, together, tally, before, resources(process), after)
 
 
 def crowd(url: str, right: dict[Text, str], sizes: Sizes, seconds: float, tally: Tally, first: int = 0) -> None:
@@ -269,76 +300,28 @@ def crowd(url: str, right: dict[Text, str], sizes: Sizes, seconds: float, tally:
             done.result()
 
 
-def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
-    ends = [(end, n) for kind in found["by_kind"].values() for end, n in kind.items()]
+def bounds(kinds: dict[str, dict[str, int]], lost: int, growth: float) -> Iterator[Check]:
+    """
+    Args:
+        kinds: What came of what clients did.
+        lost: Blocks of the caches.
+        growth: Of resident memory, as a share.
+    """
+    ends = [(end, n) for kind in kinds.values() for end, n in kind.items()]
     fair = {"right", "wrong", "gone", "200", "400", "404", "413", "429"}
-    growth = found["after"]["resident"] / found["before"]["resident"] - 1
-    return [
-        _check("wrong texts", 0, sum(n for end, n in ends if end == "wrong")),
-        _check("answers of another status than is fair, and broken connections", 0, sum(n for end, n in ends if end not in fair)),
-        _check("blocks of the caches that are not free afterwards", 0, found["blocks"] - found["blocks_free"]),
-        _check("growth of resident memory", GROWTH_BOUND, growth),
-    ]
+    yield Check("wrong texts", sum(n for end, n in ends if end == "wrong"), most=0)
+    unfair = sum(n for end, n in ends if end not in fair)
+    yield Check("answers of another status than is fair, and broken connections", unfair, most=0)
+    yield Check("blocks of the caches that are not free afterwards", lost, most=0)
+    yield Check("growth of resident memory", growth, most=GROWTH_BOUND)
 
 
-def _check(what: str, bound: float, value: float) -> dict[str, Any]:
-    return {"what": what, "bound": bound, "value": value, "holds": value <= bound}
+def _ends(ends: dict[str, int]) -> str:
+    return ", ".join(f"{n} {end}" for end, n in ends.items())
 
 
-def render(found: dict[str, Any]) -> str:
-    """The page, of the JSON alone."""
-    machine, load_ = found["machine"], found["load"]
-    tokens = f"{load_['texts']} texts of {found['sizes']['tokens']} tokens, {load_['different_texts']} of them different"
-    speed = f"Tokens per second: {load_['tokens_per_second']:.0f}, for one client alone {load_['tokens_per_second_alone']:.0f}."
-    kinds = {kind.replace("_", " "): ", ".join(f"{n} {end}" for end, n in ends.items()) for kind, ends in load_["by_kind"].items()}
-    lines = [
-        "# The server under load, measured", "",
-        f"- {machine['date']}, commit {machine['commit']}{', changed' if machine['changed'] else ''}",
-        f"- {machine['cpu']}, pinned to {machine['pinned_to']}, {machine['memory_gib']} GiB; load {machine['load']} at the start, "
-        f"{found['load_after']} at the end, this run included",
-        "- " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
-        f"- the shipped donor with 2 of its 8 layers looped, H_cycles {' and '.join(map(str, DEPTHS))}, float32; {CLIENTS} "
-        f"clients, {RUNNING} texts written at once at each depth, {QUEUE} may wait; {load_['took']:.0f} seconds; {tokens}",
-    ]  # fmt: skip
-    if found["quick"]:
-        lines += ["", "**A few seconds: this shows that the benchmark runs, and nothing else.**"]
-    lines += ["", "| what clients did | what came of it |", "|---|---|"]
-    lines += [f"| {kind} | {ends} |" for kind, ends in kinds.items()]
-    before, after = load_["before"], load_["after"]
-    lines += [
-        "", f"{load_['requests']} requests, {load_['requests'] / load_['took']:.1f} per second. {speed} {load_['cancelled']} texts were "
-        "cancelled.",
-        "", "| the server's process | before | after |", "|---|---|---|",
-        f"| resident memory (MB) | {before['resident'] / 1e6:.1f} | {after['resident'] / 1e6:.1f} |",
-        f"| threads | {before['threads']} | {after['threads']} |",
-        f"| open files | {before['files']} | {after['files']} |",
-        f"| free blocks of {load_['blocks']} | | {load_['blocks_free']} |",
-        "", "| bound | at most | measured | holds |", "|---|---|---|---|",
-    ]  # fmt: skip
-    lines += [f"| {c['what']} | {c['bound']:g} | {c['value']:.4g} | {'yes' if c['holds'] else 'NO'} |" for c in found["checks"]]
-    return "\n".join(lines) + "\n"
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args(argv)
-    sizes = Sizes(seconds=3.0, tokens=8) if args.quick else Sizes()
-    args.output.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"machine": provenance(torch.device("cpu")), "quick": args.quick, "sizes": asdict(sizes)}
-    found["load"] = measure(sizes)
-    found["load_after"], found["checks"] = load(), judge(found["load"])
-    stem = args.output / f"serving-{'quick' if args.quick else 'cpu'}"
-    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(render(found), encoding="utf-8")
-    print(render(found))
-    return 0 if args.quick or all(check["holds"] for check in found["checks"]) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _before_and_after(found: Load) -> list[dict[str, Any]]:
+    before, after = found.before, found.after
+    memory = {"what": "resident memory, MB", "before": before["resident"] / 1e6, "after": after["resident"] / 1e6}
+    rest = {"threads": "threads", "files": "open files"}
+    return [memory, *({"what": what, "before": before[key], "after": after[key]} for key, what in rest.items())]

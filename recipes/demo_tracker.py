@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from recipes.demo_donor import hardware, train_tokenizer
 from recursify.answers import ask
 from recursify.effort import Effort
-from recursify.questions import question_rows
+from recursify.question_tokens import question_rows
 from recursify.tasks import as_text, generate
 from recursify.training import TrainSettings, fit
 

@@ -32,9 +32,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from recursify import convert, text_losses
 from recursify.data import tokenize
-from recursify.demo import machine, versions
 from recursify.demo_text import donor_folder
 from recursify.donor import load_tokenizer, open_donor
+from recursify.machine import machine, versions
 from recursify.training import TrainSettings, fit
 
 TOLERANCE = 0.005  # nats by which a later cycle may be worse than an earlier one

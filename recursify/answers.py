@@ -26,7 +26,7 @@ from .decoding_recursive_llm import HaltRule
 from .effort import Effort, evaluating
 from .errors import UserError
 from .generation import Sampling, generate_batch, prompt_ids
-from .questions import label_tokens
+from .question_tokens import label_tokens
 from .sharing import in_turns
 from .tasks import Item, as_text, is_right, prompt
 from .telemetry import read_out

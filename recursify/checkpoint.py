@@ -133,6 +133,7 @@ def save(
     notes: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     beside: Mapping[Path, Callable[[Path], Any]] | None = None,
+    approve: Callable[[], Any] = lambda: None,
 ) -> None:
     """Write a checkpoint, whole or not at all; the suffix `.pt` chooses the form.
 
@@ -140,6 +141,7 @@ def save(
         dtype: Type of the stored weights; the model's own where None.
         beside: What else to write, path -> writer: all of it is there afterwards, or nothing has changed. It gets its places last, so
             that a kill leaves none of it beside weights to which it does not belong.
+        approve: Called when all is written, and before anything is where it belongs: what it raises leaves everything as it was.
 
     Raises:
         UserError: The folder above is missing or not writable, or the disk is full.
@@ -164,7 +166,7 @@ def save(
         writers[path] = lambda target: _write_pt(content, target)
     else:
         writers[path] = lambda folder: write_folder(folder, model, tokenizer, plan, notes, stored)
-    write_whole(writers | dict(beside or {}), tokenizer_folder(path) if is_file_form(path) else None)
+    write_whole(writers | dict(beside or {}), tokenizer_folder(path) if is_file_form(path) else None, approve)
 
 
 def check_writable(path: str | Path) -> None:
@@ -414,13 +416,16 @@ def write_folder(
     (folder / "README.md").write_text(card or recursive_card(model, plan, notes), encoding="utf-8")
 
 
-def write_whole(writers: dict[Path, Callable[[Path], Any]], tokenizers: Path | None = None) -> None:
+def write_whole(
+    writers: dict[Path, Callable[[Path], Any]], tokenizers: Path | None = None, approve: Callable[[], Any] = lambda: None
+) -> None:
     """Write files and folders side by side in one folder, all or none.
 
     Args:
         writers: Path -> what writes it. Each writes on a fresh path (of a folder that exists, unless the name ends in .pt). When all have
             succeeded, the results are put in their places, in this order.
         tokenizers: The folder among them that holds a tokenizer and nothing else of ours: there only a tokenizer's files are replaced.
+        approve: As in `save`.
 
     Raises:
         UserError: The disk is full, or the folder cannot be written; what was there is as it was.
@@ -435,6 +440,7 @@ def write_whole(writers: dict[Path, Callable[[Path], Any]], tokenizers: Path | N
                 target.mkdir()
             write(target)
             _flush(target)
+        approve()
         for path in writers:
             _put(aside / path.name, path, _is_tokenizers if path == tokenizers else _is_written)
         _sync(last.absolute().parent)

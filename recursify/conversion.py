@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from .weights import Fates, settle
 Say = Callable[[str], None]
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _PROBE_TOKENS, _PROBE_WINDOWS, _PROBE_GAIN = 128, 8, 0.5
+_CHECKED_TOKENS = 4  # a few, since each of the passes that are compared reads all weights; equal means bit by bit
 
 
 @dataclass(kw_only=True)
@@ -211,13 +213,17 @@ def carry_out(donor: Donor, plan: ConversionPlan, settings: ConvertSettings, say
         RuntimeError: The finished model differs from the donor's layers: a fault of ours, never of the input.
     """
     model, fates = _fill(donor, plan, settings)
+    _tell(plan, say)
+    return Conversion(model, plan, fates, self_check(donor, plan, fates, model, _plain_twin(donor.config, plan, model)))
+
+
+def _tell(plan: ConversionPlan, say: Say) -> None:
     say("✓ Initialized recursive model")
     say("✓ Copied embeddings")
     say(f"✓ Copied {len(plan.loop)} transformer layers from indices {list(plan.loop)}")
     if plan.prelude or plan.coda:
         say(f"✓ Copied {len(plan.prelude)} prelude layers and {len(plan.coda)} coda layers")
     say("✓ Copied LM head")
-    return Conversion(model, plan, fates, self_check(donor, plan, fates, model))
 
 
 def _fill(donor: Donor, plan: ConversionPlan, settings: ConvertSettings) -> tuple[RecursiveLLM, Fates]:
@@ -237,8 +243,11 @@ def _has_own_head(donor: Donor) -> bool:
     return {_HEAD, _EMBED} <= set(donor.tensor_names) and not torch.equal(donor.read(_HEAD), donor.read(_EMBED))
 
 
-def self_check(donor: Donor, plan: ConversionPlan, fates: Fates, model: RecursiveLLM) -> SelfCheck:
+def self_check(donor: Donor, plan: ConversionPlan, fates: Fates, model: RecursiveLLM, twin: Any) -> SelfCheck:
     """Compare with the donor: every copied tensor with its file, and the logits with transformers' own class over the same layers.
+
+    Args:
+        twin: A model of that class, around the same tensors.
 
     Raises:
         UserError: The donor's own logits are not finite.
@@ -246,24 +255,35 @@ def self_check(donor: Donor, plan: ConversionPlan, fates: Fates, model: Recursiv
     """
     state = model.state_dict()
     for ours, source in fates.copied.items():
-        if not _same_bits(state[ours], donor.read(source).to(state[ours].dtype)):
+        if not _same_bits(state[ours], donor.pieces(source)):
             raise RuntimeError(f"{ours} differs from {source} of {donor.name} after conversion")
-    twin = _plain_twin(donor.config, plan, model)
-    ids = torch.randint(model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(model.config.vocab_size, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = twin(ids, use_cache=False).logits
         if not expected.isfinite().all():
             raise UserError(f"{donor.name}: its layers {plan.indices} give logits that are not finite; the donor's weights are damaged")
-        plain = (model(ids, H_cycles=0, use_cache=False).logits - expected).abs().max().item()
-        cycles = model(ids, output_cycle_logits=True, use_cache=False).cycle_logits
+        plain_state = model.model(ids, H_cycles=0, use_cache=False).last_hidden_state
+        plain = (model.lm_head(plain_state) - expected).abs().max().item()
+        cycles = model.model(ids, output_cycle_states=True, use_cache=False).cycle_states
+        # the head is most of such a pass: what it says of equal states is known
+        by_cycle = tuple(plain if torch.equal(z, plain_state) else (model.lm_head(z) - expected).abs().max().item() for z in cycles)
     if plain != 0.0:
         raise RuntimeError(f"a plain pass differs from {type(twin).__name__} over layers {plan.indices} by {plain}")
     name = "the donor itself" if plan.keeps_donor else f"{type(twin).__name__} over layers {plan.indices}"
-    return SelfCheck(name, plain, tuple((logits - expected).abs().max().item() for logits in cycles), len(fates.copied))
+    return SelfCheck(name, plain, by_cycle, len(fates.copied))
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+def _same_bits(tensor: torch.Tensor, pieces: Iterable[torch.Tensor]) -> bool:
+    """Whether a tensor is what a file holds, given piece by piece."""
+    flat, start = tensor.flatten(), 0
+    for piece in pieces:
+        one, other = flat[start : start + len(piece)], piece.to(tensor.dtype)
+        # torch compares word by word: by single bytes, which any tensor can be seen as, takes seven times as long as by eight
+        wide = len(one) * one.itemsize % 8 == 0 and one.storage_offset() * one.itemsize % 8 == 0
+        if not torch.equal(*(part.view(torch.int64 if wide else torch.uint8) for part in (one, other))):
+            return False
+        start += len(piece)
+    return start == len(flat)
 
 
 def _plain_twin(donor_config: PreTrainedConfig, plan: ConversionPlan, model: RecursiveLLM) -> Any:
@@ -363,13 +383,19 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     c = donor.config
     family = "Qwen" if c.model_type.startswith("qwen") else type(c).__name__.removesuffix("Config")
     say(f"✓ Loaded {family} model: hidden_size={c.hidden_size}, num_layers={c.num_hidden_layers}, vocab_size={c.vocab_size}")
-    done = carry_out(donor, plan, settings, say)
-    say(f"✓ Checked against {done.check.reference}: {done.check.tensors_compared} tensors equal, {_verdict(done.check)}")
-    checkpoint.save(settings.output_path, done.model, tokenizer, done.plan, {"donor": donor.name, "seq_len": settings.seq_len})
+    model, fates = _fill(donor, plan, settings)
+    _tell(plan, say)
+    twin = _plain_twin(donor.config, plan, model)
+    with ThreadPoolExecutor(1) as beside:  # weights are compared while the disk is waited for
+        checking = beside.submit(self_check, donor, plan, fates, model, twin)
+        notes = {"donor": donor.name, "seq_len": settings.seq_len}
+        checkpoint.save(settings.output_path, model, tokenizer, plan, notes, approve=checking.result)
+    check = checking.result()
+    say(f"✓ Checked against {check.reference}: {check.tensors_compared} tensors equal, {_verdict(check)}")
     say(f"✓ Saved to {settings.output_path}")
     seconds = round(time.monotonic() - start, 2)
-    config: Any = done.model.config
-    return ConvertReport(inspect(config, done.plan), done.check, settings.output_path, seconds)
+    config: Any = model.config
+    return ConvertReport(inspect(config, plan), check, settings.output_path, seconds)
 
 
 def _verdict(check: SelfCheck) -> str:

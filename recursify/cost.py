@@ -235,14 +235,14 @@ def _forward_flops(shape: Shape, seq_len: int, passes: dict[str, int]) -> float:
     )
 
 
-def recomputes_logits(config: PreTrainedConfig, tokens: int, *, bf16: bool, by_token: bool = False, references: int = 0) -> bool:
+def recomputes_logits(config: PreTrainedConfig, tokens: int, *, by_token: bool = False, references: int = 0) -> bool:
     """Whether the logits of `tokens` tokens are computed in chunks, and each chunk once more in the backward pass (see `objective`).
 
     Args:
-        by_token: Whether the loss has terms beside the next-token loss; if not, float32 has a chunked loss that does without.
+        by_token: Whether the loss has terms beside the next-token loss; if not, there is a chunked loss that does without.
         references: Predictions that each cycle is compared with; a chunk has the logits of these, too.
     """
-    return (bf16 or by_token) and tokens * shape_of(config).vocabulary * (1 + references) > CHUNK_ELEMENTS
+    return by_token and tokens * shape_of(config).vocabulary * (1 + references) > CHUNK_ELEMENTS
 
 
 def layer_bytes(config: PreTrainedConfig, bf16: bool) -> int:
@@ -423,7 +423,7 @@ def estimate(
     """
     tokens, bf16, trained = settings.batch_size * settings.seq_len, settings.bf16 is not False, trained_parts(config, settings)
     depths = depth_shares(config, settings)
-    flops = sum(share * pass_flops(config, settings, tokens, H, bf16, teacher_config) for H, share in depths.items())
+    flops = sum(share * pass_flops(config, settings, tokens, H, teacher_config) for H, share in depths.items())
     memory = memory_by_part(
         config,
         tokens,
@@ -452,7 +452,7 @@ def estimate(
 
 
 def pass_flops(
-    config: PreTrainedConfig, settings: Any, tokens: int, H_cycles: int, bf16: bool, teacher_config: PreTrainedConfig | None = None
+    config: PreTrainedConfig, settings: Any, tokens: int, H_cycles: int, teacher_config: PreTrainedConfig | None = None
 ) -> float:
     """`step_flops` of one micro-batch of a run of these settings, at the depth that was drawn for it."""
     references = (teacher_config is not None) + (settings.self_distill_weight > 0)
@@ -467,7 +467,7 @@ def pass_flops(
         gradient_checkpointing=settings.gradient_checkpointing,
         trained=trained_parts(config, settings),
         reads_logits=settings.approach != "embedding",
-        recomputes_logits=recomputes_logits(config, tokens, bf16=bf16, by_token=by_token, references=references),
+        recomputes_logits=recomputes_logits(config, tokens, by_token=by_token, references=references),
         self_distills=settings.self_distill_weight > 0,
         teacher_config=teacher_config,
     )

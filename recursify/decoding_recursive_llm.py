@@ -168,10 +168,13 @@ def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int, cache_p
     Raises:
         ValueError: No such policy, too few slots, or filled otherwise.
     """
-    slots = slotted(config, H_cycles, L_cycles, cache_policy, halt).num_hidden_layers
     asked = f"H_cycles={H_cycles}, L_cycles={L_cycles}, cache_policy={cache_policy!r}"
     if halt in READ_EVERY_CYCLE and config.coda_layers > 0 and cache_policy == "full":
         asked += f", halt={halt!r}"
+    owner = getattr(cache, "recursive_depth", None)
+    if owner == asked:  # by an earlier pass: of a text every token but the first comes by here
+        return
+    slots = slotted(config, H_cycles, L_cycles, cache_policy, halt).num_hidden_layers
     if cache.layer_class_to_replicate is not None:
         cache.layers += [cache.layer_class_to_replicate() for _ in range(slots - len(cache.layers))]
     if len(cache.layers) < slots:
@@ -181,8 +184,7 @@ def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int, cache_p
         )
     if torch.compiler.is_compiling():  # the first pass, which is not compiled in `generate`, has claimed it
         return
-    owner = getattr(cache, "recursive_depth", None)
-    if owner is not None and owner != asked and cache.get_seq_length() > 0:
+    if owner is not None and cache.get_seq_length() > 0:
         raise ValueError(f"past_key_values: filled at {owner}, called at {asked}; use one cache for each")
     cache.recursive_depth = asked  # type: ignore[attr-defined]
 

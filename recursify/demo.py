@@ -6,17 +6,13 @@ package. Every number in the report was measured in this run. Floor 4.
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-import transformers
 
 from . import demo_text, demo_tracking, report
 from .device import check_seed
 from .errors import UserError
+from .machine import machine, versions
 from .stages import Clock
 
 
@@ -56,23 +52,6 @@ def run(settings: DemoSettings) -> Path:
     path = report.write(page, out / "report.html")
     print_summary(page, path, clock)
     return path
-
-
-def machine() -> str:
-    """Processor and cores, for the record."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    name = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
-    )
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def versions() -> tuple[tuple[str, str], ...]:
-    from . import __version__
-
-    ours = ("recursify", __version__), ("Python", platform.python_version())
-    return (*ours, ("torch", str(torch.__version__)), ("transformers", transformers.__version__))
 
 
 def print_summary(page: report.DemoReport, path: Path, clock: Clock) -> None:

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .errors import UserError
 
 FAMILIES = tuple(model_type.removeprefix(PREFIX) for model_type in CONFIGS)
 _SUPPORTED = f"Supported: {', '.join(FAMILIES)} (Qwen2.5 is qwen2)"
+_PIECE = 2**22  # bytes read at a time where a whole tensor is not wanted
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Any of these holds a vocabulary. Without one, AutoTokenizer may make an empty tokenizer from config.json and say nothing.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
@@ -92,6 +94,20 @@ class Donor:
         if tensor.dtype not in _DTYPES:
             raise UserError(f"{self.name}: has quantised weights ({name} is {tensor.dtype}), which are not carried over. {_SUPPORTED}")
         return tensor
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The elements of a tensor in order, as its file has them now, in pieces of at most `_PIECE` bytes, each in the memory of
+        the one before: `read` gives out views of one mapping, which somebody may have written into since."""
+        file, dtype = self._files()[name], self.read(name).dtype
+        with open(_require(self.name, file), "rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            first, last = json.loads(stream.read(header))[name]["data_offsets"]
+            stream.seek(8 + header + first)
+            room = memoryview(bytearray(min(_PIECE, last - first)))
+            for start in range(first, last, _PIECE):
+                piece = room[: min(_PIECE, last - start)]
+                stream.readinto(piece)
+                yield torch.frombuffer(piece, dtype=dtype)
 
     def generation_config(self) -> GenerationConfig:
         """What the donor says about generation; from its configuration where it has no file for that.

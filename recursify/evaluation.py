@@ -22,7 +22,6 @@ from torch import Tensor
 from . import checkpoint, harness
 from .answers import Judge, QuestionsReport, ask
 from .configuration_recursive_llm import CONFIGS
-from .data import DataSettings
 from .device import choose_device
 from .donor import load_tokenizer, open_donor, read_json
 from .effort import Effort, Halt
@@ -32,6 +31,7 @@ from .modeling_recursive_llm import RecursiveLLM
 from .passages import Passage, read_passage
 from .questions import is_questions, load_questions
 from .sharing import is_first
+from .sources import DataSettings
 from .tasks import FORMATS, GENERATED, Item
 from .text_losses import PairedText, Text, TextReport, measure_text, open_text
 

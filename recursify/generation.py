@@ -26,7 +26,6 @@ from .effort import CachePolicy, Effort, Halt, evaluating
 from .errors import UserError
 from .halting import applications, calibrate
 from .memory import Memory
-from .steps import show_steps
 from .streaming import Finish, Row, Rows
 
 AnySettings = TypeVar("AnySettings", bound="WriteSettings")
@@ -490,6 +489,8 @@ def tell_after(
     if line := spent(generated):
         print(line, file=err or sys.stderr, flush=True)
     if settings.show_recursive_steps and generated.finish_reason != "interrupted":
+        from .steps import show_steps  # here: nothing else of this file needs rich
+
         ids = generated.prompt_ids + generated.token_ids
         show_steps(model, tokenizer, ids, len(generated.prompt_ids), settings.sampling, out)
 

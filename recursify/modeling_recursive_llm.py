@@ -64,7 +64,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -625,6 +624,16 @@ class RecursiveModelMixin(PreTrainedModel):
         return masks
 
 
+def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states that the head is to read, as transformers' models take `logits_to_keep`: the last so many, 0 for all; or those at given
+    positions `[n]`, at given positions of each row `[B, n]`, or where a mask `[B, T]` is True."""
+    if isinstance(logits_to_keep, int):
+        return states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.ndim < 2:
+        return states[:, logits_to_keep]
+    return states[logits_to_keep] if logits_to_keep.dtype == torch.bool else torch.take_along_dim(states, logits_to_keep[..., None], dim=1)
+
+
 def _real(attention_mask: Any, x: torch.Tensor) -> torch.Tensor:
     """`[B, T]`, True for tokens and False for padding, where a mask over tokens says which are which."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -832,15 +841,15 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if rule is not None and rule.logits is not None and rule.state is outputs.last_hidden_state:  # the rule has read it already
-            logits = slice_logits_to_keep(rule.logits, logits_to_keep)
+            logits = _kept(rule.logits, logits_to_keep)
         else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         cycle_logits = None
         if output_cycle_logits:
-            early = [self.lm_head(slice_logits_to_keep(state, logits_to_keep)) for state in outputs.cycle_states[:-1]]
+            early = [self.lm_head(_kept(state, logits_to_keep)) for state in outputs.cycle_states[:-1]]
             cycle_logits = (*early, logits)
         return RecursiveCausalLMOutputWithPast(
             loss=loss,

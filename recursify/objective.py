@@ -260,20 +260,21 @@ def _chunk(vocabulary: int, chunk: int | None) -> int:
 def _summed_loss(state: Tensor, labels: Tensor, head: Any, chunk: int | None) -> Tensor:
     x, targets = _positions(state, labels)
     chunk = _chunk(head.out_features, chunk)
-    if len(x) > chunk and torch.is_grad_enabled() and _plain_float32(x, head):
-        return _ChunkedLoss.apply(x, head.weight, targets, chunk)
+    kind = x.device.type
+    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if len(x) > chunk and torch.is_grad_enabled() and _is_plain(head) and x.dtype in (torch.float32, low):
+        return _ChunkedLoss.apply(x, head.weight, targets, chunk, low)
     return token_losses(state, labels, head, chunk).sum()
 
 
-def _plain_float32(x: Tensor, head: Any) -> bool:
-    """Whether the head is a bare float32 matrix, and no autocast is on: not one with a bias or LoRA, quantised, or sharded over devices."""
+def _is_plain(head: Any) -> bool:
+    """Whether the head is a bare float32 matrix: not one with a bias or LoRA, quantised, or sharded over devices."""
     weight = getattr(head, "weight", None)
     return (
         type(head) is nn.Linear
         and head.bias is None
         and type(weight) in (Tensor, nn.Parameter)
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled(x.device.type)
+        and weight.dtype == torch.float32
         and not (head._forward_hooks or head._forward_pre_hooks)
     )
 
@@ -286,32 +287,52 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        """`x` `[N, D]`, `weight` `[V, D]`, `targets` `[N]`."""
-        total, room = x.new_zeros(()), x.new_empty(min(chunk, len(x)), len(weight))  # the only matrix of its size, for all chunks
-        ctx.of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        ctx.of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(x), chunk):
-            piece, target = x[start : start + chunk], targets[start : start + chunk]
-            counts, right = (target != IGNORED)[:, None], target.clamp(min=0)[:, None]
-            logits = torch.mm(piece, weight.T, out=room[: len(piece)])  # from here on in place
-            logits -= logits.amax(dim=-1, keepdim=True)
-            found = logits.gather(1, right)
-            norms = logits.exp_().sum(dim=-1, keepdim=True)
-            total += ((norms.log() - found) * counts).sum()
-            logits *= counts / norms  # the gradient: probabilities, less 1 at the right token
-            logits.scatter_add_(1, right, -counts.to(logits.dtype))
-            if ctx.of_x is not None:
-                torch.mm(logits, weight, out=ctx.of_x[start : start + chunk])
-            if ctx.of_weight is not None:
-                ctx.of_weight.addmm_(logits.T, piece)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, low: torch.dtype | None) -> Tensor:
+        """`x` `[N, D]`, `weight` `[V, D]`, `targets` `[N]`; `low` is the type of matrix products under autocast. Sums are float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            own, matrix = x.to(low or x.dtype), weight.to(low or weight.dtype)
+            count = min(chunk, len(x))
+            room = x.new_empty(count, len(weight), dtype=torch.float32)  # the only matrices of their size, for all chunks
+            products = room if low is None else x.new_empty(count, len(weight), dtype=low)
+            ctx.of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+            ctx.of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            total = torch.zeros((), device=x.device)
+            for start in range(0, len(x), chunk):
+                piece, target = own[start : start + chunk], targets[start : start + chunk]
+                logits = torch.mm(piece, matrix.T, out=products[: len(piece)])
+                total += _loss_and_gradient(logits, target, room[: len(piece)])
+                if ctx.of_x is not None:
+                    ctx.of_x[start : start + chunk] = logits @ matrix
+                if ctx.of_weight is not None and low is None:
+                    ctx.of_weight.addmm_(logits.T, piece)
+                elif ctx.of_weight is not None:
+                    ctx.of_weight += logits.T @ piece
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> Any:
         gradients, ctx.of_x, ctx.of_weight = (ctx.of_x, ctx.of_weight), None, None
-        return *(None if g is None else g.mul_(scale) for g in gradients), None, None
+        return *(None if g is None else g.mul_(scale) for g in gradients), None, None, None
+
+
+def _loss_and_gradient(products: Tensor, targets: Tensor, room: Tensor) -> Tensor:
+    """The summed loss of `[n, V]` logits, in whose place their gradient is left.
+
+    Args:
+        room: `[n, V]` in float32, to work in: the logits' own memory where they are float32.
+    """
+    counts, right = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
+    logits = products if products.dtype == torch.float32 else room.copy_(products)
+    logits -= logits.amax(dim=-1, keepdim=True)
+    found = logits.gather(1, right)
+    norms = logits.exp_().sum(dim=-1, keepdim=True)
+    loss = ((norms.log() - found) * counts).sum()
+    logits *= counts / norms  # the gradient: probabilities, less 1 at the right token
+    logits.scatter_add_(1, right, -counts.to(logits.dtype))
+    if logits is not products:
+        products.copy_(logits)
+    return loss
 
 
 def _token_terms(head: Any, references: Sequence[Reference], x: Tensor, targets: Tensor, *others: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Work that several processes share: each does every N-th job, and all of them get all results, in the order of the jobs.
 
-Where a job does not depend on who does it, neither do the results, to the last digit. Floor 1.
+Where a job does not depend on who does it, neither do the results, to the last digit. What is for one process alone, such as filling a
+cache that all of them read, it does while the others wait. Floor 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import distributed
@@ -28,6 +31,27 @@ def in_turns(jobs: Sequence[Job], do: Callable[[Job], Result]) -> list[Result]:
         parts = [[] for _ in range(count)]
         distributed.all_gather_object(parts, mine)
     return [parts[number % count][number // count] for number in range(len(jobs))]
+
+
+@contextmanager
+def one_process_first() -> Iterator[None]:
+    """In three waves: the first process of all, the first of every other node, the rest.
+
+    Where the cache is shared, the first makes all and the others find it; where each node has a cache of its own, each node's first does.
+    (accelerate's ``PartialState`` has a context manager of this kind, but takes processes on CPUs for one unless told otherwise.)
+    """
+    if not _several():
+        yield
+        return
+    rank = distributed.get_rank()
+    wave = 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK", str(rank)) == "0" else 2
+    for _ in range(wave):
+        distributed.barrier()
+    try:
+        yield
+    finally:  # after an error, too: the others meet the same one, instead of waiting for this process until the timeout
+        for _ in range(2 - wave):
+            distributed.barrier()
 
 
 def _several() -> bool:

@@ -19,19 +19,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import DataSettings, load_documents, one_process_first, tokenize
 from .effort import Effort, evaluating
 from .modeling_recursive_llm import RecursiveLLM
 from .objective import perplexity
-from .sharing import in_turns
+from .sharing import in_turns, one_process_first
+from .sources import DataSettings
 from .telemetry import (
     Sums,
     Telemetry,
@@ -43,9 +42,10 @@ from .telemetry import (
     sums_of_halting,
 )
 from .telemetry import summarise as summarise_cycles
-from .windows import Windows, mean_and_error, stream_bytes
+from .windows import Rows, Windows, mean_and_error, stream_bytes
 
-_HASHED_ROWS = 1024  # at a time
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class DepthLoss:
 # Blocks of token ids
 
 
-def window_losses(model: PreTrainedModel, blocks: Dataset, cycles: Sequence[int] = (), *, batch_size: int = 8) -> torch.Tensor:
+def window_losses(model: PreTrainedModel, blocks: Rows, cycles: Sequence[int] = (), *, batch_size: int = 8) -> torch.Tensor:
     """Mean loss of every window at every depth, `[depths, windows]`, in nats per token.
 
     Args:
         model: A `RecursiveLLM`, or any causal language model of transformers, which has one depth.
-        blocks: Rows with `input_ids` of equal length of at least 2.
+        blocks: Of equal length of at least 2.
         cycles: Cycle counts, for a `RecursiveLLM` only; its configuration's where empty.
     """
     depths, windows = _depths(model, cycles), Windows(blocks)
@@ -94,7 +94,7 @@ def window_losses(model: PreTrainedModel, blocks: Dataset, cycles: Sequence[int]
     return torch.cat(found, dim=1)
 
 
-def measure(model: PreTrainedModel, blocks: Dataset, cycles: Sequence[int] = (), *, batch_size: int = 8) -> list[DepthLoss]:
+def measure(model: PreTrainedModel, blocks: Rows, cycles: Sequence[int] = (), *, batch_size: int = 8) -> list[DepthLoss]:
     """Loss of a model on blocks of token ids, one entry per cycle count in the order given; arguments as `window_losses`."""
     return summarise(model, window_losses(model, blocks, cycles, batch_size=batch_size), cycles)
 
@@ -173,9 +173,8 @@ class Text:
         """Equal for equal windows of equal tokens, and else not."""
         windows = self.windows
         found = hashlib.sha256(f"{windows.seq_len} {windows.step} {len(windows)}".encode())
-        rows = windows.blocks.with_format("numpy").select(range(math.ceil(windows.tokens_read / windows.seq_len)))
-        for batch in rows.iter(batch_size=_HASHED_ROWS):
-            found.update(np.stack(batch["input_ids"]).astype(np.int64).tobytes())
+        for number in range(math.ceil(windows.tokens_read / windows.seq_len)):
+            found.update(np.asarray(windows.blocks[number]["input_ids"], np.int64).tobytes())
         return found.hexdigest()
 
 
@@ -254,6 +253,8 @@ def open_text(
     Raises:
         UserError: Text that cannot be used.
     """
+    from .data import load_documents, tokenize  # here: the losses of a model on blocks need no library for data sets
+
     with one_process_first():
         documents = load_documents(source).validation
         blocks = tokenize(documents, tokenizer, seq_len)

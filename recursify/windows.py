@@ -20,18 +20,28 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .data import encode_each
+from .blocks import encode_each
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a byte that no token covers, in vocabularies of SentencePiece
 _SPACE = "▁"  # how these write a space
+
+
+class Rows(Protocol):
+    """A table of `datasets` or a list, whose rows have `input_ids`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,12 @@ class Windows:
     """Windows of `seq_len` tokens over a stream.
 
     Args:
-        blocks: Rows with `input_ids` of one length, `seq_len`, at least 2; end to end they are the stream.
+        blocks: Of one length, `seq_len`, at least 2; end to end they are the stream.
         stride: 1 to `seq_len`; None is `seq_len`.
         most: Take only the first so many.
     """
 
-    blocks: Dataset
+    blocks: Rows
     stride: int | None = None
     most: int | None = None
 
@@ -69,8 +79,8 @@ class Windows:
         """`[behind - first, seq_len]` ids of the windows from `first` up to `behind`."""
         length, begin = self.seq_len, first * self.step
         end = (behind - 1) * self.step + length
-        rows = self.blocks.with_format("numpy")[begin // length : math.ceil(end / length)]["input_ids"]
-        stream = torch.from_numpy(np.stack(rows)).long().flatten()[begin % length :]
+        rows = (self.blocks[n]["input_ids"] for n in range(begin // length, math.ceil(end / length)))
+        stream = torch.cat([torch.as_tensor(row, dtype=torch.long) for row in rows])[begin % length :]
         return stream.unfold(0, length, self.step)[: behind - first]
 
     def scored(self, first: int, behind: int) -> Tensor:

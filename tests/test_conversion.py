@@ -128,6 +128,15 @@ def test_a_fault_of_ours_is_found(donor: str, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match=r"model.layers.0.input_layernorm.weight differs from model.layers.0.input_layernorm.weight of"):
         carry_out(found, plan, settings)
 
+    def written_over(*args: Any) -> RecursiveLLM:
+        model = build(*args)
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1  # in memory that the donor's own tensors share
+        return model
+
+    monkeypatch.setattr(checkpoint, "build", written_over)
+    with pytest.raises(RuntimeError, match=r"model.layers.1.mlp.up_proj.weight differs from model.layers.3.mlp.up_proj.weight of"):
+        carry_out(open_donor(donor), plan, settings)
+
     def bent(*args: Any) -> RecursiveLLM:
         model = build(*args)
         model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: output * 1.01)

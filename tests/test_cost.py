@@ -140,9 +140,10 @@ def test_chunked_logits_are_computed_twice() -> None:
     ours = [cost.step_flops(config, B * T, T, supervised=2, recomputes_logits=again) for again in (False, True)]
     assert twice - once == pytest.approx(ours[1] - ours[0], rel=1.5 / T)  # the last position of a sequence has nothing to predict
     rows = CHUNK_ELEMENTS // config.vocab_size
-    wants = [(rows, True, {}, False), (rows + 1, True, {}, True), (rows + 1, False, {}, False), (rows + 1, False, {"by_token": True}, True)]
-    for tokens, bf16, options, again in [*wants, (rows, True, {"references": 1}, True)]:
-        assert cost.recomputes_logits(config, tokens, bf16=bf16, **options) == again
+    with_terms: dict[str, Any] = {"by_token": True}
+    wants = [(rows, with_terms, False), (rows + 1, with_terms, True), (rows + 1, {}, False), (rows, with_terms | {"references": 1}, True)]
+    for tokens, options, again in wants:
+        assert cost.recomputes_logits(config, tokens, **options) == again
 
 
 @pytest.mark.parametrize("chunk", [None, 16])

@@ -15,8 +15,10 @@ FLOORS = {
     "charts": 2, "conversion": 2, "checkpoint": 2, "generation": 2, "steps": 2, "memory": 2, "dialogue": 2, "halting": 2, "telemetry": 2,
     "text_losses": 2, "answers": 2, "passages": 2, "page": 2, "accuracy_chart": 2, "inspection": 2, "model_card": 2,
     "modeling_recursive_llm": 1, "weights": 1, "objective": 1, "data": 1, "windows": 1, "tasks": 1, "donor": 1, "device": 1, "cost": 1,
-    "effort": 1, "streaming": 1, "transcript": 1, "publishing": 1, "sharing": 1, "questions": 1,
+    "effort": 1, "streaming": 1, "transcript": 1, "publishing": 1, "sharing": 1, "questions": 1, "question_tokens": 1,
+    "documents": 1, "blocks": 1, "tables": 1,
     "configuration_recursive_llm": 0, "decoding_recursive_llm": 0, "plan": 0, "recipe": 0, "errors": 0, "significance": 0, "stages": 0,
+    "machine": 0, "sources": 0,
 }  # fmt: skip
 TRAVELLERS = {"configuration_recursive_llm", "decoding_recursive_llm", "modeling_recursive_llm"}
 

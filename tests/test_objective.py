@@ -112,19 +112,22 @@ def test_which_heads_find_their_gradients_on_the_way(monkeypatch: pytest.MonkeyP
     calls, own = [], objective._ChunkedLoss.apply
 
     def spy(*args: Any) -> torch.Tensor:
-        calls.append(args[-1])
+        calls.append(args[-2:])
         return own(*args)
 
     monkeypatch.setattr(objective._ChunkedLoss, "apply", spy)
     states, labels = batch()
     next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=5)
-    assert calls == [5, 5]
+    with torch.autocast("cpu", torch.bfloat16):
+        next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=5)
+    assert calls == [(5, None)] * 2 + [(5, torch.bfloat16)] * 2
+    calls.clear()
     next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=B * T)  # one chunk: nothing to gain
     next_token_losses(states, labels, nn.Linear(D, V, bias=True), chunk=5)
     next_token_losses([s.detach().bfloat16() for s in states], labels, nn.Linear(D, V, bias=False).bfloat16(), chunk=5)
     with torch.autocast("cpu", torch.bfloat16):
-        next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=5)
-    assert calls == [5, 5]
+        next_token_losses(states, labels, nn.Linear(D, V, bias=True), chunk=5)
+    assert not calls
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -145,10 +148,11 @@ def test_the_chunk_follows_the_vocabulary() -> None:
         objective._chunk(4, 0)
 
 
-def test_bfloat16_autocast() -> None:
+@pytest.mark.parametrize("bias", [False, True], ids=["on the way", "recomputed"])
+def test_bfloat16_autocast(bias: bool) -> None:
     """The matrix product is in bfloat16, the loss is not: no rounding to steps of a bfloat16 sum."""
     states, labels = batch()
-    head = nn.Linear(D, V, bias=False)
+    head = nn.Linear(D, V, bias=bias)
     with torch.autocast("cpu", torch.bfloat16):
         found = next_token_losses(states, labels, head, chunk=5)
         expected = plain(states, labels, head)

@@ -15,7 +15,8 @@ from recursify import cli
 from recursify.data import DataSettings, load_blocks, load_documents
 from recursify.errors import UserError
 from recursify.objective import IGNORED
-from recursify.questions import divide, is_questions, label_tokens, load_questions, question_rows
+from recursify.question_tokens import label_tokens, question_rows
+from recursify.questions import divide, is_questions, load_questions
 from recursify.tasks import as_text, generate, prompt
 
 BABI = "1 Mary went to the kitchen.\n2 Where is Mary? \tkitchen\t1\n3 Mary went to the garden.\n4 Where is Mary? \tgarden\t3\n"

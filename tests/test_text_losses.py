@@ -14,8 +14,8 @@ from tiny import make_tiny_tokenizer, sentences, tiny_model
 from torch.nn import functional as F
 
 from recursify import RecursiveLLM, convert
-from recursify.data import DataSettings
 from recursify.effort import Effort
+from recursify.sources import DataSettings
 from recursify.text_losses import PairedText, Text, TextReport, measure, measure_text, open_text, standard_error, window_losses
 
 

@@ -513,7 +513,7 @@ def test_depth_is_drawn_and_logged() -> None:
     assert {name for name in result.history[-1] if name.startswith("eval_loss_cycle")} == {f"eval_loss_cycle_{i}" for i in range(1, 5)}
     assert result.eval_loss == result.history[-1]["eval_loss_cycle_3"]  # the depth that the checkpoint is read at
     # every application of every step is counted
-    costs = [pass_flops(model.config, settings(**changes), 4 * SEQ_LEN, H, bf16=False) for H in drawn]
+    costs = [pass_flops(model.config, settings(**changes), 4 * SEQ_LEN, H) for H in drawn]
     assert result.history[-1]["flops"] == pytest.approx(sum(costs), rel=1e-6) and len(set(costs)) == 3
 
 

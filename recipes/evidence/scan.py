@@ -25,7 +25,7 @@ from recipes.evidence.study import Figures, Row, Size, Study, small_model
 from recursify.answers import ask
 from recursify.effort import Effort
 from recursify.errors import UserError
-from recursify.questions import question_rows
+from recursify.question_tokens import question_rows
 from recursify.tasks import Item, as_text, read
 from recursify.training import TrainSettings, fit
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from recipes.evidence.study import Figures, Row, Size, Study, small_model
 from recursify.answers import ask
 from recursify.effort import Effort
-from recursify.questions import question_rows
+from recursify.question_tokens import question_rows
 from recursify.tasks import Item, generate
 from recursify.training import TrainSettings, fit
 

@@ -28,9 +28,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ..errors import UserError
 from .item import FINAL, Item
 
@@ -193,6 +190,9 @@ def _numbered(path: Path, kind: str, records: list[Any]) -> Iterator[tuple[str, 
 
 
 def _table(path: Path) -> list[Any]:
+    import pyarrow as pa  # here: only files of this one kind need it, and whoever trains asks this package which names are questions
+    import pyarrow.parquet as pq
+
     try:
         return pq.read_table(path).to_pylist()
     except pa.ArrowException as error:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -25,13 +25,14 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from .. import checkpoint
+from ..blocks import separate
 from ..cost import estimate
-from ..data import Blocks, DataSettings, load_blocks, separate
 from ..device import choose_device
 from ..donor import open_donor
 from ..effort import is_recursive
 from ..errors import UserError
 from ..objective import IGNORED, counted
+from ..sources import DataSettings
 from .approaches import APPROACHES, freeze_rest, from_donor
 from .callbacks import AfterOptimizer, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
 from .depth import DepthSchedule
@@ -42,6 +43,9 @@ from .saving import BEST, METRICS, RUN, STATE, Saver, make_folder, read_json, re
 from .settings import DonorSettings, RunSettings, TrainSettings
 from .supervised import Supervised, Supervision
 from .trainer import RecursiveTrainer
+
+if TYPE_CHECKING:
+    from ..data import Blocks
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def fit(
     if resume_from is None:
         _start_gains(supervised, eval_blocks, collate, settings, device)
     if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_layers(model)
     if settings.compile:
         compile_layers(model)
     if settings.fsdp:
@@ -148,7 +152,7 @@ def fit(
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(state_folder(resume_from)))
     finally:
         bar.close()
-        model.activation_checkpointing_disable()
+        _keep_all(model)
         uncompile_layers(model)
         model.eval()
     return _result(trainer.state, interrupted=stop.stopped)
@@ -237,6 +241,8 @@ def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Che
 
 
 def _load_text(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    from ..data import load_blocks  # here: `fit`, on rows in memory, needs no library for data sets
+
     source = DataSettings(
         dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name, text_column=settings.text_column,
         mix=settings.mix, streaming=settings.streaming,
@@ -312,6 +318,21 @@ def depth_schedule(config: Any, settings: RunSettings, total: int) -> DepthSched
     choices = settings.cycle_choices or (config.H_cycles,)
     weights = settings.cycle_weights or (1.0,) * len(choices)
     return DepthSchedule(choices, weights, round(settings.depth_curriculum * total), settings.seed)
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Layers keep their input only; under the name that transformers gives it, which changed in 5.23."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _keep_all(model: Any) -> None:
+    """Undoes `_checkpoint_layers`."""
+    name = "activation_checkpointing_disable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_disable")()
 
 
 def compile_layers(model: Any) -> None:

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..configuration_recursive_llm import GAIN_MAX
 from ..conversion import LoopSettings
-from ..data import parse_mix
 from ..device import check_seed, choose_device
 from ..errors import UserError
 from ..questions import is_questions
+from ..sources import parse_mix
 
 GAIN_LR_RATIO = 10.0
 

@@ -126,7 +126,7 @@ class RecursiveTrainer(SpreadTraining, Trainer):
         """Every application of the loop counted, and what the way back does."""
         (teacher,) = self.model.teacher
         config, count = self.model.model.config, inputs["input_ids"].numel()
-        return int(pass_flops(config, self.settings, count, self.depth or 1, self.args.bf16, teacher and teacher.config))
+        return int(pass_flops(config, self.settings, count, self.depth or 1, teacher and teacher.config))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """After the backward pass and before the optimizer: the last moment at which the weights are still good."""

@@ -1,0 +1,78 @@
+"""What the machine can do at most, measured: the limit that a row is held against."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .case import Bench, Check, Table, case
+from .measure import seconds
+
+GIGA = 1e9
+LITTLE = 0.4
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of one device and type.
+
+    Args:
+        flops: Floating-point operations per second of a large matrix product.
+        bytes: Bytes per second, read and written, of a large copy.
+    """
+
+    flops: float
+    bytes: float
+
+    def limit(self, took: float, flops: float, moved: float) -> str:
+        """What limits a row that took so many seconds: whichever floor is higher, and how much of the time it explains; where that is
+        little, everything else: launches, Python, small matrices.
+
+        Args:
+            flops: Operations that the work cannot do without.
+            moved: Bytes that it cannot but read or write.
+        """
+        by = {"arithmetic": flops / self.flops, "memory": moved / self.bytes}
+        name = max(by, key=lambda one: by[one])
+        share = f"{by[name] / took:.0%} of the time at the measured ceiling"
+        return f"{name}: {share}" if by[name] / took >= LITTLE else f"overhead; {name} is {share}"
+
+
+@cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The best of several tries: a ceiling is what is possible, not what is usual."""
+    on_gpu = device.type == "cuda"
+    size, copied = (8192, 2**30) if on_gpu else (2048, 2**28)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    source = torch.randint(100, (copied,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    tries = 20 if on_gpu else 5
+    product = min(seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(tries))
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(tries))
+    return Ceilings(flops=2 * size**3 / product, bytes=2 * copied / copy)
+
+
+@case("ceilings", "What the machine can do at most")
+def measure(bench: Bench) -> Iterator[Table | Check]:
+    """Matrix products of 2,048 (GPU: 8,192) on a side, and copies of 256 MB (GPU: 1 GB), bytes read and written counted; the best of some
+    tries. The column "limit" of other tables is computed from these, measured again in their own run.
+    """
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        found = ceilings(bench.device, dtype)
+        rows.append({"type": str(dtype).removeprefix("torch."), "GFLOP/s": found.flops / GIGA, "copy, GB/s": found.bytes / GIGA})
+    yield Table("Ceilings", rows)
+    yield Check("share of its ceiling that a matrix product of another size reaches", _other_size(bench), least=0.5, must=False)
+
+
+def _other_size(bench: Bench) -> float:
+    """A ceiling that only one size reaches would say little."""
+    size, device = (4096 if bench.on_gpu else 1024), bench.device
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    took = statistics.median(seconds(lambda: a @ b, device) for _ in range(5))
+    return 2 * size**3 / took / ceilings(device, torch.float32).flops
