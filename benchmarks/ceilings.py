@@ -29,17 +29,16 @@ class Ceilings:
     bytes: float
 
     def limit(self, took: float, flops: float, moved: float) -> str:
-        """What limits a row that took so many seconds: whichever floor is higher, and how much of the time it explains; where that is
-        little, everything else: launches, Python, small matrices.
+        """What limits a row that took so many seconds: the higher of two floors, and how much of the time each of them explains. "neither"
+        where both together explain little: then it is launches, Python, and matrices too small to reach a ceiling.
 
         Args:
             flops: Operations that the work cannot do without.
             moved: Bytes that it cannot but read or write.
         """
-        by = {"arithmetic": flops / self.flops, "memory": moved / self.bytes}
-        name = max(by, key=lambda one: by[one])
-        share = f"{by[name] / took:.0%} of the time at the measured ceiling"
-        return f"{name}: {share}" if by[name] / took >= LITTLE else f"overhead; {name} is {share}"
+        by = {"arithmetic": flops / self.flops / took, "memory": moved / self.bytes / took}
+        name = max(by, key=lambda one: by[one]) if sum(by.values()) >= LITTLE else "neither"
+        return f"{name}: arithmetic {by['arithmetic']:.0%}, memory {by['memory']:.0%}"
 
 
 @cache

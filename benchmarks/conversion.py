@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from recursify import conversion
 from recursify.plan import make_plan
 
 from .case import Bench, Check, Table, case
-from .measure import alone, alternate, give_back_when_freed, held, peak, ratio, say
+from .measure import alone, give_back_when_freed, held, peak, ratio, say, seconds
 from .models import HALF_B, SEVEN_B, SHIPPED, TOY, Shape
 
 GB = 1e9
@@ -111,11 +112,30 @@ def weigh(donor: Donor, flags: dict[str, Any], target: Path) -> tuple[int, int]:
     return peak(device) - before, target.stat().st_size
 
 
+def in_turn(donor: Donor, flags: dict[str, Any], rounds: int, warm: int) -> dict[str, list[float]]:
+    """Seconds of both sides, for each round of four: ours, copy, copy, ours. Each writes a new file, and both go after a pair: whoever
+    writes next finds their pages at hand, and the system must find others for whoever comes second."""
+    layers, device = planned(donor.shape, flags), torch.device("cpu")
+    files = {"convert": donor.folder / "convert.pt", "copy": donor.folder / "copy.pt"}
+    works = {"convert": partial(convert, donor, flags, files["convert"]), "copy": partial(copy, donor, layers, files["copy"])}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(warm + rounds):
+        took = dict.fromkeys(works, 0.0)
+        for order in (list(works), list(works)[::-1]):
+            for name in order:
+                took[name] += seconds(works[name], device) / 2
+            for file in files.values():
+                file.unlink()
+        if turn >= warm:
+            for name, value in took.items():
+                times[name].append(value)
+    return times
+
+
 def compare(donor: Donor, flags: dict[str, Any], rounds: int) -> dict[str, Any]:
     """One row: time over the copy's, and memory over bytes written."""
     layers, target = planned(donor.shape, flags), donor.folder / "out.pt"
-    sides = {"convert": lambda: convert(donor, flags, target), "copy": lambda: copy(donor, layers, donor.folder / "copy.pt")}
-    times = alternate(sides, rounds, torch.device("cpu"))
+    times = in_turn(donor, flags, rounds, warm=rounds > 1)
     above, written = alone(weigh, donor, flags, target)
     took = ratio(times["convert"], times["copy"])
     return {
@@ -141,9 +161,9 @@ def planned(shape: Shape, flags: dict[str, Any]) -> list[int]:
 def measure(bench: Bench) -> Iterator[Table | Check]:
     """`recursify convert` with all that it does (plan, copy, comparison of every tensor with the donor's file, logits against
     transformers' own class at every depth, tokenizer, file flushed to the disk) over a plain copy of the same tensors into one file,
-    flushed, in turn. The donor lies in the system's file cache for both. Memory: the resident bytes of a process of its own, at most,
-    less those before; pages of the donor's mapped files count. Of the 7B shape the files of layers that no plan takes are no
-    safetensors at all: to open one would fail.
+    flushed; in rounds of ours, copy, copy, ours. The donor lies in the system's file cache for both. Memory: the resident bytes of a
+    process of its own, at most, less those before; pages of the donor's mapped files count. Of the 7B shape the files of layers that no
+    plan takes are no safetensors at all: to open one would fail.
     """
     small, large = (TOY, TOY) if bench.size == "quick" else (HALF_B, SEVEN_B)
     rounds = bench.pick(1, 3, 3)

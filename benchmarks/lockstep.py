@@ -30,7 +30,8 @@ class Turn(TrainerCallback):
         finish(self.device)
         if self.since is not None:
             self.seconds.append(time.perf_counter() - self.since)
-        self.hand_over()
+        if state.global_step < state.max_steps:
+            self.hand_over()
         self.since = time.perf_counter()
 
 
@@ -118,4 +119,4 @@ def steps_in_turn(model: Any, rows: list[Any], settings: TrainSettings, donor: D
     assert settings.device is not None and settings.max_steps is not None
     turn = Turn(torch.device(settings.device), hand_over)
     fit(model, None, rows, rows[:1], settings, console=False, callbacks=[turn])  # type: ignore[arg-type]
-    return turn.seconds, theirs[: len(turn.seconds)]
+    return turn.seconds, theirs

@@ -7,7 +7,9 @@ from importlib import resources
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers.initialization import no_init_weights
 
 from recursify import RecursiveLLM
 from recursify.configuration_recursive_llm import from_donor
@@ -56,6 +58,13 @@ SEVEN_B = Shape("Qwen2-7B", 3_584, 18_944, 28, 4, 28, 152_064, tied=False)
 SHIPPED = str(resources.files("recursify") / "demo_donor")  # the small donor that ships, as a folder
 
 
+def shipped_shape() -> Shape:
+    """Of the donor that ships."""
+    c: Any = AutoConfig.from_pretrained(SHIPPED)
+    sizes = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers, c.vocab_size
+    return Shape("the one that ships", *sizes, tied=c.tie_word_embeddings)
+
+
 def recursive_config(donor: Qwen2Config, *, keep_donor: bool = False, L_layers: int = 4, H_cycles: int = 3, L_cycles: int = 3) -> Any:
     """What `recursify convert` makes of a donor with these flags; with gains of 0.2, so that no cycle is idle."""
     plan = make_plan("random", donor.num_hidden_layers, L_layers=min(L_layers, donor.num_hidden_layers), keep_donor=keep_donor)
@@ -72,12 +81,29 @@ def recursive_config(donor: Qwen2Config, *, keep_donor: bool = False, L_layers: 
 
 
 def build(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of random weights: ours for a recursive configuration, else transformers' own. Made where it is used."""
-    torch.manual_seed(0)
-    with device:
-        if hasattr(config, "H_cycles"):
-            return RecursiveLLM(config).to(dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    """A model of random weights: ours for a recursive configuration, else transformers' own. Made where it is used.
+
+    The same few million random numbers fill every matrix: what they are changes no time, and to draw half a billion takes long.
+    """
+    with device, no_init_weights():
+        model: Any = RecursiveLLM(config) if hasattr(config, "H_cycles") else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    noise = config.initializer_range * torch.randn(2**22, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                _fill(module.weight, noise)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+            else:
+                model._init_weights(module)
+    model.tie_weights()
+    return model.to(dtype)
+
+
+def _fill(weight: torch.Tensor, noise: torch.Tensor) -> None:
+    flat = weight.view(-1)
+    for start in range(0, len(flat), len(noise)):
+        flat[start : start + len(noise)] = noise[: len(flat) - start]
 
 
 def tokens(config: Any, rows: int, length: int, device: torch.device, seed: int = 0) -> torch.Tensor:

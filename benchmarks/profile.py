@@ -16,7 +16,7 @@ from recursify.training.supervised import Supervised, Supervision
 from .case import Bench, Check, Table, case
 from .measure import say, seconds
 from .models import HALF_B, TOY, build, recursive_config, tokens
-from .training import CYCLE, FULL, MAIN, Batch, Way, settings_of
+from .training import CYCLE, MAIN, Batch, Way, settings_of
 
 # Kind -> parts of the names of operations and kernels; the first kind that fits counts.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -38,7 +38,6 @@ def kind_of(name: str) -> str:
 def by_kind(work: Callable[[], Any], device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of what the work spends its time on, and the operations that take most of it. The work has been done once before."""
     work()
-    took = seconds(work, device)
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as found:
@@ -56,7 +55,7 @@ def by_kind(work: Callable[[], Any], device: torch.device) -> tuple[list[dict[st
     rows = [{"kind": kind, "share": spent[kind] / under, "calls": calls[kind]} for kind in sorted(spent, key=lambda k: -spent[k])]
     rest = "the GPU waits" if on_gpu else "between operations: Python"
     rows.append({"kind": rest, "share": max(0.0, 1 - busy / under), "calls": None})
-    rows.append({"kind": f"in all: {took:.3g} s, {under:.3g} s under the profiler", "share": None, "calls": sum(calls.values())})
+    rows.append({"kind": f"in all: {under:.3g} s under the profiler", "share": None, "calls": sum(calls.values())})
     return rows, [f"{name} {own / under:.0%}" for own, name in sorted(operations, reverse=True)[:8]]
 
 
@@ -97,7 +96,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     GPU, by kind of operation, as a share of the time of the step. The profiler costs time of its own, which is in "between operations".
     """
     batch = bench.pick(Batch(2, 32), Batch(1, 128), Batch(8, 1024))
-    works = {f"a training step, {batch}, {way.name}": (lambda way=way: training_step(way, batch, bench)) for way in (MAIN, CYCLE, FULL)}
+    works = {f"a training step, {batch}, {way.name}": (lambda way=way: training_step(way, batch, bench)) for way in (MAIN, CYCLE)}
     works["a token at context 64"] = lambda: a_token(bench)
     for name, make in works.items():
         say(f"profile: {name}")

@@ -60,7 +60,7 @@ class Prototype:
         as the other is from the end, so that each has the mean length of all."""
         device, length = self.ids.device, self.ids.shape[1] - 1
         spots = [(2 * i + 1) * length // (2 * count) for i in range(count)]
-        pairs = list(zip(spots[: count // 2], reversed(spots), strict=False)) * (rounds if count == 2 else 1)
+        pairs = list(zip(spots[: count // 2], reversed(spots), strict=False)) or [(spots[0],)] * rounds
         if device.type == "cuda":
             self.learn(spots[0])  # warms up; a step takes too long on a CPU to need it
         found = []
@@ -105,7 +105,7 @@ def train_rows(model: Any, ids: Tensor, every_cycle: bool, positions: int, round
     name = "every cycle" if every_cycle else "last cycle"
     say(f"prototype: training, {name}")
     took = {
-        PROTOTYPE: Prototype(model, ids, every_cycle, one_length=True).sequences(2, rounds),  # all positions cost the same
+        PROTOTYPE: Prototype(model, ids, every_cycle, one_length=True).sequences(1, rounds),  # all positions cost the same
         KINDER: Prototype(model, ids, every_cycle, one_length=False).sequences(positions, rounds),
         OURS: fit_steps(model, ids, every_cycle, rounds),
     }

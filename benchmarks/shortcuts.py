@@ -55,8 +55,8 @@ def trained(train: torch.Tensor, held: torch.Tensor, steps: int, device: torch.d
 
 
 def speculation(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, Any]]:
-    new, prompts = bench.pick(8, 96, 128), held[::7][: bench.pick(2, 8, 16), :PROMPT]
-    for rows, sample in ((1, False), (1, True), (8, False)):
+    new, prompts = bench.pick(8, 96, 96), held[::7][: bench.pick(2, 6, 6), :PROMPT]
+    for rows, sample in ((1, False), (1, True), (6, False)):
         batches = prompts.split(min(rows, len(prompts)))
         choice = {"do_sample": True, "temperature": 0.7, "top_k": 0} if sample else {}
         for k in range(2):
@@ -94,7 +94,7 @@ def _speculate(model: Any, batches: Any, new: int, k: int, choice: dict[str, Any
 
 
 def halting(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, Any]]:
-    windows = held[: bench.pick(4, 96, 192)]
+    windows = held[: bench.pick(4, 96, 96)]
     first, second = windows[::2], windows[1::2]
     full = measure_halting(model, second, "q_head")
     new = bench.pick(4, 64, 64)
@@ -171,7 +171,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     """
     train, held = (windows.to(bench.device) for windows in text())
     say("shortcuts: training the model")
-    model = trained(train, held, bench.pick(2, 80, 160), bench.device)
+    model = trained(train, held, bench.pick(2, 60, 60), bench.device)
     drafts = list(speculation(model, held, bench))
     yield Table("Self-speculation", drafts)
     for row in drafts:

@@ -32,7 +32,7 @@ from .weights import Fates, settle
 Say = Callable[[str], None]
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _PROBE_TOKENS, _PROBE_WINDOWS, _PROBE_GAIN = 128, 8, 0.5
-_CHECKED_TOKENS = 4  # a few, since each of the passes that are compared reads all weights; equal means bit by bit
+_COMPARED_TOKENS = 4  # more take longer and show no more: the logits must be equal bit by bit
 
 
 @dataclass(kw_only=True)
@@ -214,7 +214,8 @@ def carry_out(donor: Donor, plan: ConversionPlan, settings: ConvertSettings, say
     """
     model, fates = _fill(donor, plan, settings)
     _tell(plan, say)
-    return Conversion(model, plan, fates, self_check(donor, plan, fates, model, _plain_twin(donor.config, plan, model)))
+    compare_tensors(donor, fates, model)
+    return Conversion(model, plan, fates, compare_logits(donor, plan, fates, model, _plain_twin(donor.config, plan, model)))
 
 
 def _tell(plan: ConversionPlan, say: Say) -> None:
@@ -243,21 +244,29 @@ def _has_own_head(donor: Donor) -> bool:
     return {_HEAD, _EMBED} <= set(donor.tensor_names) and not torch.equal(donor.read(_HEAD), donor.read(_EMBED))
 
 
-def self_check(donor: Donor, plan: ConversionPlan, fates: Fates, model: RecursiveLLM, twin: Any) -> SelfCheck:
-    """Compare with the donor: every copied tensor with its file, and the logits with transformers' own class over the same layers.
+def compare_tensors(donor: Donor, fates: Fates, model: RecursiveLLM) -> None:
+    """Compare every copied tensor with its file, read anew.
+
+    Raises:
+        RuntimeError: One differs.
+    """
+    state = model.state_dict()
+    for ours, source in fates.copied.items():
+        if not _same_bits(state[ours], donor.pieces(source)):
+            raise RuntimeError(f"{ours} differs from {source} of {donor.name} after conversion")
+
+
+def compare_logits(donor: Donor, plan: ConversionPlan, fates: Fates, model: RecursiveLLM, twin: Any) -> SelfCheck:
+    """Compare the logits of a plain pass, and of every cycle, with transformers' own class over the same layers.
 
     Args:
         twin: A model of that class, around the same tensors.
 
     Raises:
         UserError: The donor's own logits are not finite.
-        RuntimeError: A difference where there must be none.
+        RuntimeError: Those of a plain pass differ.
     """
-    state = model.state_dict()
-    for ours, source in fates.copied.items():
-        if not _same_bits(state[ours], donor.pieces(source)):
-            raise RuntimeError(f"{ours} differs from {source} of {donor.name} after conversion")
-    ids = torch.randint(model.config.vocab_size, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(model.config.vocab_size, (1, _COMPARED_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = twin(ids, use_cache=False).logits
         if not expected.isfinite().all():
@@ -386,16 +395,21 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     model, fates = _fill(donor, plan, settings)
     _tell(plan, say)
     twin = _plain_twin(donor.config, plan, model)
-    with ThreadPoolExecutor(1) as beside:  # weights are compared while the disk is waited for
-        checking = beside.submit(self_check, donor, plan, fates, model, twin)
+    with _beside() as pool:
+        tensors, logits = pool.submit(compare_tensors, donor, fates, model), pool.submit(compare_logits, donor, plan, fates, model, twin)
         notes = {"donor": donor.name, "seq_len": settings.seq_len}
-        checkpoint.save(settings.output_path, model, tokenizer, plan, notes, approve=checking.result)
-    check = checking.result()
+        checkpoint.save(settings.output_path, model, tokenizer, plan, notes, approve=lambda: (tensors.result(), logits.result()))
+    check = logits.result()
     say(f"✓ Checked against {check.reference}: {check.tensors_compared} tensors equal, {_verdict(check)}")
     say(f"✓ Saved to {settings.output_path}")
     seconds = round(time.monotonic() - start, 2)
     config: Any = model.config
     return ConvertReport(inspect(config, plan), check, settings.output_path, seconds)
+
+
+def _beside() -> ThreadPoolExecutor:
+    """Threads that compare while the result is being written; of torch's own threads they leave one core to the writing."""
+    return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(max(1, torch.get_num_threads() - 1),))
 
 
 def _verdict(check: SelfCheck) -> str:

@@ -295,7 +295,7 @@ class _ChunkedLoss(torch.autograd.Function):
             room = x.new_empty(count, len(weight), dtype=torch.float32)  # the only matrices of their size, for all chunks
             products = room if low is None else x.new_empty(count, len(weight), dtype=low)
             ctx.of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-            ctx.of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            ctx.of_weight = None
             total = torch.zeros((), device=x.device)
             for start in range(0, len(x), chunk):
                 piece, target = own[start : start + chunk], targets[start : start + chunk]
@@ -303,9 +303,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 total += _loss_and_gradient(logits, target, room[: len(piece)])
                 if ctx.of_x is not None:
                     ctx.of_x[start : start + chunk] = logits @ matrix
-                if ctx.of_weight is not None and low is None:
+                if not ctx.needs_input_grad[1]:
+                    continue
+                if ctx.of_weight is None:  # no zeros that are only added to: the matrix is larger than any other
+                    ctx.of_weight = (logits.T @ piece).to(weight.dtype)
+                elif low is None:
                     ctx.of_weight.addmm_(logits.T, piece)
-                elif ctx.of_weight is not None:
+                else:
                     ctx.of_weight += logits.T @ piece
         return total
 
