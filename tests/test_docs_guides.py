@@ -336,20 +336,6 @@ def test_costs_of_training() -> None:
         assert (flops, memory) == (f"{found.flops / donor.flops:.2f}", f"{found.memory_total / 1e9:.1f}"), flags
 
 
-def test_measured_rows_are_those_of_the_results() -> None:
-    """Those of the evidence are compared in test_evidence.py."""
-    tables = re.findall(r"<!-- rows of (\S+) -->\n\n((?:\|.*\n)+)", GUIDES[SUPERVISION])
-    assert tables
-    for file, rows in tables:
-        assert set(rows.splitlines()) <= set((ROOT / file).read_text(encoding="utf-8").splitlines()), file
-
-
-def test_what_the_halting_head_saves() -> None:
-    (row,) = re.findall(r"^\| q_head .*$", (ROOT / "benchmarks/results/decoding-cpu.md").read_text(encoding="utf-8"), re.MULTILINE)
-    _, _, saved, nats, *_ = (cell.strip() for cell in row.strip("|").split("|"))
-    assert f"saves {saved} of the applications at {nats.removeprefix('+')} nats" in GUIDES[SUPERVISION]
-
-
 @pytest.mark.parametrize("guide", GUIDES)
 def test_links_lead_somewhere(guide: str) -> None:
     for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", GUIDES[guide]):
