@@ -90,7 +90,7 @@ def a_token(bench: Bench) -> Callable[[], Any]:
     return step
 
 
-@case("profile", "Where the time goes")
+@case("profile", "Where the time goes", asked=True)
 def measure(bench: Bench) -> Iterator[Table | Check]:
     """One step under torch.profiler, after one to warm up, without loader and log: the time of each operation itself, on the CPU or on the
     GPU, by kind of operation, as a share of the time of the step. The profiler costs time of its own, which is in "between operations".

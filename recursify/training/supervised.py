@@ -2,7 +2,7 @@
 
     full    one graph through all cycles; its activations are those of every application
     cycle   the states are detached between cycles and the loss of each cycle is back-propagated before the next one runs: supervising
-            every cycle takes about the memory of one (benchmarks/results)
+            every cycle takes about the memory of one (docs/performance.md)
     last    all cycles but the last run without gradients (TRM); only the last is supervised
 
 Shape letters: B batch, T tokens, D hidden size, H cycles. Floor 3.
