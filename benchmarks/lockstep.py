@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -16,10 +17,16 @@ from recursify.training import TrainSettings, fit
 from recursify.training.run import Collate
 
 from .measure import finish
+from .models import Shape, build
 
 
 class Turn(TrainerCallback):
-    """One side: waits at the end of each of its steps until it is its turn again. Its first step, which allocates, is not counted."""
+    """One side: hands over at the end of each of its steps but the last, and goes on when it is its turn again. Its first step, which
+    allocates, is not counted.
+
+    Args:
+        hand_over: Returns when it is this side's turn.
+    """
 
     def __init__(self, device: torch.device, hand_over: Callable[[], None]):
         self.device, self.hand_over = device, hand_over
@@ -36,68 +43,59 @@ class Turn(TrainerCallback):
 
 
 class Donor:
-    """transformers' own Trainer over a plain model with its own loss, in a thread of its own, a step at a time."""
+    """transformers' own Trainer over a plain model with its own loss, a step at a time, in a process of its own: two trainers in one
+    process would share what torch keeps its threads with, and the second would be slower."""
 
-    def __init__(self, model: Any, rows: list[Any], batch_size: int, device: torch.device, bf16: bool):
-        self.turn = Turn(device, self._wait)
-        self.mine, self.done, self.over = threading.Event(), threading.Event(), False
-        self.failed: BaseException | None = None
-        self.thread = threading.Thread(target=self._train, args=(model, rows, batch_size, bf16), daemon=True)
+    def __init__(self, shape: Shape, rows: list[Any], batch_size: int, device: torch.device, bf16: bool):
+        context = multiprocessing.get_context("forkserver")
+        self.line, other = context.Pipe()
+        self.process = context.Process(target=_train, args=(other, shape, rows, batch_size, device, bf16), daemon=True)
+        self.process.start()
+        other.close()
+        self._answer()  # the step that is not counted
 
     def step(self) -> float:
-        """Seconds of one step; the first call makes the one that is not counted."""
-        self.done.clear()
-        if self.thread.ident is None:
-            self.thread.start()
-        else:
-            self.mine.set()
-        self.done.wait()
-        if self.failed is not None:
-            raise self.failed
-        return self.turn.seconds[-1] if self.turn.seconds else 0.0
+        """Seconds of one step."""
+        self.line.send(True)
+        return self._answer()
 
     def stop(self) -> None:
-        self.over = True
-        self.mine.set()
-        self.thread.join()
+        self.line.close()
+        self.process.join()
 
-    def _wait(self) -> None:
-        self.done.set()
-        self.mine.wait()
-        self.mine.clear()
-
-    def _train(self, model: Any, rows: list[Any], batch_size: int, bf16: bool) -> None:
-        device = self.turn.device
+    def _answer(self) -> float:
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                args = TrainingArguments(
-                    output_dir=folder, per_device_train_batch_size=batch_size, max_steps=10**6, learning_rate=1e-5, weight_decay=0.01,
-                    optim="adamw_torch_fused", bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10**6, save_strategy="no",
-                    report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=device.type == "cuda",
-                )  # fmt: skip
-                trainer = Trainer(model, args, train_dataset=rows, data_collator=Collate(None), callbacks=[self.turn, _Ends(self)])
-                trainer.remove_callback(PrinterCallback)
-                trainer.train()
-        except BaseException as error:  # raised again where the steps are asked for
-            self.failed = error
-            self.done.set()
+            return float(self.line.recv())
+        except EOFError:
+            raise RuntimeError("the donor's trainer ended before its time; what it said is above") from None
 
 
-class _Ends(TrainerCallback):
-    """Comes after `Turn`: ends the run where the last step has been asked for."""
+def _train(line: Connection, shape: Shape, rows: list[Any], batch_size: int, device: torch.device, bf16: bool) -> None:
+    """The donor's process: a step, how long it took, and the next one when it is asked for; ends when nobody asks any more."""
 
-    def __init__(self, donor: Donor):
-        self.donor = donor
+    def wait() -> None:
+        line.send(turn.seconds[-1] if turn.seconds else 0.0)
+        try:
+            line.recv()
+        except EOFError:
+            raise SystemExit from None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = self.donor.over
+    turn = Turn(device, wait)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=batch_size, max_steps=10**6, learning_rate=1e-5, weight_decay=0.01,
+            optim="adamw_torch_fused", bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10**6, save_strategy="no",
+            report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=device.type == "cuda",
+        )  # fmt: skip
+        trainer = Trainer(build(shape.config(), device), args, train_dataset=rows, data_collator=Collate(None), callbacks=[turn])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
 
 
 @contextmanager
-def donor_trainer(model: Any, rows: list[Any], batch_size: int, device: torch.device, bf16: bool) -> Iterator[Donor]:
+def donor_trainer(shape: Shape, rows: list[Any], batch_size: int, device: torch.device, bf16: bool) -> Iterator[Donor]:
     """A donor's trainer, one step old, and stopped at the end."""
-    donor = Donor(model, rows, batch_size, device, bf16)
-    donor.step()
+    donor = Donor(shape, rows, batch_size, device, bf16)
     try:
         yield donor
     finally:

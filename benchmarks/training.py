@@ -158,8 +158,8 @@ def times(bench: Bench) -> list[dict[str, Any]]:
 
 def in_turn(shape: Shape, batch: Batch, ways: Sequence[Way], bench: Bench, steps: tuple[int, int]) -> list[dict[str, Any]]:
     """A row for each way, all beside one donor."""
-    donor = build(shape.config(), bench.device)
-    with donor_trainer(donor, batch.blocks(shape.vocabulary, batch.rows * 8), batch.rows, bench.device, bf16=bench.on_gpu) as trainer:
+    rows = batch.blocks(shape.vocabulary, batch.rows * 8)
+    with donor_trainer(shape, rows, batch.rows, bench.device, bf16=bench.on_gpu) as trainer:
         return [time_way(way, shape, batch, bench, trainer, steps[not way.paired]) for way in ways]
 
 
@@ -237,14 +237,14 @@ def memories(bench: Bench) -> list[dict[str, Any]]:
 
 @case("training", "A training step")
 def measure(bench: Bench) -> Iterator[Table | Check]:
-    """`fit` and transformers' own Trainer on the donor, with its own loss, take a step in turn: same batches, type (float32 on a CPU,
-    bfloat16 autocast on a GPU), fused AdamW and clipping. All of a step is counted, the loading of the batch as well. Compact model of
-    4 layers, H 3, L 3, every loss at the whole vocabulary, unless the way says otherwise. Its time over the donor's is divided by the
-    work in two countings: layer applications, where the head is not counted and a backward pass counts as two forward passes, and model
-    FLOPs, with the head of every scored cycle. A CPU's batch is small, so the optimizer's pass over all parameters is a part of its
-    steps; the donor has 2.5 times as many of them as the compact model, and as many as keep_donor. MFU is model FLOPs over the time and
-    the measured ceiling. Memory: one step in a process of its own, with optimizer states in place before; on a CPU resident bytes, on a
-    GPU the allocator's.
+    """`fit` and transformers' own Trainer on the donor, with its own loss, take a step in turn, each in a process of its own: same
+    batches, type (float32 on a CPU, bfloat16 autocast on a GPU), fused AdamW and clipping. All of a step is counted, the loading of the
+    batch as well. Compact model of 4 layers, H 3, L 3, every loss at the whole vocabulary, unless the way says otherwise. Its time over
+    the donor's is divided by the work in two countings: layer applications, where the head is not counted and a backward pass counts as
+    two forward passes, and model FLOPs, with the head of every scored cycle. A CPU's batch is small, so the optimizer's pass over all
+    parameters is a part of its steps; the donor has 2.5 times as many of them as the compact model, and as many as keep_donor. MFU is
+    model FLOPs over the time and the measured ceiling. Memory: one step in a process of its own, with optimizer states in place before;
+    on a CPU resident bytes, on a GPU the allocator's.
     """
     rows = times(bench)
     yield Table("Time of a step over the donor's", rows)
