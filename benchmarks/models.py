@@ -92,15 +92,15 @@ def build(config: Any, device: torch.device, dtype: torch.dtype = torch.float32)
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 _fill(module.weight, noise)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+                if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+                    bias.zero_()
             else:
                 model._init_weights(module)
     model.tie_weights()
     return model.to(dtype)
 
 
-def _fill(weight: torch.Tensor, noise: torch.Tensor) -> None:
+def _fill(weight: Any, noise: torch.Tensor) -> None:
     flat = weight.view(-1)
     for start in range(0, len(flat), len(noise)):
         flat[start : start + len(noise)] = noise[: len(flat) - start]

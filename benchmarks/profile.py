@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,8 +97,10 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     GPU, by kind of operation, as a share of the time of the step. The profiler costs time of its own, which is in "between operations".
     """
     batch = bench.pick(Batch(2, 32), Batch(1, 128), Batch(8, 1024))
-    works = {f"a training step, {batch}, {way.name}": (lambda way=way: training_step(way, batch, bench)) for way in (MAIN, CYCLE)}
-    works["a token at context 64"] = lambda: a_token(bench)
+    works: dict[str, Callable[[], Callable[[], Any]]] = {}
+    for way in (MAIN, CYCLE):
+        works[f"a training step, {batch}, {way.name}"] = partial(training_step, way, batch, bench)
+    works["a token at context 64"] = partial(a_token, bench)
     for name, make in works.items():
         say(f"profile: {name}")
         rows, most = by_kind(make(), bench.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -60,12 +61,13 @@ class Prototype:
         as the other is from the end, so that each has the mean length of all."""
         device, length = self.ids.device, self.ids.shape[1] - 1
         spots = [(2 * i + 1) * length // (2 * count) for i in range(count)]
-        pairs = list(zip(spots[: count // 2], reversed(spots), strict=False)) or [(spots[0],)] * rounds
+        halves = list(zip(spots[: count // 2], reversed(spots), strict=False))
+        pairs: list[tuple[int, ...]] = [*halves] or [(spots[0],)] * rounds
         if device.type == "cuda":
             self.learn(spots[0])  # warms up; a step takes too long on a CPU to need it
         found = []
         for turn in range(rounds):
-            took = [seconds(lambda t=t: self.learn(t), device) for pair in pairs[turn::rounds] for t in pair]
+            took = [seconds(partial(self.learn, t), device) for pair in pairs[turn::rounds] for t in pair]
             found.append(length * statistics.mean(took) + seconds(self.update, device))
         return found
 
@@ -190,7 +192,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     yield Table(f"Training a sequence of {length} tokens, {title}", rows)
     for row in rows:
         if row["way"] != OURS:
-            what = f"tokens/s in training over the {row['way']}'s, T {length}, {row['scored']} scored"
+            what = f"tokens/s in training over it: {row['way']}, T {length}, {row['scored']} scored"
             yield Check(what, row["ours over it"]["median"], least=TRAINING_BOUND, must=row["way"] == PROTOTYPE)
     model = model.to(bench.dtype).eval()
     model.zero_grad()

@@ -65,7 +65,10 @@ def speculation(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[s
 
 
 def _speculate(model: Any, batches: Any, new: int, k: int, choice: dict[str, Any], bench: Bench) -> dict[str, Any]:
-    plain, fast, drafted, accepted, same = [], [], 0, 0, []
+    plain: list[float] = []
+    fast: list[float] = []
+    same: list[float] = []
+    drafted = accepted = 0
     for turn, batch in enumerate([batches[0], *batches]):
         found: dict[str, Any] = {}
 
@@ -102,7 +105,8 @@ def halting(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, 
         say(f"shortcuts: halting by {criterion}")
         threshold = affordable(model, first, criterion, full_points=bench.size != "quick")
         found = asdict(measure_halting(model, second, criterion, threshold))
-        plain, halted = [], []
+        plain: list[float] = []
+        halted: list[float] = []
         for start in range(min(len(second), bench.pick(1, 5, 5))):
             prompt = second[start : start + 1, :PROMPT]
             sides = {"plain": partial(write, model, prompt, new)}
