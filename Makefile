@@ -16,6 +16,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases benchmarks
 	$(BIN)/mlinter --no-progress recursify/modeling_recursive_llm.py recursify/configuration_recursive_llm.py
 
 # On a CPU: all cores, under 15 minutes on two. On a GPU: whatever python has torch, transformers and accelerate; nothing is installed.

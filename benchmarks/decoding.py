@@ -199,15 +199,15 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
         [(1, 128), (1, 1024), (1, 8192), (8, 128), (64, 128)],
         [(1, 128), (1, 1024), (1, 8192), (8, 128), (8, 8192), (64, 128), (64, 8192)],
     )
-    rows = [row for point in points for row in one_token(all_of_them, *point, bench=bench)]
+    rows = [row for batch, context in points for row in one_token(all_of_them, batch, context, bench)]
     yield Table("One token", rows)
     for row in rows:
         if "speed x applications / donor" in row and (row["context"] == points[0][1]):
             what = f"{row['rows']} rows at context {row['context']}, {row['model']}: speed x applications / donor"
             yield Check(what, row["speed x applications / donor"]["median"], least=DEPTH_BOUND)
     yield from _context(rows, bench)
-    yield Table("A prompt", [row for size in bench.pick([(1, 16)], [(1, 128)], [(1, 128), (1, 8192), (8, 1024)])
-                             for row in a_prompt(all_of_them, *size, bench=bench)])  # fmt: skip
+    prompts = bench.pick([(1, 16)], [(1, 128)], [(1, 128), (1, 8192), (8, 1024)])
+    yield Table("A prompt", [row for batch, length in prompts for row in a_prompt(all_of_them, batch, length, bench)])
     donor, keep = all_of_them[0].model, all_of_them[-1].model
     found = texts("random, Qwen2-0.5B", donor, keep, bench.pick(4, 10, 64), bench)
     if bench.on_gpu:
