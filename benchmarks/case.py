@@ -19,7 +19,19 @@ from typing import Any
 import torch
 
 # Each holds the case of its name. In the order of the page.
-MODULES = ("ceilings", "conversion", "training", "loss", "decoding", "shortcuts", "growth", "prototype", "profile", "serving")
+MODULES = (
+    "ceilings",
+    "conversion",
+    "training",
+    "supervision",
+    "loss",
+    "decoding",
+    "shortcuts",
+    "growth",
+    "prototype",
+    "profile",
+    "serving",
+)
 
 
 @dataclass(frozen=True)

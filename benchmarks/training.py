@@ -252,10 +252,6 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
         if way is not LAST:
             counting = "FLOPs" if "enable_deep_supervision" in way.flags else "applications"
             yield Check(f"{way.name}: time / {counting}", row[f"time / {counting}"]["median"], most=WORK_BOUND)
-    by_name = {row["way"]: row for row in reversed(rows)}  # of a way that both shapes have, the real one
-    supervised, plain = (by_name[way.name] for way in (CYCLE, LAST))
-    share = supervised["seconds"] / plain["seconds"] / (supervised["work: FLOPs"] / plain["work: FLOPs"])
-    yield Check("supervision of every cycle over none: time / work", share, most=WORK_BOUND)
     found = memories(bench)
     yield Table("Memory of a step", found)
     yield Check("supervision of every cycle over none: peak memory", found[1]["peak / the first"], most=SUPERVISION_BOUND)
