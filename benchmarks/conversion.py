@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from recursify import conversion
 from recursify.plan import make_plan
+from recursify.training.trainer import peak_memory
 
 from .case import Bench, Check, Table, case
-from .measure import alone, give_back_when_freed, held, peak, ratio, say, seconds
+from .measure import alone, give_back_when_freed, held, ratio, say, seconds
 from .models import HALF_B, SEVEN_B, SHIPPED, TOY, Shape
 
 GB = 1e9
@@ -109,7 +110,7 @@ def weigh(donor: Donor, flags: dict[str, Any], target: Path) -> tuple[int, int]:
     device = torch.device("cpu")
     before = held(device)
     convert(donor, flags, target)
-    return peak(device) - before, target.stat().st_size
+    return peak_memory(device) - before, target.stat().st_size
 
 
 def in_turn(donor: Donor, flags: dict[str, Any], rounds: int, warm: int) -> dict[str, list[float]]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recursify.objective import CHUNK_ELEMENTS, next_token_losses
+from recursify.training.trainer import peak_memory
 
 from .case import Bench, Check, Table, case
 from .ceilings import GIGA, ceilings
-from .measure import alone, alternate, forget_peak, give_back_when_freed, held, peak, ratio, say
+from .measure import alone, alternate, forget_peak, give_back_when_freed, held, ratio, say
 from .models import HALF_B, TOY
 from .record import spread
 
@@ -153,7 +154,7 @@ def weigh(way: str, problem: Problem) -> dict[str, float]:
     before = held(inputs.device)
     forget_peak(inputs.device)
     loss = inputs.step(way)
-    return {"above": peak(inputs.device) - before, "left": held(inputs.device) - before, "loss": loss}
+    return {"above": peak_memory(inputs.device) - before, "left": held(inputs.device) - before, "loss": loss}
 
 
 def weigh_all(ways: list[str], problem: Problem) -> dict[str, dict[str, float]]:

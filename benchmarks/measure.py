@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,14 +65,6 @@ def held(device: torch.device) -> int:
     """On a GPU the allocator's bytes, else what the process has resident, libraries included."""
     gc.collect()
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def peak(device: torch.device) -> int:
-    """The most that `held` has been, on a GPU since `forget_peak`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def forget_peak(device: torch.device) -> None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import TrainerCallback
 
 from recursify.configuration_recursive_llm import applications
 from recursify.cost import parameters_by_part, shape_of, step_flops
-from recursify.training import TrainSettings, fit
+from recursify.training import TrainSettings
 
 from .case import Bench, Check, Table, case
 from .ceilings import ceilings
-from .measure import alternate, finish, ratio, say, seconds
+from .lockstep import steps_in_turn
+from .measure import alternate, ratio, say, seconds
 from .models import HALF_B, TOY, build, recursive_config, tokens
 from .record import spread
 
@@ -72,34 +70,15 @@ class Prototype:
         return found
 
 
-class Stopwatch(TrainerCallback):
-    """The beginning of a run of `fit`, and the end of each of its steps."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.marks: list[float] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        finish(self.device)
-        self.marks.append(time.perf_counter())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        finish(self.device)
-        self.marks.append(time.perf_counter())
-
-
 def fit_steps(model: Any, ids: Tensor, every_cycle: bool, steps: int) -> list[float]:
-    """Seconds of so many optimizer steps of `fit` on one batch; on a GPU, after two that are not counted."""
-    warm = 2 if ids.device.type == "cuda" else 0
-    watch, rows, device = Stopwatch(ids.device), [{"input_ids": row} for row in ids.tolist()], ids.device.type
+    """Seconds of so many optimizer steps of `fit` on one batch, after one that is not counted."""
+    rows = [{"input_ids": row} for row in ids.tolist()]
     settings = TrainSettings(
-        checkpoint="", seq_len=ids.shape[1], batch_size=len(rows), eval_batch_size=1, max_steps=warm + steps, warmup_steps=0, lr=1e-5,
-        start_gain=0.2, generate_every=0, save_every=0, log_every=1000, device=device, enable_deep_supervision=every_cycle,
+        checkpoint="", seq_len=ids.shape[1], batch_size=len(rows), eval_batch_size=1, max_steps=1 + steps, warmup_steps=0, lr=1e-5,
+        start_gain=0.2, generate_every=0, save_every=0, log_every=1000, device=ids.device.type, enable_deep_supervision=every_cycle,
         deep_supervision_schedule="constant", deep_supervision_weight=1.0, backprop="full",
     )  # fmt: skip
-    short = [{"input_ids": rows[0]["input_ids"][:8]}]  # what is validated at the end is not timed
-    fit(model, None, rows * (warm + steps), short, settings, console=False, callbacks=[watch])  # type: ignore[arg-type]
-    return [after - before for before, after in pairwise(watch.marks[warm:])]
+    return steps_in_turn(model, rows * (1 + steps), settings, None)[0]
 
 
 def train_rows(model: Any, ids: Tensor, every_cycle: bool, positions: int, rounds: int) -> list[dict[str, Any]]:

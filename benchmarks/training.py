@@ -14,11 +14,12 @@ from transformers import TrainerCallback
 
 from recursify.cost import step_flops
 from recursify.training import TrainSettings, fit
+from recursify.training.trainer import peak_memory
 
 from .case import Bench, Check, Table, case
 from .ceilings import ceilings
 from .lockstep import Donor, donor_trainer, steps_in_turn
-from .measure import alone, forget_peak, give_back_when_freed, held, peak, ratio, say
+from .measure import alone, forget_peak, give_back_when_freed, held, ratio, say
 from .models import HALF_B, ONE_AND_A_HALF_B, SEVEN_B, TOY, Shape, build, recursive_config, shipped_shape
 
 GB = 1e9
@@ -139,7 +140,7 @@ def time_way(way: Way, shape: Shape, batch: Batch, bench: Bench, donor: Donor | 
         row |= {f"work: {name}": value for name, value in work.items()}
         row |= {f"time / {name}": ratio(ours, theirs, by=value) for name, value in work.items()}
     if bench.on_gpu:
-        row["peak, GB"] = peak(bench.device) / GB
+        row["peak, GB"] = peak_memory(bench.device) / GB
     del model
     gc.collect()
     return row
@@ -207,7 +208,7 @@ class Weigh(TrainerCallback):
         forget_peak(self.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.peak = peak(self.device)
+        self.peak = peak_memory(self.device)
 
 
 def weigh_step(way: Way, shape: Shape, batch: Batch, device: torch.device) -> dict[str, float]:

@@ -32,7 +32,7 @@ from .weights import Fates, settle
 Say = Callable[[str], None]
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _PROBE_TOKENS, _PROBE_WINDOWS, _PROBE_GAIN = 128, 8, 0.5
-_COMPARED_TOKENS = 4  # more take longer and show no more: the logits must be equal bit by bit
+_COMPARED_TOKENS = 4  # a few: they must be equal bit by bit, and each of the passes reads all weights
 
 
 @dataclass(kw_only=True)
@@ -212,19 +212,21 @@ def carry_out(donor: Donor, plan: ConversionPlan, settings: ConvertSettings, say
         UserError: The donor's files are damaged or do not match its configuration.
         RuntimeError: The finished model differs from the donor's layers: a fault of ours, never of the input.
     """
-    model, fates = _fill(donor, plan, settings)
-    _tell(plan, say)
+    model, fates, twin = _make(donor, plan, settings, say)
     compare_tensors(donor, fates, model)
-    return Conversion(model, plan, fates, compare_logits(donor, plan, fates, model, _plain_twin(donor.config, plan, model)))
+    return Conversion(model, plan, fates, compare_logits(donor, plan, fates, model, twin))
 
 
-def _tell(plan: ConversionPlan, say: Say) -> None:
+def _make(donor: Donor, plan: ConversionPlan, settings: ConvertSettings, say: Say) -> tuple[RecursiveLLM, Fates, Any]:
+    """The model, the fates of its tensors, and what its logits are compared with."""
+    model, fates = _fill(donor, plan, settings)
     say("✓ Initialized recursive model")
     say("✓ Copied embeddings")
     say(f"✓ Copied {len(plan.loop)} transformer layers from indices {list(plan.loop)}")
     if plan.prelude or plan.coda:
         say(f"✓ Copied {len(plan.prelude)} prelude layers and {len(plan.coda)} coda layers")
     say("✓ Copied LM head")
+    return model, fates, _plain_twin(donor.config, plan, model)
 
 
 def _fill(donor: Donor, plan: ConversionPlan, settings: ConvertSettings) -> tuple[RecursiveLLM, Fates]:
@@ -274,7 +276,7 @@ def compare_logits(donor: Donor, plan: ConversionPlan, fates: Fates, model: Recu
         plain_state = model.model(ids, H_cycles=0, use_cache=False).last_hidden_state
         plain = (model.lm_head(plain_state) - expected).abs().max().item()
         cycles = model.model(ids, output_cycle_states=True, use_cache=False).cycle_states
-        # the head is most of such a pass: what it says of equal states is known
+        # a wide head takes as long as several layers, and what it says of equal states is known
         by_cycle = tuple(plain if torch.equal(z, plain_state) else (model.lm_head(z) - expected).abs().max().item() for z in cycles)
     if plain != 0.0:
         raise RuntimeError(f"a plain pass differs from {type(twin).__name__} over layers {plan.indices} by {plain}")
@@ -392,9 +394,7 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     c = donor.config
     family = "Qwen" if c.model_type.startswith("qwen") else type(c).__name__.removesuffix("Config")
     say(f"✓ Loaded {family} model: hidden_size={c.hidden_size}, num_layers={c.num_hidden_layers}, vocab_size={c.vocab_size}")
-    model, fates = _fill(donor, plan, settings)
-    _tell(plan, say)
-    twin = _plain_twin(donor.config, plan, model)
+    model, fates, twin = _make(donor, plan, settings, say)
     with _beside() as pool:
         tensors, logits = pool.submit(compare_tensors, donor, fates, model), pool.submit(compare_logits, donor, plan, fates, model, twin)
         notes = {"donor": donor.name, "seq_len": settings.seq_len}

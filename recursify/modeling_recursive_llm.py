@@ -626,7 +626,8 @@ class RecursiveModelMixin(PreTrainedModel):
 
 def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The states that the head is to read, as transformers' models take `logits_to_keep`: the last so many, 0 for all; or those at given
-    positions `[n]`, at given positions of each row `[B, n]`, or where a mask `[B, T]` is True."""
+    positions `[n]`, at given positions of each row `[B, n]`, or where a mask `[B, T]` is True. Transformers before 5.23 has no
+    function for it, and the benchmarks are to run there."""
     if isinstance(logits_to_keep, int):
         return states[:, slice(-logits_to_keep, None)]
     if logits_to_keep.ndim < 2:
