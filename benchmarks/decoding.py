@@ -128,7 +128,7 @@ def a_prompt(all_of_them: list[Writer], rows: int, length: int, bench: Bench) ->
     say(f"decoding: a prompt of {rows} x {length}")
     prompt = tokens(all_of_them[0].config, rows, length, bench.device)
     sides = {one.name: partial(one.model, prompt, use_cache=True, logits_to_keep=1, **one.how) for one in all_of_them}
-    times = alternate(sides, bench.pick(1, 3, 10), bench.device)
+    times = alternate(sides, bench.pick(1, 2, 10), bench.device)
     donor, *_ = all_of_them
     found = []
     for one in all_of_them:
@@ -160,7 +160,7 @@ def texts(name: str, donor: Any, model: Any, new: int, bench: Bench, depths: tup
     sides: dict[str, Callable[[], Any]] = {"donor": partial(write, donor, prompt, new, **how)}
     sides |= {f"H {H}": partial(write, model, prompt, new, H_cycles=H, **how) for H in depths}
     say(f"decoding: texts of {name}")
-    times = alternate(sides, bench.pick(1, 4, 7), bench.device)
+    times = alternate(sides, bench.pick(1, 3, 7), bench.device)
     layers = donor.config.num_hidden_layers
     for H in depths:
         share = ratio(times["donor"], times[f"H {H}"], by=layers / model.config.depth(H))

@@ -116,11 +116,11 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
         Point(H=1, L=1, L_layers=1, T=128, V=8_192, batch=1),
         Point(H=2, L=1, L_layers=2, T=1_024, V=16_384, batch=8),
     )
-    by_four, doubling = (1, 2, 3, 4), (1, 2, 4, 8)
+    factors: tuple[int, ...] = (1, 2, 4)
     rounds = bench.pick(1, 3, 5)
     long = replace(base, T=bench.pick(4, 4, 1) * base.T)
-    wanted = [(name, name, base, by_four) for name in ("H", "L", "L_layers", "T", "batch")]
-    wanted += [("H, last cycle scored", "H", replace(base, every_cycle=False), by_four), (f"V, at T {long.T:,}", "V", long, doubling)]
+    wanted = [(name, name, base, factors) for name in ("H", "L", "L_layers", "T", "batch")]
+    wanted += [("H, last cycle scored", "H", replace(base, every_cycle=False), factors), (f"V, at T {long.T:,}", "V", long, (*factors, 8))]
     rows = [grow(name, variable, series(of, variable, by), shape, device, rounds) for name, variable, of, by in wanted]
     fixed = ", ".join(f"{name} {value:,}" for name, value in asdict(base).items() if name != "every_cycle")
     yield Table("Growth of a training step", rows, f"Base: {fixed}. Every cycle is scored but where the row says otherwise.")

@@ -69,7 +69,9 @@ def load() -> float:
 def commit() -> dict[str, Any]:
     """`commit`, and whether the tree differed from it (`changed`); None outside a repository."""
     try:
-        return {"commit": _git("rev-parse", "HEAD"), "changed": bool(_git("status", "--porcelain", "--", "recursify", "benchmarks"))}
+        # a case writes its results before the next one looks
+        changed = _git("status", "--porcelain", "--", "recursify", "benchmarks", ":!benchmarks/results")
+        return {"commit": _git("rev-parse", "HEAD"), "changed": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "changed": None}
 

@@ -55,8 +55,8 @@ def trained(train: torch.Tensor, held: torch.Tensor, steps: int, device: torch.d
 
 
 def speculation(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, Any]]:
-    new, prompts = bench.pick(8, 96, 96), held[::7][: bench.pick(2, 6, 6), :PROMPT]
-    for rows, sample in ((1, False), (1, True), (6, False)):
+    new, prompts = bench.pick(8, 64, 64), held[::7][: bench.pick(2, 4, 4), :PROMPT]
+    for rows, sample in ((1, False), (1, True), (4, False)):
         batches = prompts.split(min(rows, len(prompts)))
         choice = {"do_sample": True, "temperature": 0.7, "top_k": 0} if sample else {}
         for k in range(2):
@@ -143,7 +143,7 @@ def agreement(bench: Bench) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = _rough(bench.device, dtype)
-        prompts, new = tokens(model.config, bench.pick(4, 16, 16), 24, bench.device), bench.pick(4, 48, 48)
+        prompts, new = tokens(model.config, bench.pick(4, 8, 16), 24, bench.device), bench.pick(4, 32, 48)
         plain = write(model, prompts, new).sequences[:, 24:]
         others = {
             "uncached": write(model, prompts, new, use_cache=False).sequences[:, 24:],

@@ -24,7 +24,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     batch, config = bench.pick(Batch(2, 32), Batch(1, 128), Batch(8, 1024)), recursive_config(bench.pick(TOY, HALF_B, HALF_B).config())
     say("supervision: both ways")
     sides = {way.name: training_step(way, batch, bench) for way in (CYCLE, LAST)}
-    times = alternate(sides, bench.pick(1, 3, 8), bench.device)
+    times = alternate(sides, bench.pick(1, 2, 8), bench.device)
     donor = bench.pick(TOY, HALF_B, HALF_B).config()
     passes = applications(config, CYCLE, donor.num_hidden_layers) / applications(config, LAST, donor.num_hidden_layers)
     work = flops(config, CYCLE, batch) / flops(config, LAST, batch)

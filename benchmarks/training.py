@@ -46,16 +46,17 @@ class Way:
 
 MAIN = Way("last cycle scored", paired=True)
 LAST = Way("last cycle scored, --backprop last", flags={"backprop": "last"})
-CYCLE = Way("every cycle scored, --backprop cycle", flags={**EVERY, "backprop": "cycle"}, paired=True)
+CYCLE = Way("every cycle scored, --backprop cycle", flags={**EVERY, "backprop": "cycle"})
 FULL = Way("every cycle scored", flags=EVERY)
-CHECKPOINTED = Way("--gradient_checkpointing", flags={"gradient_checkpointing": True})
-WAYS = (MAIN, LAST, CYCLE, Way("keep_donor, L 1, every cycle scored", {"keep_donor": True, "L_cycles": 1}, EVERY))
+CHECKPOINTED = Way("every cycle scored, --gradient_checkpointing", flags={**EVERY, "gradient_checkpointing": True})
+WAYS = (MAIN, CYCLE, Way("keep_donor, L 1, every cycle scored", {"keep_donor": True, "L_cycles": 1}, EVERY))
 # A step of a real shape takes a CPU long: there the small model that ships has these.
 MORE_WAYS = (
+    LAST,
     FULL,
+    CHECKPOINTED,
     Way("H 1", {"H_cycles": 1}),
     Way("L 1", {"L_cycles": 1}),
-    CHECKPOINTED,
     Way("eager attention", kernel="eager"),
     Way("last cycle scored, --compile", flags={"compile": True}),
 )
@@ -146,15 +147,17 @@ def time_way(way: Way, shape: Shape, batch: Batch, bench: Bench, donor: Donor | 
     return row
 
 
+SMALL_BATCH = Batch(4, 128)  # of the model that ships
+
+
 def times(bench: Bench) -> list[dict[str, Any]]:
     real = bench.pick(TOY, HALF_B, HALF_B), bench.pick(Batch(2, 32), Batch(1, 128), Batch(8, 1024))
     steps = bench.pick((2, 2), (3, 2), (6, 4))  # of ways that are paired more than once, and of others; the first step is not counted
     if bench.on_gpu:
         return in_turn(*real, WAYS + MORE_WAYS, bench, steps)
     more = MORE_WAYS[: bench.pick(2, None, None)]
-    return in_turn(*real, WAYS, bench, steps) + in_turn(
-        shipped_shape(), Batch(8, 128), (MAIN, *more), bench, bench.pick((2, 2), (6, 6), None)
-    )
+    small = in_turn(shipped_shape(), SMALL_BATCH, (MAIN, *more), bench, bench.pick((2, 2), (7, 7), None))
+    return in_turn(*real, WAYS, bench, steps) + small
 
 
 def in_turn(shape: Shape, batch: Batch, ways: Sequence[Way], bench: Bench, steps: tuple[int, int]) -> list[dict[str, Any]]:
@@ -221,18 +224,23 @@ def weigh_step(way: Way, shape: Shape, batch: Batch, device: torch.device) -> di
 
 def memories(bench: Bench) -> list[dict[str, Any]]:
     shape, batch = bench.pick(TOY, HALF_B, HALF_B), bench.pick(Batch(2, 32), Batch(1, 256), Batch(8, 1024))
-    ways = (LAST, CYCLE, FULL, Way("every cycle scored, --gradient_checkpointing", flags={**EVERY, "gradient_checkpointing": True}))
+    ways = LAST, CYCLE, FULL, CHECKPOINTED
+    if bench.on_gpu:
+        return weigh_all(ways, shape, batch, bench)
+    return weigh_all(ways[:2], shape, batch, bench) + weigh_all(ways, shipped_shape(), SMALL_BATCH, bench)
+
+
+def weigh_all(ways: Sequence[Way], shape: Shape, batch: Batch, bench: Bench) -> list[dict[str, Any]]:
+    # a GPU's allocator counts what lives, a process all that it ever held
+    weigh = weigh_step if bench.on_gpu else partial(alone, weigh_step)
     rows: list[dict[str, Any]] = []
     for way in ways:
-        say(f"training: memory, {batch}, {way.name}")
-        # a GPU's allocator counts what lives, a process all that it ever held
-        weigh = weigh_step if bench.on_gpu else partial(alone, weigh_step)
+        say(f"training: memory, {shape.name}, {batch}, {way.name}")
         found = weigh(way, shape, batch, bench.device)
-        basis = rows[0] if rows else found
-        limit = "weights, gradients and optimizer states" if found["step adds, GB"] < found["before, GB"] else "activations"
-        rows.append(
-            {"batch": str(batch), "way": way.name, **found, "peak / the first": found["peak, GB"] / basis["peak, GB"], "limit": limit}
-        )
+        row = {"model": shape.name, "batch": str(batch), "way": way.name, **found}
+        row["peak / its first"] = found["peak, GB"] / (rows[0] if rows else found)["peak, GB"]
+        row["limit"] = "weights, gradients and optimizer states" if found["step adds, GB"] < found["before, GB"] else "activations"
+        rows.append(row)
     return rows
 
 
@@ -250,12 +258,11 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     rows = times(bench)
     yield Table("Time of a step over the donor's", rows)
     for row, way in zip(rows, WAYS, strict=False):  # those of the real shape, which come first
-        if way is not LAST:
-            counting = "FLOPs" if "enable_deep_supervision" in way.flags else "applications"
-            yield Check(f"{way.name}: time / {counting}", row[f"time / {counting}"]["median"], most=WORK_BOUND)
+        counting = "FLOPs" if "enable_deep_supervision" in way.flags else "applications"
+        yield Check(f"{way.name}: time / {counting}", row[f"time / {counting}"]["median"], most=WORK_BOUND)
     found = memories(bench)
     yield Table("Memory of a step", found)
-    yield Check("supervision of every cycle over none: peak memory", found[1]["peak / the first"], most=SUPERVISION_BOUND)
+    yield Check("supervision of every cycle over none: peak memory", found[1]["peak / its first"], most=SUPERVISION_BOUND)
     if bench.on_gpu:
         yield from _guides(guides_rows(bench))
 
