@@ -113,7 +113,7 @@ def weigh(donor: Donor, flags: dict[str, Any], target: Path) -> tuple[int, int]:
     return peak_memory(device) - before, target.stat().st_size
 
 
-def in_turn(donor: Donor, flags: dict[str, Any], rounds: int, warm: int) -> dict[str, list[float]]:
+def in_turn(donor: Donor, flags: dict[str, Any], rounds: int, warm: bool) -> dict[str, list[float]]:
     """Seconds of both sides, for each round of four: ours, copy, copy, ours; of the one round of a large donor the first two. Each writes
     a new file, and both go after a pair: whoever writes next finds their pages at hand, and the system must find others for whoever
     comes second."""
@@ -135,10 +135,10 @@ def in_turn(donor: Donor, flags: dict[str, Any], rounds: int, warm: int) -> dict
     return times
 
 
-def compare(donor: Donor, flags: dict[str, Any], rounds: int) -> dict[str, Any]:
+def compare(donor: Donor, flags: dict[str, Any], rounds: int, warm: bool) -> dict[str, Any]:
     """One row: time over the copy's, and memory over bytes written."""
     layers, target = planned(donor.shape, flags), donor.folder / "out.pt"
-    times = in_turn(donor, flags, rounds, warm=rounds > 1)
+    times = in_turn(donor, flags, rounds, warm)
     above, written = alone(weigh, donor, flags, target)
     took = ratio(times["convert"], times["copy"])
     return {
@@ -170,7 +170,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     """
     small, large = (TOY, TOY) if bench.size == "quick" else (HALF_B, SEVEN_B)
     rounds = bench.pick(1, 2, 3)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shape, plans in (
         (small, [{"L_layers": min(4, small.layers)}, {"keep_donor": True, "L_layers": min(4, small.layers - 2)}]),
         (large, [{"L_layers": min(4, large.layers - 1)}]),
@@ -181,7 +181,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
             donor = write_donor(Path(folder), shape, wanted)
             for flags in plans:
                 say(f"conversion: {shape.name} {flags}")
-                rows.append(compare(donor, flags, rounds if shape is small else 1))
+                rows.append(compare(donor, flags, rounds if shape is small else 1, warm=not rows))
     yield Table("Conversion over a plain copy", rows)
     for row in rows:
         name = f"{row['donor']}, {row['plan']}"

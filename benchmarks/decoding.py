@@ -92,7 +92,7 @@ def one_token(all_of_them: list[Writer], rows: int, context: int, bench: Bench) 
     for one in all_of_them:
         sides[one.name] = partial(one.model, token, past_key_values=one.cache(rows, context), use_cache=True, **one.how)
     sides["attention"] = _attention(all_of_them[0], rows, context)
-    times = alternate(sides, bench.pick(1, 4, 20), bench.device)
+    times = alternate(sides, bench.pick(1, 3, 20), bench.device)
     donor, *_ = all_of_them
     attention = statistics.median(times["attention"])
     found = []
@@ -209,7 +209,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     prompts = bench.pick([(1, 16)], [(1, 128)], [(1, 128), (1, 8192), (8, 1024)])
     yield Table("A prompt", [row for batch, length in prompts for row in a_prompt(all_of_them, batch, length, bench)])
     donor, keep = all_of_them[0].model, all_of_them[-1].model
-    found = texts("random, Qwen2-0.5B", donor, keep, bench.pick(4, 10, 64), bench)
+    found = texts("random, Qwen2-0.5B", donor, keep, bench.pick(4, 8, 64), bench)
     if bench.on_gpu:
         found += texts("random, Qwen2-0.5B, static cache, compiled", donor, keep, 64, bench, depths=(3,), cache_implementation="static")
     del all_of_them, donor, keep

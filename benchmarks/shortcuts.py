@@ -43,7 +43,7 @@ def trained(train: torch.Tensor, held: torch.Tensor, steps: int, device: torch.d
     """The shipped donor, made recursive and fine-tuned for some steps, its halting head as well."""
     model: Any = convert(SHIPPED, keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1)
     settings = TrainSettings(
-        checkpoint="", seq_len=WINDOW, batch_size=8, max_steps=steps, lr=3e-4, gain_lr=3e-3, warmup_steps=steps // 8, start_gain=0.1,
+        checkpoint="", seq_len=WINDOW, batch_size=4, max_steps=steps, lr=3e-4, gain_lr=3e-3, warmup_steps=steps // 8, start_gain=0.1,
         enable_deep_supervision=True, halting_weight=0.1, generate_every=0, save_every=0, log_every=10**6, device=device.type,
     )  # fmt: skip
     rows, few = ([{"input_ids": row} for row in windows.tolist()] for windows in (train, held[:16]))
@@ -56,10 +56,10 @@ def trained(train: torch.Tensor, held: torch.Tensor, steps: int, device: torch.d
 
 def speculation(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, Any]]:
     new, prompts = bench.pick(8, 64, 64), held[::7][: bench.pick(2, 4, 4), :PROMPT]
-    for rows, sample in ((1, False), (1, True), (4, False)):
+    for rows, sample, depths in ((1, False, (0, 1)), (1, True, (0,)), (2, False, (1,))):
         batches = prompts.split(min(rows, len(prompts)))
         choice = {"do_sample": True, "temperature": 0.7, "top_k": 0} if sample else {}
-        for k in range(2):
+        for k in depths:
             say(f"shortcuts: self-speculation, {rows} rows, {'sampled' if sample else 'greedy'}, {k} cycles")
             yield _speculate(model, batches, new, k, choice, bench)
 
@@ -100,14 +100,14 @@ def halting(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, 
     windows = held[: bench.pick(4, 64, 64)]
     first, second = windows[::2], windows[1::2]
     full = measure_halting(model, second, "q_head")
-    new = bench.pick(4, 64, 64)
+    new = bench.pick(4, 48, 48)
     for criterion in HALT_CRITERIA:
         say(f"shortcuts: halting by {criterion}")
         threshold = affordable(model, first, criterion, full_points=bench.size != "quick")
         found = asdict(measure_halting(model, second, criterion, threshold))
         plain: list[float] = []
         halted: list[float] = []
-        for start in range(min(len(second), bench.pick(1, 5, 5))):
+        for start in range(min(len(second), bench.pick(1, 4, 5))):
             prompt = second[start : start + 1, :PROMPT]
             sides = {"plain": partial(write, model, prompt, new)}
             sides["halted"] = partial(write, model, prompt, new, halt=criterion, halt_threshold=threshold)
