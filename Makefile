@@ -19,7 +19,7 @@ lint: .venv/.installed-test
 	$(BIN)/mypy --explicit-package-bases benchmarks
 	$(BIN)/mlinter --no-progress recursify/modeling_recursive_llm.py recursify/configuration_recursive_llm.py
 
-# On a CPU: all cores, a quarter to a third of an hour on two. On a GPU: whatever python has torch, transformers and accelerate; nothing is installed.
+# On a CPU: all cores, under 15 minutes on two. On a GPU: whatever python has torch, transformers and accelerate; nothing is installed.
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks
 

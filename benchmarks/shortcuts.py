@@ -97,7 +97,7 @@ def _speculate(model: Any, batches: Any, new: int, k: int, choice: dict[str, Any
 
 
 def halting(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, Any]]:
-    windows = held[: bench.pick(4, 64, 64)]
+    windows = held[: bench.pick(4, 48, 64)]
     first, second = windows[::2], windows[1::2]
     full = measure_halting(model, second, "q_head")
     new = bench.pick(4, 48, 48)
@@ -126,7 +126,7 @@ def halting(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, 
 
 def affordable(model: Any, blocks: torch.Tensor, criterion: str, full_points: bool) -> float:
     """The threshold that saves most at no more than HALTING_NATS, of a range of them."""
-    points = [i / 10 for i in range(11)] if criterion == "q_head" else [0.0, *(10.0**i for i in range(-5, 2)), float("inf")]
+    points = [i / 10 for i in range(11)] if criterion == "q_head" else [0.0, *(10.0**i for i in range(-4, 2)), float("inf")]
     points = points if full_points else [points[0], points[-1]]
     full = measure_halting(model, blocks, criterion)
     found = [measure_halting(model, blocks, criterion, threshold) for threshold in points]
