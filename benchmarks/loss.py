@@ -229,7 +229,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
 
     weighed, timed, rounds = bench.pick(
         ({"float32": 512, "bfloat16": 512}, {"float32": 64, "bfloat16": 64}, 1),
-        ({"float32": 1_792}, {"float32": 512, "bfloat16": 512}, 2),
+        ({"float32": 1_792}, {"float32": 512, "bfloat16": 512}, 3),
         ({"bfloat16": 8_192}, {"bfloat16": 8_192}, 10),
     )
     head = f"D {shape.hidden}, V {vocabulary:,}"

@@ -33,7 +33,6 @@ class Way:
     """A way to train: a shape of the loop, and flags of `train`.
 
     Args:
-        paired: Whether more than one pair is worth the time, on a real shape.
         kernel: The attention kernel; transformers' choice where None.
     """
 
@@ -41,10 +40,9 @@ class Way:
     loop: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     kernel: str | None = None
-    paired: bool = False
 
 
-MAIN = Way("last cycle scored", paired=True)
+MAIN = Way("last cycle scored")
 LAST = Way("last cycle scored, --backprop last", flags={"backprop": "last"})
 CYCLE = Way("every cycle scored, --backprop cycle", flags={**EVERY, "backprop": "cycle"})
 FULL = Way("every cycle scored", flags=EVERY)
@@ -154,19 +152,19 @@ SMALL_BATCH = Batch(4, 128)  # of the model that ships
 
 def times(bench: Bench) -> list[dict[str, Any]]:
     real = bench.pick(TOY, HALF_B, HALF_B), bench.pick(Batch(2, 32), Batch(1, 128), Batch(8, 1024))
-    steps = bench.pick((2, 2), (3, 2), (6, 4))  # of ways that are paired more than once, and of others; the first step is not counted
+    steps = bench.pick(2, 3, 5)  # the first is not counted
     if bench.on_gpu:
         return in_turn(*real, WAYS + MORE_WAYS, bench, steps)
     more = MORE_WAYS[: bench.pick(2, None, None)]
-    small = in_turn(shipped_shape(), SMALL_BATCH, (MAIN, *more), bench, bench.pick((2, 2), (7, 7), None))
+    small = in_turn(shipped_shape(), SMALL_BATCH, (MAIN, *more), bench, bench.pick(2, 7, None))
     return in_turn(*real, WAYS, bench, steps) + small
 
 
-def in_turn(shape: Shape, batch: Batch, ways: Sequence[Way], bench: Bench, steps: tuple[int, int]) -> list[dict[str, Any]]:
+def in_turn(shape: Shape, batch: Batch, ways: Sequence[Way], bench: Bench, steps: int) -> list[dict[str, Any]]:
     """A row for each way, all beside one donor."""
     rows = batch.blocks(shape.vocabulary, batch.rows * 8)
     with donor_trainer(shape, rows, batch.rows, bench.device, bf16=bench.on_gpu) as trainer:
-        return [time_way(way, shape, batch, bench, trainer, steps[not way.paired]) for way in ways]
+        return [time_way(way, shape, batch, bench, trainer, steps) for way in ways]
 
 
 def _compiled(way: Way) -> Way:
