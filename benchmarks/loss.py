@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recursify.objective import CHUNK_ELEMENTS, next_token_losses
+from recursify.objective import CHUNK_ELEMENTS, next_token_loss
 from recursify.training.trainer import peak_memory
 
 from .case import Bench, Check, Table, case
@@ -85,7 +85,7 @@ class Inputs:
 
 
 def _ours(on: Inputs) -> Tensor:
-    return next_token_losses([on.state], on.labels, on.head)[0]
+    return next_token_loss([on.state], on.labels, on.head, [1.0])[0]
 
 
 def _plain(on: Inputs) -> Tensor:

@@ -223,11 +223,11 @@ def weigh_step(way: Way, shape: Shape, batch: Batch, device: torch.device) -> di
 
 
 def memories(bench: Bench) -> list[dict[str, Any]]:
-    shape, batch = bench.pick(TOY, HALF_B, HALF_B), bench.pick(Batch(2, 32), Batch(1, 128), Batch(8, 1024))
+    shape, batch = bench.pick(TOY, HALF_B, HALF_B), bench.pick(Batch(2, 32), Batch(1, 256), Batch(8, 1024))
     ways = LAST, CYCLE, FULL, CHECKPOINTED
     if bench.on_gpu:
         return weigh_all(ways, shape, batch, bench)
-    return weigh_all(ways[:2], shape, batch, bench) + weigh_all(ways, shipped_shape(), SMALL_BATCH, bench)
+    return weigh_all(ways[:3], shape, batch, bench) + weigh_all(ways, shipped_shape(), SMALL_BATCH, bench)
 
 
 def weigh_all(ways: Sequence[Way], shape: Shape, batch: Batch, bench: Bench) -> list[dict[str, Any]]:

@@ -285,6 +285,7 @@ def memory_by_part(
     gradient_checkpointing: bool = False,
     trained: Collection[str] | None = None,
     reads_logits: bool = True,
+    by_token: bool = False,
     optimizer: str = "adamw",
     ema: bool = False,
     bf16: bool = True,
@@ -298,6 +299,7 @@ def memory_by_part(
 
     Args:
         tokens: In one micro-batch of one device.
+        by_token: Whether the loss has terms beside the next-token loss.
         The others are those of `step_flops`, and of `RunSettings`.
     """
     shape = shape_of(config)
@@ -316,16 +318,16 @@ def memory_by_part(
         "autocast": 2 * matrices if bf16 else 0,
         "exchange": _exchange(shape, trained, spread, supervised),
         "activations": tokens * _activations(config, shape, waiting, bf16, gradient_checkpointing),
-        "logits": _logit_bytes(tokens * shape.vocabulary, waiting["lm_head"]) if reads_logits else 0,
+        "logits": _logit_bytes(tokens * shape.vocabulary, waiting["lm_head"], by_token) if reads_logits else 0,
         "teacher": 0 if teacher_config is None else (2 if bf16 else 4) * sum(parameters_by_part(teacher_config).values()),
     }
     return {name: float(count) for name, count in kinds.items() if count}
 
 
-def _logit_bytes(elements: int, readouts: int) -> int:
-    """Of a chunk at a time; where one chunk is enough it is kept, and so are those of the other readouts."""
-    if elements > CHUNK_ELEMENTS:
-        return _LOGIT_BYTES * CHUNK_ELEMENTS
+def _logit_bytes(elements: int, readouts: int, by_token: bool) -> int:
+    """Of a chunk at a time. Where one chunk is enough (for all readouts together, if the loss has no terms by token) all are kept."""
+    if elements * (1 if by_token else readouts) > CHUNK_ELEMENTS:
+        return _LOGIT_BYTES * min(elements, CHUNK_ELEMENTS)
     return (_LOGIT_BYTES + _KEPT_LOGIT_BYTES * (readouts - 1)) * elements
 
 
@@ -433,6 +435,7 @@ def estimate(
         gradient_checkpointing=settings.gradient_checkpointing,
         trained=trained,
         reads_logits=settings.approach != "embedding",
+        by_token=_by_token(settings, teacher_config),
         optimizer=settings.optimizer,
         ema=settings.ema_decay > 0,
         bf16=bf16,
@@ -451,12 +454,21 @@ def estimate(
     )
 
 
+def _references(settings: Any, teacher_config: PreTrainedConfig | None) -> int:
+    """Predictions that each cycle is compared with."""
+    return (teacher_config is not None) + (settings.self_distill_weight > 0)
+
+
+def _by_token(settings: Any, teacher_config: PreTrainedConfig | None) -> bool:
+    """Whether the loss has terms beside the next-token loss."""
+    return bool(_references(settings, teacher_config) or settings.monotone_weight or settings.halting_weight)
+
+
 def pass_flops(
     config: PreTrainedConfig, settings: Any, tokens: int, H_cycles: int, teacher_config: PreTrainedConfig | None = None
 ) -> float:
     """`step_flops` of one micro-batch of a run of these settings, at the depth that was drawn for it."""
-    references = (teacher_config is not None) + (settings.self_distill_weight > 0)
-    by_token = bool(references or settings.monotone_weight or settings.halting_weight)
+    by_token, references = _by_token(settings, teacher_config), _references(settings, teacher_config)
     return step_flops(
         config,
         tokens,

@@ -4,8 +4,8 @@ Nothing here knows the model, the optimizer or the data loader. A loss takes the
 brought and the head that reads states, and gives back numbers; so each one can be checked on five tokens.
 
     cycle_shares             how much each cycle's loss counts, for the four schedules
-    next_token_losses        one loss per cycle, never holding the logits of more than a chunk of tokens
-    next_embedding_losses    the same for a model without a head, which predicts the next token's embedding
+    next_token_loss          of the cycles by their shares, never holding the logits of more than a chunk of tokens
+    next_embedding_loss      the same for a model without a head, which predicts the next token's embedding
     losses_and_divergences   the loss of every token, and how far its prediction is from that of a teacher (distillation)
     worsening                what a cycle makes worse than the cycle before it (monotone term)
     halting_loss             how well `q_head` says which cycles later ones do not improve on
@@ -111,20 +111,43 @@ def counted(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORED).sum()
 
 
-def next_token_losses(
-    states: Sequence[Tensor], labels: Tensor, head: nn.Module, num_items: Tensor | float | None = None, chunk: int | None = None
-) -> Tensor:
-    """The next-token loss of every cycle, `[H]` in float32.
+def next_token_loss(
+    states: Sequence[Tensor],
+    labels: Tensor,
+    head: Any,
+    shares: Sequence[float],
+    num_items: Tensor | float | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum over cycles of share * next-token loss; and, without gradients, the loss of every cycle, `[H]`. In float32.
+
+    All cycles at once and with their shares, so that what they do to the head is one matrix of its size and not one for each.
 
     Args:
         states: What the head reads, one `[B, T, D]` per cycle.
         labels: `[B, T]` token ids, unshifted.
         head: State to logits; called under autocast where that is on.
+        shares: How much the loss of each cycle counts.
         num_items: Counted tokens to divide by; those of this batch where None. Accumulated micro-batches divide by the count of all
             of them: then their losses and gradients add up to those of the one large batch, however the tokens are spread.
         chunk: Tokens whose logits exist at a time, forward and backward; None picks as many as CHUNK_ELEMENTS allows.
     """
-    return _per_item(torch.stack([_summed_loss(state, labels, head, chunk) for state in states]), labels, num_items)
+    size, low = _chunk(head.out_features, chunk), _autocast(labels.device.type)
+    if _finds_gradients(states, head, size, low):
+        rows, targets = [_positions(state, labels)[0] for state in states], labels[:, 1:].flatten()
+        total, sums = _ChunkedLoss.apply(head.weight, targets, shares, size, low, *rows)
+    else:
+        total, sums = _weighted([token_losses(state, labels, head, chunk).sum() for state in states], shares)
+    return _per_item(total, labels, num_items), _per_item(sums, labels, num_items)
+
+
+def _weighted(sums: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """What is minimised, and without gradients what there is to say of it."""
+    return _sum(shares, sums), torch.stack([each.detach() for each in sums])
+
+
+def _sum(shares: Sequence[float], sums: Sequence[Tensor]) -> Tensor:
+    return torch.stack([share * each for share, each in zip(shares, sums, strict=True)]).sum()
 
 
 @dataclass(frozen=True)
@@ -157,7 +180,7 @@ def losses_and_divergences(
     1503.02531). Forward KL did best of the divergences in Relaxed Recursive Transformers (arXiv 2410.20672).
 
     Args:
-        chunk: As in `next_token_losses`; the logits of the references are held one more time each.
+        chunk: As in `next_token_loss`; the logits of the references are held one more time each.
     """
     x, targets = _positions(state, labels)
     size = _chunk(head.out_features * (1 + len(references)), chunk)
@@ -203,11 +226,12 @@ def halting_loss(
     return _per_item(total / max(1, len(halt_logits) - 1), labels, num_items)
 
 
-def next_embedding_losses(
-    states: Sequence[Tensor], labels: Tensor, embeddings: nn.Embedding, num_items: Tensor | float | None = None
-) -> Tensor:
-    """The next-embedding loss of every cycle, `[H]` in float32; arguments as `next_token_losses`."""
-    return _per_item(torch.stack([embedding_losses(state, labels, embeddings).sum() for state in states]), labels, num_items)
+def next_embedding_loss(
+    states: Sequence[Tensor], labels: Tensor, embeddings: nn.Embedding, shares: Sequence[float], num_items: Tensor | float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum over cycles of share * next-embedding loss, and the loss of every cycle; in all as `next_token_loss`."""
+    total, sums = _weighted([embedding_losses(state, labels, embeddings).sum() for state in states], shares)
+    return _per_item(total, labels, num_items), _per_item(sums, labels, num_items)
 
 
 def embedding_losses(state: Tensor, labels: Tensor, embeddings: nn.Embedding) -> Tensor:
@@ -257,14 +281,15 @@ def _chunk(vocabulary: int, chunk: int | None) -> int:
     return chunk
 
 
-def _summed_loss(state: Tensor, labels: Tensor, head: Any, chunk: int | None) -> Tensor:
-    x, targets = _positions(state, labels)
-    chunk = _chunk(head.out_features, chunk)
-    kind = x.device.type
-    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if len(x) > chunk and torch.is_grad_enabled() and _is_plain(head) and x.dtype in (torch.float32, low):
-        return _ChunkedLoss.apply(x, head.weight, targets, chunk, low)
-    return token_losses(state, labels, head, chunk).sum()
+def _autocast(device: str) -> torch.dtype | None:
+    """The type of matrix products under autocast, where that is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _finds_gradients(states: Sequence[Tensor], head: Any, chunk: int, low: torch.dtype | None) -> bool:
+    """Whether there is something to gain from it, more than a chunk of logits, and the head is one that we know how to."""
+    count = sum(state.shape[0] * (state.shape[1] - 1) for state in states)
+    return count > chunk and torch.is_grad_enabled() and _is_plain(head) and all(x.dtype in (torch.float32, low) for x in states)
 
 
 def _is_plain(head: Any) -> bool:
@@ -280,48 +305,54 @@ def _is_plain(head: Any) -> bool:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The summed loss of N positions, its gradients found on the way forward, a chunk of logits at a time.
+    """The summed loss of N positions at H cycles, its gradients found on the way forward, a chunk of logits at a time.
 
-    A quarter fewer matrix products than computing the logits again on the way back. torch's own `linear_cross_entropy` does the same, but
-    on the way back makes zeros as large as the weight for outputs that nobody uses (torch 2.13), and sums bfloat16 in bfloat16.
+    A quarter fewer matrix products than computing the logits again on the way back, and one gradient of the head for all cycles: that
+    is why the shares are known here. torch's own `linear_cross_entropy` does the former, but on the way back makes zeros as large as the
+    weight for outputs that nobody uses (torch 2.13), and sums bfloat16 in bfloat16.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, low: torch.dtype | None) -> Tensor:
-        """`x` `[N, D]`, `weight` `[V, D]`, `targets` `[N]`; `low` is the type of matrix products under autocast. Sums are float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            own, matrix = x.to(low or x.dtype), weight.to(low or weight.dtype)
-            count = min(chunk, len(x))
-            room = x.new_empty(count, len(weight), dtype=torch.float32)  # the only matrices of their size, for all chunks
-            products = room if low is None else x.new_empty(count, len(weight), dtype=low)
-            ctx.of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-            ctx.of_weight = None
-            total = torch.zeros((), device=x.device)
-            for start in range(0, len(x), chunk):
-                piece, target = own[start : start + chunk], targets[start : start + chunk]
-                logits = torch.mm(piece, matrix.T, out=products[: len(piece)])
-                total += _loss_and_gradient(logits, target, room[: len(piece)])
-                if ctx.of_x is not None:
-                    ctx.of_x[start : start + chunk] = logits @ matrix
-                if not ctx.needs_input_grad[1]:
-                    continue
-                if ctx.of_weight is None:  # no zeros that are only added to: the matrix is larger than any other
-                    ctx.of_weight = (logits.T @ piece).to(weight.dtype)
-                elif low is None:
-                    ctx.of_weight.addmm_(logits.T, piece)
-                else:
-                    ctx.of_weight += logits.T @ piece
-        return total
+    def forward(
+        ctx: Any, weight: Tensor, targets: Tensor, shares: Sequence[float], chunk: int, low: torch.dtype | None, *states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`weight` `[V, D]`, `targets` `[N]`, each of the states `[N, D]`; `low` is the type of matrix products under autocast. Sums are
+        float32. Gives the sum of share * loss, and the losses `[H]`, which have no gradient."""
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix, count = weight.to(low or weight.dtype), min(chunk, len(targets))
+            room = weight.new_empty(count, len(weight))  # the only matrices of their size, for all chunks
+            products = room if low is None else room.new_empty(room.shape, dtype=low)
+            ctx.of_weight, sums = None, weight.new_zeros(len(states))
+            ctx.of_states = [torch.empty_like(x) if need else None for x, need in zip(states, ctx.needs_input_grad[5:], strict=True)]
+            for cycle, (x, share, of_x) in enumerate(zip(states, shares, ctx.of_states, strict=True)):
+                for start in range(0, len(x), chunk):
+                    piece, target = x[start : start + chunk].to(matrix.dtype), targets[start : start + chunk]
+                    logits = torch.mm(piece, matrix.T, out=products[: len(piece)])
+                    sums[cycle] += _loss_and_gradient(logits, target, share, room[: len(piece)])
+                    if of_x is not None:
+                        of_x[start : start + chunk] = logits @ matrix
+                    if ctx.needs_input_grad[0]:
+                        ctx.of_weight = _added(ctx.of_weight, logits, piece, weight.dtype)
+        ctx.mark_non_differentiable(sums)
+        return _sum(shares, sums.unbind()), sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        gradients, ctx.of_x, ctx.of_weight = (ctx.of_x, ctx.of_weight), None, None
-        return *(None if g is None else g.mul_(scale) for g in gradients), None, None, None
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> Any:
+        gradients, ctx.of_weight, ctx.of_states = (ctx.of_weight, ctx.of_states), None, None
+        of_weight, *of_states = (None if g is None else g.mul_(scale) for g in (gradients[0], *gradients[1]))
+        return of_weight, None, None, None, None, *of_states
 
 
-def _loss_and_gradient(products: Tensor, targets: Tensor, room: Tensor) -> Tensor:
-    """The summed loss of `[n, V]` logits, in whose place their gradient is left.
+def _added(so_far: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum so far, in its place, plus left' right, which is in `dtype`. No zeros that are only added to: there is no larger matrix."""
+    if so_far is None:
+        return (left.T @ right).to(dtype)
+    return so_far.addmm_(left.T, right) if left.dtype == dtype else so_far.add_(left.T @ right)
+
+
+def _loss_and_gradient(products: Tensor, targets: Tensor, share: float, room: Tensor) -> Tensor:
+    """The summed loss of `[n, V]` logits, in whose place the gradient of share * loss is left.
 
     Args:
         room: `[n, V]` in float32, to work in: the logits' own memory where they are float32.
@@ -332,8 +363,9 @@ def _loss_and_gradient(products: Tensor, targets: Tensor, room: Tensor) -> Tenso
     found = logits.gather(1, right)
     norms = logits.exp_().sum(dim=-1, keepdim=True)
     loss = ((norms.log() - found) * counts).sum()
-    logits *= counts / norms  # the gradient: probabilities, less 1 at the right token
-    logits.scatter_add_(1, right, -counts.to(logits.dtype))
+    weights = share * counts.to(logits.dtype)
+    logits *= weights / norms  # the gradient: probabilities, less 1 at the right token
+    logits.scatter_add_(1, right, -weights)
     if logits is not products:
         products.copy_(logits)
     return loss

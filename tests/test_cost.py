@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from recursify import cost
 from recursify.configuration_recursive_llm import from_donor
 from recursify.modeling_recursive_llm import FAMILIES as CLASSES
-from recursify.objective import CHUNK_ELEMENTS, Reference, losses_and_divergences, next_token_losses
+from recursify.objective import CHUNK_ELEMENTS, Reference, losses_and_divergences, next_token_loss
 from recursify.training.depth import DepthSchedule
 
 B, T = 2, 48
@@ -129,7 +129,7 @@ def test_it_is_palms_formula() -> None:
 
 def test_chunked_logits_are_computed_twice() -> None:
     config = config_of()
-    once = flops_of(lambda: learn(build(config), 2, loss=lambda *a: next_token_losses(*a, num_items=1, chunk=B * T).sum()))
+    once = flops_of(lambda: learn(build(config), 2, loss=lambda *a: next_token_loss(*a, [1.0] * 2, num_items=1, chunk=2 * B * T)[0]))
     twice = flops_of(
         lambda: learn(
             build(config),
@@ -230,6 +230,9 @@ def test_memory_by_part() -> None:
     assert memory()["logits"] == 16 * B * T * config.vocab_size
     assert memory(supervised=2)["logits"] == 24 * B * T * config.vocab_size  # a single chunk is kept, the first readout's beside the last
     assert memory(supervised=2, backprop="cycle")["logits"] == memory()["logits"]
+    most = CHUNK_ELEMENTS // config.vocab_size
+    one, other = (cost.memory_by_part(config, most, supervised=2, by_token=by_token)["logits"] for by_token in (False, True))
+    assert one * 24 == other * 16  # one readout is a chunk: two together are more, and are computed in chunks, but not token by token
     assert cost.memory_by_part(config, 10**6, supervised=2)["logits"] == 16 * CHUNK_ELEMENTS
     assert "logits" not in memory(reads_logits=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -24,13 +25,14 @@ from recursify.objective import (
     halting_loss,
     losses_and_divergences,
     nearest_is_next,
-    next_embedding_losses,
-    next_token_losses,
+    next_embedding_loss,
+    next_token_loss,
     token_losses,
     worsening,
 )
 
 B, T, D, V = 3, 9, 8, 50
+SHARES = [0.25, 1.0]
 
 
 def batch(seed: int = 0, cycles: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -47,9 +49,12 @@ def plain(states: list[torch.Tensor], labels: torch.Tensor, head: nn.Module) -> 
     return torch.stack([ForCausalLMLoss(head(state), labels, V) for state in states])
 
 
-def gradients(losses: torch.Tensor, states: list[torch.Tensor], head: nn.Module) -> list[torch.Tensor]:
-    wanted = [*states, *(p for p in head.parameters() if p.requires_grad)]
-    return list(torch.autograd.grad((losses * torch.tensor([1.0, 0.25])).sum(), wanted))
+def weighted(losses: torch.Tensor) -> torch.Tensor:
+    return (losses * torch.tensor(SHARES)).sum()
+
+
+def gradients(loss: torch.Tensor, states: list[torch.Tensor], head: nn.Module) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [*states, *(p for p in head.parameters() if p.requires_grad)]))
 
 
 def test_cycle_weights_by_hand() -> None:
@@ -90,8 +95,10 @@ def test_next_token_loss_by_hand() -> None:
     # position 0 says 1/2 for the word 0, position 1 says 3/4 for the word 0, position 2 has no next word that counts, 3 has none at all
     expected = [math.log(2), math.log(4 / 3), 0.0]
     assert token_losses(state, labels, head)[0].tolist() == pytest.approx(expected)
-    assert next_token_losses([state], labels, head).tolist() == pytest.approx([sum(expected) / 2])
-    assert next_token_losses([state], labels, head, num_items=8).tolist() == pytest.approx([sum(expected) / 8])
+    for num_items, by in ((None, 2), (8, 8)):
+        total, losses = next_token_loss([state, 0 * state], labels, head, [1.0, 0.5], num_items)
+        assert losses.tolist() == pytest.approx([sum(expected) / by, 2 * math.log(2) / by])
+        assert total.item() == pytest.approx((sum(expected) + math.log(2)) / by)
     assert counted(labels) == 2
 
 
@@ -100,33 +107,47 @@ def test_next_token_loss_by_hand() -> None:
 def test_chunked_equals_plain(chunk: int, bias: bool) -> None:
     states, labels = batch()
     head = nn.Linear(D, V, bias=bias)
-    expected, found = plain(states, labels, head), next_token_losses(states, labels, head, chunk=chunk)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    for ours, theirs in zip(gradients(found, states, head), gradients(expected, states, head), strict=True):
+    expected, (total, losses) = plain(states, labels, head), next_token_loss(states, labels, head, SHARES, chunk=chunk)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total, weighted(expected), rtol=1e-6, atol=1e-6)
+    assert total.requires_grad and not losses.requires_grad
+    # what comes back to the loss, such as an accumulation's part, reaches everything
+    for ours, theirs in zip(gradients(3 * total, states, head), gradients(3 * weighted(expected), states, head), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
-        torch.testing.assert_close(next_token_losses(states, labels, head, chunk=chunk), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(next_token_loss(states, labels, head, SHARES, chunk=chunk)[0], total, rtol=1e-6, atol=1e-6)
+
+
+def test_the_head_has_one_gradient_for_all_cycles() -> None:
+    """Such a matrix may be larger than all else that a step holds."""
+    states, labels = batch(cycles=4)
+    head = nn.Linear(D, V, bias=False)
+    total, _ = next_token_loss(states, labels, head, [1.0] * 4, chunk=5)
+    like_the_head = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.shape == (V, D)]
+    assert len(like_the_head) == 2 and any(each is head.weight for each in like_the_head)
+    total.backward()
 
 
 def test_which_heads_find_their_gradients_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, own = [], objective._ChunkedLoss.apply
 
     def spy(*args: Any) -> torch.Tensor:
-        calls.append(args[-2:])
+        calls.append(args[3:5])
         return own(*args)
 
     monkeypatch.setattr(objective._ChunkedLoss, "apply", spy)
     states, labels = batch()
-    next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=5)
+    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=5)
     with torch.autocast("cpu", torch.bfloat16):
-        next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=5)
-    assert calls == [(5, None)] * 2 + [(5, torch.bfloat16)] * 2
+        next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=5)
+    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=B * T)  # of each cycle one chunk, of both together two
+    assert calls == [(5, None), (5, torch.bfloat16), (B * T, None)]
     calls.clear()
-    next_token_losses(states, labels, nn.Linear(D, V, bias=False), chunk=B * T)  # one chunk: nothing to gain
-    next_token_losses(states, labels, nn.Linear(D, V, bias=True), chunk=5)
-    next_token_losses([s.detach().bfloat16() for s in states], labels, nn.Linear(D, V, bias=False).bfloat16(), chunk=5)
+    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=2 * B * T)  # one chunk: nothing to gain
+    next_token_loss(states, labels, nn.Linear(D, V, bias=True), SHARES, chunk=5)
+    next_token_loss([s.detach().bfloat16() for s in states], labels, nn.Linear(D, V, bias=False).bfloat16(), SHARES, chunk=5)
     with torch.autocast("cpu", torch.bfloat16):
-        next_token_losses(states, labels, nn.Linear(D, V, bias=True), chunk=5)
+        next_token_loss(states, labels, nn.Linear(D, V, bias=True), SHARES, chunk=5)
     assert not calls
 
 
@@ -136,7 +157,7 @@ def test_no_more_than_a_chunk_of_logits(bias: bool, monkeypatch: pytest.MonkeyPa
     states, labels = batch()
     head, rows = nn.Linear(D, V, bias=bias), []
     head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // V))
-    next_token_losses(states, labels, head, chunk=5).sum().backward()
+    next_token_loss(states, labels, head, SHARES, chunk=5)[0].backward()
     # a hooked head is more than its weight, so it is called: twice for every chunk, once on the way back
     assert max(rows) == 5 and sum(rows) == 2 * len(states) * B * (T - 1)
 
@@ -154,12 +175,12 @@ def test_bfloat16_autocast(bias: bool) -> None:
     states, labels = batch()
     head = nn.Linear(D, V, bias=bias)
     with torch.autocast("cpu", torch.bfloat16):
-        found = next_token_losses(states, labels, head, chunk=5)
+        total, found = next_token_loss(states, labels, head, SHARES, chunk=5)
         expected = plain(states, labels, head)
-    assert found.dtype == torch.float32
+    assert total.dtype == found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found, plain(states, labels, head), rtol=2e-2, atol=2e-2)
-    for ours, theirs in zip(gradients(found, states, head), gradients(expected, states, head), strict=True):
+    for ours, theirs in zip(gradients(total, states, head), gradients(weighted(expected), states, head), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
 
@@ -168,9 +189,10 @@ def test_micro_batches_add_up() -> None:
     """However unevenly the tokens are spread over them."""
     states, labels = batch()
     head = nn.Linear(D, V, bias=False)
-    whole = next_token_losses(states, labels, head)
-    parts = [next_token_losses([s[i : i + 1] for s in states], labels[i : i + 1], head, num_items=counted(labels)) for i in range(B)]
-    total = torch.stack(parts).sum(dim=0)
+    whole, _ = next_token_loss(states, labels, head, SHARES)
+    items = counted(labels)
+    parts = [next_token_loss([s[i : i + 1] for s in states], labels[i : i + 1], head, SHARES, items)[0] for i in range(B)]
+    total = torch.stack(parts).sum()
     torch.testing.assert_close(total, whole)
     for ours, theirs in zip(gradients(total, states, head), gradients(whole, states, head), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -180,9 +202,9 @@ def test_nothing_to_count_is_no_loss() -> None:
     states, labels = batch()
     for empty in (torch.full_like(labels, -100), labels[:, :1]):
         cut = [s[:, : empty.shape[1]] for s in states]
-        losses = next_token_losses(cut, empty, nn.Linear(D, V, bias=False))
-        assert losses.tolist() == [0.0, 0.0]
-        losses.sum().backward()
+        total, losses = next_token_loss(cut, empty, nn.Linear(D, V, bias=False), SHARES)
+        assert losses.tolist() == [0.0, 0.0] and total.item() == 0.0
+        total.backward()
         assert all(s.grad is not None and torch.equal(s.grad, torch.zeros_like(s)) for s in states)
 
 
@@ -196,9 +218,9 @@ def test_a_head_under_lora() -> None:
     peft: Any = get_peft_model(Model(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     head = peft.base_model.model.lm_head
     states, labels = batch()
-    found, expected = next_token_losses(states, labels, head, chunk=5), plain(states, labels, head)
+    (total, found), expected = next_token_loss(states, labels, head, SHARES, chunk=5), plain(states, labels, head)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    for ours, theirs in zip(gradients(found, states, head), gradients(expected, states, head), strict=True):
+    for ours, theirs in zip(gradients(total, states, head), gradients(weighted(expected), states, head), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -220,9 +242,10 @@ def test_next_embedding_loss_by_hand() -> None:
     # north for north; east for west; north for north-east; no next word that counts; east for nothing, with which nothing has a cosine
     expected = [0.0, 2.0, 1 - math.sqrt(0.5), 0.0, 1.0]
     assert embedding_losses(state, labels, compass())[0].tolist() == pytest.approx(expected, abs=1e-6)
-    assert next_embedding_losses([state, state], labels, compass()).tolist() == pytest.approx([sum(expected) / 4] * 2)
-    assert next_embedding_losses([state], labels, compass(), num_items=8).tolist() == pytest.approx([sum(expected) / 8])
-    assert next_embedding_losses([state[:, :1]], labels[:, :1], compass()).tolist() == [0.0]
+    total, losses = next_embedding_loss([state, state], labels, compass(), [1.0, 0.5])
+    assert losses.tolist() == pytest.approx([sum(expected) / 4] * 2) and total.item() == pytest.approx(1.5 * sum(expected) / 4)
+    assert next_embedding_loss([state], labels, compass(), [1.0], num_items=8)[0].item() == pytest.approx(sum(expected) / 8)
+    assert next_embedding_loss([state[:, :1]], labels[:, :1], compass(), [1.0])[0].item() == 0.0
 
 
 def test_the_length_of_a_state_and_of_an_embedding_does_not_count() -> None:
@@ -237,7 +260,7 @@ def test_the_length_of_a_state_and_of_an_embedding_does_not_count() -> None:
 def test_embeddings_are_targets_and_get_no_gradient() -> None:
     states, labels = batch(cycles=1)
     embeddings = nn.Embedding(V, D)
-    next_embedding_losses(states, labels, embeddings).sum().backward()
+    next_embedding_loss(states, labels, embeddings, [1.0])[0].backward()
     gradient = states[0].grad
     assert embeddings.weight.grad is None and gradient is not None
     assert gradient[1, :-1].abs().amax(dim=-1).min() > 0 and gradient[:, -1].abs().max() == 0 and gradient[0, :3].abs().max() == 0

@@ -27,7 +27,7 @@ from ..donor import load_tokenizer, open_donor
 from ..effort import is_recursive
 from ..errors import UserError
 from ..modeling_recursive_llm import RecursiveLLM
-from ..objective import embedding_losses, nearest_is_next, next_embedding_losses, next_token_losses, token_losses
+from ..objective import embedding_losses, nearest_is_next, next_embedding_loss, next_token_loss, token_losses
 from .settings import DonorSettings, RunSettings
 
 
@@ -37,20 +37,21 @@ class Objective:
 
     Args:
         reader: `(model) -> module`: its head, or its embeddings.
-        losses: `(states, labels, reader, num_items) -> [H]`, for training; as many as states are given.
+        loss: `(states, labels, reader, shares, num_items) -> (sum of share * loss, losses)`, for training; the losses, one for each of the
+            states, have no gradient.
         token_losses: `(state, labels, reader) -> [B, T - 1]`, for validation.
         token_hits: `(state, labels, reader) -> [B, T - 1]`, 1 where the prediction is right; validation gives the share of them. Without
             it the loss is in nats and validation gives the perplexity.
     """
 
     reader: Callable[[Any], Any]
-    losses: Callable[..., Tensor]
+    loss: Callable[..., tuple[Tensor, Tensor]]
     token_losses: Callable[..., Tensor]
     token_hits: Callable[..., Tensor] | None = None
 
 
-NEXT_TOKEN = Objective(lambda model: model.get_output_embeddings(), next_token_losses, token_losses)
-NEXT_EMBEDDING = Objective(lambda model: model.get_input_embeddings(), next_embedding_losses, embedding_losses, nearest_is_next)
+NEXT_TOKEN = Objective(lambda model: model.get_output_embeddings(), next_token_loss, token_losses)
+NEXT_EMBEDDING = Objective(lambda model: model.get_input_embeddings(), next_embedding_loss, embedding_losses, nearest_is_next)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Supervised(nn.Module):
         score = Score(self, labels, num_items_in_batch, H, self._donors_view(input_ids, position_ids))
         if not is_recursive(self.model):
             state = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            return score.outputs(score.cycle(0, state, None))
+            return score.outputs(score.by_token(0, state, None) if self.supervision.by_token else score.together({0: state}))
         base = self.model.base_model
         e, block, read = base.open_loop(input_ids, position_ids)
 
@@ -179,7 +179,8 @@ class Score:
         self.halts: list[Tensor] = []  # what the halting head reads at each cycle, where it is trained
 
     def cycles(self, steps: Callable[[], Iterator[Tensor]], read: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        """The share of each scored cycle in the loss, as soon as it is known. `steps` runs the loop anew each time it is called."""
+        """What adds up to the loss, as soon as it is known: the share of each scored cycle, or of all of them where nothing is gained by
+        less. `steps` runs the loop anew each time it is called."""
         states: Iterator[tuple[Tensor, Tensor | None]] = ((z, read(z) if self._is_scored(c) else None) for c, z in enumerate(steps()))
         last = None
         if self.want.self_distill and self.want.backprop == "full":
@@ -190,32 +191,46 @@ class Score:
                 *_, z = steps()
                 last = read(z)
             torch.clear_autocast_cache()  # which holds the weights' low-precision copies without their gradients
+        plain: dict[int, Tensor] = {}
         for c, (z, state) in enumerate(states):
             if self.want.halting:
                 self.halts.append(z.detach())
-            if state is not None:
-                yield self.cycle(c, state, last)
+            if state is None:
+                continue
+            if self.want.by_token:
+                yield self.by_token(c, state, last)
+            elif self.want.backprop == "cycle":
+                yield self.together({c: state})
+            else:
+                plain[c] = state
+        if plain:
+            yield self.together(plain)
 
     def _is_scored(self, c: int) -> bool:
         return self.want.every_cycle or c == self.H - 1
 
-    def cycle(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
-        """The share of cycle `c`, from 0, in the loss."""
+    def together(self, states: dict[int, Tensor]) -> Tensor:
+        """The share of these cycles, from 0, in a loss without further terms."""
+        shares = [self.shares[c] for c in states]
+        total, losses = self.objective.loss(list(states.values()), self.labels, self.owner.reader, shares, self.items)
+        for c, loss in zip(states, losses, strict=True):
+            self.found[c], self.scored[c] = loss, 1.0
+        return total
+
+    def by_token(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
+        """The share of cycle `c`, from 0, in a loss with them."""
         head, want = self.owner.reader, self.want
-        if not want.by_token:
-            own = total = self.objective.losses([state], self.labels, head, self.items)[0]
-        else:
-            references = list(self.references)
-            if last is not None and c < self.H - 1:
-                references.append(Reference(last, head, want.temperature))
-            tokens, *divergences = losses_and_divergences(state, self.labels, head, references)
-            own = total = tokens.sum() / self.items
-            weights = [("distill", want.distill)] * len(self.references) + [("self_distill", want.self_distill)]
-            for (name, weight), divergence in zip(weights, divergences, strict=False):
-                total = total + weight * self._note(name, c, divergence)
-            if want.monotone and self.tokens:
-                total = total + want.monotone * self._note("monotone", c, worsening(tokens, self.tokens[-1]))
-            self.tokens.append(tokens.detach())
+        references = list(self.references)
+        if last is not None and c < self.H - 1:
+            references.append(Reference(last, head, want.temperature))
+        tokens, *divergences = losses_and_divergences(state, self.labels, head, references)
+        own = total = tokens.sum() / self.items
+        weights = [("distill", want.distill)] * len(self.references) + [("self_distill", want.self_distill)]
+        for (name, weight), divergence in zip(weights, divergences, strict=False):
+            total = total + weight * self._note(name, c, divergence)
+        if want.monotone and self.tokens:
+            total = total + want.monotone * self._note("monotone", c, worsening(tokens, self.tokens[-1]))
+        self.tokens.append(tokens.detach())
         self.found[c], self.scored[c] = own.detach(), 1.0
         return self.shares[c] * total
 
