@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -14,6 +14,7 @@ from .measure import seconds
 
 GIGA = 1e9
 LITTLE = 0.4
+AGE = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,21 @@ class Ceilings:
         return f"{name}: arithmetic {by['arithmetic']:.0%}, memory {by['memory']:.0%}"
 
 
-@cache
+_seen: dict[tuple[torch.device, torch.dtype], tuple[float, Ceilings]] = {}
+
+
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The best of several tries: a ceiling is what is possible, not what is usual."""
+    """The best that this run has seen so far: a ceiling is what is possible, not what is usual. A shared machine has slow minutes, so it is
+    looked for again where the last look is half a minute old."""
+    when, best = _seen.get((device, dtype), (float("-inf"), Ceilings(0.0, 0.0)))
+    if time.monotonic() - when > AGE:
+        now = _look(device, dtype)
+        best = Ceilings(max(best.flops, now.flops), max(best.bytes, now.bytes))
+        _seen[device, dtype] = time.monotonic(), best
+    return best
+
+
+def _look(device: torch.device, dtype: torch.dtype) -> Ceilings:
     on_gpu = device.type == "cuda"
     size, copied = (8192, 2**30) if on_gpu else (2048, 2**28)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -59,7 +72,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 @case("ceilings", "What the machine can do at most")
 def measure(bench: Bench) -> Iterator[Table | Check]:
     """Matrix products of 2,048 (GPU: 8,192) on a side, and copies of 256 MB (GPU: 1 GB), bytes read and written counted; the best of some
-    tries. The column "limit" of other tables is computed from these, measured again in their own run.
+    tries. The column "limit" of other tables is computed from these, looked for again in their own run, every half minute.
     """
     rows = []
     for dtype in (torch.float32, torch.bfloat16):

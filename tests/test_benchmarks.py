@@ -20,6 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks import __main__ as runner
+from benchmarks import ceilings as bounds
 from benchmarks import page
 from benchmarks import training as steps
 from benchmarks.case import Bench, Case, Check, Registry, Table, registry
@@ -315,3 +316,13 @@ def test_the_recipes_figures_are_those_of_its_json(recipe: ModuleType) -> None:
     found = json.loads((folder / "shipped_donor.json").read_text(encoding="utf-8"))
     assert (folder / "shipped_donor.md").read_text(encoding="utf-8") == recipe.render(found)
     assert recipe.holds(recipe.verdict(found["runs"], found["donor_as_is"]))
+
+
+def test_a_slow_minute_lowers_no_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([bounds.Ceilings(3.0, 2.0), bounds.Ceilings(1.0, 5.0)])
+    monkeypatch.setattr(bounds, "_look", lambda device, dtype: next(looks))
+    monkeypatch.setattr(bounds, "_seen", {})
+    of = torch.device("cpu"), torch.float32
+    assert bounds.ceilings(*of) == bounds.ceilings(*of) == bounds.Ceilings(3.0, 2.0)  # the second time without another look
+    monkeypatch.setattr(bounds, "AGE", -1.0)
+    assert bounds.ceilings(*of) == bounds.Ceilings(3.0, 5.0)
