@@ -120,7 +120,7 @@ class Supervised(nn.Module):
         score = Score(self, labels, num_items_in_batch, H, self._donors_view(input_ids, position_ids))
         if not is_recursive(self.model):
             state = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            return score.outputs(score.by_token(0, state, None) if self.supervision.by_token else score.together({0: state}))
+            return score.outputs(score.cycle(0, state, None))
         base = self.model.base_model
         e, block, read = base.open_loop(input_ids, position_ids)
 
@@ -197,10 +197,8 @@ class Score:
                 self.halts.append(z.detach())
             if state is None:
                 continue
-            if self.want.by_token:
-                yield self.by_token(c, state, last)
-            elif self.want.backprop == "cycle":
-                yield self.together({c: state})
+            if self.want.by_token or self.want.backprop == "cycle":
+                yield self.cycle(c, state, last)
             else:
                 plain[c] = state
         if plain:
@@ -208,6 +206,10 @@ class Score:
 
     def _is_scored(self, c: int) -> bool:
         return self.want.every_cycle or c == self.H - 1
+
+    def cycle(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
+        """The share of cycle `c`, from 0, in the loss."""
+        return self._with_terms(c, state, last) if self.want.by_token else self.together({c: state})
 
     def together(self, states: dict[int, Tensor]) -> Tensor:
         """The share of these cycles, from 0, in a loss without further terms."""
@@ -217,8 +219,8 @@ class Score:
             self.found[c], self.scored[c] = loss, 1.0
         return total
 
-    def by_token(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
-        """The share of cycle `c`, from 0, in a loss with them."""
+    def _with_terms(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
+        """The share of cycle `c` in a loss with further terms."""
         head, want = self.owner.reader, self.want
         references = list(self.references)
         if last is not None and c < self.H - 1:
