@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_tiny_tokenizer
+from tiny import make_qwen_tokenizer, make_tiny_tokenizer
 from transformers import AutoTokenizer
 
 from recursify.dialogue import Dialogue
 from recursify.errors import UserError
 
-DATA = Path(os.environ.get("RECURSIFY_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-QWEN = DATA / "qwen2_tokenizer"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -72,10 +69,16 @@ def test_a_stray_byte(tokenizer: Any) -> None:
         Dialogue(tokenizer).prompt([{"role": "user", "content": "a\udcff"}])
 
 
-@pytest.mark.skipif(not QWEN.is_dir(), reason="the tokenizer of Qwen2 is not here")
-def test_qwen2s_own() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+def test_a_tokenizer_of_qwen2s_kind(tmp_path: Path) -> None:
+    """From a folder, with the special tokens and the template that lie there; the template speaks first where nobody else does."""
+    make_qwen_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     dialogue = Dialogue(tokenizer)
-    text = tokenizer.decode(dialogue.prompt(TALK))
+    ids = dialogue.prompt(TALK)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert ids.count(start) == len(TALK) + 1 and ids.count(end) == len(TALK)
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
     assert text.endswith("<|im_start|>user\n龙虾🦞<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.convert_ids_to_tokens(list(dialogue.ends)) == ["<|im_end|>"]
+    assert tokenizer.decode(dialogue.prompt(TALK[1:2])).startswith("<|im_start|>system\nBe of help.<|im_end|>\n<|im_start|>user\nHello")
+    assert dialogue.ends == (end,) != (tokenizer.eos_token_id,) and dialogue.stop == ()

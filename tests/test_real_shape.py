@@ -1,13 +1,11 @@
 """The real shape: a random donor as large as Qwen2-0.5B (494 M parameters, vocabulary 151,936) converts in seconds and little memory.
 
-With Qwen2's own tokenizer where the folder of test data has it (RECURSIFY_TEST_DATA, or `shared/data` beside the checkout), else with a
-tiny one.
+Its tokenizer is of Qwen2's kind and size: 151,643 entries, and three special tokens behind them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,13 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import make_tiny_tokenizer
+from tiny import make_qwen_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from recursify import RecursiveLLM, checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-QWEN = Path(os.environ.get("RECURSIFY_TEST_DATA", ROOT.parent / "shared" / "data")) / "qwen2_tokenizer"
 SHAPE = {
     "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
     "num_key_value_heads": 2, "max_position_embeddings": 131_072, "tie_word_embeddings": True, "eos_token_id": 151_643,
@@ -59,11 +56,7 @@ def donor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             tensors[name] = noise.repeat(-(-count // len(noise)))[:count].view(shape)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     del tensors
-    if QWEN.is_dir():
-        for file in QWEN.glob("*.*"):
-            shutil.copyfile(file, folder / file.name)
-    else:
-        make_tiny_tokenizer(folder)
+    make_qwen_tokenizer(folder, size=SHAPE["eos_token_id"])
     yield folder
     shutil.rmtree(folder.parent)  # pytest would keep it for three runs
 
@@ -87,6 +80,7 @@ def test_seconds_memory_indices_and_text(donor: Path) -> None:
     found = checkpoint.load(out)
     assert isinstance(found.model, RecursiveLLM) and found.model.dtype == torch.bfloat16
     assert sum(parameter.numel() for parameter in found.model.parameters()) == report["parameters"]["total"]
+    assert found.tokenizer.eos_token_id == SHAPE["eos_token_id"] and len(found.tokenizer) == 151_646
     prompt = found.tokenizer("Once upon a time", return_tensors="pt")
     with torch.no_grad():
         text = found.model.generate(**prompt, H_cycles=2, max_new_tokens=4, do_sample=False)

@@ -1,12 +1,12 @@
-"""Published reasoning sets: small files in each format, what is wrong in a file, and the real files where the test data has them."""
+"""Published reasoning sets: small files in each format, what is wrong in a file, and whole files with the oddities of the real ones."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import os
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from published import write_babi, write_gsm8k, write_prosqa, write_scan, write_svamp, write_svamp_training
 
 from recursify.errors import UserError
 from recursify.tasks import FORMATS, Item, as_text, is_right, read
-
-DATA = Path(os.environ.get("RECURSIFY_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "reasoning"
-with_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published reasoning sets are not here")
 
 GSM8K = {"question": "Ann has 2 boxes of 1,000 pins, and 80 more. How many?",
          "answer": "In boxes 2*1,000 = <<2*1000=2000>>2,000.\n\nThat is 2,000+80 = $<<2000+80=2080>>2,080.\n#### 2,080"}  # fmt: skip
@@ -186,41 +184,48 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         csv.field_size_limit(before)
 
 
-@with_data
-@pytest.mark.parametrize("name", sorted(FORMATS))
-def test_the_real_files(name: str) -> None:
-    files = [
-        path
-        for path in sorted((DATA / name).rglob("*"))
-        if path.suffix in {".json", ".jsonl", ".csv"} or path.match(("qa*.txt", "*.txt")[name == "scan"])
+def wrote(folder: Path) -> list[tuple[str, Path, list[Item]]]:
+    """A file in each published form: its set, where it is, and its items."""
+    forms: list[tuple[str, str, Callable[[Path], list[Item]]]] = [
+        ("gsm8k", "train.jsonl", write_gsm8k),
+        ("svamp", "SVAMP.json", write_svamp),
+        ("svamp", "mawps-asdiv-a_svamp_train.csv", write_svamp_training),
+        ("prosqa", "prosqa_valid.json", write_prosqa),
+        ("babi", "qa1_single-supporting-fact_test.txt", lambda path: write_babi(path, "person", "|")),
+        ("babi", "qa2_two-supporting-facts_test.txt", lambda path: write_babi(path, "thing")),
+        ("babi", "qa7_counting_test.txt", lambda path: write_babi(path, "count")),
+        ("babi", "qa19_path-finding_test.txt", lambda path: write_babi(path, "path")),
+        ("scan", "length_train.txt", lambda path: write_scan(path, longest=22)),
+        ("scan", "length_test.txt", write_scan),
     ]
-    assert files
-    for path in files:
+    return [(name, folder / file, write(folder / file)) for name, file, write in forms]
+
+
+def test_files_as_they_are_published(tmp_path: Path) -> None:
+    for name, path, expected in wrote(tmp_path):
         items = read(name, path)
-        assert len(items) >= 300 and all(is_right(item, f" {item.answer}\n") for item in items)
+        assert items == expected and len(items) >= 300
+        assert all(is_right(item, f" {item.answer}\n") for item in items)
         assert all(item.question == item.question.strip() and item.answer and "\n" not in item.answer for item in items)
         others = [items[index - 1].answer for index in range(len(items))]
         assert not any(is_right(item, other) for item, other in zip(items, others, strict=True) if not same(item.answer, other))
+        assert sum(not same(item.answer, other) for item, other in zip(items, others, strict=True)) > 50
+    assert {name for name, _, _ in wrote(tmp_path)} == set(FORMATS)
 
 
 def same(one: str, other: str) -> bool:
     return one.replace(",", "") == other.replace(",", "")
 
 
-@with_data
-def test_real_difficulties() -> None:
-    gsm8k = read("gsm8k", DATA / "gsm8k" / "train.jsonl")
-    assert len(gsm8k) == 7473 and {item.difficulty for item in gsm8k} == set(range(2, 10))
-    assert not any("<<" in item.steps for item in gsm8k)
-    svamp = read("svamp", DATA / "svamp" / "SVAMP.json")
-    assert len(svamp) == 1000 and {item.difficulty for item in svamp} == {1, 2}
-    assert {item.difficulty for item in read("prosqa", DATA / "prosqa" / "prosqa_valid.json")} == {3, 4, 5, 6}
-    for task, facts in ((1, {1}), (2, {2}), (3, {3}), (7, set(range(1, 9))), (19, {2})):
-        (path,) = (DATA / "babi" / "en").glob(f"qa{task}_*_test.txt")
-        items = read("babi", path)
-        assert len(items) == 1000 and {item.difficulty for item in items} == facts
-    assert max(item.difficulty for item in read("scan", DATA / "scan" / "length_train.txt")) == 22
-    assert min(item.difficulty for item in read("scan", DATA / "scan" / "length_test.txt")) == 24
+def test_difficulties_of_published_files(tmp_path: Path) -> None:
+    """Those that the writers gave, and that they are not all one."""
+    found = {path.name.partition("_")[0] if name == "babi" else path.name: {item.difficulty for item in items}
+             for name, path, items in ((name, path, read(name, path)) for name, path, _ in wrote(tmp_path))}  # fmt: skip
+    assert found["train.jsonl"] == set(range(1, 10)) and found["SVAMP.json"] == {1, 2} and found["prosqa_valid.json"] == {3, 4, 5, 6}
+    assert (found["qa1"], found["qa2"], found["qa19"]) == ({1}, {2}, {2}) and found["qa7"] >= {1, 2, 3}
+    assert 12 < max(found["length_train.txt"]) <= 22 < max(found["length_test.txt"]) <= 48
+    assert not any("<<" in item.steps for item in read("gsm8k", tmp_path / "train.jsonl"))
+    assert "<<" in (tmp_path / "train.jsonl").read_text()
 
 
 def prefix(equation: str, numbers: list[str]) -> float:
@@ -235,21 +240,21 @@ def prefix(equation: str, numbers: list[str]) -> float:
     return value
 
 
-@with_data
-def test_real_answers_follow_from_what_was_read() -> None:
+def test_answers_follow_from_what_was_read_but_for_the_mistakes_of_the_set(tmp_path: Path) -> None:
     """SVAMP's equations in both forms, and ProsQA's chains of facts, worked out."""
-    records = json.loads((DATA / "svamp" / "SVAMP.json").read_text())
-    svamp = read("svamp", DATA / "svamp" / "SVAMP.json")
+    write_svamp(tmp_path / "SVAMP.json")
+    records = json.loads((tmp_path / "SVAMP.json").read_text())
+    svamp = read("svamp", tmp_path / "SVAMP.json")
     wrong = [record["ID"] for record, item in zip(records, svamp, strict=True) if eval(record["Equation"]) != Fraction(item.answer)]
-    assert wrong == ["chal-680"], "the one whose published answer does not follow from its equation"
-    for name in ("train", "dev"):
-        path = DATA / "svamp" / f"mawps-asdiv-a_svamp_{name}.csv"
-        with path.open(newline="") as rows:
-            worked = [prefix(row["Equation"], row["Numbers"].split()) for row in csv.DictReader(rows)]
-        items = read("svamp", path)
-        agree = sum(math.isclose(value, float(item.answer), abs_tol=0.02) for value, item in zip(worked, items, strict=True))
-        assert agree > 0.995 * len(items), "a few published answers do not follow from their equations"
-    for item in read("prosqa", DATA / "prosqa" / "prosqa_valid.json"):
+    assert wrong == ["chal-68"], "the one whose published answer does not follow from its equation"
+    write_svamp_training(tmp_path / "train.csv")
+    with (tmp_path / "train.csv").open(newline="") as rows:
+        worked = [prefix(row["Equation"], row["Numbers"].split()) for row in csv.DictReader(rows)]
+    items = read("svamp", tmp_path / "train.csv")
+    agree = [math.isclose(value, float(item.answer), abs_tol=0.001) for value, item in zip(worked, items, strict=True)]
+    assert [number for number, agrees in enumerate(agree) if not agrees] == [7]
+    write_prosqa(tmp_path / "valid.json")
+    for item in read("prosqa", tmp_path / "valid.json"):
         facts = {sentence.strip() for sentence in re.findall(r"[^.]+\.", item.question)}
         chain = item.steps.split("\n")
         assert set(chain) <= facts and len(chain) == item.difficulty

@@ -7,7 +7,9 @@ Qwen2 has 24 layers, so that the guides' indices 0, 8, 16, 23 appear; the other 
 
 from __future__ import annotations
 
+import json
 import random
+import string
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -67,6 +69,58 @@ def _bpe() -> str:
     )
     bpe.train_from_iterator(sentences(0, 200), trainer)
     return bpe.to_str()
+
+
+# Several scripts, accents composed and combining, emoji joined from several; often enough that some of their bytes become one token.
+SCRIPTS = (
+    "Größe und Länge der Brücken: schön, möglich, über Nacht.",
+    "好的,龙虾很好。 好的,月亮很亮。",
+    "안녕하세요, 좋은 아침입니다.",
+    "これは小さな船です。",
+    "Привет, река и мост.",
+    "नमस्ते नमस्ते",
+    "e\u0301te\u0301 nai\u0308ve",
+    " 🦐 🦀 🐙 🐟",
+    "🇫🇷🇯🇵 👨\u200d👩\u200d👧 🏴\u200d☠\ufe0f",
+)
+# Of what Qwen2's vocabulary has as one token, with the space before it: what the generated tasks are made of.
+QWEN_WORDS = ("(", ")", "+", ",", ";", ">", "next", "and", "or", "not", "True", "False", *string.ascii_letters)
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe of help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@cache
+def _qwen_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    bpe = Tokenizer(models.BPE())
+    qwen = Qwen2Tokenizer().backend_tokenizer
+    bpe.normalizer, bpe.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    words = [f"a {word}" for word in QWEN_WORDS]
+    bpe.train_from_iterator([*sentences(1, 100), *SCRIPTS * 3, *words * 5], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    return model["vocab"], [(first, second) for first, second in model["merges"]]
+
+
+def make_qwen_tokenizer(folder: Path | None = None, size: int | None = None) -> Qwen2Tokenizer:
+    """A tokenizer of Qwen2's kind, trained here: its class, its splitting, NFC, bytes, the special tokens and template of ChatML; saved
+    where a folder is given.
+
+    Args:
+        size: Entries before the special tokens; those beyond what was learnt are in no text. All that was learnt where None. Qwen2 has 151,643.
+    """
+    vocabulary, merges = _qwen_bpe()
+    unused = {f"<unused {number}>": number for number in range(len(vocabulary), size or 0)}
+    tokenizer = Qwen2Tokenizer(
+        vocab={**vocabulary, **unused}, merges=merges, extra_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=512
+    )
+    tokenizer.chat_template = CHATML
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def make_tiny_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:
