@@ -110,7 +110,7 @@ def make_qwen_tokenizer(folder: Path | None = None, size: int | None = None) -> 
     where a folder is given.
 
     Args:
-        size: Entries before the special tokens; those beyond what was learnt are in no text. All that was learnt where None. Qwen2 has 151,643.
+        size: Entries before the special tokens, of which those beyond what was learnt are in no text; 151,643 in Qwen2. None adds none.
     """
     vocabulary, merges = _qwen_bpe()
     unused = {f"<unused {number}>": number for number in range(len(vocabulary), size or 0)}
