@@ -1,14 +1,15 @@
 """Every field of every settings class changes what it says that it changes: one case for each field of each class.
 
 A case is a method named after its field. It sets another value than the default and looks at what has become of it, as deep as that is
-cheap: at the batches, the optimizer's groups, the arguments of `generate`, the rows that were scored, the files. Classes that inherit fields
-inherit cases. The first test fails for a field without a case, and for a case without a field.
+cheap: at the batches, the optimizer's groups, the arguments of `generate`, the rows that were scored, the files. Classes that inherit
+fields inherit cases. One test fails for a field without a case, and for a case without a field.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import io
 import json
@@ -31,16 +32,31 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from recursify import (
-    RecursiveLLM, chat, checkpoint, cli, comparison, conversion, demo, demo_text, demo_tracking, evaluation, export, generation, halting,
-    inspection, objective, prompts, publishing, serving,
+    RecursiveLLM,
+    chat,
+    checkpoint,
+    cli,
+    comparison,
+    conversion,
+    demo,
+    demo_text,
+    demo_tracking,
+    evaluation,
+    export,
+    generation,
+    halting,
+    inspection,
+    objective,
+    prompts,
+    publishing,
+    serving,
 )  # fmt: skip
-from recursify.configuration_recursive_llm import RecursiveLLMConfig
 from recursify.data import DataSettings, load_blocks
 from recursify.errors import UserError
 from recursify.serving import app, engine, running
 from recursify.serving import settings as serve_settings
 from recursify.serving.protocol import ApiError, ChatAsk, CompletionAsk, read
-from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings, callbacks, fit
+from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings, fit
 from recursify.training import optimizers as optimizing
 from recursify.training import run as training_run
 from recursify.training import settings as training_settings
@@ -65,12 +81,21 @@ class World:
     tokenizer: Any
 
     def path(self, name: str) -> str:
-        """donor, other_donor, marked (a tokenizer that knows `MARK`), model.pt, other.pt (of the other donor), text, text.txt, rows.jsonl."""
+        """donor, other_donor; model.pt, other.pt (of the other donor); marked (a tokenizer with `MARK`); text, text.txt, rows.jsonl."""
         return str(self.folder / name)
 
     def blocks(self, count: int, seed: int = 1) -> list[dict[str, Any]]:
         ids = self.tokenizer(" ".join(sentences(seed, 2 * count))).input_ids
         return [{"input_ids": ids[i * SEQ_LEN : (i + 1) * SEQ_LEN]} for i in range(count)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_to_collect() -> Iterator[None]:
+    """Trainers and comparisons collect garbage again and again: not among what was there before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +132,8 @@ class Cases:
     settings: type[Any]
     required: ClassVar[dict[str, str]] = {}  # field -> what of the world it names
     usual: ClassVar[dict[str, Any]] = {}
+    # Inherited cases that are run for this class, too, because the way from the flag to its effect is another; None is all of them.
+    again: ClassVar[tuple[str, ...] | None] = ()
 
     def __init__(self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
         self._world, self._tmp, self._patch, self._request = world, tmp_path, monkeypatch, request
@@ -311,7 +338,8 @@ class Training(Cases):
     """Of every run, whatever it trains."""
 
     usual: ClassVar = {
-        "seq_len": SEQ_LEN, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "num_epochs": 1, "log_every": 1, "generate_every": 0, "device": "cpu",
+        "seq_len": SEQ_LEN, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "num_epochs": 1, "log_every": 1, "generate_every": 0,
+        "device": "cpu",
     }  # fmt: skip
 
     def _launched(self, **given: Any) -> SimpleNamespace:
@@ -323,9 +351,9 @@ class Training(Cases):
             caught.append(SimpleNamespace(**dict(zip(names, args, strict=True)), **kwargs))
             raise Enough
 
-        self._patch.setattr(training_run, "fit", caught_fit)
         settings = self._make(**{"dataset_name": self._world.path("text"), "output_dir": str(self._tmp / "out"), **given})
-        with contextlib.redirect_stderr(io.StringIO()), pytest.raises(Enough):
+        with self._patch.context() as patch, contextlib.redirect_stderr(io.StringIO()), pytest.raises(Enough):
+            patch.setattr(training_run, "fit", caught_fit)
             training_run.train(settings)
         return caught[0]
 
@@ -339,7 +367,7 @@ class Training(Cases):
         )
 
     def _trainer(self, **given: Any) -> Any:
-        """The trainer that `fit` has made, before it begins, with `look` called there."""
+        """The trainer that `fit` has made, before it begins."""
         caught: list[Any] = []
 
         class Waiting(RecursiveTrainer):
@@ -349,8 +377,9 @@ class Training(Cases):
                 self.compiled = [layer._compiled_call_impl is not None for layer in layers]
                 caught.append(self)
 
-        self._patch.setattr(training_run, "RecursiveTrainer", Waiting)
-        self._fitted(**given)
+        with self._patch.context() as patch:
+            patch.setattr(training_run, "RecursiveTrainer", Waiting)
+            self._fitted(**given)
         return caught[0]
 
     def _fitted(self, teacher: Any = None, count: int = 4, watch: tuple[TrainerCallback, ...] = (), **given: Any) -> Any:
@@ -381,7 +410,7 @@ class Training(Cases):
     def dataset_name(self) -> None:
         found = self._launched(dataset_name=self._world.path("text.txt"))
         written = Path(self._world.path("text.txt")).read_text()
-        assert self._text(found.train).split(END_OF_TEXT)[1] in written and self._text(found.held)[20:60] in written
+        assert self._text(found.train)[:60] == written[:60] and self._text(found.held)[20:60] in written
 
     def dataset_config_name(self) -> None:
         found = self._launched(dataset_name=self._hub(), dataset_config_name="wikitext-103-raw-v1")
@@ -488,7 +517,7 @@ class Training(Cases):
         matrices, vectors, own = self._trainer(lr=3e-4).create_optimizer().param_groups
         assert (matrices["lr"], vectors["lr"], own["lr"]) == (3e-4, 3e-4, 10 * 3e-4) and len(own["params"]) > 0
         rates = {entry["step"]: entry["learning_rate"] for entry in self._finished.log if "learning_rate" in entry}
-        assert rates[1] == pytest.approx(RUN["lr"] * 2 / 5) and rates[8] == pytest.approx(RUN["lr"] * (17 - 8) / (17 - 4))
+        assert rates[1] == pytest.approx(RUN["lr"] / 5) and rates[8] == pytest.approx(RUN["lr"] * (17 - 7) / (17 - 4))
 
     def gain_lr(self) -> None:
         matrices, vectors, own = self._trainer(gain_lr=7e-5).create_optimizer().param_groups
@@ -549,7 +578,7 @@ class Training(Cases):
     # The loss
 
     def _explained(self, teacher: Any = None, **given: Any) -> dict[str, Any]:
-        """The first entry of a run with every cycle scored, whose loss is the mean over cycles by their shares, plus each term by its weight."""
+        """The first entry of a run with every cycle scored: its loss is the mean over cycles by shares, and each term by its weight."""
         logged = self._logged(enable_deep_supervision=True, deep_supervision_weight=0.8, teacher=teacher, **given)
         shares = objective.cycle_shares("linear_decay", 0.8, 2)
         terms = [name.removesuffix("_weight") for name in given if name.endswith("_weight")]
@@ -568,9 +597,9 @@ class Training(Cases):
 
     def deep_supervision_weight(self) -> None:
         supervision = self._trainer(enable_deep_supervision=True, deep_supervision_weight=0.25).model.supervision
-        assert supervision.shares(2) == objective.cycle_shares("linear_decay", 0.25, 2) == pytest.approx([0.2, 0.8])
+        assert supervision.shares(2) == objective.cycle_shares("linear_decay", 0.25, 2) == pytest.approx([1 / 9, 8 / 9])
         logged = self._logged(enable_deep_supervision=True, deep_supervision_weight=0.25)
-        assert logged["loss"] == pytest.approx(0.2 * logged["loss_cycle_1"] + 0.8 * logged["loss_cycle_2"], rel=1e-5)
+        assert logged["loss"] == pytest.approx((logged["loss_cycle_1"] + 8 * logged["loss_cycle_2"]) / 9, rel=1e-5)
 
     def deep_supervision_schedule(self) -> None:
         for name in objective.SCHEDULES:
@@ -696,7 +725,7 @@ class Training(Cases):
         settings = self._make(dry_run=True, dataset_name=self._world.path("text"), output_dir=str(self._tmp / "out"), max_steps=3)
         results: list[Any] = []
         out, _ = self._said(lambda: results.append(training_run.train(settings)))
-        assert results[0].fit is None and "3 steps" in out.replace("\n", " ") and not (self._tmp / "out").exists()
+        assert results[0].fit is None and re.search(r"steps +3\n", out) and not (self._tmp / "out").exists()
 
 
 class FineTuning(Training):
@@ -711,6 +740,7 @@ class FineTuning(Training):
 class FromDonor(Training):
     required: ClassVar = {"model_name": "donor"}
     usual: ClassVar = {**Training.usual, "L_layers": 2, "H_cycles": 2, "L_cycles": 1}
+    again: ClassVar = ("tokenizer_path", "seq_len", "seed", "max_steps")
 
     def model_name(self) -> None:
         found = self._launched(model_name=self._world.path("other_donor"))
@@ -823,9 +853,9 @@ class Writing(Cases):
         assert self._wrote(temperature=1.0, top_k=5).config.top_k == 5
 
     def stop(self) -> None:
-        whole = self._wrote(max_new_tokens=12).row.text
-        ending = whole.strip()[3:5]
-        found = self._wrote(max_new_tokens=12, stop=(ending,))
+        whole = self._wrote(max_new_tokens=40).row.text
+        ending = whole[len(whole) // 2 :][:2]
+        found = self._wrote(max_new_tokens=40, stop=(ending,))
         assert ending and found.row.text == whole[: whole.index(ending)] != whole and found.row.finish == "stop"
 
     def tokenizer_path(self) -> None:
@@ -926,6 +956,7 @@ class Generating(Writing):
 
 class Chatting(Writing):
     settings = chat.ChatSettings
+    again: ClassVar = None
 
     def _write(self, said: str, settings: Any) -> None:
         self._patch.setattr("sys.stdin", io.StringIO(f"{said}\n"))
@@ -1022,7 +1053,7 @@ class Serving(Cases):
     def dtype(self) -> None:
         with self._service(dtype="bfloat16") as service:
             assert {parameter.dtype for parameter in service.model.parameters()} == {torch.bfloat16}
-            assert all(batcher.cache.cache_tensor.dtype == torch.bfloat16 for batcher in service.engine.batchers.values())
+            assert all(batcher.cache.dtype == torch.bfloat16 for batcher in service.engine.batchers.values())
 
     def cache_tokens(self) -> None:
         with self._service(cache_tokens=320) as service:
@@ -1232,6 +1263,7 @@ class Evaluating(Measuring):
 class Comparing(Measuring):
     settings = comparison.CompareSettings
     required: ClassVar = {}
+    again: ClassVar = ("halt", "halt_threshold", "batch_size", "json")
 
     def _make(self, **given: Any) -> Any:
         return super()._make(**{"checkpoints": tuple(map(self._world.path, ("model.pt", "other.pt"))), **given})
@@ -1304,7 +1336,7 @@ class Exporting(Cases):
         return asked[0][0][2], cards[0][0][3].evaluation
 
     def out(self) -> None:
-        folder, _, _ = self._exported(out=str(self._tmp / "there"))
+        self._exported(out=str(self._tmp / "there"))
         assert (self._tmp / "there" / "model.safetensors").is_file() and not (self._tmp / "out").exists()
 
     def checkpoint(self) -> None:
@@ -1457,7 +1489,20 @@ def test_every_job_has_its_settings_here() -> None:
     assert written == {settings_class.__name__ for settings_class in CASES}
 
 
-ALL = [(settings_class, field.name) for settings_class in CASES for field in fields(settings_class)]
+def to_run() -> list[tuple[type, str]]:
+    """Every case once; what a class has inherited is run again for that class where it says so in `again`."""
+    seen: set[Any] = set()
+    found: list[tuple[type, str]] = []
+    for settings_class, cases in CASES.items():
+        for field in fields(settings_class):
+            case = getattr(cases, field.name)
+            if case not in seen or cases.again is None or field.name in cases.again:
+                found.append((settings_class, field.name))
+            seen.add(case)
+    return found
+
+
+ALL = to_run()
 
 
 @pytest.mark.parametrize(("settings_class", "field"), ALL, ids=[f"{each.__name__}-{field}" for each, field in ALL])
