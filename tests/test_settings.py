@@ -310,7 +310,7 @@ class Finished:
 
 
 RUN: dict[str, Any] = {
-    "seq_len": SEQ_LEN, "batch_size": 2, "grad_accum_steps": 3, "max_steps": 17, "log_every": 4, "eval_every": 6, "save_every": 5,
+    "seq_len": SEQ_LEN, "batch_size": 2, "grad_accum_steps": 2, "max_steps": 17, "log_every": 4, "eval_every": 6, "save_every": 5,
     "keep_last": 2, "generate_every": 7, "generation_prompt": "the river", "lr": 2e-3, "warmup_steps": 4, "device": "cpu",
 }  # fmt: skip
 
@@ -797,6 +797,7 @@ class Embedding(FromDonor):
 
 class Hybrid(FromDonor):
     settings = HybridSettings
+    again: ClassVar = ("tokenizer_path", "seq_len", "seed")
 
     def fresh_loop(self) -> None:
         assert self._starts_as_the_donor() and not self._starts_as_the_donor(fresh_loop=True)
@@ -853,9 +854,9 @@ class Writing(Cases):
         assert self._wrote(temperature=1.0, top_k=5).config.top_k == 5
 
     def stop(self) -> None:
-        whole = self._wrote(max_new_tokens=40).row.text
+        whole = self._wrote(max_new_tokens=24).row.text
         ending = whole[len(whole) // 2 :][:2]
-        found = self._wrote(max_new_tokens=40, stop=(ending,))
+        found = self._wrote(max_new_tokens=24, stop=(ending,))
         assert ending and found.row.text == whole[: whole.index(ending)] != whole and found.row.finish == "stop"
 
     def tokenizer_path(self) -> None:
@@ -1433,13 +1434,15 @@ class Showing(Cases):
     settings = demo.DemoSettings
 
     def _prose(self, **given: Any) -> TrainSettings:
+        self._patch.setattr(demo_text, "load_documents", lambda source: SimpleNamespace(train=[], validation=[]))
+        self._patch.setattr(demo_text, "tokenize", lambda *args: [])
         self._patch.setattr(demo_text.text_losses, "measure", lambda *args: [None])
         return self._fine_tuning(demo_text, **given)
 
     def _tracking(self, **given: Any) -> TrainSettings:
         self._patch.setattr(demo_text, "run", lambda *args: None)
         self._patch.setattr(demo_tracking, "told", lambda *args: [()])
-        return self._fine_tuning(demo_tracking, **given)
+        return self._fine_tuning(demo_tracking, **{"tracking_steps": 2, **given})
 
     def _fine_tuning(self, module: Any, **given: Any) -> TrainSettings:
         fits = self._spy(module, "fit", stop=True)
