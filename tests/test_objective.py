@@ -28,6 +28,7 @@ from recursify.objective import (
     nearest_is_next,
     next_embedding_loss,
     next_token_loss,
+    perplexity,
     token_losses,
     worsening,
 )
@@ -141,6 +142,19 @@ def test_the_head_has_one_gradient_for_all_cycles() -> None:
     assert len(made.places - {head.weight.data_ptr()}) == 1
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["on the way", "recomputed"])
+def test_logits_whose_exponentials_overflow(bias: bool) -> None:
+    states, labels = batch()
+    head = nn.Linear(D, V, bias=bias)
+    with torch.no_grad():
+        head.weight.mul_(500)
+    assert head(states[0]).exp().isinf().any()
+    (total, losses), expected = next_token_loss(states, labels, head, SHARES, chunk=5), plain(states, labels, head)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(gradients(total, states, head), gradients(weighted(expected), states, head), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_which_heads_find_their_gradients_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, own = [], objective._ChunkedLoss.apply
 
@@ -237,6 +251,12 @@ def test_a_head_under_lora() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_perplexity() -> None:
+    assert (perplexity(0.0), perplexity(math.log(7))) == (1.0, pytest.approx(7.0))
+    assert perplexity(699.0) == math.exp(699.0) < math.inf
+    assert perplexity(710.0) == perplexity(math.inf) == math.inf
+
+
 # In embedding space
 
 
@@ -257,7 +277,8 @@ def test_next_embedding_loss_by_hand() -> None:
     assert embedding_losses(state, labels, compass())[0].tolist() == pytest.approx(expected, abs=1e-6)
     total, losses = next_embedding_loss([state, state], labels, compass(), [1.0, 0.5])
     assert losses.tolist() == pytest.approx([sum(expected) / 4] * 2) and total.item() == pytest.approx(1.5 * sum(expected) / 4)
-    assert next_embedding_loss([state], labels, compass(), [1.0], num_items=8)[0].item() == pytest.approx(sum(expected) / 8)
+    for found in next_embedding_loss([state], labels, compass(), [1.0], num_items=8):
+        assert found.sum().item() == pytest.approx(sum(expected) / 8)
     assert next_embedding_loss([state[:, :1]], labels[:, :1], compass(), [1.0])[0].item() == 0.0
 
 
@@ -295,6 +316,28 @@ def test_nearest_embedding_equals_the_plain_search() -> None:
         found = nearest_is_next(states[0], labels, embeddings, chunk=5)
     every = F.cosine_similarity(states[0][:, :-1, None], embeddings.weight, dim=-1)
     assert torch.equal(found, (every.argmax(-1) == labels[:, 1:]).float())
+
+
+def test_the_nearest_embedding_may_be_a_short_one() -> None:
+    """Against the plain search where all embeddings are shorter than 1, and of very different lengths."""
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D)
+    with torch.no_grad():
+        embeddings.weight.mul_(10 ** (-4 * torch.rand(V, 1) - 1))
+    every = F.cosine_similarity(states[0][:, :-1, None], embeddings.weight, dim=-1, eps=1e-12)
+    labels[1:, 1:] = every.argmax(-1)[1:]
+    labels[2, 5] = -100
+    expected = (every.argmax(-1) == labels[:, 1:]).float()
+    assert torch.equal(nearest_is_next(states[0], labels, embeddings), expected) and 0 < expected.mean() < 1
+
+
+def test_embedding_losses_are_computed_in_float32() -> None:
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D).bfloat16()
+    found = embedding_losses(states[0].bfloat16(), labels, embeddings)
+    rounded = nn.Embedding.from_pretrained(embeddings.weight.detach().float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, embedding_losses(states[0].bfloat16().float(), labels, rounded))
 
 
 # What compares predictions
@@ -346,3 +389,50 @@ def test_halting_by_hand() -> None:
     assert halting_loss(wrong, losses, labels).item() == pytest.approx((2 * math.log(2) + 2 * sure) / 2 / 2)
     assert halting_loss(wrong, losses, labels, num_items=8).item() == pytest.approx((2 * math.log(2) + 2 * sure) / 2 / 8)
     assert halting_loss(logits[:1], losses[:1], labels).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gain_of_later", "target"),
+    [((0.0, 0.0), 1), ((0.04, 0.0), 1), ((0.0, 0.04), 1), ((0.06, 0.0), 0), ((0.0, 0.06), 0), ((0.06, -1.0), 0), ((-1.0, 0.06), 0), ((-1.0, -1.0), 1)],
+)  # fmt: skip
+def test_a_later_cycle_must_be_better_by_a_twentieth_of_a_nat(gain_of_later: tuple[float, float], target: int) -> None:
+    """Whichever of the later ones it is. The logit says "halt" with certainty, so the first cycle costs its logit where that is wrong."""
+    labels, sure = torch.tensor([[5, 5]]), 40.0
+    losses = [torch.tensor([[2.0]]), *(torch.tensor([[2.0 - gain]]) for gain in gain_of_later)]
+    logits = [torch.tensor([[sure, 0.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
+    of_the_second = math.log(2)
+    assert halting_loss(logits, losses, labels).item() == pytest.approx(((1 - target) * sure + of_the_second) / 2, rel=1e-5)
+
+
+def test_as_much_better_as_the_margin_is_not_worth_going_on_for() -> None:
+    later = torch.tensor([[1.0]])
+    losses = [later + HALT_MARGIN, later]
+    assert halting_loss([torch.tensor([[40.0, 0.0]])] * 2, losses, torch.tensor([[5, 5]])).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_halting_asks_nothing_of_the_losses() -> None:
+    labels = torch.tensor([[5, 5, 5]])
+    losses = [torch.rand(1, 2, requires_grad=True) for _ in range(2)]
+    logits = [torch.rand(1, 3, requires_grad=True) for _ in range(2)]
+    halting_loss(logits, losses, labels).backward()
+    assert all(loss.grad is None for loss in losses) and logits[1].grad is None
+    assert logits[0].grad is not None and logits[0].grad[0, 2] == 0 and (logits[0].grad[0, :2] != 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_divergences_of_several_references_are_those_of_torch(temperature: float) -> None:
+    """Of references with another width and another type than ours, in their order; nothing where a token does not count."""
+    (state, first, second), labels = batch(cycles=3)
+    head = nn.Linear(D, V, bias=False)
+    other = nn.Linear(2 * D, V, bias=False).bfloat16()
+    wide = torch.cat([first, second], dim=-1).detach()
+    references = [Reference(wide, other, temperature), Reference(second, head, 2.0)]
+    losses, *found = losses_and_divergences(state, labels, head, references)
+    counts = labels[:, 1:] != -100
+    torch.testing.assert_close(losses, token_losses(state, labels, head))
+    for (logits, t), divergence in zip(((other(wide.bfloat16()).float(), temperature), (head(second), 2.0)), found, strict=True):
+        theirs, ours = (torch.distributions.Categorical(logits=x[:, :-1] / t) for x in (logits, head(state)))
+        expected = t**2 * torch.distributions.kl_divergence(theirs, ours) * counts
+        torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-5)
+        assert (divergence[~counts] == 0).all() and (divergence[counts] > 0.01).all()
+    assert not torch.allclose(found[0], found[1])
