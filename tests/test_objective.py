@@ -393,7 +393,10 @@ def test_halting_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("gain_of_later", "target"),
-    [((0.0, 0.0), 1), ((0.04, 0.0), 1), ((0.0, 0.04), 1), ((0.06, 0.0), 0), ((0.0, 0.06), 0), ((0.06, -1.0), 0), ((-1.0, 0.06), 0), ((-1.0, -1.0), 1)],
+    [
+        ((0.0, 0.0), 1), ((0.04, 0.0), 1), ((0.0, 0.04), 1), ((-1.0, -1.0), 1),
+        ((0.06, 0.0), 0), ((0.0, 0.06), 0), ((0.06, -1.0), 0), ((-1.0, 0.06), 0),
+    ],
 )  # fmt: skip
 def test_a_later_cycle_must_be_better_by_a_twentieth_of_a_nat(gain_of_later: tuple[float, float], target: int) -> None:
     """Whichever of the later ones it is. The logit says "halt" with certainty, so the first cycle costs its logit where that is wrong."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from test_training import blocks, recursive
+from test_training import blocks, logged, recursive, run, settings
 from tiny import tiny_donor
 from torch.nn import functional as F
 
-from recursify.objective import HALT_MARGIN, cycle_shares, losses_and_divergences
-from recursify.training.approaches import freeze_rest
+from recursify.objective import HALT_MARGIN, Reference, cycle_shares, cycle_weights, losses_and_divergences
+from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.settings import TrainSettings
 from recursify.training.supervised import Supervised, Supervision, backpropagate_each
 
@@ -190,6 +191,201 @@ def test_every_term_by_hand() -> None:
     assert model.model.recursion.q_head.weight.grad.abs().max() > 0
 
 
+def test_the_flags_are_what_supervision_is_made_of() -> None:
+    """Each in its place: no two have the same value, none its default."""
+    flags = settings(
+        enable_deep_supervision=True, deep_supervision_weight=0.9, deep_supervision_schedule="early_decay", backprop="cycle",
+        distill_weight=0.4, distill_temperature=3.0, self_distill_weight=0.3, monotone_weight=0.2, halting_weight=0.1,
+    )  # fmt: skip
+    assert Supervision.of(flags) == Supervision(
+        every_cycle=True, weight=0.9, schedule="early_decay", backprop="cycle", distill=0.4, temperature=3.0, self_distill=0.3,
+        monotone=0.2, halting=0.1,
+    )  # fmt: skip
+    assert Supervision.of(TrainSettings(checkpoint="x")) == Supervision()
+    assert Supervision().shares(3) == [0.0, 0.0, 1.0] and not Supervision().by_token
+    assert Supervision(every_cycle=True).shares(4) == cycle_shares("linear_decay", 0.5, 4) != cycle_shares("linear_decay", 1.0, 4)
+
+
+def naive(
+    model: Any, teacher: Any, ids: torch.Tensor, labels: torch.Tensor, want: TrainSettings, H: int = 3
+) -> tuple[list[float], dict[str, float], float]:
+    """The objective of the settings from whole logits, with torch's own divergences: the loss of every cycle, the terms, and their sum."""
+    with torch.no_grad():
+        outputs = model(ids, H_cycles=H, output_cycle_logits=True)
+        donor = teacher(ids).logits
+    counts = labels[:, 1:] != -100
+    weights = (
+        cycle_weights(want.deep_supervision_schedule, want.deep_supervision_weight, H) if want.enable_deep_supervision else [0.0, 0.0, 1.0]
+    )
+    shares = [weight / sum(weights) for weight in weights]
+    losses = [F.cross_entropy(row[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none") for row in outputs.cycle_logits]
+
+    def divergence(reference: torch.Tensor, own: torch.Tensor) -> float:
+        T = want.distill_temperature
+        r, p = (torch.distributions.Categorical(logits=x[:, :-1] / T) for x in (reference, own))
+        return T**2 * torch.distributions.kl_divergence(r, p)[counts].mean().item()
+
+    logits, last = outputs.cycle_logits, outputs.cycle_logits[-1]
+    cycles = [loss[counts].mean().item() for loss in losses]
+    halting = [
+        F.binary_cross_entropy_with_logits(
+            outputs.halt_logits[c][:, :-1][counts],
+            (losses[c] <= torch.stack(losses[c + 1 :]).amin(0) + 0.05)[counts].float(),
+        ).item()
+        for c in range(H - 1)
+    ]  # fmt: skip
+    found = {
+        "distill": (want.distill_weight, [divergence(donor, own) for own in logits]),
+        "self_distill": (want.self_distill_weight, [divergence(last, own) for own in logits[:-1]] + [0.0]),
+        "monotone": (
+            want.monotone_weight,
+            [0.0] + [(b - a).clamp(min=0)[counts].mean().item() for a, b in pairwise(losses)],
+        ),
+    }
+    terms = {name: sum(s * each for s, each in zip(shares, values, strict=True)) for name, (w, values) in found.items() if w}
+    total = sum(s * loss for s, loss in zip(shares, cycles, strict=True)) + sum(found[name][0] * value for name, value in terms.items())
+    if want.halting_weight:
+        terms["halting"] = sum(halting) / (H - 1)
+        total += want.halting_weight * terms["halting"]
+    return cycles, terms, total
+
+
+def unequal(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and labels of which some do not count."""
+    ids = batch(rows)
+    labels = ids.clone()
+    labels[0, 3:9] = labels[-1, 12:] = -100
+    return ids, labels
+
+
+def about_to_halt(model: Any) -> Any:
+    """With a halting head that is sure of nothing, and not the same everywhere."""
+    with torch.no_grad():
+        model.model.recursion.q_head.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        model.model.recursion.q_head.bias.fill_(0.2)
+    model.model.recursion.q_head.requires_grad_(True)
+    return model
+
+
+EACH_TERM: dict[str, dict[str, Any]] = {
+    "distill": {"distill_weight": 0.4},
+    "self_distill": {"self_distill_weight": 0.3},
+    "monotone": {"monotone_weight": 0.2},
+    "halting": {"halting_weight": 0.1},
+    "all": {"distill_weight": 0.4, "self_distill_weight": 0.3, "monotone_weight": 0.2, "halting_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize("backprop", ["full", "cycle"])
+@pytest.mark.parametrize("terms", EACH_TERM)
+def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
+    """Asked for by the flags; what is minimised, and what is logged of each: a mean over counted tokens and, by shares, cycles."""
+    model, teacher, (ids, labels) = about_to_halt(recursive()), tiny_donor("qwen2", num_hidden_layers=2), unequal()
+    want = settings(
+        enable_deep_supervision=True, deep_supervision_schedule="early_decay", deep_supervision_weight=0.6, distill_temperature=2.0,
+        backprop=backprop, **EACH_TERM[terms],
+    )  # fmt: skip
+    supervised = Supervised(model, Supervision.of(want), teacher=teacher if want.distill_weight else None)
+    found = supervised(ids, labels)
+    cycles, expected, total = naive(model, teacher, ids, labels, want)
+    assert set(expected) == ({terms} if terms != "all" else set(EACH_TERM) - {"all"}) and all(value > 1e-3 for value in expected.values())
+    assert {name: value.item() for name, value in found["terms"].items()} == pytest.approx(expected, rel=1e-4)
+    assert found["cycle_losses"].tolist() == pytest.approx(cycles, rel=1e-5) and found["scored"].tolist() == [1, 1, 1]
+    assert found["loss"].item() == pytest.approx(total, rel=1e-5)
+    # of a batch that is one of several, everything is divided by the tokens of all of them
+    part, share = supervised(ids, labels, num_items_in_batch=1000), (labels[:, 1:] != -100).sum().item() / 1000
+    for key in ("loss", "cycle_losses"):
+        torch.testing.assert_close(part[key], found[key] * share, rtol=1e-5, atol=1e-6)
+    assert {name: value.item() for name, value in part["terms"].items()} == pytest.approx(
+        {n: v * share for n, v in expected.items()}, rel=1e-4
+    )
+    # at another depth the last cycle is another one
+    shallow = supervised(ids, labels, H_cycles=2)
+    cycles, expected, total = naive(model, teacher, ids, labels, want, H=2)
+    assert shallow["cycle_losses"].tolist() == pytest.approx([*cycles, 0.0], rel=1e-5) and shallow["scored"].tolist() == [1, 1, 0]
+    assert shallow["loss"].item() == pytest.approx(total, rel=1e-5)
+    assert {name: value.item() for name, value in shallow["terms"].items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_distillation_of_the_last_cycle_alone() -> None:
+    model, teacher, (ids, labels) = recursive(), tiny_donor("qwen2", num_hidden_layers=2), unequal()
+    want = settings(distill_weight=0.7, distill_temperature=3.0)
+    found = Supervised(model, Supervision.of(want), teacher=teacher)(ids, labels)
+    cycles, expected, total = naive(model, teacher, ids, labels, want)
+    assert found["loss"].item() == pytest.approx(total, rel=1e-5) and found["cycle_losses"].tolist() == pytest.approx(
+        [0, 0, cycles[2]], rel=1e-5
+    )
+    assert found["terms"]["distill"].item() == pytest.approx(expected["distill"], rel=1e-4) and found["scored"].tolist() == [0, 0, 1]
+
+
+def test_a_run_minimises_and_logs_what_its_flags_ask_for() -> None:
+    """The first entry of the log against the objective written out for the model as it was; in one batch, and in unequal micro-batches."""
+    teacher, (ids, labels) = tiny_donor("qwen2", num_hidden_layers=2), unequal(6)
+    flags: dict[str, Any] = {
+        "enable_deep_supervision": True, "deep_supervision_schedule": "early_decay", "deep_supervision_weight": 0.6,
+        "distill_temperature": 2.0, **EACH_TERM["all"],
+    }  # fmt: skip
+    cycles, terms, total = naive(about_to_halt(recursive()), teacher, ids, labels, settings(**flags))
+    rows = [{"input_ids": i, "labels": j} for i, j in zip(ids.tolist(), labels.tolist(), strict=True)]
+    for changes in ({"batch_size": 6}, {"batch_size": 4, "grad_accum_steps": 2}):
+        result = run(about_to_halt(recursive()), rows, teacher=teacher.train(), max_steps=1, **flags, **changes)
+        first = result.history[0]
+        assert first["loss"] == pytest.approx(total, rel=1e-5)
+        assert [first[f"loss_cycle_{c}"] for c in (1, 2, 3)] == pytest.approx(cycles, rel=1e-5)
+        assert {name: first[f"loss_{name}"] for name in terms} == pytest.approx(terms, rel=1e-4)
+        assert logged(result, "train_loss") == [pytest.approx(cycles[2], rel=1e-5)]
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_nothing_that_counts_is_no_loss() -> None:
+    """With all terms on, and not the quotient of 0 and 0."""
+    model, teacher, ids = about_to_halt(recursive()), tiny_donor("qwen2", num_hidden_layers=1), batch()
+    want = settings(enable_deep_supervision=True, **EACH_TERM["all"])
+    for supervision in (Supervision.of(want), EVERY):
+        found = Supervised(model, supervision, teacher=teacher)(ids, torch.full_like(ids, -100))
+        assert found["loss"].item() == 0 and found["cycle_losses"].tolist() == [0, 0, 0]
+        assert all(value.item() == 0 for value in found["terms"].values())
+
+
+def test_hits_are_counted_at_the_cycle_that_is_read_out() -> None:
+    """Not at the deepest that is measured, nor at the first."""
+    model, ids = recursive(), batch()
+    states = [model.model(ids, H_cycles=H, use_cache=False).last_hidden_state for H in range(1, 6)]
+    with torch.no_grad():  # each cycle's states point at one word of their own
+        for word, state in zip(range(370, 375), states, strict=True):
+            model.model.embed_tokens.weight[word] = 5 * state.detach()[0, word - 370]
+    states = [model.model(ids, H_cycles=H, use_cache=False).last_hidden_state for H in range(1, 6)]
+    weight = model.model.embed_tokens.weight
+    nearest = [F.cosine_similarity(state[:, :-1, None], weight, dim=-1).argmax(-1) for state in states]
+    labels = ids.clone()
+    labels[0, 1:], labels[1, 1:8] = nearest[2][0], nearest[2][1, :7]
+    hits = [(each == labels[:, 1:]).sum(1).tolist() for each in nearest]
+    found = Supervised(model, objective=NEXT_EMBEDDING, deepest=5).row_sums(ids, labels)
+    assert found.shape == (3, 6) and found[:, 5].tolist() == hits[2] and len({tuple(each) for each in (hits[0], hits[2], hits[4])}) == 3
+
+
+@pytest.mark.parametrize("kind", ["recursive", "plain"])
+def test_positions_reach_teacher_and_plain_models(kind: str) -> None:
+    """Two documents in a row, told apart by their positions, score as each of them does alone: against the donor, too."""
+    model, teacher, ids = (
+        recursive() if kind == "recursive" else tiny_donor("qwen2", num_hidden_layers=3),
+        tiny_donor("qwen2", num_hidden_layers=2),
+        batch(1),
+    )
+    positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
+    labels = ids.clone()
+    labels[:, 6] = -100
+    supervised = Supervised(model, Supervision(distill=1.0), teacher=teacher)
+    packed, mixed = supervised(ids, labels, positions), supervised(ids, labels)
+    alone = [supervised(part, part, num_items_in_batch=14) for part in (ids[:, :6], ids[:, 6:])]
+    for found in ((packed["loss"], packed["terms"]["distill"], packed["cycle_losses"][-1]),):
+        expected = [sum(each) for each in zip(*((a["loss"], a["terms"]["distill"], a["cycle_losses"][-1]) for a in alone), strict=True)]
+        torch.testing.assert_close(list(found), expected, rtol=1e-4, atol=1e-5)
+    assert packed["terms"]["distill"].item() != pytest.approx(mixed["terms"]["distill"].item(), rel=1e-3)
+    rows = [supervised.row_sums(part, part) for part in (ids[:, :6], ids[:, 6:])]
+    torch.testing.assert_close(supervised.row_sums(ids, labels, positions), sum(rows), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backprop", ["full", "cycle"])
 def test_the_halting_term_changes_nothing_but_the_halting_head(backprop: str) -> None:
     ids, plain, halting = batch(), recursive(), recursive()
@@ -269,8 +465,6 @@ def test_positions_reach_the_model() -> None:
 
 def test_divergence_of_chunks() -> None:
     """Chunked and whole, with gradients."""
-    from recursify.objective import Reference
-
     torch.manual_seed(0)
     head, other = torch.nn.Linear(8, 30, bias=False), torch.nn.Linear(5, 30, bias=False)
     state, reference, labels = torch.randn(2, 7, 8, requires_grad=True), torch.randn(2, 7, 5), torch.randint(0, 30, (2, 7))

@@ -57,8 +57,11 @@ def settings(**changes: Any) -> TrainSettings:
 
 
 def run(model: Any, train_blocks: Any = None, **changes: Any) -> FitResult:
+    passed_on = {name: changes.pop(name) for name in ("teacher", "saver", "callbacks") if name in changes}
     console = changes.pop("console", False)
-    return fit(model, make_tiny_tokenizer(), train_blocks or blocks(8), blocks(5, seed=2), settings(**changes), console=console)
+    return fit(
+        model, make_tiny_tokenizer(), train_blocks or blocks(8), blocks(5, seed=2), settings(**changes), console=console, **passed_on
+    )
 
 
 def logged(result: FitResult, key: str) -> list[Any]:
