@@ -20,7 +20,9 @@ from recursify.evaluation import load_any
 from recursify.generation import GenerateSettings, generate_text
 from recursify.generation import load as load_to_write
 from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings, fit, train
+from recursify.training import run as training_run
 from recursify.training.approaches import APPROACHES, freeze_rest, from_donor, untied
+from recursify.training.gains import injections
 from recursify.training.saving import BEST
 from recursify.training.settings import DonorSettings
 from recursify.training.supervised import Supervised, Supervision
@@ -119,6 +121,16 @@ def test_untied(corner: Path) -> None:
     assert own.lm_head.weight.data_ptr() != own.model.embed_tokens.weight.data_ptr() and not own.config.tie_word_embeddings
     assert tied.config.tie_word_embeddings and own.generation_config is tied.generation_config
     assert trainable(own) == trainable(tied) | {HEAD}
+    assert untied(tied.bfloat16()).dtype == torch.bfloat16
+
+
+def test_another_tokenizer_and_length(corner: Path, tmp_path: Path) -> None:
+    other = make_tiny_tokenizer()
+    other.add_tokens(["<extra>"])
+    other.save_pretrained(tmp_path)
+    found = from_donor(settings("hybrid", corner, tokenizer_path=str(tmp_path), seq_len=24))
+    assert len(found.tokenizer) == len(other) == len(from_donor(settings("hybrid", corner)).tokenizer) + 1
+    assert found.notes["seq_len"] == 24
 
 
 # What is trained
@@ -145,6 +157,7 @@ def test_only_what_the_table_says_moves(
     assert result.best == tmp_path / BEST and (tmp_path / BEST.replace(".pt", "_tokenizer") / "tokenizer.json").is_file()
     found = checkpoint.load(result.best)
     assert differing(before, found.model) == loop_of(found.model) | more
+    assert found.plan == from_donor(wanted).plan and (found.plan is None) == wanted.starts_fresh
     assert found.notes["approach"] == approach and found.notes["donor"] == str(corner / donor) and "eval_loss" in found.notes["training"]
     err = capsys.readouterr().err
     start = "fresh" if wanted.starts_fresh else "layers [0, 2]"
@@ -157,6 +170,56 @@ def test_without_L_cycles_their_injection_stays_idle(corner: Path) -> None:
     model = from_donor(wanted).model
     freeze_rest(model, wanted)
     assert trainable(model) == {name for name in loop_of(model) if "inject_L" not in name}
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.01, 2.0])
+def test_the_halting_head_is_trained_where_it_counts(weight: float, corner: Path) -> None:
+    model: Any = from_donor(settings("hybrid", corner)).model
+    freeze_rest(model, settings("hybrid", corner, halting_weight=weight))
+    heads = {"model.recursion.q_head.weight", "model.recursion.q_head.bias"}
+    assert trainable(model) == loop_of(model) | (heads if weight else set())
+
+
+@pytest.mark.parametrize(
+    ("H_cycles", "choices", "trained"), [(2, (), False), (1, (), True), (2, (1,), True), (1, (1, 2), False), (2, (1, 3), False)]
+)
+def test_start_states_learn_where_the_only_cycle_has_gradients(
+    H_cycles: int, choices: tuple[int, ...], trained: bool, corner: Path
+) -> None:
+    """The last of several cycles starts from states that have none."""
+    for backprop in ("last", "full"):
+        wanted = settings("hybrid", corner, H_cycles=H_cycles, cycle_choices=choices, backprop=backprop, enable_deep_supervision=False)
+        model: Any = from_donor(wanted).model
+        freeze_rest(model, wanted)
+        states = {"model.recursion.H_init", "model.recursion.L_init"}
+        assert trainable(model) & states == (states if trained or backprop == "full" else set())
+
+
+@pytest.mark.parametrize(("approach", "flags"), [("hybrid", {}), ("embedding", {"donor_loop": True})])
+def test_a_loop_that_knows_something_starts_from_a_gain_that_costs_little(
+    approach: str, flags: dict[str, Any], corner: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the loss that the approach trains; a fresh loop, which has nothing to lose, starts from the largest."""
+    seen: list[float] = []
+
+    def calibrated(model: Any, loss: Any) -> Any:
+        seen.append(loss())
+        return 0.2, [(0.2, 0.0)]
+
+    monkeypatch.setattr(training_run, "calibrate", calibrated)
+    held = blocks(corner, "validation")
+    ids = torch.tensor([row["input_ids"] for row in held])
+    for fresh in (False, True):
+        own = {"fresh_loop": fresh} if approach == "hybrid" else {"donor_loop": not fresh}
+        wanted = settings(approach, corner, lr=1e-12, gain_lr=1e-12, max_steps=1, enable_deep_supervision=False, **(flags | own))
+        found: Any = from_donor(wanted)
+        objective = APPROACHES[approach].objective
+        expected = Supervised(found.model, objective=objective)(ids, ids)["loss"].item()
+        fit(found.model, found.tokenizer, held, held, wanted, console=False)
+        gains = {round(gain, 4) for module in injections(found.model) for part in module.gains(torch.float32) for gain in part.tolist()}
+        assert gains == {0.45 if fresh else 0.2}
+        assert fresh or seen == [pytest.approx(expected, rel=1e-5)]
+    assert len(seen) == 1
 
 
 def test_the_full_approach_trains_everything(corner: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from test_training import blocks, logged, recursive, run, settings
 from tiny import tiny_donor
 from torch.nn import functional as F
 
+from recursify.cost import pass_flops
 from recursify.objective import HALT_MARGIN, Reference, cycle_shares, cycle_weights, losses_and_divergences
 from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.settings import TrainSettings
@@ -333,6 +334,7 @@ def test_a_run_minimises_and_logs_what_its_flags_ask_for() -> None:
         assert first["loss"] == pytest.approx(total, rel=1e-5)
         assert [first[f"loss_cycle_{c}"] for c in (1, 2, 3)] == pytest.approx(cycles, rel=1e-5)
         assert {name: first[f"loss_{name}"] for name in terms} == pytest.approx(terms, rel=1e-4)
+        assert first["flops"] == pass_flops(recursive().config, settings(**flags), ids.numel(), 3, teacher.config)
         assert logged(result, "train_loss") == [pytest.approx(cycles[2], rel=1e-5)]
         assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import pytest
 import tiny
 import torch
 from tiny import make_tiny_tokenizer, sentences, tiny_config, tiny_donor
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from recursify import RecursiveLLM, checkpoint
 from recursify.configuration_recursive_llm import from_donor
@@ -27,10 +28,13 @@ from recursify.conversion import LoopSettings, convert
 from recursify.cost import pass_flops
 from recursify.errors import UserError
 from recursify.objective import SCHEDULES
-from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train
+from recursify.sources import DataSettings
+from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train, trainer
+from recursify.training import run as training_run
 from recursify.training.approaches import freeze_rest
-from recursify.training.run import Collate, total_steps
-from recursify.training.saving import BEST, resume_points
+from recursify.training.depth import DepthSchedule
+from recursify.training.run import Collate, computes_in_bf16, depth_schedule, total_steps, training_arguments
+from recursify.training.saving import BEST, Saver, resume_points, training_notes
 from recursify.training.supervised import Supervised, Supervision
 
 SEQ_LEN = 16
@@ -598,9 +602,10 @@ def test_the_teacher_is_the_donor_that_the_checkpoint_names(files: TrainSettings
 
 
 def test_a_teacher_of_another_vocabulary(files: TrainSettings, tmp_path: Path) -> None:
-    tiny_donor("qwen2", tmp_path / "other", num_hidden_layers=1, vocab_size=tiny.VOCAB_SIZE + 8)
-    with pytest.raises(UserError, match=rf"--teacher: .* {tiny.VOCAB_SIZE + 8} words, the model {tiny.VOCAB_SIZE}"):
-        train(replace(files, distill_weight=1.0, teacher=str(tmp_path / "other")))
+    for words in (tiny.VOCAB_SIZE + 8, tiny.VOCAB_SIZE - 8):
+        tiny_donor("qwen2", tmp_path / str(words), num_hidden_layers=1, vocab_size=words)
+        with pytest.raises(UserError, match=rf"--teacher: .* {words} words, the model {tiny.VOCAB_SIZE}"):
+            train(replace(files, distill_weight=1.0, teacher=str(tmp_path / str(words))))
 
 
 def test_trackers(files: TrainSettings, tmp_path: Path) -> None:
@@ -652,6 +657,409 @@ def test_mixed_and_streamed_text(files: TrainSettings, tmp_path: Path, monkeypat
     assert whole.fit.steps == 5 and evaluations(whole.fit) == [5]
     mixed = train(replace(files, mix=(f"{other}=1.5",), output_dir=str(tmp_path / "mixed"), save_every=0))
     assert mixed.fit.tokens == 2 * (12 + 18) * 32
+
+
+# That flags act
+
+
+class Watch(TrainerCallback):
+    """What a run is made of, and what it was before and after each step of its optimizer."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.optimizer: Any = None
+        self.checkpointed = False
+        self.rates, self.norms, self.weights = list[list[float]](), list[float](), list[dict[str, torch.Tensor]]()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.optimizer, self.checkpointed = kwargs["optimizer"], self.model.is_gradient_checkpointing
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+        self.norms.append(torch.cat(gradients).norm().item())
+        self.rates.append([float(group["lr"]) for group in self.optimizer.param_groups])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights.append(weights_of(self.model))
+
+
+def watched(model: Any, **changes: Any) -> tuple[FitResult, Watch]:
+    watch = Watch(model)
+    return run(model, callbacks=[watch], **changes), watch
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.1, 1e6])
+def test_gradients_are_scaled_down_to_the_bound(bound: float) -> None:
+    """What is logged is the norm that they had; 0 is no bound."""
+    result, watch = watched(recursive(), max_grad_norm=bound)
+    before = logged(result, "grad_norm")
+    assert min(before) > 0.5
+    assert watch.norms == pytest.approx([bound] * 2 if bound == 0.1 else before, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "factors"),
+    [
+        ({"lr_schedule": "wsd", "decay_share": 0.5}, [1 / 3, 2 / 3, 1, 1, 1, 0.75, 0.5, 0.25]),
+        ({"lr_schedule": "wsd"}, [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1 / 1.6]),
+        ({"lr_schedule": "cosine"}, [1 / 3, 2 / 3, *((1 + math.cos(math.pi * i / 6)) / 2 for i in range(6))]),
+        ({}, [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+    ],
+)
+def test_rates_follow_the_schedule_that_is_asked_for(flags: dict[str, Any], factors: list[float]) -> None:
+    """Those of the gains, too, in their proportion."""
+    result, watch = watched(recursive(), batch_size=1, warmup_steps=2, lr=2e-3, gain_lr=5e-3, **flags)
+    assert logged(result, "learning_rate") == pytest.approx([2e-3 * factor for factor in factors])
+    for rates, factor in zip(watch.rates, factors, strict=True):
+        assert rates == pytest.approx([2e-3 * factor, 2e-3 * factor, 5e-3 * factor])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adamw_8bit"])
+def test_each_optimizer_makes_a_run(name: str) -> None:
+    """That optimizer, with the rates and the decay of the flags; and the loss falls."""
+    kinds = {"adamw": "AdamW", "muon": "MuonAdamW", "adamw_8bit": "AdamW8bit"}
+    torch.compiler.set_stance("force_eager")  # torchao's step takes a quarter of a minute for each shape of parameter to compile
+    try:
+        result, watch = watched(recursive(), optimizer=name, lr=4e-3, gain_lr=0.02, weight_decay=0.3, num_epochs=2)
+    finally:
+        torch.compiler.set_stance("default")
+    assert type(watch.optimizer.optimizer).__name__ == kinds[name]
+    groups = [(float(group["initial_lr"]), group["weight_decay"]) for group in watch.optimizer.param_groups]
+    matrices = [(4e-3, 0.3)] * (2 if name == "muon" else 1)
+    assert groups == [pytest.approx(group) for group in (*matrices, (4e-3, 0.0), (0.02, 0.0))]
+    assert logged(result, "loss")[-1] < logged(result, "loss")[0] - 0.2 and result.eval_loss == result.best_eval_loss
+
+
+def test_the_average_is_over_as_many_steps_as_asked_for(tmp_path: Path) -> None:
+    """A decay that the second step reaches; the best model that is kept is the average that was validated."""
+    model, reference = recursive(), recursive()
+    average = {name: tensor for name, tensor in weights_of(model).items() if tensor.is_floating_point()}
+    saver = Saver(tmp_path, make_tiny_tokenizer(), torch.float32)
+    result, watch = watched(model, batch_size=2, ema_decay=0.12, lr=1e-2, saver=saver)
+    for decay, weights in zip((0.1, 0.12, 0.12, 0.12), watch.weights, strict=True):
+        average = {name: decay * mean + (1 - decay) * weights[name] for name, mean in average.items()}
+    reference.load_state_dict(average)
+    held = torch.tensor([row["input_ids"] for row in blocks(5, seed=2)])
+    with torch.no_grad():
+        expected, own = (each(held, labels=held).loss.item() for each in (reference, model))
+    assert result.eval_loss == pytest.approx(expected, rel=1e-6) and result.eval_loss != pytest.approx(own, rel=1e-5)
+    kept = load(tmp_path / BEST)
+    for name, tensor in kept.state_dict().items():
+        torch.testing.assert_close(tensor, average[name], rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(tensor, watch.weights[-1][name]) for name, tensor in model.state_dict().items())
+
+
+def test_depths_of_a_run() -> None:
+    """Every step is trained at the depth that the schedule has for it, shallower than the model is read at; the training loss is that of
+    the last cycle of each step."""
+    changes: dict[str, Any] = {"cycle_choices": (1, 2), "cycle_weights": (1.0, 2.0), "depth_curriculum": 0.5, "seed": 7}
+    result = run(recursive(), train_blocks=blocks(12), batch_size=1, enable_deep_supervision=True, **changes)
+    steps = [entry for entry in result.history if "loss" in entry]
+    drawn = [2 if "loss_cycle_2" in entry else 1 for entry in steps]
+    schedule = DepthSchedule((1, 2), (1.0, 2.0), opening=6, seed=7)
+    assert depth_schedule(recursive().config, settings(**changes), 12) == schedule
+    assert drawn == [schedule.at(step) for step in range(12)] != [schedule.at(step + 1) for step in range(12)]
+    expected = [entry[f"loss_cycle_{depth}"] for entry, depth in zip(steps, drawn, strict=True)]
+    assert logged(result, "train_loss") == [pytest.approx(sum(expected) / 12, rel=1e-5)]
+    last = result.history[-1]
+    assert result.eval_loss == last["eval_loss_cycle_3"] and "eval_loss_cycle_4" not in last
+
+
+def test_depth_schedules_by_default() -> None:
+    assert depth_schedule(recursive().config, settings(), 12) == DepthSchedule((3,), (1.0,), opening=0, seed=42)
+    assert depth_schedule(recursive().config, settings(cycle_choices=(1, 4)), 12) == DepthSchedule((1, 4), (1.0, 1.0), opening=0, seed=42)
+    assert depth_schedule(tiny_config("qwen2"), settings(), 12) is None
+
+
+def test_what_a_validation_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 where the run computes in it, in evaluation mode; and what the steps before it lost is logged with it."""
+    modes, own = [], Supervised.row_sums
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        modes.append(self.training)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(Supervised, "row_sums", spy)
+    model = recursive()
+    result = run(model, train_blocks=blocks(20), bf16=True, lr=1e-12, gain_lr=1e-12, log_every=100, eval_every=2)
+    assert modes and not any(modes)
+    held = torch.tensor([row["input_ids"] for row in blocks(5, seed=2)])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = own(Supervised(model), held, held)[:, 2].sum().item() / 75
+    assert result.eval_loss == pytest.approx(rounded, rel=1e-5)
+    assert result.eval_loss != pytest.approx(own(Supervised(model), held, held)[:, 2].sum().item() / 75, rel=1e-5)
+    assert [entry["step"] for entry in result.history if "loss" in entry] == [1, 2, 4, 5] and evaluations(result) == [2, 4, 5]
+
+
+def test_documents_are_kept_apart_where_that_is_asked_for() -> None:
+    rows = blocks(4)
+    for row in rows:
+        row["input_ids"] = [*row["input_ids"][:5], 0, *row["input_ids"][6:]]
+    losses = {}
+    for apart in (False, True):
+        batch = Collate(0 if apart else None)(rows)
+        losses[apart] = Supervised(recursive())(**batch)["loss"].item()
+        result = run(recursive(), rows, separate_documents=apart, gradient_checkpointing=apart, max_steps=1)
+        assert logged(result, "loss") == [pytest.approx(losses[apart], rel=1e-5)]
+    assert losses[True] != pytest.approx(losses[False], rel=1e-3)
+
+
+def test_layers_are_checkpointed_where_that_is_asked_for() -> None:
+    assert [watched(recursive(), gradient_checkpointing=wanted, max_steps=1)[1].checkpointed for wanted in (False, True)] == [False, True]
+
+
+def test_a_gradient_that_overflows_is_not_stepped_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norm is infinite, though it is a number; and where nothing is saved, nothing is said of a file."""
+    model, own = recursive(), Supervised.forward
+    watch = Watch(model)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = own(self, *args, **kwargs)
+        return outputs | ({"loss": outputs["loss"] * 1e30} if watch.weights else {})
+
+    monkeypatch.setattr(Supervised, "forward", forward)
+    with pytest.raises(UserError, match=r"^step 2: the gradient's norm is inf. The step was not taken. Go on from the last checkpoint"):
+        run(model, callbacks=[watch])
+    assert all(torch.equal(tensor, watch.weights[0][name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_resumed_run_keeps_its_gains_and_its_clock(files: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the middle of another run's checkpoints: gains are not set anew, times and tokens are added to what there was. One that an
+    earlier version wrote, which had fewer settings, will do."""
+    common = replace(files, max_steps=4, save_every=2, start_gain=0.1, gain_lr=0.05)
+    whole = train(common)
+    out, cut = Path(common.output_dir), tmp_path / "cut"
+    cut.mkdir()
+    for path in out.glob("checkpoint_step_2*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, cut / path.name)
+    shutil.copy(out / BEST, cut / BEST)
+    state, told = (cut / "checkpoint_step_2_state" / name for name in ("trainer_state.json", "run.json"))
+    record, settings_then = json.loads(state.read_text()), json.loads(told.read_text())
+    record["log_history"][-1]["seconds"] += 1000
+    record["num_input_tokens_seen"] += 10**12
+    state.write_text(json.dumps(record))
+    del settings_then["settings"]["ema_decay"]
+    told.write_text(json.dumps(settings_then))
+    capsys.readouterr()
+    resumed = train(replace(common, output_dir=str(cut), resume=True))
+    assert "is there already" not in capsys.readouterr().err
+    last, expected = load(cut / "checkpoint_step_4.pt"), load(out / "checkpoint_step_4.pt")
+    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), expected.parameters(), strict=True))
+    assert logged(resumed.fit, "loss") == logged(whole.fit, "loss")
+    assert resumed.fit.tokens == whole.fit.tokens + 10**12 and 1000 < resumed.fit.seconds < 2000
+    assert max(logged(resumed.fit, "tokens_per_second")) < 10**9
+
+
+def test_what_is_read_for_a_run(files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting of the text reaches its reader; and a tokenizer as large as the vocabulary fits."""
+
+    class Read(Exception):
+        pass
+
+    def load_blocks(*args: Any) -> Any:
+        raise Read(*args)
+
+    monkeypatch.setattr("recursify.data.load_blocks", load_blocks)
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(tiny.VOCAB_SIZE - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "whole")
+    changes: dict[str, Any] = {
+        "dataset_name": "some", "dataset_config_name": "part", "text_column": "prose", "mix": ("other=0.5",), "streaming": True,
+        "max_steps": 3, "seed": 11, "seq_len": 24, "tokenizer_path": str(tmp_path / "whole"),
+    }  # fmt: skip
+    with pytest.raises(Read) as read:
+        train(replace(files, **changes))
+    source, found, seq_len, seed = read.value.args
+    assert source == DataSettings(dataset_name="some", dataset_config_name="part", text_column="prose", mix=("other=0.5",), streaming=True)
+    assert (len(found), seq_len, seed) == (tiny.VOCAB_SIZE, 24, 11)
+
+
+def test_the_teacher_that_is_named_wins_and_is_paid_for(
+    files: TrainSettings, corner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, path, opened, own = checkpoint.load(files.checkpoint), tmp_path / "named.pt", [], training_run.open_donor
+    checkpoint.save(path, found.model, found.tokenizer, notes={"donor": str(corner / "donor")})
+    tiny_donor("qwen2", tmp_path / "other", num_hidden_layers=2)
+
+    def spy(name: str) -> Any:
+        opened.append(name)
+        return own(name)
+
+    monkeypatch.setattr(training_run, "open_donor", spy)
+    flops = []
+    for changes in ({}, {"distill_weight": 1.0}, {"distill_weight": 1.0, "teacher": str(tmp_path / "other")}):
+        train(replace(files, checkpoint=str(path), dry_run=True, **changes))  # type: ignore[arg-type]
+        said = re.search(r"FLOPs +(\S+e\+\d\d)", capsys.readouterr().out)
+        assert said is not None
+        flops.append(float(said[1]))
+    assert opened == [str(corner / "donor"), str(tmp_path / "other")]
+    assert flops[0] < flops[2] < flops[1]
+
+
+def test_where_bfloat16_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the flag says so, and without it on GPUs that have it."""
+    cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
+        assert computes_in_bf16(settings(), cuda) is has and not computes_in_bf16(settings(bf16=False), cuda)
+    assert [computes_in_bf16(settings(bf16=flag), cpu) for flag in (None, True, False)] == [False, True, False]
+    assert not computes_in_bf16(settings(), mps)
+    for device in (mps, cuda):
+        with pytest.raises(UserError, match=f"--bf16: {device.type} does not compute in bfloat16"):
+            computes_in_bf16(settings(bf16=True), device)
+
+
+def test_the_second_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--device: training takes the first GPU that it sees, got cuda:1; .*CUDA_VISIBLE_DEVICES=1"):
+        training_arguments(settings(), torch.device("cuda:1"), None)
+
+
+# The parts of a run
+
+
+def test_what_a_checkpoint_says_of_its_run() -> None:
+    """All that was set, in JSON types; the last validation, the cycles in their order."""
+    flags: dict[str, Any] = {
+        "dataset_name": "some", "dataset_config_name": "part", "mix": ("other=0.5",), "seq_len": 24, "separate_documents": True,
+        "batch_size": 3, "grad_accum_steps": 5, "cycle_choices": (1, 2), "backprop": "cycle", "lr": 0.25, "gain_lr": 0.75,
+        "lr_schedule": "wsd", "warmup_steps": 7, "optimizer": "muon", "weight_decay": 0.125, "ema_decay": 0.5,
+        "enable_deep_supervision": True, "distill_weight": 1.5, "self_distill_weight": 2.5, "monotone_weight": 3.5, "halting_weight": 4.5,
+    }  # fmt: skip
+    state = TrainerState(epoch=1.5, global_step=9, num_input_tokens_seen=1234)
+    notes = training_notes(settings(**flags, seed=5, output_dir="secret"), state)
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+    assert notes == {"epoch": 1.5, "tokens": 1234, "processes": 1, "seed": 5} | listed
+    one, two = ({"eval_loss": x, "eval_loss_cycle_1": x + 1, "eval_loss_cycle_2": x, "step": s} for x, s in ((3.0, 4), (2.0, 8)))
+    state.log_history = [one, two, {"loss": 1.0, "step": 9}]
+    measured = training_notes(settings(warmup_steps=0), state)
+    assert (measured["eval_loss"], measured["eval_loss_cycles"], measured["eval_step"]) == (2.0, [3.0, 2.0], 8)
+    assert not {"warmup_steps", "mix", "ema_decay", "gain_lr", "cycle_choices", "output_dir"} & set(measured)
+    assert json.loads(json.dumps(notes)) == notes
+
+
+def test_the_clock_stands_still_while_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    clock = trainer.Clock()
+    clock.start(1000)
+    now[0] = 102.0
+    assert clock.rate(1500) == 250.0
+    with pytest.raises(RuntimeError), clock.stopped():
+        now[0] = 202.0
+        raise RuntimeError
+    now[0] = 206.0
+    assert clock.rate(1700) == 50.0
+
+
+def test_memory_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux says it in KiB, macOS in bytes."""
+    monkeypatch.setattr(trainer.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
+    found = {}
+    for system in ("linux", "darwin"):
+        monkeypatch.setattr(trainer.sys, "platform", system)
+        found[system] = trainer.peak_memory(torch.device("cpu"))
+    assert found == {"linux": 3 * 2**30, "darwin": 3 * 2**20}
+    monkeypatch.setattr(trainer.sys, "platform", "linux")
+    assert logged(run(recursive(), max_steps=1), "memory") == [3.0]
+
+
+def test_samples_are_short_seeded_and_fit_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, seen = make_tiny_tokenizer(), []
+
+    def spy(model: Any, tokenizer: Any, prompt: str, sampling: Any, seed: int | None = None) -> Any:
+        seen.append((prompt, sampling.max_new_tokens, seed))
+        return SimpleNamespace(text="")
+
+    monkeypatch.setattr(callbacks, "generate_text", spy)
+    prompt = "The old ship follows the river"
+    length = len(tokenizer(prompt).input_ids)
+    for positions, new in ((512, 50), (length + 51, 50), (length + 50, 50), (length + 49, 49), (length + 1, 1)):
+        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+        sample = callbacks.Samples(model, tokenizer, settings(generate_every=3, generation_prompt=prompt, seed=9), nullcontext)
+        for step in (1, 2, 3):
+            sample.on_step_end(None, TrainerState(global_step=step), TrainerControl())
+        assert seen.pop() == (prompt, new, 9) and not seen
+    model.config.max_position_embeddings = length
+    with pytest.raises(UserError, match=rf"--generation_prompt: expected fewer tokens than the model's {length} positions, got {length}"):
+        callbacks.Samples(model, tokenizer, settings(generation_prompt=prompt), nullcontext)
+
+
+@pytest.mark.parametrize(
+    ("loss", "best", "is_best"),
+    [(1.0, None, True), (1.0, 1.5, True), (1.0, 1.0, False), (1.5, 1.0, False), (math.nan, None, False), (math.inf, None, False)],
+)
+def test_the_best_is_a_number_and_lower(loss: float, best: float | None, is_best: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = []
+
+    def save(metrics: Any) -> Path:
+        saved.append(metrics["eval_loss"])
+        return Path("there.pt")
+
+    metrics = {"eval_loss": loss, "train_loss": 2.0, "eval_perplexity": 7.0}
+    state = TrainerState(epoch=1.5, global_step=6, max_steps=6, best_metric=best)
+    callbacks.Summary(save).on_evaluate(None, state, TrainerControl(), metrics=metrics)
+    assert saved == [loss] * is_best
+    said = capsys.readouterr().out
+    assert said.startswith("\nEpoch 2 Summary:\n  Train Loss: 2.0000\n") and ("New best model saved: there.pt" in said) is is_best
+
+
+def test_the_bar_shows_each_cycle_where_there_are_several() -> None:
+    logs = {
+        "loss": 2.45214,
+        "loss_cycle_1": 2.61,
+        "loss_cycle_2": 2.466,
+        "learning_rate": 1e-5,
+        "tokens_per_second": 1210.4,
+        "memory": 1.94,
+    }
+    bar = callbacks.ProgressBar()
+    assert bar._postfix(logs) == "loss=2.4521, cycles=2.61/2.47, lr=1e-05, 1,210 tok/s, 1.9 GiB"
+    del logs["loss_cycle_1"]
+    assert bar._postfix(logs) == "loss=2.4521, lr=1e-05, 1,210 tok/s, 1.9 GiB"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_a_run_at_once(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    stop = callbacks.StopOnSignal(None, lambda asked: asked)
+    control = TrainerControl()
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+        stop.on_step_end(None, TrainerState(global_step=1, max_steps=9, epoch=0.5), control)
+        assert not control.should_training_stop
+        os.kill(os.getpid(), number)
+        assert stop.asked and not stop.stopped
+        stop.on_step_end(None, TrainerState(global_step=2, max_steps=9, epoch=0.7), control)
+        assert control.should_training_stop and stop.stopped and not control.should_save
+        os.kill(os.getpid(), number)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert capsys.readouterr().err.count("Stopping after this step") == 1
+
+
+@pytest.mark.parametrize(("epoch", "validated"), [(0.5, False), (1.0, True), (2.0, True)])
+def test_a_stopped_run_is_validated_only_where_an_epoch_ends(epoch: float, validated: bool) -> None:
+    """A signal in the last step of an epoch takes its validation from nobody."""
+    for asked in (False, True):
+        stop, control = callbacks.StopOnSignal(None, lambda asked: asked), TrainerControl(should_evaluate=True)
+        stop.asked = asked
+        stop.on_epoch_end(None, TrainerState(global_step=3, max_steps=9, epoch=epoch), control)
+        assert control.should_evaluate is (validated or not asked)
+
+
+@pytest.mark.parametrize(("every", "at_once", "after_validation"), [(2, [2, 4], [6]), (3, [], [3, 6]), (4, [4], []), (0, [], [])])
+def test_when_a_checkpoint_is_asked_for(every: int, at_once: list[int], after_validation: list[int]) -> None:
+    """Within an epoch at once, with everything before it logged; at its end after the validation, and only there."""
+    save, found, late = callbacks.SaveSteps(every), [], []
+    for step in range(1, 7):  # two epochs of three steps
+        control, state = TrainerControl(), TrainerState(global_step=step, max_steps=9, epoch=step / 3)
+        save.on_step_end(None, state, control)
+        assert control.should_log is control.should_save
+        found += [step] * control.should_save
+        if step % 3 == 0:
+            control = TrainerControl()
+            save.on_epoch_end(None, state, control)
+            assert control.should_log
+            late += [step] * control.should_save
+    assert (found, late) == (at_once, after_validation)
 
 
 # Bad input
