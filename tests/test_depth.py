@@ -57,3 +57,9 @@ def test_each_choice_opens_after_an_equal_part() -> None:
     assert [DepthSchedule((1, 2), (1, 1), opening=4).open_at(step) for step in range(6)] == [1, 1, 1, 2, 2, 2]
     assert [DepthSchedule((1, 2), (1, 1), opening=5).open_at(step) for step in range(7)] == [1, 1, 1, 2, 2, 2, 2]
     assert [DepthSchedule((1, 2, 3, 4), (1,) * 4, opening=1).open_at(step) for step in range(3)] == [1, 4, 4]
+
+
+def test_the_draws_stay_what_they_are() -> None:
+    """Also from one version to the next, which may go on with a run of the one before it."""
+    schedule = DepthSchedule((1, 2, 4), (1, 1, 2), seed=42)
+    assert [schedule.at(step) for step in range(12)] == [2, 1, 2, 2, 1, 4, 1, 4, 1, 4, 2, 2]

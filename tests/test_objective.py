@@ -331,6 +331,16 @@ def test_the_nearest_embedding_may_be_a_short_one() -> None:
     assert torch.equal(nearest_is_next(states[0], labels, embeddings), expected) and 0 < expected.mean() < 1
 
 
+def test_near_neighbours_are_told_apart_under_autocast() -> None:
+    """Closer together than bfloat16 can tell: each state is one of the embeddings."""
+    torch.manual_seed(0)
+    embeddings = nn.Embedding.from_pretrained(torch.ones(V, D) + 1e-3 * torch.randn(V, D))
+    labels = torch.randint(0, V, (B, T))
+    state = embeddings(labels.roll(-1, dims=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nearest_is_next(state, labels, embeddings).all()
+
+
 def test_embedding_losses_are_computed_in_float32() -> None:
     states, labels = batch(cycles=1)
     embeddings = nn.Embedding(V, D).bfloat16()

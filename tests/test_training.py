@@ -819,7 +819,8 @@ def test_a_gradient_that_overflows_is_not_stepped_along(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Supervised, "forward", forward)
     with pytest.raises(UserError, match=r"^step 2: the gradient's norm is inf. The step was not taken. Go on from the last checkpoint"):
-        run(model, callbacks=[watch])
+        run(model, callbacks=[watch], gradient_checkpointing=True)
+    assert not model.training and not model.is_gradient_checkpointing
     assert all(torch.equal(tensor, watch.weights[0][name]) for name, tensor in model.state_dict().items())
 
 
@@ -1043,6 +1044,24 @@ def test_a_stopped_run_is_validated_only_where_an_epoch_ends(epoch: float, valid
         stop.asked = asked
         stop.on_epoch_end(None, TrainerState(global_step=3, max_steps=9, epoch=epoch), control)
         assert control.should_evaluate is (validated or not asked)
+
+
+@pytest.mark.parametrize(
+    ("losses", "stops"),
+    [
+        ([1.0, 1.0], False),
+        ([1.0, 1.0, 1.0], True),
+        ([3.0, 1.0, 2.0], False),
+        ([1.0, 0.9, 1.0, 0.9], True),
+        ([math.nan, 1.0, math.nan], False),
+    ],
+)
+def test_a_loss_that_stays_has_not_fallen(losses: list[float], stops: bool) -> None:
+    """For two validations in a row; entries of training do not count."""
+    control, state = TrainerControl(), TrainerState()
+    state.log_history = [entry for i, loss in enumerate(losses) for entry in ({"loss": -float(i)}, {"eval_loss": loss})]
+    callbacks.EarlyStopping(2).on_evaluate(None, state, control)
+    assert control.should_training_stop is stops
 
 
 @pytest.mark.parametrize(("every", "at_once", "after_validation"), [(2, [2, 4], [6]), (3, [], [3, 6]), (4, [4], []), (0, [], [])])
