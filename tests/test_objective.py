@@ -334,7 +334,7 @@ def test_the_nearest_embedding_may_be_a_short_one() -> None:
 def test_near_neighbours_are_told_apart_under_autocast() -> None:
     """Closer together than bfloat16 can tell: each state is one of the embeddings."""
     torch.manual_seed(0)
-    embeddings = nn.Embedding.from_pretrained(torch.ones(V, D) + 1e-3 * torch.randn(V, D))
+    embeddings = nn.Embedding.from_pretrained(torch.ones(V, D) + 1e-2 * torch.randn(V, D))
     labels = torch.randint(0, V, (B, T))
     state = embeddings(labels.roll(-1, dims=1))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1055,7 +1055,7 @@ def test_a_stopped_run_is_validated_only_where_an_epoch_ends(epoch: float, valid
         ([1.0, 0.9, 1.0, 0.9], True),
         ([math.nan, 1.0, math.nan], False),
     ],
-)
+)  # fmt: skip
 def test_a_loss_that_stays_has_not_fallen(losses: list[float], stops: bool) -> None:
     """For two validations in a row; entries of training do not count."""
     control, state = TrainerControl(), TrainerState()
@@ -1064,12 +1064,12 @@ def test_a_loss_that_stays_has_not_fallen(losses: list[float], stops: bool) -> N
     assert control.should_training_stop is stops
 
 
-@pytest.mark.parametrize(("every", "at_once", "after_validation"), [(2, [2, 4], [6]), (3, [], [3, 6]), (4, [4], []), (0, [], [])])
+@pytest.mark.parametrize(("every", "at_once", "after_validation"), [(2, [2, 4, 8], [6]), (3, [], [3, 6, 9]), (4, [4, 8], []), (0, [], [])])
 def test_when_a_checkpoint_is_asked_for(every: int, at_once: list[int], after_validation: list[int]) -> None:
     """Within an epoch at once, with everything before it logged; at its end after the validation, and only there."""
     save, found, late = callbacks.SaveSteps(every), [], []
-    for step in range(1, 7):  # two epochs of three steps
-        control, state = TrainerControl(), TrainerState(global_step=step, max_steps=9, epoch=step / 3)
+    for step in range(1, 10):  # three epochs of three steps
+        control, state = TrainerControl(), TrainerState(global_step=step, max_steps=12, epoch=step / 3)
         save.on_step_end(None, state, control)
         assert control.should_log is control.should_save
         found += [step] * control.should_save
