@@ -121,24 +121,33 @@ def test_speculation_writes_what_plain_decoding_writes(shape: dict[str, int], le
 
 
 @properties
-@given(shapes, st.lists(st.integers(1, 10), min_size=2, max_size=3), st.sampled_from(["plain", "last", "q_head", "draft"]))
+@given(
+    shapes,
+    st.lists(st.integers(1, 10), min_size=2, max_size=3).filter(lambda lengths: max(lengths) > 1),
+    st.sampled_from(["plain", "last", "draft", *CRITERIA]),
+)
 def test_a_batch_writes_what_its_rows_write_alone(shape: dict[str, int], lengths: list[int], how: str) -> None:
     model, (x, mask) = recursive(**shape), left_padded(*lengths)
-    kwargs: dict[str, Any] = {
-        "plain": {}, "last": {"cache_policy": "last"}, "q_head": {"halt": "q_head", "halt_threshold": 0.5}, "draft": {"draft_cycles": 0},
-    }[how]  # fmt: skip
+    kwargs: dict[str, Any] = {"plain": {}, "last": {"cache_policy": "last"}, "draft": {"draft_cycles": 0}}.get(how, {"halt": how})
+    if how in CRITERIA and shape["H_cycles"] > EARLIEST[how]:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        kwargs["halt_threshold"] = splitting(model, x, how, mask=mask)
+        with torch.no_grad():
+            assert exits(model(x, attention_mask=mask, position_ids=positions, **kwargs).halt_cycles) > 1
     batch = written(model, x, attention_mask=mask, **kwargs)
     for row, n in enumerate(lengths):
         assert torch.equal(batch[row : row + 1], written(model, ids(1, n, seed=n), **kwargs))
 
 
 @properties
-@given(shapes, st.integers(2, 12), st.sampled_from(CRITERIA), st.floats(0.3, 0.7))
+@given(shapes, st.integers(2, 12), st.sampled_from(CRITERIA), st.floats(0, 1))
 def test_halting_is_the_same_read_at_once_and_token_by_token(shape: dict[str, int], length: int, criterion: str, quantile: float) -> None:
     model = recursive(**shape)
-    x, rule = ids(1, length), {"halt": criterion, "halt_threshold": middling(model, criterion, quantile)}
+    x = ids(1, length)
+    rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion, quantile) if shape["H_cycles"] > 1 else 0.5}
     out = write(model, x, **rule)
     again = model(out.sequences[:, :-1], use_cache=False, **rule)
+    assert exits(again.halt_cycles) > 1 or shape["H_cycles"] <= EARLIEST[criterion]
     assert torch.equal(out.past_key_values.cycles_used, again.halt_cycles)
     assert torch.equal(again.logits[0, length - 1 :].argmax(-1), out.sequences[0, length:])
 
@@ -159,6 +168,26 @@ def _middling(model: RecursiveLLM, criterion: str, quantile: float) -> float:
 def middling(model: RecursiveLLM, criterion: str, quantile: float = 0.5) -> float:
     """A threshold at which some tokens halt as early as can be, and some do not."""
     return _middling(model, criterion, round(quantile, 1))
+
+
+@torch.no_grad()
+def splitting(model: RecursiveLLM, x: torch.Tensor, criterion: str, quantile: float = 0.5, mask: torch.Tensor | None = None) -> float:
+    """A threshold at which of these very tokens some halt as early as can be and some do not: between two neighbours among what the
+    criterion reads at its earliest cycle, which no halting has touched yet. Needs a deeper cycle than that, and tokens that differ."""
+    out = model.model(x, attention_mask=mask, use_cache=False, output_cycle_states=True, H_cycles=EARLIEST[criterion])
+    *_, before, now = (None, *(model.lm_head(state).log_softmax(-1) for state in out.cycle_states))
+    if criterion == "q_head":
+        score = out.halt_logits[0].sigmoid()
+    else:
+        score = torch.distributions.Categorical(logits=now).entropy() if criterion == "entropy" else (now.exp() * (now - before)).sum(-1)
+    ordered = score[torch.ones_like(x).bool() if mask is None else mask.bool()].unique()
+    above = 1 + round(quantile * (len(ordered) - 2))
+    return ((ordered[above - 1] + ordered[above]) / 2).item()
+
+
+def exits(halt_cycles: torch.Tensor) -> int:
+    """At how many different cycles tokens halted, padding aside."""
+    return len(set(halt_cycles.flatten().tolist()) - {0})
 
 
 # --- Cache policies --------------------------------------------------------------------------------------------------------------------
@@ -345,10 +374,10 @@ def test_writing_at_the_ends_of_the_threshold(criterion: str, cached: dict[str, 
 @torch.no_grad()
 def test_halting_leaves_no_hole(criterion: str) -> None:
     model = recursive(coda_layers=1, H_cycles=4)
-    past, K = RecursiveCache(model.config, halt=criterion), 2 * model.config.L_layers
-    rule = {"halt": criterion, "halt_threshold": middling(model, criterion)}
+    past, K, x = RecursiveCache(model.config, halt=criterion), 2 * model.config.L_layers, ids(1, 15, seed=10)
+    rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion)}
     used = []
-    for chunk in ids(1, 15, seed=10).split([8, 1, 1, 1, 1, 1, 1, 1], dim=1):
+    for chunk in x.split([8, 1, 1, 1, 1, 1, 1, 1], dim=1):
         used.append(model(chunk, past_key_values=past, **rule).halt_cycles)
     cycles = torch.cat(used, dim=1)
     assert len(set(cycles.flatten().tolist())) > 1
@@ -370,10 +399,11 @@ def test_halting_leaves_no_hole(criterion: str) -> None:
 @torch.no_grad()
 def test_no_token_halts_by_what_comes_later(criterion: str) -> None:
     model, x = recursive(), ids(1, 12)
-    rule = {"halt": criterion, "halt_threshold": middling(model, criterion)}
+    rule = {"halt": criterion, "halt_threshold": splitting(model, x[:, :8], criterion)}
     changed = x.clone()
     changed[0, 8] = (changed[0, 8] + 1) % 96
     before, after = model(x, **rule), model(changed, **rule)
+    assert exits(before.halt_cycles[:, :8]) > 1
     assert torch.equal(before.halt_cycles[:, :8], after.halt_cycles[:, :8])
     torch.testing.assert_close(before.logits[:, :8], after.logits[:, :8], rtol=0, atol=1e-5)
 
@@ -398,17 +428,21 @@ def test_what_has_halted_is_not_computed(criterion: str, readouts: Any) -> None:
 @torch.no_grad()
 def test_a_batch_ends_its_cycles_when_its_last_row_has_halted() -> None:
     model = recursive(H_cycles=4)
-    x, rule = ids(6, 9), {"halt": "q_head", "halt_threshold": middling(model, "q_head", 0.3)}
+    x, most = ids(6, 9), set()
     for column in x.split(1, dim=1):
+        rule = {"halt": "q_head", "halt_threshold": splitting(model, column, "q_head", 0.0)}
         with tokens_through(model.model.layers[2]) as counts:
             used = model(column, **rule).halt_cycles
-        assert counts[0] == 2 * used.max()
+        assert counts[0] == 2 * used.max() and exits(used) > 1
+        most.add(int(used.max()))
+    assert min(most) < 4, "somewhere all rows halt before the last cycle"
 
 
 @torch.no_grad()
 def test_early_readouts_of_halted_tokens_stay() -> None:
     model, x = recursive(H_cycles=4), ids(1, 10)
-    out = model(x, use_cache=False, output_cycle_logits=True, halt="q_head", halt_threshold=middling(model, "q_head"))
+    out = model(x, use_cache=False, output_cycle_logits=True, halt="q_head", halt_threshold=splitting(model, x, "q_head"))
+    assert exits(out.halt_cycles) > 1
     assert len(out.cycle_logits) == len(out.halt_logits) == 4
     assert torch.equal(out.cycle_logits[-1], out.logits)
     for t, cycle in enumerate(out.halt_cycles[0].tolist()):
@@ -422,8 +456,9 @@ def test_early_readouts_of_halted_tokens_stay() -> None:
 @torch.no_grad()
 def test_reading_logits_in_chunks_halts_alike(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = recursive(H_cycles=4), ids(2, 11)
-    rule = {"halt": criterion, "halt_threshold": middling(model, criterion)}
+    rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion)}
     whole = model(x, **rule)
+    assert exits(whole.halt_cycles) > 1
     monkeypatch.setattr("recursify.decoding_recursive_llm._READOUT_ELEMENTS", 3 * 96)
     pieces = model(x, **rule)
     assert torch.equal(whole.halt_cycles, pieces.halt_cycles)
@@ -432,14 +467,19 @@ def test_reading_logits_in_chunks_halts_alike(criterion: str, monkeypatch: pytes
 
 def test_the_record_of_cycles_follows_the_cache() -> None:
     model, x = recursive(), ids(2, 6)
-    past = write(model, x, 6, halt="q_head", halt_threshold=middling(model, "q_head")).past_key_values
+    past = write(model, x, 6, halt="q_head", halt_threshold=splitting(model, x, "q_head")).past_key_values
     used = past.cycles_used
-    assert used.shape == (2, 11)
+    assert used.shape == (2, 11) and exits(used) > 1
+    assert not torch.equal(used[0, :8], used[1, :8]), "rows that are exchanged must differ"
+    assert not torch.equal(used[:, :8], used[:, 3:]), "and so must the tokens that are cut from those that stay"
+    past.crop(0)
+    assert torch.equal(past.cycles_used, used)
     past.crop(-3)
     assert torch.equal(past.cycles_used, used[:, :8])
     past.reorder_cache(torch.tensor([1, 0]))
     assert torch.equal(past.cycles_used, used.flip(0)[:, :8])
     past.batch_repeat_interleave(2)
+    assert torch.equal(past.cycles_used, used[[1, 1, 0, 0], :8])
     past.batch_select_indices(torch.tensor([0, 3]))
     assert torch.equal(past.cycles_used, used.flip(0)[:, :8])
     with torch.no_grad():
