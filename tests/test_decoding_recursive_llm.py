@@ -25,11 +25,11 @@ from transformers import (
     StoppingCriteriaList,
     TextStreamer,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from recursify import RecursiveLLM
 from recursify.configuration_recursive_llm import from_donor
-from recursify.decoding_recursive_llm import DraftLength, GrowingLayer, RecursiveCache
+from recursify.decoding_recursive_llm import DraftLength, GrowingLayer, HaltRule, RecursiveCache
 
 CRITERIA = ("q_head", "kl", "entropy")
 NEVER = {"q_head": 1.0, "kl": 0.0, "entropy": 0.0}
@@ -206,7 +206,7 @@ class LastApplication:
     def __init__(self, model: RecursiveLLM):
         self.base, self.head, self.past = model.model, model.lm_head, DynamicCache(config=model.config.as_physical())
 
-    def read(self, x: torch.Tensor) -> torch.Tensor:
+    def read(self, x: torch.Tensor, H_cycles: int | None = None) -> torch.Tensor:
         base, config = self.base, self.base.config
         P, K, seen = config.prelude_layers, config.L_layers, self.past.get_seq_length()
         e = base.embed_tokens(x)
@@ -223,7 +223,8 @@ class LastApplication:
             return z
 
         e = run(e, 0, P)
-        *_, z_H = base.recursion.steps(e, lambda z, n: run(z, P, P + K), config.H_cycles, config.L_cycles)
+        H = config.H_cycles if H_cycles is None else H_cycles
+        *_, z_H = base.recursion.steps(e, lambda z, n: run(z, P, P + K), H, config.L_cycles)
         read = base.norm(run(z_H, P + K, config.physical_layers))
         self.past = finished
         return self.head(read)
@@ -245,6 +246,69 @@ def test_the_policy_last_keeps_the_last_application_of_each_layer(family: str, k
         torch.testing.assert_close(found, slow.read(chunk), rtol=1e-4, atol=1e-4)
     full = model(x).logits
     assert (found - full[:, -2:]).abs().max() > 1e-2  # it is another function than "full"
+
+
+@pytest.mark.parametrize(("policy", "halt"), [("full", None), ("full", "q_head"), ("full", "kl"), ("full", "entropy"), ("last", "kl")])
+@pytest.mark.parametrize(("H", "L"), [(3, 1), (1, 0), (2, 2), (0, 1)])
+def test_every_slot_has_the_window_of_the_layer_that_fills_it(policy: str, halt: str | None, H: int, L: int) -> None:
+    full, window = "full_attention", "sliding_attention"
+    types = [full, window, window, window, window, full]
+    donor = tiny_config("qwen2", num_hidden_layers=6, use_sliding_window=True, sliding_window=6)
+    config = from_donor(donor, list(range(6)), prelude_layers=2, L_layers=2, coda_layers=2, H_cycles=3, L_cycles=1)
+    config.block_types = types
+    config.H_cycles = 3  # derives the types of the slots anew
+    prelude, loop, coda = types[:2], types[2:4], types[4:]
+    slots = prelude + coda + loop * (max(1, H * (L + 1)) if policy == "full" else 1)
+    if policy == "full" and halt in ("kl", "entropy"):
+        slots = slots + coda * (H - 1)
+    past = RecursiveCache(config, H, L, policy, halt)
+    assert [type(layer) for layer in past.layers] == [DynamicSlidingWindowLayer if kind == window else GrowingLayer for kind in slots]
+    drafting = RecursiveCache(config, 3, 1, draft_cycles=min(H, 2))
+    assert {type(layer) for layer in drafting.layers} == {GrowingLayer}
+    assert len(drafting.layers) == 2 + 2 + 2 * 3 * 2 + 2 + (2 if H == 0 else 0)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(("family", "kind"), [("qwen2", "grown"), ("mistral", "grown"), ("mistral", "static")])
+@torch.no_grad()
+def test_halting_under_the_policy_last_is_a_run_to_that_cycle(family: str, kind: str, criterion: str) -> None:
+    model, x, used = recursive(family, H_cycles=4), ids(1, 12, seed=3), []
+    rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion), "cache_policy": "last"}
+    past: Any = DynamicCache() if kind == "grown" else StaticCache(config=model.config.at_depth(0), max_cache_len=14)
+    slow = LastApplication(model)
+    for token in x.split(1, dim=1):
+        found = model(token, past_key_values=past, **rule)
+        used.append(found.halt_cycles)
+        torch.testing.assert_close(found.logits, slow.read(token, int(used[-1])), rtol=1e-4, atol=1e-4)
+    assert exits(torch.cat(used)) > 1
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@torch.no_grad()
+def test_halting_in_a_static_cache_is_halting_in_a_growing_one(criterion: str) -> None:
+    model, x = recursive("mistral", H_cycles=4), ids(2, 14)
+    rule = {"halt": criterion, "halt_threshold": splitting(model, x[:, :8], criterion)}
+    slots = RecursiveCache(model.config, halt=criterion)
+    config = model.config.as_physical()
+    config.num_hidden_layers = len(slots.layers)
+    config.layer_types = ["sliding_attention"] * len(slots.layers)  # as all of this family are
+    pasts = [slots, StaticCache(config=config, max_cache_len=16)]
+    for chunk in x.split([8, 1, 1, 3, 1], dim=1):
+        grown, static = (model(chunk, past_key_values=past, **rule) for past in pasts)
+        assert torch.equal(grown.halt_cycles, static.halt_cycles)
+        torch.testing.assert_close(grown.logits, static.logits, rtol=1e-4, atol=1e-4)
+    assert exits(slots.cycles_used) > 1
+    whole = model(x, use_cache=False, **rule)
+    assert torch.equal(whole.halt_cycles, slots.cycles_used)
+
+
+@torch.no_grad()
+def test_a_cache_of_one_slot_per_layer_is_read_with_any_criterion() -> None:
+    """No readout has slots of its own there, so no criterion stands in another's way."""
+    model, past = recursive(), RecursiveCache(recursive().config, cache_policy="last")
+    for rule in ({}, {"halt": "kl"}, {"halt": "entropy"}, {}):
+        model(ids(1, 2), past_key_values=past, cache_policy="last", **rule)
+    assert past.get_seq_length() == 8
 
 
 def test_at_gain_zero_the_policies_agree() -> None:
@@ -344,6 +408,107 @@ def test_gradients_flow_through_a_cache() -> None:
 
 
 # --- Halting ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_q_head_halts_above_its_threshold_and_not_at_it() -> None:
+    logits = torch.tensor([[-200.0, -1.0, 0.0, 0.001, 1.0, 200.0]])
+
+    def halts(threshold: float | None) -> list[bool]:
+        return HaltRule("q_head", threshold).by_head(logits)[0].tolist()
+
+    assert halts(None) == halts(0.5) == [False, False, False, True, True, True]
+    assert halts(0.75) == [False] * 5 + [True]  # of the sigmoid, 0.73 at a logit of 1
+    assert halts(0.2) == [False] + [True] * 5
+    assert halts(0.0) == [True] * 6 and halts(1.0) == [False] * 6  # also where the sigmoid is rounded to 0 and to 1
+
+
+def identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def test_entropy_halts_below_its_threshold_and_not_at_it() -> None:
+    logits = 3 * torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    nats = torch.distributions.Categorical(logits=logits).entropy()
+    ordered = nats.flatten().sort().values
+    for threshold in ((ordered[1:] + ordered[:-1]) / 2).tolist():
+        assert torch.equal(HaltRule("entropy", threshold, identity).by_readout(logits), nats < threshold)
+    certain = torch.tensor([[[0.0, -1e4], [0.0, 0.0]]])  # 0 nats, and log 2
+    for threshold, expected in ((0.0, [False, False]), (1e-6, [True, False]), (0.7, [True, True]), (math.inf, [True, True])):
+        assert HaltRule("entropy", threshold, identity).by_readout(certain)[0].tolist() == expected
+
+
+def test_kl_is_of_this_cycle_from_the_one_before_and_halts_below_its_threshold() -> None:
+    cycles = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(1))
+    distributions = [torch.distributions.Categorical(logits=logits) for logits in cycles]
+    divergence = torch.distributions.kl_divergence
+    second, third = divergence(distributions[1], distributions[0]), divergence(distributions[2], distributions[1])
+    for other in (divergence(distributions[0], distributions[1]), divergence(distributions[2], distributions[0])):
+        assert not torch.allclose(other, second, atol=0.1) and not torch.allclose(other, third, atol=0.1)
+    for threshold in (0.0, 0.3, 0.6, 0.9, 1.5, math.inf):
+        rule = HaltRule("kl", threshold, identity)
+        assert not rule.by_readout(cycles[0]).any(), "there is nothing to compare the first cycle with"
+        assert torch.equal(rule.by_readout(cycles[1]), second < threshold)
+        assert torch.equal(rule.by_readout(cycles[2]), third < threshold)
+    assert 0 < int((second < 0.6).sum()) < 12 and 0 < int((third < 0.6).sum()) < 12
+
+
+def test_kl_at_zero_never_halts_though_rounding_may_be_below_it() -> None:
+    first = torch.randn(1, 2000, 50, generator=torch.Generator().manual_seed(2))
+    second = first + 1e-6
+    p, q = second.log_softmax(-1), first.log_softmax(-1)
+    assert (p.exp() * (p - q)).sum(-1).min() < 0
+    rule = HaltRule("kl", 0.0, identity)
+    rule.by_readout(first)
+    assert not rule.by_readout(second).any()
+
+
+@pytest.mark.parametrize("criterion", ["kl", "entropy"])
+def test_readouts_in_pieces_are_readouts_as_a_whole(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cycles = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(3))
+    head = torch.nn.Linear(4, 7)
+    with torch.no_grad():
+        head.weight.normal_(generator=torch.Generator().manual_seed(4))
+        whole = HaltRule(criterion, 0.8, head, vocabulary=7)
+        expected = [whole.by_readout(states) for states in cycles]
+        assert whole.logits is not None and torch.equal(whole.logits, head(cycles[-1]))
+        assert all(0 < int(halts.sum()) < 10 for halts in expected[1:])
+        for elements in (7 * 10, 7 * 9, 7 * 3, 7, 1):
+            monkeypatch.setattr("recursify.decoding_recursive_llm._READOUT_ELEMENTS", elements)
+            rule = HaltRule(criterion, 0.8, head, vocabulary=7)
+            assert all(torch.equal(rule.by_readout(states), halts) for states, halts in zip(cycles, expected, strict=True))
+            assert (rule.logits is not None) == (elements == 70)  # what is too large to be held at once is not kept
+
+
+def test_thresholds_where_none_is_given() -> None:
+    assert {criterion: HaltRule(criterion, head=identity).threshold for criterion in CRITERIA} == {
+        "q_head": 0.5, "kl": 5e-4, "entropy": 0.1,
+    }  # fmt: skip
+    assert [HaltRule(criterion, 0, identity).threshold for criterion in CRITERIA] == [0.0] * 3
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@torch.no_grad()
+def test_a_token_halts_at_the_first_cycle_whose_score_is_past_the_threshold(criterion: str) -> None:
+    """For a text of one token, where no earlier token has a say."""
+    model, used = recursive(H_cycles=5), set()
+    for token in range(1, 6):
+        x = torch.tensor([[token]])
+        out = model(x, use_cache=False, output_cycle_logits=True)
+        p = [logits[0, 0].double().log_softmax(-1) for logits in out.cycle_logits]
+        scores = {
+            "q_head": [logit.sigmoid().item() for logit in out.halt_logits],
+            "entropy": [-(one.exp() * one).sum().item() for one in p],
+            "kl": [math.inf] + [(b.exp() * (b - a)).sum().item() for a, b in itertools.pairwise(p)],
+        }[criterion]
+        ordered = sorted(score for score in scores[:4] if math.isfinite(score))
+        for threshold in ((low + high) / 2 for low, high in itertools.pairwise(ordered)):
+            past = [score > threshold if criterion == "q_head" else score < threshold for score in scores[:4]]
+            first = past.index(True) + 1 if any(past) else 5
+            found = model(x, use_cache=False, halt=criterion, halt_threshold=threshold)
+            assert found.halt_cycles.item() == first
+            torch.testing.assert_close(found.logits, out.cycle_logits[first - 1])
+            used.add(first)
+    assert len(used) > 1 and (criterion != "kl" or 1 not in used)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -485,8 +650,13 @@ def test_the_record_of_cycles_follows_the_cache() -> None:
     with torch.no_grad():
         model(ids(2, 1), past_key_values=past)  # without halting: full depth
     assert past.cycles_used[:, -1].tolist() == [3, 3]
+    assert torch.equal(past.cycles_used[:, :-1], used.flip(0)[:, :8])
     past.reset()
     assert past.cycles_used is None
+    with torch.no_grad():  # at a depth of the call's own: first without halting, then with, then without
+        for rule in ({}, {"halt": "q_head", "halt_threshold": 0.0}, {}):
+            model(ids(2, 2), past_key_values=past, H_cycles=2, **rule)
+    assert past.cycles_used.tolist() == [[2, 2, 1, 1, 2, 2]] * 2
     assert write(model, x, 2).past_key_values.cycles_used is None
     assert write(model, x, 6, num_beams=2, halt="q_head", halt_threshold=0.5).past_key_values.cycles_used.shape == (4, 11)
 
@@ -660,6 +830,65 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     if counts[~can].sum() > 0:
         return math.inf
     return (((counts - expected) ** 2)[can] / expected[can]).sum().item()
+
+
+@torch.no_grad()
+def naive_speculation(model: RecursiveLLM, x: torch.Tensor, k: int, most: int, new: int, end: int = -1) -> tuple[torch.Tensor, int, int]:
+    """Greedy drafts at `k` cycles, each row checked against whole runs: no cache, no open states. New tokens, drafted, accepted."""
+    length, ids, going = DraftLength(model.config, k, (model.config.H_cycles, model.config.L_cycles), most), x, torch.ones(len(x)).bool()
+    drafted = accepted = 0
+    while ids.shape[1] < x.shape[1] + new and going.any():
+        count = min(length.length(), x.shape[1] + new - ids.shape[1])
+        guess = ids
+        for _ in range(count):
+            guess = torch.cat([guess, model(guess, H_cycles=k).logits[:, -1:].argmax(-1)], dim=1)
+        should = model(guess[:, :-1]).logits[:, -count:].argmax(-1)
+        agrees = guess[:, -count:] == should
+        prefixes = [next((i for i, same in enumerate(row) if not same), count) for row in agrees.tolist()]
+        drafted += count * int(going.sum())
+        accepted += sum(prefix for prefix, on in zip(prefixes, going, strict=True) if on)
+        least = min(prefix for prefix, on in zip(prefixes, going, strict=True) if on)
+        length.learn(min(least + 1, count), right=least == count)
+        for column in range(min(least + 1, count)):
+            ids = torch.cat([ids, torch.where(going, should[:, column], 0).unsqueeze(1)], dim=1)
+            going = going & (ids[:, -1] != end)
+            if not going.any():
+                break
+    return ids[:, x.shape[1] :], drafted, accepted
+
+
+@pytest.mark.parametrize(("k", "rows", "most"), [(0, 1, 5), (1, 1, 16), (2, 3, 4)])
+def test_what_is_drafted_and_accepted_is_counted_token_by_token(k: int, rows: int, most: int) -> None:
+    model = copy.deepcopy(recursive())
+    with torch.no_grad():  # small gains: cycles agree often, and not always
+        for name, parameter in model.model.recursion.named_parameters():
+            if "theta" in name:
+                parameter.mul_(0.15)
+    x, partial = ids(rows, 5, seed=2), False
+    for end in (-1, int(written(model, x, 14)[0, 4])):
+        tokens, drafted, accepted = naive_speculation(model, x, k, most, 14, end)
+        out = write(model, x, 14, draft_cycles=k, draft_tokens=most, min_new_tokens=None, eos_token_id=end, pad_token_id=0)
+        assert torch.equal(out.sequences[:, 5:], tokens)
+        assert (out.drafted, out.accepted) == (drafted, accepted)
+        partial |= 0 < accepted < drafted
+    assert partial, "drafts must be right at times and wrong at times, or this test shows nothing"
+
+
+@pytest.mark.parametrize(("P", "C", "H", "L", "k"), [(2, 2, 3, 1, 1), (0, 3, 4, 0, 0), (3, 0, 4, 2, 2), (1, 1, 2, 3, 1)])
+def test_a_draft_is_as_long_as_gives_the_most_tokens_per_application(P: int, C: int, H: int, L: int, k: int) -> None:
+    config = recursive(prelude_layers=P, coda_layers=C, H_cycles=H, L_cycles=L, layers=P + C + 2).config
+    draft, right, seen, chosen = DraftLength(config, k, (H, L), 7), 4.0, 5.0, set()
+    drafting = P + C + 2 * (k * (L + 1) if k else 1)
+    verifying = C + 2 * (H - k) * (L + 1)
+    history = [(1, False)] * 6 + [(3, False)] * 4 + [(2, True), (5, True), (7, True)] * 6
+    for kept, last_right in history:
+        # tokens that a draft of n gives on average: one for certain, the next where all before were right
+        gained = [sum((right / seen) ** i for i in range(n)) / (n * drafting + verifying) for n in range(1, 8)]
+        assert draft.length() == 1 + gained.index(max(gained))
+        chosen.add(draft.length())
+        draft.learn(kept, right=last_right)
+        right, seen = 0.9 * right + (kept if last_right else kept - 1), 0.9 * seen + kept
+    assert len(chosen) > 2 and max(chosen) == 7
 
 
 def test_drafts_are_as_long_as_they_have_been_right() -> None:

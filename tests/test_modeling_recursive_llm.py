@@ -39,7 +39,7 @@ from transformers.integrations.flex_attention import WrappedFlexAttention, flex_
 
 from recursify import RecursiveLLM, RecursiveLLMConfig
 from recursify.configuration_recursive_llm import from_donor
-from recursify.modeling_recursive_llm import Recursion
+from recursify.modeling_recursive_llm import HaltHead, Recursion
 
 LAYERS = 6
 DEPTHS = [(H, L) for H in (0, 1, 2, 3) for L in (0, 1, 3)]
@@ -283,6 +283,79 @@ def test_many_cycles_stay_bounded_and_a_bare_sum_does_not(monkeypatch: pytest.Mo
     assert not late < 1e6 * early, "the bare sum was expected to explode; the bound above would then show nothing"
 
 
+@torch.no_grad()
+def test_q_head_reads_the_direction_of_a_state() -> None:
+    head, z = HaltHead(8), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    head.weight.normal_()
+    head.bias.fill_(0.7)
+    expected = (z / z.square().mean(-1, keepdim=True).sqrt()) @ head.weight[0] + 0.7
+    torch.testing.assert_close(head(z), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head(1000 * z), head(z), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_gains_are_computed_in_float32_whatever_the_dtype() -> None:
+    injection = graft(donor_of("qwen2"), [0, 2, 4], prelude_layers=0, coda_layers=0).model.recursion.inject_H.to(torch.bfloat16)
+    injection.theta_A.fill_(0.3)
+    injection.theta_B.fill_(-1.7)
+    A, B = injection.gains(torch.float32)
+    theta = [value.float().item() for value in (injection.theta_A[0], injection.theta_B[0])]
+    wanted = [math.tanh(value) for value in theta]
+    whole = sum(map(abs, wanted))
+    assert whole > 0.9
+    assert [A[0].item(), B[0].item()] == pytest.approx([0.9 * value / whole for value in wanted], abs=1e-6)
+    assert injection.gains(torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+@every_injection
+@pytest.mark.parametrize("backprop", ["full", "cycle", "last"])
+def test_how_far_back_the_loss_of_a_cycle_reaches(injection: str, backprop: str) -> None:
+    """Gradients against the recursion written out, cut where the ways back say."""
+    H, L, generator = 3, 2, torch.Generator().manual_seed(0)
+    config = graft(donor_of("qwen2"), [0, 2, 4], prelude_layers=0, coda_layers=0, injection=injection).config
+    r, W = Recursion(config), torch.randn(32, 32, generator=generator).div(6).requires_grad_()
+    e = torch.randn(1, 4, 32, generator=generator, requires_grad=True)
+    with torch.no_grad():
+        for parameter in r.parameters():
+            parameter.normal_(generator=generator).mul_(0.4)
+    weights = torch.randn(H, 1, 4, 32, generator=generator)
+    inputs = {name: p for name, p in r.named_parameters() if "q_head" not in name} | {"W": W, "e": e}
+
+    def norm(z: torch.Tensor) -> torch.Tensor:
+        return z if injection == "anchored" else z / (z.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+
+    def mix(which: str, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        if injection == "sum_norm":
+            return own + other + (e if which == "L" else 0)
+        A, B = (inputs[f"inject_{which}.theta_{gain}"].tanh() for gain in "AB")
+        most = torch.maximum(A.abs() + B.abs(), torch.tensor(0.9))
+        return e + 0.9 * A / most * (own - e) + 0.9 * B / most * (other - e)
+
+    z_L, z_H, expected = e + r.L_init, e + r.H_init, []
+    for _ in range(H):
+        if backprop != "full" and expected:
+            z_L, z_H = z_L.detach(), z_H.detach()
+        for _ in range(L):
+            z_L = norm((mix("L", z_L, z_H) @ W).tanh())
+        z_H = norm((mix("H", z_H, z_L) @ W).tanh())
+        expected.append(z_H)
+    found, applied = [], []
+    for z in r.steps(e, lambda x, n: applied.append(n) or (x @ W).tanh(), H, L, backprop):
+        found.append(z)
+    assert applied == list(range(H * (L + 1)))
+    assert [z.requires_grad for z in found] == [backprop != "last" or cycle == H - 1 for cycle in range(H)]
+    sums = []
+    for states in (found, expected):
+        scored = [(z * w).sum() for z, w, own in zip(states, weights, found, strict=True) if own.requires_grad]
+        sums.append(torch.autograd.grad(sum(scored), list(inputs.values()), allow_unused=True))
+    for name, mine, theirs in zip(inputs, *sums, strict=True):
+        assert (mine is None) == (theirs is None), name
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=name)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 # --- Causality, padding, packing -------------------------------------------------------------------------------------------------------
 
 
@@ -506,6 +579,24 @@ def test_fresh_parameters_are_initialised_however_the_model_is_made(family: str,
     assert_fresh(empty, gain)
 
 
+@torch.no_grad()
+def test_fresh_parameters_have_the_spread_that_the_configuration_asks_for() -> None:
+    config = from_donor(donor_of("llama").config, [0, 1, 2], prelude_layers=1, L_layers=1, coda_layers=1, state_init_std=0.3, gain_init=0.4)
+    config.initializer_range = 0.9
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = RecursiveLLM(config)
+    r = model.model.recursion
+    for tensor, std in ((r.H_init, 0.3), (r.L_init, 0.3), (r.q_head.weight, 0.9), (model.model.layers[1].mlp.up_proj.weight, 0.9)):
+        assert 0.7 * std < tensor.std() < 1.4 * std
+    assert not torch.equal(r.H_init, r.L_init)
+    assert not r.q_head.bias.any()
+    for injection in (r.inject_L, r.inject_H):
+        for theta in (injection.theta_A, injection.theta_B):
+            torch.testing.assert_close(theta, torch.full_like(theta, math.atanh(0.4)))
+    assert all((layer.input_layernorm.weight == 1).all() for layer in model.model.layers)
+
+
 # --- Training --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -597,6 +688,13 @@ def test_logits_to_keep(qwen2: RecursiveLLM) -> None:
         some = qwen2(x, output_cycle_logits=True, logits_to_keep=keep)
         for a, b in zip((some.logits, *some.cycle_logits), (full.logits, *full.cycle_logits), strict=True):
             torch.testing.assert_close(a, b[:, rows])
+    of_rows, mask = torch.tensor([[0, 3, 11], [7, 7, 1]]), torch.rand(2, 12, generator=torch.Generator().manual_seed(0)) < 0.4
+    for keep, pick in ((of_rows, lambda t: torch.stack([t[row, of_rows[row]] for row in range(2)])), (mask, lambda t: t[mask])):
+        some = qwen2(x, output_cycle_logits=True, logits_to_keep=keep)
+        for a, b in zip((some.logits, *some.cycle_logits), (full.logits, *full.cycle_logits), strict=True):
+            torch.testing.assert_close(a, pick(b))
+    for rule in ({"halt": "entropy", "halt_threshold": 0.0}, {"halt": "kl", "halt_threshold": math.inf}, {"halt": "q_head"}):
+        torch.testing.assert_close(qwen2(x, logits_to_keep=2, **rule).logits, qwen2(x, **rule).logits[:, -2:])
 
 
 @torch.no_grad()
@@ -658,6 +756,26 @@ def test_depth_can_be_chosen_in_every_way(qwen2: RecursiveLLM, tmp_path: Path) -
             qwen2(x, **wrong)
 
 
+def test_the_call_goes_before_the_configuration_and_a_lowered_number_of_layers_before_both(qwen2: RecursiveLLM) -> None:
+    cycles, config = qwen2.model.cycles, qwen2.config  # prelude 1, loop 2, coda 1; H 2, L 1
+    assert [cycles(), cycles(3), cycles(0), cycles(None, 0), cycles(3, 2)] == [(2, 1), (3, 1), (0, 1), (2, 0), (3, 2)]
+    for lowered, call, expected in (
+        (config.depth(1), (), (1, 1)), (config.depth(1), (5,), (1, 1)), (config.depth() - 1, (5,), (1, 1)), (config.depth(1), (0,), (1, 1)),
+        (config.depth(1), (None, 0), (2, 0)), (config.depth(1), (None, 3), (0, 3)), (5, (), (0, 1)), (1, (), (0, 1)), (0, (), (0, 1)),
+    ):  # fmt: skip
+        config.num_hidden_layers = lowered
+        assert cycles(*call) == expected, (lowered, call)
+    config.num_hidden_layers = config.depth() + 4
+    assert [cycles(), cycles(1)] == [(2, 1), (1, 1)]
+
+
+@torch.no_grad()
+def test_a_plain_pass_halts_nobody(qwen2: RecursiveLLM) -> None:
+    out = qwen2(ids(2, 5), H_cycles=0, halt="q_head", halt_threshold=0.0)
+    assert_same(out.logits, qwen2(ids(2, 5), H_cycles=0).logits)
+    assert out.halt_cycles.tolist() == [[0] * 5] * 2 and qwen2(ids(2, 5)).halt_cycles is None
+
+
 @every_cache
 def test_generate_at_another_depth_leaves_the_configuration_alone(qwen2: RecursiveLLM, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while its cache is being made: another thread may be generating at its own depth."""
@@ -714,6 +832,28 @@ def test_streamer_and_stop_strings(qwen2: RecursiveLLM, capsys: pytest.CaptureFi
     text = tokenizer.decode(out[0, 6:9])
     stopped = qwen2.generate(x, max_new_tokens=8, do_sample=False, stop_strings=[text], tokenizer=tokenizer, H_cycles=3)
     assert stopped.shape[1] < out.shape[1] and torch.equal(stopped, out[:, : stopped.shape[1]])
+
+
+def test_what_generate_hands_on_to_transformers(qwen2: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr("transformers.GenerationMixin.generate", lambda self, *args, **kwargs: calls.append(kwargs))
+    own, streamer = GenerationConfig(max_new_tokens=3), object()
+    qwen2.generate(halt="kl")
+    qwen2.generate(halt="kl", generation_config=own)
+    qwen2.generate(H_cycles=1, generation_config=own)
+    qwen2.generate(draft_cycles=0, streamer=streamer)
+    qwen2.generate(draft_cycles=1, draft_tokens=3)
+    halting, configured, plain, draft, short = calls
+    assert halting["disable_compile"] is True and halting["halt"] == "kl"  # where a token ends decides what is computed: no graph
+    assert configured["generation_config"].disable_compile is True and configured["generation_config"].max_new_tokens == 3
+    assert plain["generation_config"] is own and not own.disable_compile and "disable_compile" not in plain
+    assert draft["custom_generate"].keywords == {"draft_cycles": 0, "draft_tokens": 16, "streamer": streamer}
+    assert short["custom_generate"].keywords == {"draft_cycles": 1, "draft_tokens": 3, "streamer": None}
+
+
+def test_a_model_in_a_subfolder(qwen2: RecursiveLLM, tmp_path: Path) -> None:
+    qwen2.save_pretrained(tmp_path / "inner")
+    assert_same(RecursiveLLM.from_pretrained(tmp_path, subfolder="inner").lm_head.weight, qwen2.lm_head.weight)
 
 
 def test_assisted_generation_writes_the_same_tokens(qwen2: RecursiveLLM) -> None:
