@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tiny import FAMILIES, tiny_config
 from transformers import AutoConfig, DynamicCache
 
 from recursify import RecursiveLLMConfig
-from recursify.configuration_recursive_llm import CONFIGS, applications, from_donor, from_guide
+from recursify.configuration_recursive_llm import CONFIGS, FIELDS, applications, from_donor, from_guide
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -38,6 +39,37 @@ def test_layer_types_follow_the_slots() -> None:
                    use_sliding_window=True, sliding_window=8)  # fmt: skip
     assert config.layer_types == [full, window] + [full, window] * 4
     assert config.at_depth(5, 3).layer_types[:10] == config.layer_types
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    documented = re.findall(r"^(\w+) \(`.*?`, \*optional\*(?:, defaults to `?(.*?)`?)?\):", FIELDS, re.MULTILINE)
+    defaults = {name: getattr(RecursiveLLMConfig, name) for name, _ in documented}
+    assert len(documented) == 11
+    assert {name: value.strip('"') or None for name, value in documented} == {
+        name: None if default is None else str(default) for name, default in defaults.items()
+    }
+
+
+def test_least_and_most_values_are_taken() -> None:
+    config = small(prelude_layers=0, L_layers=1, coda_layers=0, H_cycles=0, L_cycles=0, gain_init=0.45)
+    assert config.num_hidden_layers == config.depth() == 1
+    config.gain_init = 0.0
+    config.L_layers = 1  # no change
+    deep = small(prelude_layers=1, L_layers=2, coda_layers=3, H_cycles=2, L_cycles=1)
+    assert [deep.depth(), deep.depth(0), deep.depth(3), deep.depth(None, 0), deep.depth(0, 0)] == [12, 6, 16, 8, 6]
+    for H, L in ((None, None), (0, None), (None, 0), (3, 2)):
+        other = deep.at_depth(H, L)
+        assert (other.H_cycles, other.L_cycles) == (2 if H is None else H, 1 if L is None else L)
+        assert other.num_hidden_layers == len(other.layer_types) == deep.depth(H, L)
+
+
+def test_a_windowed_family_without_a_list_has_windows_everywhere() -> None:
+    full, window = "full_attention", "sliding_attention"
+    for given, kind in ((8, window), (None, full)):
+        config = RecursiveLLMConfig(model_type="recursive_mistral", **SMALL, sliding_window=given)
+        assert config.block_types == [kind] * 4 and set(config.layer_types) == {kind}
+    mixed = RecursiveLLMConfig(model_type="recursive_mistral", **SMALL, sliding_window=8, block_types=[window, full, window, window])
+    assert mixed.block_types == [window, full, window, window] and mixed.as_physical().layer_types == mixed.block_types
 
 
 def test_editing_the_cycles_rederives() -> None:
@@ -154,6 +186,10 @@ def test_the_guides_dictionary() -> None:
         ({"vocab_size": 0}, "^vocab_size: expected a whole number of at least 1, got 0"),
         ({"seq_len": 0}, "^seq_len: expected a whole number of at least 1, got 0"),
         ({"hidden_size": 33}, "^hidden_size: expected a multiple of num_heads = 4, got 33"),
+        ({"hidden_size": True}, "^hidden_size: expected a whole number of at least 1, got True"),
+        ({"num_key_value_heads": 0}, "^num_key_value_heads: expected a whole number of at least 1, got 0"),
+        ({"expansion": True}, "^expansion: expected a number above 0 .*, got True"),
+        ({"expansion": float("inf")}, "^expansion: expected a number above 0 .*, got inf"),
     ],
 )
 def test_the_guides_widths_out_of_range_are_named_as_the_guide_names_them(fields: dict[str, Any], message: str) -> None:
@@ -167,3 +203,20 @@ def test_the_guides_dictionary_with_a_donor_takes_its_layers_by_stride(donor_fol
     donor = AutoConfig.from_pretrained(donor_folder)
     assert config.hidden_size == donor.hidden_size and config.tie_word_embeddings == donor.tie_word_embeddings
     assert config.freeze_embeddings and config.block_types == [donor.layer_types[i] for i in (0, 6, 12, 18)]
+
+
+def test_the_guides_stride_is_rounded_down(tmp_path: Path) -> None:
+    """24 layers, of which 10 and later have a window: 0, 4, 9, 14 and 19 are int(i * 24 / 5)."""
+    tiny_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=10).save_pretrained(tmp_path)
+    config = from_guide({"pretrained_model_name": str(tmp_path), "L_layers": 5, "H_cycles": 1})
+    assert config.block_types == ["full_attention"] * 3 + ["sliding_attention"] * 2
+    assert (config.L_layers, config.H_cycles, config.L_cycles) == (5, 1, 3)
+    assert from_guide({"pretrained_model_name": str(tmp_path)}).L_layers == 4
+
+
+def test_the_guides_widths_that_may_be_anything_else() -> None:
+    guide = {"vocab_size": 64, "hidden_size": 33, "num_heads": 4, "head_dim": 8, "expansion": 1.4, "seq_len": 1,
+             "model_type": "recursive_qwen3"}  # fmt: skip
+    config = from_guide(guide)
+    assert (config.intermediate_size, config.max_position_embeddings, config.head_dim) == (46, 1, 8)
+    assert from_guide({"vocab_size": 1, "hidden_size": 32, "num_attention_heads": 4}).num_key_value_heads == 4

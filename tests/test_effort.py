@@ -13,6 +13,7 @@ from tiny import tiny_model
 from recursify.conversion import convert
 from recursify.effort import Effort, evaluating, is_recursive
 from recursify.errors import UserError
+from recursify.generation import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,22 @@ def test_what_makes_no_sense_is_refused(effort: dict[str, Any], message: str) ->
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("effort", [{}, {"halt": "kl", "halt_threshold": math.inf}, {"halt": "q_head", "halt_threshold": 0}])
+@pytest.mark.parametrize(
+    "effort",
+    [
+        {},
+        {"halt": "kl", "halt_threshold": math.inf},
+        {"halt": "kl", "halt_threshold": 0},
+        {"halt": "entropy", "halt_threshold": 1.5},
+        {"halt": "q_head", "halt_threshold": 0},
+        {"halt": "q_head", "halt_threshold": 1},
+        {"halt": "q_head"},
+        {"H_cycles": 0},
+        {"H_cycles": 0, "cache_policy": "last"},
+        {"draft_cycles": 0, "draft_tokens": 1},
+        {"halt": "kl", "draft_tokens": 1},  # which says nothing without draft_cycles
+    ],
+)
 def test_what_makes_sense_passes(effort: dict[str, Any]) -> None:
     Effort(**effort).check()
 
@@ -58,6 +74,9 @@ def test_only_what_is_asked_for_reaches_the_model(model: Any) -> None:
         "H_cycles": 2, "cache_policy": "last", "halt": "kl", "halt_threshold": 0.1,
     }  # fmt: skip
     assert Effort(draft_cycles=0).arguments(model) == {"draft_cycles": 0, "draft_tokens": 16}
+    assert Effort(draft_cycles=1, draft_tokens=7).arguments(model) == {"draft_cycles": 1, "draft_tokens": 7}
+    assert Effort(H_cycles=0).arguments(model) == {"H_cycles": 0}
+    assert Effort(halt="kl", halt_threshold=0.0).arguments(model) == {"halt": "kl", "halt_threshold": 0.0}
 
 
 @pytest.mark.parametrize("name_and_value", [("H_cycles", 2), ("cache_policy", "last"), ("halt", "kl"), ("draft_cycles", 1)])
@@ -100,6 +119,11 @@ def test_a_head_that_was_never_trained_cannot_say_when_to_stop(model: Any) -> No
 def test_runs_that_can_share_a_cache_are_equal_when_settled(model: Any, donor: Any) -> None:
     assert Effort().settled(model) == Effort(H_cycles=3).settled(model) != Effort(H_cycles=2).settled(model)
     assert Effort().settled(donor) == Effort()
+    assert Effort(H_cycles=0).settled(model).H_cycles == 0 and Effort(H_cycles=0).cycles(model) == 0 and Effort().cycles(model) == 3
+    asked = {"cache_policy": "last", "halt": "kl", "halt_threshold": 0.2, "draft_cycles": 1, "draft_tokens": 3}
+    assert Effort(**asked).settled(model) == Effort(H_cycles=3, **asked)
+    assert type(Sampling(halt="kl", temperature=0.3).settled(model)) is Effort
+    assert Sampling(halt="kl", temperature=0.3).settled(model) == Effort(H_cycles=3, halt="kl")
 
 
 def test_which_models_are_recursive(model: Any, donor: Any) -> None:
@@ -113,5 +137,9 @@ def test_training_mode_is_put_back(donor: Any) -> None:
             assert not donor.training
             raise KeyError
         assert donor.training
+        donor.eval()
+        with evaluating(donor):
+            assert not donor.training
+        assert not donor.training
     finally:
         donor.eval()

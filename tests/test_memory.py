@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import make_tiny_tokenizer, tiny_model
 
 from recursify.conversion import convert
+from recursify.effort import Effort
 from recursify.generation import Sampling, generate_text
 from recursify.memory import Memory
 
@@ -60,6 +61,60 @@ def turn(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, memory:
     got = generate_text(model, tokenizer, ids, sampling, memory=memory)
     assert (got.token_ids, got.text, got.cycles) == (expected.token_ids, expected.text, expected.cycles)
     return ids + got.token_ids
+
+
+class Length:
+    """A cache of which only the length matters; from `least` on it cannot be cut back, as a window that has slid."""
+
+    def __init__(self, length: int, least: int = 0):
+        self.length, self.least, self.cuts = length, least, 0
+
+    def crop(self, tokens: int) -> None:
+        assert tokens < 0
+        if self.length > self.least > 0:
+            raise RuntimeError("it has slid")
+        self.length, self.cuts = self.length + tokens, self.cuts + 1
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize(
+    ("asked", "shared", "cuts"),
+    [
+        ([1, 2, 3, 4, 5, 6], 5, 0),  # goes on
+        ([1, 2, 3, 4, 5], 4, 1),  # the same: its last token is read again
+        ([1, 2, 3], 2, 1),  # a beginning
+        ([1, 2, 9, 4, 5, 6, 7], 2, 1),  # parts in the middle
+        ([1, 9], 1, 1),
+        ([1, 2, 3, 4, 9, 9], 4, 1),  # parts at the last
+        ([9, 2, 3, 4, 5, 6], None, 0),  # parts at once
+        ([1], None, 0),  # of which nothing can be taken from the cache
+    ],
+)
+def test_what_is_recalled_is_the_common_beginning_short_of_the_last_token(asked: list[int], shared: int | None, cuts: int) -> None:
+    memory, model, effort, cache = Memory(), object(), Effort(), Length(5)
+    memory.keep(model, [1, 2, 3, 4, 5, 7], effort, cache)  # 7 was written and never read
+    assert memory.ids == [1, 2, 3, 4, 5]
+    found = memory.recall(model, asked, effort)
+    assert (None if found is None else found.length, cache.cuts) == (shared, cuts)
+    assert memory.cache is None and memory.ids == [] and memory.recall(model, asked, effort) is None, "gone until it is kept again"
+    if found is not None:
+        memory.keep(model, asked, effort, found)
+        assert memory.ids == asked[:shared]
+
+
+def test_only_the_same_model_and_effort_recall_and_only_what_can_be_cut_back_is_cut() -> None:
+    model, ids = object(), [1, 2, 3, 4, 5]
+    for other, effort in ((object(), Effort()), (model, Effort(H_cycles=2)), (model, Effort(draft_cycles=1))):
+        memory = Memory()
+        memory.keep(model, ids, Effort(), Length(5))
+        assert memory.recall(other, [*ids, 6], effort) is None and memory.cache is None
+    memory = Memory()
+    memory.keep(model, ids, Effort(), Length(5, least=3))
+    assert memory.recall(model, [1, 2, 3, 9], Effort()) is None
+    memory.keep(model, ids, Effort(), Length(5, least=3))
+    assert memory.recall(model, [*ids, 6], Effort()).length == 5
 
 
 def test_a_turn_reads_only_what_is_new(model: Any, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from recursify.conversion import convert
 from recursify.errors import UserError
 from recursify.generation import GenerateSettings, Sampling, generate_text, write_once
-from recursify.steps import CycleGuess, TokenSteps, recursive_steps, render_steps, visible
+from recursify.steps import CycleGuess, TokenSteps, _guesses, recursive_steps, render_steps, visible
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 
@@ -85,6 +85,39 @@ def test_steps_need_cycles_and_a_token_before(model: Any, donor: Any) -> None:
         recursive_steps(donor, [1, 2], 1)
     with pytest.raises(ValueError, match="prompt_length: expected at least 1"):
         recursive_steps(model, [1, 2], 0)
+
+
+def test_equals_are_ranked_alike_but_behind_the_token_that_is_shown() -> None:
+    logits = torch.tensor([[2.0, 2.0, 1.0, 1.0, 0.0]]).repeat(5, 1)
+    found = _guesses(logits, torch.arange(5))
+    assert [token for token, *_ in found] == [0] * 5
+    assert [rank for _, _, rank, _ in found] == [1, 2, 3, 3, 5]
+    p = logits[0].softmax(-1)
+    assert [probability for *_, probability in found] == pytest.approx(p.tolist())
+    assert [probability for _, probability, _, _ in found] == pytest.approx([p[0].item()] * 5)
+
+
+def test_steps_leave_the_model_as_it_was_and_of_nothing_written_there_are_none(model: Any) -> None:
+    model.train()
+    try:
+        assert len(recursive_steps(model, [1, 2, 3], 1)) == 2 and recursive_steps(model, [1, 2, 3], 3) == []
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_steps_of_a_run_that_q_head_halts(donor_folder: Path) -> None:
+    model, ids = seeded(donor_folder, coda_layers=1), list(range(1, 16))
+    head = model.base_model.recursion.q_head
+    with torch.no_grad():
+        head.bias.fill_(1e-3)
+        early = model(torch.tensor([ids]), use_cache=False, output_cycle_logits=True).halt_logits[0][0, 4:-1].sigmoid()
+    threshold = early.unique().quantile(0.45).item()
+    steps = recursive_steps(model, ids, 5, halt="q_head", halt_threshold=threshold)
+    with torch.no_grad():
+        used = model(torch.tensor([ids]), use_cache=False, halt="q_head", halt_threshold=threshold).halt_cycles[0, 4:-1].tolist()
+    assert len(set(used)) > 1 and [len(step.cycles) for step in steps] == used
+    assert [step.halted for step in steps] == [cycle if cycle < 3 else None for cycle in used]
 
 
 def two_steps(tokenizer: Any) -> list[TokenSteps]:
