@@ -468,6 +468,7 @@ def test_readouts_in_pieces_are_readouts_as_a_whole(criterion: str, monkeypatch:
     head = torch.nn.Linear(4, 7)
     with torch.no_grad():
         head.weight.normal_(generator=torch.Generator().manual_seed(4))
+        head.bias.zero_()
         whole = HaltRule(criterion, 0.8, head, vocabulary=7)
         expected = [whole.by_readout(states) for states in cycles]
         assert whole.logits is not None and torch.equal(whole.logits, head(cycles[-1]))
