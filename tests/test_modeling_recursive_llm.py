@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, make_tiny_tokenizer, tiny_model
 from torch import nn
@@ -247,6 +247,7 @@ def test_cycle_logits_are_those_of_a_shorter_run(injection: str, around: int) ->
     assert model(x).cycle_logits is None and model(x).halt_logits is None
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(-20, 20), st.floats(-20, 20))
 @torch.no_grad()
 def test_no_two_gains_are_more_than_their_bound(theta_A: float, theta_B: float) -> None:
