@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_donor, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from recursify import ConversionPlan, RecursiveLLM, checkpoint, convert
-from recursify.conversion import ConvertSettings, carry_out, open_donor, resolve_plan, run
+from recursify import ConversionPlan, RecursiveLLM, checkpoint, conversion, convert
+from recursify import donor as donors_module
+from recursify.conversion import ConvertSettings, SelfCheck, carry_out, compare_logits, compare_tensors, open_donor, resolve_plan, run
 from recursify.errors import UserError
 from recursify.modeling_recursive_llm import FAMILIES as CLASSES
+from recursify.weights import Fates
 
 LAYERS = 8
 PLANS: dict[str, dict[str, Any]] = {
@@ -145,6 +148,102 @@ def test_a_fault_of_ours_is_found(donor: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(checkpoint, "build", bent)
     with pytest.raises(RuntimeError, match=r"a plain pass differs from Qwen2ForCausalLM over layers \[0, 3, 5, 7\] by \d"):
         carry_out(found, plan, settings)
+
+
+class Planted:
+    """In place of transformers' model: what a plain pass of ours says, changed at one place. It keeps what it was asked."""
+
+    def __init__(self, model: RecursiveLLM, place: tuple[int, int] = (0, 0), by: float = 0.0):
+        self.model, self.place, self.by = model, place, by
+
+    def __call__(self, ids: torch.Tensor, **options: Any) -> Any:
+        self.ids, logits = ids, self.model(ids, H_cycles=0, use_cache=False).logits.clone()
+        logits[0, self.place[0], self.place[1]] += self.by
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.fixture(scope="module")
+def done(donor: str) -> Any:
+    """A conversion whose start gain is not 0, so that every cycle says something else. Read only."""
+    found, settings = open_donor(donor), ConvertSettings(qwen_model=donor, gain=0.3)
+    return found, carry_out(found, resolve_plan(found, settings), settings)
+
+
+@pytest.mark.parametrize("by", [0.25, -0.25])
+@pytest.mark.parametrize("place", [(0, 0), (1, 200), (-1, -1)])
+def test_one_logit_that_differs_stops_the_conversion(place: tuple[int, int], by: float, done: Any) -> None:
+    donor, result = done
+    with pytest.raises(RuntimeError, match="a plain pass differs from Planted over layers") as raised:
+        compare_logits(donor, result.plan, result.fates, result.model, Planted(result.model, place, by))
+    assert float(str(raised.value).rsplit(" ", 1)[1]) == pytest.approx(0.25, rel=1e-3)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="logits that are not finite"):
+            compare_logits(donor, result.plan, result.fates, result.model, Planted(result.model, place, bad))
+
+
+def test_what_the_start_gain_moves_is_told_of_each_cycle(done: Any) -> None:
+    donor, result = done
+    twin = Planted(result.model)
+    check = compare_logits(donor, result.plan, result.fates, result.model, twin)
+    assert twin.ids.shape[1] > 1 and len(set(twin.ids[0].tolist())) > 1
+    with torch.no_grad():
+        plain = result.model(twin.ids, H_cycles=0, use_cache=False).logits
+        differences = [logits - plain for logits in result.model(twin.ids, output_cycle_logits=True, use_cache=False).cycle_logits]
+    assert check.cycle_differences == tuple(difference.abs().max().item() for difference in differences) == result.check.cycle_differences
+    assert len(set(check.cycle_differences)) == 3 and check.plain_difference == 0.0
+    assert any(difference.max().item() not in check.cycle_differences for difference in differences)  # the largest may be downwards
+    assert "by up to 2;" in conversion._verdict(SelfCheck("x", 0.0, (0.5, 2.0, 1.0), 3)) + ";"
+
+
+@pytest.mark.parametrize("piece", [52, 64, 2**22])  # of 13 numbers, of 16, and whole tensors
+def test_one_number_that_differs_stops_the_conversion(piece: int, donor: str, done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(donors_module, "_PIECE", piece)
+    found, result = open_donor(donor), done[1]
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.2.self_attn.k_proj.bias"):
+        one = Fates(copied={name: result.fates.copied[name]})
+        flat = result.model.state_dict()[name].flatten()
+        for place in (0, len(flat) // 2, len(flat) - 1):
+            was = flat[place].item()
+            flat[place] = -was
+            with pytest.raises(RuntimeError, match=f"{name} differs from {result.fates.copied[name]} of"):
+                compare_tensors(found, one, result.model)
+            flat[place] = was
+    compare_tensors(found, result.fates, result.model)
+
+
+@pytest.mark.parametrize("name", ["old.pt", "new.pt", "new"])
+@pytest.mark.parametrize("fault", ["tensor", "layer"])
+def test_what_fails_its_check_is_not_written(
+    fault: str, name: str, donor: str, nothing_written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = checkpoint.build
+
+    def wrong(*args: Any) -> RecursiveLLM:
+        model = build(*args)
+        if fault == "tensor":
+            model.model.norm.weight.data[3] += 1
+        else:
+            model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: output * 1.01)
+        return model
+
+    monkeypatch.setattr(checkpoint, "build", wrong)
+    with pytest.raises(RuntimeError, match="differs from"):
+        lines_of(qwen_model=donor, output_path=str(nothing_written / name))
+
+
+def test_every_setting_reaches_the_model(donor: str) -> None:
+    fields = ("L_layers", "H_cycles", "L_cycles", "prelude_layers", "coda_layers", "gain_init", "injection", "freeze_embeddings")
+    flags: dict[str, Any] = {"L_layers": 2, "H_cycles": 5, "L_cycles": 1, "prelude_layers": 3, "coda_layers": 1}
+    others: dict[str, Any] = {"gain": 0.3, "injection": "sum_norm", "freeze_embeddings": True}
+    model = convert(donor, layer_selection="last", **flags, **others)
+    assert [getattr(model.config, field) for field in fields] == [*flags.values(), *others.values()]
+    found = open_donor(donor)
+    plan = resolve_plan(found, ConvertSettings(layer_selection="last", **flags, **others))
+    assert (plan.prelude, plan.loop, plan.coda) == ((0, 1, 2), (5, 6), (7,))
+    default = conversion.recursive_config(found, resolve_plan(found, ConvertSettings()), ConvertSettings())
+    for config in (convert(donor).config, default):
+        assert [getattr(config, field) for field in fields] == [4, 3, 3, 0, 0, 0.0, "anchored", False]
+    assert ConvertSettings().seq_len == 512 and ConvertSettings().output_path == "qwen_recursive_init.pt"
 
 
 def test_start_gain(donor: str) -> None:
@@ -338,6 +437,57 @@ def test_auto_finds_the_block_that_bears_looping(tmp_path: Path) -> None:
     assert len(costs) == 7 and costs.pop("loop   2..3") < 0.01 * min(costs.values())
     plan = checkpoint.load(tmp_path / "out.pt").plan
     assert (plan.loop, plan.layer_selection, plan.keeps_donor) == ((2, 3), "auto", True)
+
+
+def disturbance(donor: Any, ids: torch.Tensor, first: int, count: int) -> float:
+    """The slow truth: a stack in which the block stands twice, the second time behind the middle between its first input and output."""
+    last, layers = first + count, range(donor.config.num_hidden_layers)
+    twice = plain(donor, [*layers[:last], *layers[first:]])
+    seen: list[torch.Tensor] = []
+
+    def half_way(module: Any, args: Any) -> Any:
+        seen.append(args[0])
+        return None if len(seen) == 1 else ((seen[0] + args[0]) / 2, *args[1:])
+
+    for layer in (first, last):
+        twice.model.layers[layer].register_forward_pre_hook(half_way)
+    with torch.no_grad():
+        p, q = (model(ids, use_cache=False).logits.double().log_softmax(-1) for model in (donor, twice))
+    assert len(seen) == 2
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "smollm3"])
+def test_auto_measures_what_a_stack_with_the_block_twice_would_say(family: str, donors: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "donor"
+    donor = tiny_donor(family, folder, seed=4, num_hidden_layers=5, initializer_range=0.08)
+    (folder / "tokenizer.json").unlink()
+    tokenizer = make_tiny_tokenizer(tmp_path / "elsewhere")
+    words, lines = " ".join(sentences(3, 12)), list[str]()
+    ids = tokenizer(words)["input_ids"]
+    assert 2 * 128 < len(ids) < 3 * 128  # the rest of a window is left out
+    (tmp_path / "words.txt").write_text(words)
+    settings = ConvertSettings(
+        qwen_model=str(folder), L_layers=2, H_cycles=4, L_cycles=2, layer_selection="auto", calibration_file=str(tmp_path / "words.txt"),
+        tokenizer_path=str(tmp_path / "elsewhere"), injection="sum_norm",
+    )  # fmt: skip
+    plan = resolve_plan(open_donor(str(folder)), settings, lines.append)
+    assert lines[0] == "auto: probing 4 starts with 5 passes of the whole donor over 256 tokens"
+    expected = [disturbance(donor.eval(), torch.tensor(ids[:256]).view(2, 128), first, 2) for first in range(4)]
+    assert [float(line.split()[-2]) for line in lines[1:]] == pytest.approx(expected, abs=1e-4)
+    assert [line.split()[1] for line in lines[1:]] == ["0..1", "1..2", "2..3", "3..4"] and len(set(expected)) == 4
+    best = expected.index(min(expected))
+    assert (plan.prelude, plan.loop, plan.coda) == (tuple(range(best)), (best, best + 1), tuple(range(best + 2, 5)))
+
+
+@pytest.mark.parametrize(("count", "windows"), [(128, 1), (255, 1), (256, 2), (8 * 128, 8), (9 * 128, 8)])
+def test_how_much_text_auto_reads(count: int, windows: int, tmp_path: Path) -> None:
+    tokenizer = make_tiny_tokenizer()
+    ids = tokenizer(" ".join(sentences(5, 200)))["input_ids"][:count]
+    (tmp_path / "words.txt").write_text(text := tokenizer.decode(ids))
+    assert tokenizer(text)["input_ids"] == ids
+    found = conversion._calibration_windows(str(tmp_path / "words.txt"), tokenizer)
+    assert found.shape == (windows, 128) and found.flatten().tolist() == ids[: windows * 128]
 
 
 def test_auto_from_python_and_for_every_family(donors: dict[str, Path], tmp_path: Path) -> None:
