@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -17,10 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_tiny_tokenizer, tiny_donor, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from recursify import ConversionPlan, RecursiveLLM, checkpoint
 from recursify.configuration_recursive_llm import from_donor
 from recursify.errors import UserError
+from recursify.model_card import LOSS_PICTURE, PLAN_PICTURE
 from recursify.modeling_recursive_llm import FAMILIES as CLASSES
 from recursify.weights import guide_names
 
@@ -351,6 +354,86 @@ def test_tokenizers(model: RecursiveLLM, saved: Path, tmp_path: Path) -> None:
     assert checkpoint.need_tokenizer(found, "bare.pt").eos_token_id == 0
 
 
+def other_tokenizer() -> Any:
+    """One that reads the same text as other ids."""
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_tokens(["lobster"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tokenizer_that_is_named_goes_before_the_checkpoints_own(form: str, model: RecursiveLLM, saved: Path, tmp_path: Path) -> None:
+    other_tokenizer().save_pretrained(tmp_path / "other")
+    own, named = checkpoint.load(saved / form), checkpoint.load(saved / form, tokenizer_path=str(tmp_path / "other"))
+    assert len(named.tokenizer) == len(own.tokenizer) + 1
+    assert checkpoint.need_tokenizer(own, "x") is own.tokenizer
+    checkpoint.save(tmp_path / form, model, None, PLAN, NOTES)
+    bare = checkpoint.load(tmp_path / form)
+    assert (bare.tokenizer, bare.plan, bare.notes) == (None, PLAN, NOTES)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_of_embedding_space_writes_no_text(form: str, model: RecursiveLLM, saved: Path) -> None:
+    checkpoint.need_head(checkpoint.load(saved / form), "x")
+    checkpoint.save(saved / form, model, None, None, {"approach": "embedding"})
+    with pytest.raises(UserError, match=r"x: was trained in embedding space"):
+        checkpoint.need_head(checkpoint.load(saved / form), "x")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_it_was_loaded_from_is_not_written(form: str, saved: Path, tmp_path: Path) -> None:
+    found = checkpoint.load(saved / form)
+    found.model.config._name_or_path = str(saved)
+    checkpoint.save(tmp_path / form, found.model, None, dtype=torch.float16)
+    if form == "model":
+        fields = json.loads((tmp_path / "model" / "config.json").read_text())
+    else:
+        fields = torch.load(tmp_path / "model.pt", weights_only=True)["config"]
+    assert str(saved) not in json.dumps(fields) and "_name_or_path" not in fields
+    assert (fields["dtype"], fields["architectures"]) == ("float16", ["RecursiveQwen2ForCausalLM"])
+
+
+def test_only_the_recursion_may_start_fresh(model: RecursiveLLM) -> None:
+    state = _as(model, torch.float32)
+    bare = {name: tensor for name, tensor in state.items() if not name.startswith("model.recursion.")}
+    built = checkpoint.build(model.config, bare, "place")
+    assert not built.training and torch.equal(logits(built, H_cycles=0), logits(model, H_cycles=0))
+    assert checkpoint.build(model.config, bare, "place", torch.bfloat16).dtype == torch.bfloat16
+    assert checkpoint.build(model.config, _as(model, torch.float16), "place").dtype == torch.float16
+    for lost in ("model.norm.weight", "model.layers.3.self_attn.k_proj.bias"):
+        with pytest.raises(UserError, match=f"place: tensors missing or left over: {lost}; the weights do not match their config"):
+            checkpoint.build(model.config, {name: tensor for name, tensor in bare.items() if name != lost}, "place")
+    with pytest.raises(UserError, match="place: tensors missing or left over: model.recursion.extra; the weights"):
+        checkpoint.build(model.config, {**state, "model.recursion.extra": torch.zeros(1)}, "place")
+
+
+@pytest.mark.parametrize(("wrong", "more"), [(1, ""), (3, ""), (4, " and 1 more"), (5, " and 2 more")])
+def test_three_shapes_that_differ_are_named_and_the_rest_counted(wrong: int, more: str, model: RecursiveLLM) -> None:
+    state = _as(model, torch.float32)
+    state |= {f"model.layers.{i}.input_layernorm.weight": torch.zeros(7) for i in range(wrong)}
+    named = r"model\.layers\.\d\.input_layernorm\.weight \(expected \[32\], got \[7\]\)"
+    with pytest.raises(UserError, match=rf"place: shape mismatch [\w ]+: {', '.join([named] * min(3, wrong))}{more}; one of the two"):
+        checkpoint.build(model.config, state, "place")
+
+
+def test_transformers_speaks_as_before(saved: Path) -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    try:
+        for level, bars in ((transformers_logging.INFO, True), (transformers_logging.WARNING, False)):
+            transformers_logging.set_verbosity(level)
+            (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
+            with checkpoint.quiet():
+                assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+                assert not transformers_logging.is_progress_bar_enabled()
+            assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == (level, bars)
+            with pytest.raises(KeyError), checkpoint.quiet():
+                raise KeyError
+            assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == (level, bars)
+    finally:
+        transformers_logging.set_verbosity(before[0])
+        (transformers_logging.enable_progress_bar if before[1] else transformers_logging.disable_progress_bar)()
+
+
 # --- Writing ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +472,135 @@ def test_beside_a_file_only_a_tokenizers_files_are_replaced(model: RecursiveLLM,
     assert all((folder / name).read_text() == "mine" for name in ("notes.json", "README.md", "script.py"))
     assert not (folder / "chat_template.jinja").exists()  # of another tokenizer: it would be read with the new one
     assert checkpoint.load(saved / "model.pt").tokenizer("the old ship")["input_ids"]
+
+
+def test_every_file_of_another_tokenizer_goes(model: RecursiveLLM, saved: Path) -> None:
+    folder = saved / "model_tokenizer"
+    stale = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+    written = {path.name for path in folder.iterdir()}
+    for name in stale:
+        (folder / name).write_text("stale")
+    (folder / "tokenizer.json").write_text("stale")
+    (folder / "tokenizer_config.json").write_text("stale")
+    checkpoint.save(saved / "model.pt", model, other_tokenizer())
+    assert {path.name for path in folder.iterdir()} == written >= {"tokenizer.json", "tokenizer_config.json"}
+    assert len(checkpoint.load(saved / "model.pt").tokenizer) == len(other_tokenizer()) > len(make_tiny_tokenizer())
+
+
+def test_every_file_of_an_older_save_goes(model: RecursiveLLM, saved: Path) -> None:
+    folder = saved / "model"
+    ours = ("old.json", "old.py", "old.md", "old.jinja", "old.safetensors", PLAN_PICTURE, LOSS_PICTURE)
+    others = ("photo.svg", "data.bin", "old.txt", "results.json/one.json")
+    (folder / "results.json").mkdir()
+    for name in (*ours, *others):
+        (folder / name).write_text("of somebody")
+    checkpoint.save(folder, model, other_tokenizer(), None, {"second": True})
+    assert not [name for name in ours if (folder / name).exists() and (folder / name).read_text() == "of somebody"]
+    assert not [name for name in ours if name.startswith("old") and (folder / name).exists()]
+    assert [(folder / name).read_text() for name in others] == ["of somebody"] * len(others)
+    assert len(checkpoint.load(folder).tokenizer) == len(other_tokenizer())
+    assert sorted(path.name for path in saved.iterdir()) == ["model", "model.pt", "model_tokenizer"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_approved_is_not_put_in_place(form: str, model: RecursiveLLM, saved: Path) -> None:
+    """It is asked when everything is written, and nothing has its place."""
+    before, beside = listing(saved), saved / "state.pt"
+    seen: list[bool] = []
+
+    def refuse() -> None:
+        (aside,) = saved.glob(".recursify-*")
+        seen.append((aside / form).exists() and (aside / "state.pt").read_text() == "state" and not beside.exists())
+        seen.append({name: content for name, content in listing(saved).items() if not name.startswith(".recursify")} == before)
+        raise RuntimeError("refused")
+
+    with pytest.raises(RuntimeError, match="refused"):
+        checkpoint.save(
+            saved / form, make_model(H_cycles=4), other_tokenizer(), beside={beside: lambda path: path.write_text("state")}, approve=refuse
+        )
+    assert seen == [True, True] and listing(saved) == before
+    assert sorted(path.name for path in saved.iterdir()) == ["model", "model.pt", "model_tokenizer"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_belongs_beside_gets_its_place_last_and_everything_is_on_the_disk_before(
+    form: str, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, synced = list[str](), set[int]()
+    rename, fsync = Path.rename, os.fsync
+
+    def renamed(self: Path, target: Path) -> Path:
+        if ".recursify-" not in str(target):
+            moved.append(Path(target).name)
+            files = [self] if self.is_file() else [*self.rglob("*")]
+            assert {self.stat().st_ino, *(file.stat().st_ino for file in files)} <= synced, "renamed before it was on the disk"
+        return rename(self, target)
+
+    def noted(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "fsync", noted)
+    (saved / "state.pt").write_text("old")
+    checkpoint.save(
+        saved / form, make_model(H_cycles=4), other_tokenizer(), beside={saved / "state.pt": lambda path: path.write_text("new")}
+    )
+    assert moved == (["model_tokenizer", "model.pt", "state.pt"] if form == "model.pt" else ["model", "state.pt"])
+    assert saved.stat().st_ino in synced and (saved / "state.pt").read_text() == "new"
+    checkpoint.load(saved / form)
+
+
+def test_a_folder_that_is_the_same_already_stays_where_it_is(model: RecursiveLLM, saved: Path) -> None:
+    folder = saved / "model_tokenizer"
+    before = folder.stat().st_ino
+    (folder / "notes.txt").write_text("mine")
+    checkpoint.save(saved / "model.pt", model, make_tiny_tokenizer())
+    assert folder.stat().st_ino == before and (folder / "notes.txt").read_text() == "mine"
+    file = folder / "tokenizer.json"  # as long, and of the same time: the contents decide
+    was, when = file.read_text(), file.stat()
+    file.write_text(was.replace("lob", "bol"))
+    os.utime(file, ns=(when.st_atime_ns, when.st_mtime_ns))
+    assert file.read_text() != was and file.stat().st_size == when.st_size
+    checkpoint.save(saved / "model.pt", model, make_tiny_tokenizer())
+    assert file.read_text() == was and (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        *[(OSError(code, "x"), "the disk is full") for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)],
+        (OSError(errno.EIO, "x"), "Input/output error"),
+        (RuntimeError("while it was written: (os error 28)"), "the disk is full"),
+        (RuntimeError("while it was written: (os error 13)"), "Permission denied"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "the disk is full"),
+        (RuntimeError("something else"), None),
+        (ValueError("something else"), None),
+    ],
+)
+def test_why_it_could_not_be_written(
+    error: Exception, said: str | None, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    before = listing(saved)
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(type(error) if said is None else UserError, match=said or "something else"):
+        checkpoint.save(saved / "model.pt", model, other_tokenizer())
+
+    def broken_while_closing(*args: Any, **kwargs: Any) -> None:
+        try:
+            raise error
+        finally:
+            raise RuntimeError("while closing")
+
+    monkeypatch.setattr(torch, "save", broken_while_closing)
+    hidden = said is None or "container" in str(error)  # the words of torch's writer are looked for in the last error alone
+    with pytest.raises(RuntimeError if hidden else UserError, match="while closing" if hidden else said):
+        checkpoint.save(saved / "model.pt", model, other_tokenizer())
+    assert listing(saved) == before
+    assert sorted(path.name for path in saved.iterdir()) == ["model", "model.pt", "model_tokenizer"]
 
 
 @pytest.mark.parametrize("form", FORMS)

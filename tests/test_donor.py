@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from hub_stand_in import HubStandIn
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_tiny_tokenizer, tiny_donor, tiny_model
+from tiny import FAMILIES, make_tiny_tokenizer, tiny_config, tiny_donor, tiny_model
 from transformers import AutoConfig, GenerationConfig
 
+from recursify import donor as donor_module
 from recursify.conversion import ConvertSettings, convert
 from recursify.conversion import run as run_convert
 from recursify.donor import load_tokenizer, open_donor
@@ -99,6 +101,49 @@ def test_features_are_refused_by_field_before_any_tensor_is_read(fields: dict[st
     folder = write_config(tmp_path / "donor", **{"model_type": "qwen2", **fields})
     with pytest.raises(UserError, match=rf"{feature}.*{SUPPORTED}"):
         open_donor(folder)
+
+
+REFUSED = {
+    "quantization_config": "quantised weights",
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "mixture of experts"),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), "a multiplier in its own forward"),
+    **dict.fromkeys(("logits_scaling", "logit_scale", "scale_emb"), "a multiplier in its own forward"),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), "soft-capping"),
+    "per_layer_config": "layers of different shapes",
+    "num_kv_shared_layers": "keys and values shared between layers",
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_every_feature_on_its_own(field: str, tmp_path: Path) -> None:
+    for number, value in enumerate(({"a": 1}, [1], 2, 0.5, True)):
+        folder = write_config(tmp_path / f"on{number}", model_type="qwen2", **{field: value})
+        with pytest.raises(UserError, match=rf"has {REFUSED[field]} \(config.json: {field} = .*, which is not carried over\. {SUPPORTED}"):
+            open_donor(folder)
+
+
+@pytest.mark.parametrize("value", [{}, [], 0, 0.0, False, None])
+def test_all_features_switched_off(value: Any, tmp_path: Path) -> None:
+    config = tiny_config("qwen2", num_hidden_layers=2).to_dict()
+    read_by_transformers = ("quantization_config", "per_layer_config")
+    folder = write_config(tmp_path / "off", **config | {field: value for field in REFUSED if field not in read_by_transformers})
+    assert open_donor(folder).config.num_hidden_layers == 2
+
+
+def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
+    long = {"quant_method": "gptq", "modules": ["x" * 40, "y" * 40]}
+    folder = write_config(tmp_path / "donor", model_type="qwen2", quantization_config=long)
+    with pytest.raises(UserError, match=rf"quantization_config = {re.escape(json.dumps(long)[:57])}\.\.\.\)"):
+        open_donor(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_opening_changes_nothing_in_the_configuration(family: str, tmp_path: Path) -> None:
+    fields = tiny_config(family, num_hidden_layers=2).to_dict()
+    for number, dtype in enumerate((None, "bfloat16")):
+        folder = write_config(tmp_path / f"donor{number}", **fields | {"dtype": dtype})
+        found, expected = open_donor(folder).config, AutoConfig.from_pretrained(folder)
+        assert vars(found) == vars(expected) and found.model_type == family
 
 
 def test_a_feature_that_is_switched_off_is_no_obstacle(broken: Path) -> None:
@@ -252,6 +297,22 @@ def test_tensors_are_read_as_they_are(eight: Path) -> None:
     assert donor.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_type_of_number_is_read_whole_and_in_pieces(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"one": torch.randn(3, 7, dtype=dtype), "two": torch.randn(40, dtype=dtype), "three": torch.randn(1, dtype=dtype)}
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen2", num_hidden_layers=2).to_dict() | {"dtype": None}))
+    save_file(tensors, tmp_path / "model.safetensors")
+    donor = open_donor(str(tmp_path))
+    assert donor.dtype == dtype
+    for size in (8, 40, 56, 2**22):
+        monkeypatch.setattr(donor_module, "_PIECE", size)
+        for name, tensor in tensors.items():
+            assert torch.equal(donor.read(name), tensor)
+            pieces = [piece.clone() for piece in donor.pieces(name)]  # each is in the memory of the one before
+            assert torch.equal(torch.cat(pieces), tensor.flatten()) and max(piece.nbytes for piece in pieces) <= size
+            assert size > 56 or name != "two" or len(pieces) > 1
+
+
 def test_writing_to_what_was_read_leaves_the_file_alone(broken: Path) -> None:
     before = (broken / "model.safetensors").read_bytes()
     model = convert(str(broken))
@@ -368,6 +429,42 @@ def test_tokenizers(eight: Path, broken: Path, tmp_path: Path) -> None:
         load_tokenizer(str(broken))
     with pytest.raises(UserError, match=r"no such folder; give a folder with a tokenizer"):
         load_tokenizer(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model"])
+def test_any_of_these_is_a_vocabulary(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(donor_module.AutoTokenizer, "from_pretrained", lambda name: ("read from", name))
+    with pytest.raises(UserError, match=r"tokenizer.json is not there; .*--tokenizer_path"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / file).write_text("of its own kind")
+    assert load_tokenizer(str(tmp_path)) == ("read from", str(tmp_path))
+
+
+def test_the_donor_is_loaded_as_asked_for(eight: Path) -> None:
+    donor = open_donor(str(eight))
+    assert (donor.load().dtype, donor.load(dtype=torch.bfloat16).dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_without_a_file_generation_is_as_the_configuration_says(broken: Path) -> None:
+    fields = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(fields | {"eos_token_id": 7, "pad_token_id": 3}))
+    (broken / "generation_config.json").unlink()
+    found = open_donor(str(broken)).generation_config()
+    assert (found.eos_token_id, found.pad_token_id) == (7, 3)
+
+
+def test_weights_as_several_pickles(broken: Path) -> None:
+    (broken / "model.safetensors").unlink()
+    (broken / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has pytorch_model.bin.index.json only, a pickle"):
+        convert(str(broken))
+
+
+def test_a_single_file_goes_before_an_index(eight: Path, tmp_path: Path) -> None:
+    folder = shard(eight, tmp_path / "both")
+    (folder / "model.safetensors.index.json").write_text("{")
+    shutil.copy(eight / "model.safetensors", folder)
+    assert sorted(open_donor(str(folder)).tensor_names) == sorted(open_donor(str(eight)).tensor_names)
 
 
 def test_generation_config(broken: Path) -> None:

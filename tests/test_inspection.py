@@ -75,6 +75,26 @@ def test_the_cache_is_as_large_as_said(family: str, plan: ConversionPlan) -> Non
     assert marked[3:5] == [f"{sizes[policy]['3'] / 1e3:,.1f}" for policy in ("full", "last")]
 
 
+def test_what_is_printed_by_hand() -> None:
+    plan = PLANS[2]  # 2 + 2 + 1 of 8 layers
+    config = config_of("qwen2", plan, H_cycles=2, L_cycles=4, injection="sum_norm")
+    found = inspect(config, plan, depths=[0, 2, 9])
+    head, shape, *rest = found.render().splitlines()
+    assert head == "recursive_qwen2: hidden_size=32, vocab_size=384, injection=sum_norm"
+    assert shape == "  H_cycles=2, L_cycles=4, L_layers=2"
+    slot = 2 * 2 * 8 * 2  # keys and values, 2 heads of 8, two bytes each
+    assert found.slot_bytes == slot
+    assert [line.split() for line in rest[-4:]] == [
+        ["0", "5", f"{5 / 8:.2f}", f"{5 * slot / 1000:.1f}", f"{5 * slot / 1000:.1f}"],
+        ["2", "23", f"{23 / 8:.2f}", f"{23 * slot / 1000:.1f}", f"{5 * slot / 1000:.1f}", "<-", "this", "checkpoint"],
+        ["9", "93", f"{93 / 8:.2f}", f"{93 * slot / 1000:.1f}", f"{5 * slot / 1000:.1f}"],
+        ["donor", "8", "1.00", f"{8 * slot / 1000:.1f}"],
+    ]
+    data = found.to_dict()
+    assert data["donor_layer_applications_per_token"] == 8 and data["layer_applications_per_token"] == {"0": 5, "2": 23, "9": 93}
+    assert (data["config"]["H_cycles"], data["config"]["model_type"], data["config"]["hidden_size"]) == (2, "recursive_qwen2", 32)
+
+
 def test_a_model_without_a_plan() -> None:
     found = inspect(config_of("llama", PLANS[0]), None)
     assert "donor" not in found.render().replace("x donor", "") and found.donor_applications is None

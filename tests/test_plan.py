@@ -31,6 +31,29 @@ def test_the_indices_that_the_guides_print() -> None:
     assert make_plan("donor", 24).loop == (0, 8, 16, 23)
 
 
+@pytest.mark.parametrize(
+    ("selection", "N", "K", "layers"),
+    [
+        ("stride", 7, 3, [0, 2, 4]),  # 0, 2.33, 4.67
+        ("stride", 8, 5, [0, 1, 3, 4, 6]),  # 0, 1.6, 3.2, 4.8, 6.4
+        ("stride", 5, 1, [0]),
+        ("uniform", 9, 4, [0, 3, 6, 8]),  # 0, 2.67, 5.33, 8
+        ("uniform", 10, 5, [0, 3, 5, 7, 9]),  # 0, 2.25, 4.5, 6.75, 9
+        ("uniform", 7, 1, [3]),
+        ("uniform", 8, 1, [4]),
+        ("middle", 8, 1, [4]),
+        ("middle", 7, 4, [1, 2, 3, 4]),
+        ("middle", 8, 3, [2, 3, 4]),
+        ("last", 7, 3, [4, 5, 6]),
+    ],
+)
+def test_odd_counts_by_hand(selection: str, N: int, K: int, layers: list[int]) -> None:
+    assert select_layers(selection, N, K) == layers
+    assert make_plan("donor", N + 3, L_layers=K, layer_selection=selection, prelude_layers=2, coda_layers=1).loop == tuple(
+        2 + layer for layer in layers
+    )
+
+
 @pytest.mark.parametrize("selection", COUNTED)
 def test_distinct_ascending_in_range_for_every_size(selection: str) -> None:
     for N, K in SIZES:
@@ -78,7 +101,8 @@ def test_keep_donor_with_one_count_places_the_block(shape: dict[str, Any]) -> No
         assert plan == make_plan("donor", N, L_layers=K, prelude_layers=P, coda_layers=N - K - P, keep_donor=True)
     if C := shape["coda_layers"]:
         plan = make_plan("donor", N, L_layers=K, coda_layers=C, keep_donor=True)
-        assert len(plan.coda) == C and plan.keeps_donor
+        assert len(plan.coda) == C and plan.keeps_donor and plan.layer_selection == "counts"
+        assert plan.loop == tuple(range(N - K - C, N - C))
 
 
 def test_a_compact_plan_of_all_layers_keeps_the_donor() -> None:
@@ -99,6 +123,16 @@ def test_every_layer_has_one_fate(shape: dict[str, Any]) -> None:
 def test_json_round_trip(shape: dict[str, Any]) -> None:
     plan = make_plan("some/donor", **shape)
     assert ConversionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_the_defaults() -> None:
+    assert make_plan("donor", 9) == ConversionPlan("donor", 9, (), (0, 3, 6, 8), (), "uniform")
+    assert make_plan("donor", 9, keep_donor=True) == ConversionPlan("donor", 9, (0, 1), (2, 3, 4, 5), (6, 7, 8), "middle")
+
+
+def test_layers_in_another_order_are_not_the_donor() -> None:
+    swapped = ConversionPlan("donor", 4, (0,), (2, 1), (3,), "by hand")
+    assert not swapped.keeps_donor and not swapped.dropped and swapped.fate(1) == "L_level 1"
 
 
 def test_candidates_of_auto() -> None:

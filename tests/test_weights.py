@@ -105,6 +105,29 @@ def test_names_missing_or_left_over_are_named() -> None:
         from_guides({}, model.state_dict(), model.config, "file.pt")
 
 
+def test_six_names_of_each_kind_are_enough() -> None:
+    model = recursive("qwen2")
+    guides = to_guides(model.state_dict(), model.config)
+    for lost, end in ((6, r"\w"), (7, r"\.\.\.")):
+        kept = dict(list(guides.items())[lost:])
+        with pytest.raises(
+            UserError, match=rf": {lost} missing \((inner[\w.]+, ){{5}}inner[\w.]+({', ...' if lost > 6 else ''})\)$"
+        ) as raised:
+            from_guides(kept, model.state_dict(), model.config, "file.pt")
+        assert raised.match(end + r"\)$")
+    with pytest.raises(UserError, match=r"does not match its config: 1 left over \(inner.extra\)$"):
+        from_guides({**guides, "inner.extra": guides["inner.norm.weight"]}, model.state_dict(), model.config, "file.pt")
+    kept = {name: tensor for name, tensor in guides.items() if name != "inner.norm.weight"}
+    with pytest.raises(UserError, match=r"does not match its config: 1 missing \(inner.norm.weight\)$"):
+        from_guides(kept, model.state_dict(), model.config, "file.pt")
+
+
+def test_a_head_that_is_not_tied_is_copied() -> None:
+    assert settled("llama").copied["lm_head.weight"] == "lm_head.weight"
+    with pytest.raises(UserError, match=r"1 left over \(lm_head.weight\)"):  # ours has no place for it, and it is not said to be tied
+        settle([*donor_names("qwen2"), "lm_head.weight"], our_names("qwen2"), PLAN, tied=False)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_has_a_fate(family: str) -> None:
     fates = settled(family)
