@@ -106,6 +106,23 @@ def test_what_is_frozen_costs_less(frozen: set[str]) -> None:
     assert counted < cost.step_flops(config, B * T, T, supervised=2)
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [cost.LOOP, cost.LOOP | cost.READOUT, {"recursion"}, {"prelude"}, {"coda"}, {"embeddings"}, cost.READOUT],
+    ids=lambda parts: "+".join(sorted(parts)),
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_whatever_is_trained_alone(trained: set[str], checkpointing: bool) -> None:
+    config = config_of("llama", H=2)
+    frozen = set(cost.parameters_by_part(config)) - trained
+    model = build(config, checkpointing, frozen)
+    model.lm_head.requires_grad_("lm_head" in trained)
+    if checkpointing:
+        model.disable_input_require_grads()  # which transformers switches on beside checkpointing
+    counted = flops_of(lambda: learn(model, 2))
+    assert cost.step_flops(config, B * T, T, supervised=2, trained=trained, gradient_checkpointing=checkpointing) == counted
+
+
 def test_one_plain_pass_costs_one_cycle_of_one_step() -> None:
     config = config_of()
     assert cost.step_flops(config, B * T, T, H_cycles=0) == cost.step_flops(config, B * T, T, H_cycles=1, L_cycles=0)
@@ -171,6 +188,24 @@ def test_learning_from_the_last_cycle() -> None:
     assert cycle - full == loop_and_coda
 
 
+def test_what_is_computed_twice_is_computed_twice_for_every_reference() -> None:
+    config, donor = config_of(H=3), tiny_config("qwen2", num_hidden_layers=5)
+    head, teacher = cost.shape_of(config).matrices["lm_head"], cost.shape_of(donor)
+    options: dict[str, Any] = {"supervised": 3, "recomputes_logits": True}
+    plain = cost.step_flops(config, 1, T, **options)
+    assert plain - cost.step_flops(config, 1, T, supervised=3) == 3 * 2 * head
+    assert cost.step_flops(config, 1, T, **options, self_distills=True) - plain == 2 * 2 * 2 * head
+    layers = 2 * teacher.matrices["layers"] + 4 * 5 * teacher.heads * T
+    assert cost.step_flops(config, 1, T, **options, teacher_config=donor) - plain == layers + 3 * 2 * 2 * teacher.matrices["lm_head"]
+
+
+def test_what_is_not_read_costs_no_head() -> None:
+    config = config_of(H=2)
+    head = 2 * 3 * 2 * cost.shape_of(config).matrices["lm_head"]  # of two readouts, forward and twice backward
+    both = [cost.step_flops(config, 7, T, supervised=2, reads_logits=reads) for reads in (True, False)]
+    assert both[0] - both[1] == 7 * head
+
+
 def kept_per_token(model: Any, bf16: bool) -> float:
     """Bytes per token that autograd keeps of one layer, without the weights: those of three layers less those of two."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -211,6 +246,57 @@ def test_activations_by_the_way_back() -> None:
     assert kept(supervised=3, backprop="cycle") == kept(supervised=1, backprop="last") == pytest.approx(1 + 4 + 1, rel=0.25)
     assert kept(supervised=3, gradient_checkpointing=True) < 0.5 * kept(supervised=3)
     assert kept(supervised=1, trained=cost.LOOP) == pytest.approx(kept(supervised=1) - 1)
+
+
+def test_activations_by_hand() -> None:
+    config = config_of("llama", H=3, L=1, prelude=1, loop=2, coda=1)
+    layer, state = cost.layer_bytes(config, False), 4 * 32
+
+    def kept(**options: Any) -> float:
+        return cost.memory_by_part(config, 5, bf16=False, **options)["activations"] / 5
+
+    # 1 of the prelude, 2 layers in 3 * 2 applications, 1 of the coda at each readout; 2 states of each mix, 3 of each readout
+    assert kept(supervised=3) == (1 + 12 + 3) * layer + (2 * 6 + 3 * 3) * state
+    assert kept(supervised=1) == (1 + 12 + 1) * layer + (2 * 6 + 3 * 1) * state
+    assert kept(supervised=3, backprop="cycle") == (1 + 4 + 1) * layer + (2 * 2 + 3 * 1) * state
+    assert kept(supervised=3, trained=cost.LOOP) == (12 + 3) * layer + (2 * 6 + 3 * 3) * state
+    assert kept(supervised=3, trained=cost.LOOP | {"prelude"}) == kept(supervised=3, trained={"embeddings"}) == kept(supervised=3)
+    assert kept(supervised=3, gradient_checkpointing=True) == (1 + 12 + 3) * state + layer + (2 * 6 + 3 * 3) * state
+    assert kept(supervised=2, H_cycles=2, L_cycles=0) == (1 + 4 + 2) * layer + (2 * 2 + 3 * 2) * state
+
+
+def test_bytes_by_hand() -> None:
+    config = config_of("llama", prelude=1, loop=2, coda=1)
+    parts, matrices = cost.parameters_by_part(config), cost.shape_of(config).matrices
+    learn_count = parts["L_level"] + parts["recursion"]
+
+    def memory(**options: Any) -> dict[str, float]:
+        return cost.memory_by_part(config, B * T, **options)
+
+    assert memory()["autocast"] == 2 * sum(matrices.values())
+    assert memory(reads_logits=False)["autocast"] == 2 * (sum(matrices.values()) - matrices["lm_head"])
+    loop = memory(trained=cost.LOOP, ema=True)
+    assert (loop["weights"], loop["gradients"], loop["optimizer"], loop["ema"]) == (
+        4 * sum(parts.values()), 4 * learn_count, 8 * learn_count, 4 * learn_count
+    )  # fmt: skip
+    assert memory(trained=cost.LOOP, optimizer="muon")["optimizer"] == 8 * learn_count - 4 * matrices["L_level"]
+    for way, accumulates, times in (("full", True, 1), ("cycle", False, 1), ("cycle", True, 2)):
+        spread = cost.Spread(accumulates=accumulates)
+        assert memory(backprop=way, spread=spread)["gradients"] == times * 4 * sum(parts.values())
+    donor = tiny_config("qwen2")
+    teacher = sum(cost.parameters_by_part(donor).values())
+    assert [memory(teacher_config=donor, bf16=bf16)["teacher"] for bf16 in (True, False)] == [2 * teacher, 4 * teacher]
+    spread = memory(spread=cost.Spread(devices=4, fsdp=True), ema=True, optimizer="adamw_8bit")
+    assert (spread["ema"], spread["optimizer"]) == (sum(parts.values()), 2 * sum(parts.values()) / 4)
+    assert "exchange" not in memory(spread=cost.Spread(devices=1, fsdp=True))
+    assert memory(trained=cost.LOOP, spread=cost.Spread(devices=2))["exchange"] == 4 * learn_count
+
+
+def test_a_slot_by_hand() -> None:
+    config = config_of("llama")  # 2 key and value heads of 8
+    assert (cost.slot_bytes(config), cost.slot_bytes(config, 4)) == (2 * 16 * 2, 2 * 16 * 4)
+    assert cost.slot_bytes(GPT2Config(n_embd=32, n_layer=2, n_head=4)) == 2 * 32 * 2  # no fewer of these than of queries
+    assert cost.slot_bytes(config_of("qwen3")) == 2 * 2 * 16 * 2  # heads of 16 in a hidden size of 32
 
 
 def test_memory_by_part() -> None:
@@ -277,6 +363,91 @@ def test_a_run_adds_up() -> None:
     text = found.render()
     for word in (f"{found.tokens:,}", f"{found.flops:.2e}", "activations", "optimizer", "2 devices"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "options"),
+    [
+        ({"gradient_checkpointing": True}, {"gradient_checkpointing": True}),
+        ({"backprop": "cycle"}, {"backprop": "cycle", "spread": cost.Spread(accumulates=True)}),
+        ({"backprop": "last", "enable_deep_supervision": False}, {"backprop": "last", "supervised": 1}),
+        ({"enable_deep_supervision": False}, {"supervised": 1}),
+        ({"optimizer": "muon"}, {"optimizer": "muon"}),
+        ({"ema_decay": 0.9}, {"ema": True}),
+        ({"bf16": True}, {"bf16": True}),
+        ({"bf16": None}, {"bf16": True}),
+        ({"approach": "embedding"}, {"trained": cost.LOOP, "reads_logits": False}),
+        ({"approach": "hybrid"}, {"trained": cost.LOOP}),
+        ({"cycle_choices": (1, 2)}, {"H_cycles": 2, "supervised": 2}),
+    ],
+)
+def test_every_setting_counts(changed: dict[str, Any], options: dict[str, Any]) -> None:
+    config = config_of("llama", H=3)
+    found, plain = cost.estimate(config, settings(**changed), steps=1), cost.estimate(config, settings(), steps=1)
+    expected: dict[str, Any] = {"supervised": 3, "bf16": False, **options}
+    assert found.memory == cost.memory_by_part(config, 2 * 32, **expected) != plain.memory
+    if not changed.keys() & {"cycle_choices"}:
+        of_memory = {"optimizer", "ema", "bf16", "spread"}
+        per_token = cost.step_flops(config, 1, 32, **{name: value for name, value in expected.items() if name not in of_memory})
+        assert found.flops == found.tokens * per_token
+
+
+def test_devices_and_teachers_count() -> None:
+    config, donor = config_of("llama", H=3), tiny_config("qwen2", num_hidden_layers=5)
+    for fsdp in (False, True):
+        for micro_batches in (1, 3):
+            found = cost.estimate(config, settings(fsdp=fsdp, grad_accum_steps=micro_batches), steps=1, world_size=4)
+            spread = cost.Spread(devices=4, fsdp=fsdp, accumulates=micro_batches > 1)
+            assert found.memory == cost.memory_by_part(config, 64, supervised=3, bf16=False, spread=spread)
+            assert (found.tokens, found.devices) == (64 * 4 * micro_batches, 4)
+    taught = cost.estimate(config, settings(), 1, teacher_config=donor)
+    assert taught.memory == cost.memory_by_part(config, 64, supervised=3, bf16=False, by_token=True, teacher_config=donor)
+    assert taught.flops == taught.tokens * cost.step_flops(config, 1, 32, supervised=3, teacher_config=donor)
+
+
+@pytest.mark.parametrize("changed", [{"monotone_weight": 0.1}, {"halting_weight": 0.1}, {"self_distill_weight": 0.1}, {}])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_terms_by_token_are_computed_in_chunks(changed: dict[str, float], teacher: bool) -> None:
+    config, donor = config_of("llama", H=2), tiny_config("llama", num_hidden_layers=3)
+    distills = "self_distill_weight" in changed
+    references = teacher + distills
+    options: dict[str, Any] = {"supervised": 2, "self_distills": distills, "teacher_config": donor if teacher else None}
+    chunk = CHUNK_ELEMENTS // (config.vocab_size * (1 + references))  # tokens whose logits are one chunk
+    for tokens, over in ((chunk, False), (chunk + 1, True)):
+        run = settings(batch_size=1, seq_len=tokens, **changed)
+        again = over and bool(changed or teacher)
+        assert cost.pass_flops(config, run, tokens, 2, options["teacher_config"]) == cost.step_flops(
+            config, tokens, tokens, H_cycles=2, recomputes_logits=again, **options
+        )
+    run = settings(batch_size=1, seq_len=CHUNK_ELEMENTS // config.vocab_size, **changed)
+    found = cost.estimate(config, run, 1, teacher_config=options["teacher_config"]).memory["logits"]
+    assert found == (24 if changed or teacher else 16) * run.seq_len * config.vocab_size  # two readouts: more than one chunk together
+
+
+def test_shares_of_depths_by_hand() -> None:
+    mixed = settings(cycle_choices=(1, 2, 4), cycle_weights=(1.0, 1.0, 2.0), depth_curriculum=0.6)
+    expected = {1: 0.2 + 0.1 + 0.05 + 0.1, 2: 0.1 + 0.05 + 0.1, 4: 0.1 + 0.2}
+    assert cost.depth_shares(config_of(), mixed) == pytest.approx(expected)
+    assert cost.depth_shares(config_of(), settings(cycle_choices=(1, 2))) == {1: 0.5, 2: 0.5}
+    assert cost.depth_shares(config_of(H=5), settings()) == {5: 1.0}
+    assert cost.depth_shares(tiny_config("qwen2"), settings()) == {1: 1.0}
+
+
+def test_what_is_printed_by_hand() -> None:
+    memory = {"weights": 1.5e9, "activations": 2.25e9}
+    found = cost.TrainingCost(steps=1200, tokens=4000, flops=8e12, parameters=5000, trained_parameters=300, memory=memory)
+    lines = [line.split() for line in found.render().splitlines() if line]
+    assert lines == [
+        ["steps", "1,200"],
+        ["tokens", "4,000"],
+        ["FLOPs", "8.00e+12", "2.00e+09", "per", "token"],
+        ["parameters", "5,000", "300", "of", "them", "learn"],
+        ["memory", "in", "GB", "(estimated)"],
+        ["weights", "1.50"],
+        ["activations", "2.25"],
+        ["total", "3.75", "and", "1", "to", "2", "for", "the", "device's", "own", "libraries"],
+    ]
+    assert found.memory_total == found.to_dict()["memory_total"] == 3.75e9
 
 
 def test_a_run_at_several_depths() -> None:

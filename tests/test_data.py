@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -105,6 +106,12 @@ class TestTokenize:
         tokenize(table(*self.rows), first, 8)
         assert len(first) in [i for ids in tokenize(table(*self.rows), second, 8)["input_ids"] for i in ids]
 
+    def test_another_end_of_text_token_gets_no_table_of_the_first(self) -> None:
+        first, second = tiny.make_tiny_tokenizer(), tiny.make_tiny_tokenizer()
+        second.eos_token = second.convert_ids_to_tokens(300)
+        one, other = ([i for ids in tokenize(table(*self.rows), each, 8)["input_ids"] for i in ids] for each in (first, second))
+        assert 0 in one and 0 not in other and other == [300 if i == 0 else i for i in one]
+
     def test_no_end_of_text_token(self) -> None:
         tokenizer = tiny.make_tiny_tokenizer()
         tokenizer.eos_token = None
@@ -177,9 +184,27 @@ class TestMix:
         whole = round(2.5 * n) // len(two)
         assert set(times) == set(there)
         assert all(whole * there[row] <= times[row] <= (whole + 1) * there[row] for row in there)
+        # whole passes are in order
+        extra = rows[n : n + round(2.5 * n)]
+        assert extra[: whole * len(two)] == two * whole
         # the long one: some of it, none twice
         chosen = Counter(rows[n + round(2.5 * n) :])
         assert chosen <= Counter(three)
+
+    @pytest.mark.parametrize(("wanted", "lengths"), [(1, [1]), (4, [4]), (5, [5]), (6, [5, 1]), (10, [5, 5]), (14, [5, 5, 4])])
+    def test_how_often_the_blocks_fit(self, wanted: int, lengths: list[int]) -> None:
+        blocks = Dataset.from_dict({"input_ids": [[i] for i in range(5)]})
+        parts = data.choose_blocks(blocks, wanted, np.random.default_rng(3))
+        assert [len(part) for part in parts] == lengths
+        chosen = [row["input_ids"][0] for row in parts[-1]]
+        assert chosen == sorted(set(chosen))
+
+    def test_a_weight_is_rounded(self, names: tuple[Path, Path, Path]) -> None:
+        own, _, long = names
+        n = len(alone(own))
+        for wanted in (1, 7):
+            for weight in ((wanted - 0.4) / n, (wanted + 0.4) / n):
+                assert len(mixed(own, f"{long}={weight}").train) == n + wanted
 
     def test_the_seed_decides(self, names: tuple[Path, Path, Path]) -> None:
         own, _, long = names
@@ -332,6 +357,30 @@ class TestStream:
         texts, held = self.documents(path), self.held_out(path)
         _, validation = self.stream(path)
         assert rows_of(validation) == self.blocks_of(texts[:held], tiny.make_tiny_tokenizer())[:10]
+
+    @pytest.mark.parametrize("documents", [7, 9, 10, 11])
+    def test_a_short_validation_split_gives_what_it_has(self, documents: int, tmp_path: Path) -> None:
+        """Seven ids to a document and eight to a block, of which ten are wanted."""
+        tokenizer = tiny.make_tiny_tokenizer()
+        tokens = tokenizer.tokenize("the old ship")
+        text = tokenizer.convert_tokens_to_string((tokens * 7)[:7])
+        ids = [*tokenizer(text)["input_ids"], 0] * documents
+        corpus(tmp_path / "train.jsonl", 1, 30)
+        write_jsonl(tmp_path / "valid.jsonl", [{"text": text}] * documents)
+        _, validation = self.stream(tmp_path)
+        assert rows_of(validation) == [tuple(ids[i : i + 8]) for i in range(0, len(ids) - 7, 8)][:10]
+
+    def test_no_more_documents_are_set_aside_than_the_blocks_need(self, tmp_path: Path) -> None:
+        path = corpus(tmp_path / "a.jsonl", 1, 30)
+        tokenizer, texts = tiny.make_tiny_tokenizer(), self.documents(path)
+        first = next(iter(data.TextStream("x", lambda: iter([{"text": text} for text in texts]), self.held_out(path)).without_end()))
+        assert first["text"] == texts[self.held_out(path)]
+        settings = DataSettings(dataset_name=str(path), streaming=True)
+        stream, validation = data._open_stream(settings, tokenizer, SEQ_LEN)
+        assert (stream.skipped, len(validation)) == (self.held_out(path), 10)
+        assert next(stream.without_end()) == first
+        again = list(islice(stream.without_end(), 2 * (30 - stream.skipped)))
+        assert [row["text"] for row in again] == texts[stream.skipped :] * 2
 
     def test_its_own_validation_split_as_far_as_it_is_needed(self, tmp_path: Path) -> None:
         train_path, valid_path = corpus(tmp_path / "train.jsonl", 1, 30), corpus(tmp_path / "valid.jsonl", 2, 30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 from pathlib import Path
 
@@ -66,6 +67,44 @@ class TestFormats:
             documents = load(path)
             assert set(texts(documents.train) + texts(documents.validation)) == set(content.split("\n<|endoftext|>\n"))
 
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+    def test_a_mark_at_the_beginning_is_no_text(self, tmp_path: Path, suffix: str) -> None:
+        path = self.write(tmp_path, suffix)
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        documents = load(path)
+        assert sorted(texts(documents.train) + texts(documents.validation)) == sorted(DOCUMENTS)
+
+    @pytest.mark.parametrize("suffix", [".TXT", ".JSONL", ".Json", ".CSV", ".Parquet"])
+    def test_a_suffix_in_capitals(self, tmp_path: Path, suffix: str) -> None:
+        path = self.write(tmp_path, suffix.lower())
+        (tmp_path / "folder").mkdir()
+        for moved in (path.rename(tmp_path / f"corpus{suffix}"), tmp_path / "folder"):
+            documents = load(moved)
+            assert sorted(texts(documents.train) + texts(documents.validation)) == sorted(DOCUMENTS)
+            if moved.is_file():
+                moved.rename(tmp_path / "folder" / moved.name)
+
+    def test_a_long_field_and_line_ends_within_one(self, tmp_path: Path) -> None:
+        long = "word " * 40_000 + "end"
+        (tmp_path / "a.csv").write_bytes(f'text\n"{long}"\n"one\r\ntwo"\n'.encode())
+        documents = load(tmp_path / "a.csv")
+        assert sorted(texts(documents.train) + texts(documents.validation)) == sorted([long, "one\r\ntwo"])
+
+    def test_json_far_behind_blanks(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text(" \n" * 100 + json.dumps([{"text": "one"}, {"text": "two"}]))
+        documents = load(tmp_path / "a.json")
+        assert sorted(texts(documents.train) + texts(documents.validation)) == ["one", "two"]
+
+    def test_only_line_ends_around_a_document_go(self, tmp_path: Path) -> None:
+        documents = load(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("\n\n  one \t\n\n", "two")]))
+        assert sorted(texts(documents.train) + texts(documents.validation)) == ["  one \t", "two"]
+
+    def test_two_columns_of_one_file_are_two_tables(self, tmp_path: Path) -> None:
+        path = write_jsonl(tmp_path / "a.jsonl", [{"one": f"a{i}", "two": f"b{i}"} for i in range(2)])
+        for column, letter in (("one", "a"), ("two", "b"), ("one", "a")):
+            documents = load(path, text_column=column)
+            assert {text[0] for text in texts(documents.train) + texts(documents.validation)} == {letter}
+
 
 class TestSplits:
     def test_the_names_in_a_folder_tell_the_split(self, tmp_path: Path) -> None:
@@ -84,6 +123,12 @@ class TestSplits:
             ("validation-00000-of-00001.parquet", "validation"),
             ("my.dev.jsonl", "validation"),
             ("devotion.txt", "train"),
+            *[(f"a_{word}.txt", "validation") for word in ("validation", "valid", "val", "dev", "DEV")],
+            *[(f"{word}/a.txt", "train") for word in ("train", "training")],
+            ("valid/test/a.txt", "test"),
+            ("test/valid/a.txt", "validation"),
+            ("train_valid.txt", "train"),
+            ("test.d/valid1.txt", "validation"),
             ("test/part1.txt", "test"),
             ("test/train.txt", "train"),
             ("qa10_indefinite-knowledge_test.txt", "test"),
@@ -113,6 +158,21 @@ class TestSplits:
         assert texts(first.validation) == texts(again.validation)
         assert texts(first.train) == sorted(texts(first.train), key=lambda t: int(t.split()[1]))
 
+    def test_hidden_files_and_folders_are_left_out(self, tmp_path: Path) -> None:
+        for name in ("a.txt", ".git/b.txt", "sub/.cache/c.txt", "sub/.d.txt", "sub/e.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+            (tmp_path / name).write_text(name)
+        documents = load(tmp_path)
+        assert sorted(texts(documents.train) + texts(documents.validation)) == ["a.txt", "sub/e.txt"]
+
+    @pytest.mark.parametrize(("count", "share"), [(2, 1), (20, 1), (29, 1), (31, 2), (49, 2), (51, 3), (110, 6), (400, 20)])
+    def test_one_in_twenty_is_set_aside_and_which_never_changes(self, count: int, share: int) -> None:
+        rows = [str(i) for i in range(count)]
+        documents = hold_out(table(*rows), "x")
+        chosen = sorted(random.Random(0).sample(range(count), share))
+        assert texts(documents.validation) == [str(i) for i in chosen]
+        assert texts(documents.train) == [row for row in rows if int(row) not in chosen]
+
     def test_at_least_one_document_is_set_aside(self) -> None:
         documents = hold_out(table("one", "two", "three"), "x")
         assert (len(documents.train), len(documents.validation)) == (2, 1)
@@ -134,6 +194,19 @@ class TestSplits:
     def test_split_text_prefers_larger_units(self, boundary: str) -> None:
         text = "x" * 930 + boundary + "y" * (70 - len(boundary))
         assert split_text(text) == ("x" * 930 + boundary, "y" * (70 - len(boundary)))
+
+    @pytest.mark.parametrize("boundary", ["\n\n", "\n", " "])
+    def test_how_far_back_a_boundary_may_be(self, boundary: str) -> None:
+        for start in range(880, 1000 - len(boundary)):
+            text = "x" * start + boundary + "y" * (1000 - start - len(boundary))
+            end = start + len(boundary)
+            cut = end if 900 < end <= 950 else 950
+            assert split_text(text) == (text[:cut], text[cut:]), start
+
+    def test_the_last_boundary_of_the_largest_kind_is_taken(self) -> None:
+        text = "x" * 905 + "\n\n" + "x" * 8 + "\n\n" + "x" * 8 + "\n" + "x" * 4 + " " + "y" * 69
+        train, validation = split_text(text)
+        assert (train, validation) == (text[:917], text[917:]) and len(text) == 1000
 
     def test_split_text_without_any_boundary(self) -> None:
         assert split_text("x" * 100) == ("x" * 95, "x" * 5)
@@ -161,6 +234,36 @@ class TestHub:
         first, *articles = join_articles(rows)
         assert first == "\n"
         assert articles == [" = A = \n\n a = b \n = no heading = \n\n = = Part = = \n\n", " = B ( x ) = \n\nend\n"]
+
+    def test_an_article_needs_a_blank_row_before_its_heading(self) -> None:
+        rows = [" = A = \n", "", " text \n", " = B = \n", "", " = C = ", " = D = \n", " \n", " = E = \n"]
+        assert list(join_articles(rows))[1:] == [" = A = \n\n text \n = B = \n\n", " = C = \n = D = \n \n", " = E = \n"]
+
+    @pytest.mark.parametrize("split", ["validation", "valid", "val", "dev"])
+    def test_every_name_of_a_validation_split(self, split: str, hub: HubStandIn, tmp_path: Path) -> None:
+        card = ["---", "configs:", "- config_name: default", "  data_files:"]
+        for name in ("train", "test", split):
+            write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
+            card += [f"  - split: {name}", f"    path: {name}.jsonl"]
+        (tmp_path / "README.md").write_text("\n".join([*card, "---", ""]))
+        hub.add_dataset(f"your/{split}", tmp_path)
+        documents = load(f"your/{split}")
+        assert texts(documents.validation) == [f"{split} {i}" for i in range(3)]
+        assert texts(documents.train) == [f"train {i}" for i in range(3)]
+
+    def test_a_blank_validation_split_is_none(self, hub: HubStandIn, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", [{"text": f"d{i}"} for i in range(20)])
+        write_jsonl(tmp_path / "validation.jsonl", [{"text": " \n"}])
+        hub.add_dataset("your/half", tmp_path)
+        documents = load("your/half")
+        assert (len(documents.train), len(documents.validation)) == (19, 1)
+
+    def test_two_columns_of_one_data_set_are_two_tables(self, hub: HubStandIn, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", [{"one": f"a{i}", "two": f"b{i}"} for i in range(3)])
+        hub.add_dataset("your/columns", tmp_path)
+        for column, letter in (("one", "a"), ("two", "b")):
+            documents = load("your/columns", text_column=column)
+            assert {text[0] for text in texts(documents.train) + texts(documents.validation)} == {letter}
 
     def test_rows_of_any_other_data_set_are_documents(self, hub: HubStandIn, tmp_path: Path) -> None:
         (tmp_path / "data").mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import tiny
 from hub_stand_in import HubStandIn
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from recursify import cli
 from recursify.data import DataSettings, load_blocks, load_documents
@@ -108,7 +112,67 @@ def test_what_is_set_aside(babi: Path) -> None:
         divide("addition:difficulty=2,count=1")
 
 
+@pytest.mark.parametrize(("count", "share"), [(1, 1), (14, 1), (16, 2), (24, 2), (26, 3)])
+def test_one_in_twenty_is_set_aside(count: int, share: int, tmp_path: Path) -> None:
+    """Of twice so many questions; the last ones of a file, and by a fixed seed of those that are made."""
+    name = f"addition:difficulty=3+5,count={count}"
+    items = load_questions(name, "train")
+    shuffled = list(items)
+    random.Random(0).shuffle(shuffled)
+    assert divide(name) == (shuffled[:-share], shuffled[-share:])
+    (tmp_path / "qa.txt").write_text(BABI * count)
+    items = load_questions(f"babi:{tmp_path / 'qa.txt'}", "train")
+    assert divide(f"babi:{tmp_path / 'qa.txt'}") == (items[:-share], items[-share:])
+
+
+def test_what_an_option_is_where_it_is_not_given() -> None:
+    assert load_questions("addition:difficulty=3", "train") == generate("addition", 3, 500, 0, split="train")
+    assert load_questions("addition:difficulty=3,count=2", "test") == generate("addition", 3, 2, 0, split="test")
+    assert load_questions("addition:difficulty=3,count=2", "train") != load_questions("addition:difficulty=3,count=2", "test")
+    assert divide("addition:difficulty=3,count=4")[0][0] in load_questions("addition:difficulty=3,count=4", "train")
+
+
 # What is trained
+
+
+def ending(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same, but that it writes an end-of-text token behind every text by itself."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tiny.END_OF_TEXT}", special_tokens=[(tiny.END_OF_TEXT, tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["addition", "permutations"])
+def test_an_end_of_text_that_the_tokenizer_writes_is_not_written_twice(name: str) -> None:
+    items = generate(name, 4, 3, 0)
+    own = ending(tiny.make_tiny_tokenizer())
+    assert own("x")["input_ids"][-1] == own.eos_token_id
+    assert list(question_rows(items, own, 90)) == list(question_rows(items, TOKENIZER, 90))
+
+
+def test_an_item_with_one_wide_state_has_none() -> None:
+    item = generate("permutations", 5, 1, 0)[0]
+    wide = replace(item, labels=(*item.labels[:-1], "nomadic zebra"))
+    assert label_tokens(item, TOKENIZER) is not None and label_tokens(wide, TOKENIZER) is None
+
+
+def test_rows_that_are_full_to_the_last_token() -> None:
+    items = generate("addition", 2, 6, 0)
+    lengths = [len(TOKENIZER(as_text(item))["input_ids"]) + 1 for item in items]
+    rows = list(question_rows(items, TOKENIZER, lengths[0] + lengths[1]))
+    assert len(documents(rows[:1])) == 2 and rows[0]["labels"][-1] == TOKENIZER.eos_token_id != IGNORED
+    rows = list(question_rows(items, TOKENIZER, lengths[0] + lengths[1] + 1))
+    assert rows[0]["input_ids"][-2:] == [TOKENIZER.eos_token_id] * 2 and rows[0]["labels"][-1] == IGNORED
+
+
+def test_validation_is_of_other_questions_and_text_is_labelled_by_itself(tmp_path: Path) -> None:
+    name = "addition:difficulty=2,count=40"
+    blocks = load_blocks(DataSettings(dataset_name=name), TOKENIZER, 32, 0)
+    train, held = divide(name)
+    for found, items in ((blocks.train, train), (blocks.validation, held)):
+        assert list(found) == list(question_rows(items, TOKENIZER, 32))
+    assert list(blocks.train) != list(blocks.validation)
 
 
 def documents(rows: list[dict[str, list[int]]]) -> list[list[tuple[int, int]]]:
