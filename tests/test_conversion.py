@@ -458,7 +458,7 @@ def disturbance(donor: Any, ids: torch.Tensor, first: int, count: int) -> float:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "smollm3"])
-def test_auto_measures_what_a_stack_with_the_block_twice_would_say(family: str, donors: dict[str, Path], tmp_path: Path) -> None:
+def test_auto_measures_what_a_stack_with_the_block_twice_would_say(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "donor"
     donor = tiny_donor(family, folder, seed=4, num_hidden_layers=5, initializer_range=0.08)
     (folder / "tokenizer.json").unlink()
