@@ -31,6 +31,10 @@ from .streaming import Finish, Row, Rows
 AnySettings = TypeVar("AnySettings", bound="WriteSettings")
 # Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
 GREEDY_BELOW = 1e-5
+# What changes nothing, in transformers' words.
+_NO_PENALTY: dict[str, Any] = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_NO_CUTOFF: dict[str, Any] = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+_WHERE_A_DONOR_HAS_IT: dict[str, Any] = {"min_length": 0, "min_new_tokens": 0, "min_p": 0.0}  # else they cost time, or a warning
 # Of a calibration file, at most so many windows of so many tokens are read.
 _WINDOWS, _WINDOW_TOKENS = 32, 128
 
@@ -166,18 +170,20 @@ class Sampling(Effort):
         super().check()
 
     def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
-        """The same in transformers' words. A penalty or a `top_k` that a donor's generation_config.json sets is switched off."""
+        """The same in transformers' words. Penalties, cutoffs and several texts that a donor's generation_config.json sets are switched
+        off: what is None here would be taken from there."""
         greedy = self.temperature < GREEDY_BELOW
-        choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, **_NO_CUTOFF}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=not greedy,
             num_beams=1,
-            repetition_penalty=1.0,
+            num_return_sequences=1,
             use_cache=True,
             eos_token_id=list(ends) or None,
             pad_token_id=pad,
             return_dict_in_generate=True,
+            **_NO_PENALTY,
             **choice,
         )
 
@@ -350,11 +356,15 @@ def _write(
     batch = torch.tensor([[pad] * gap + row.prompt_ids for gap, row in zip(missing, rows, strict=True)], device=model.device)
     mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing], device=model.device)
     criterion = Rows(rows, width, should_stop)
+    config = sampling.as_transformers(ends, pad)
+    for name, off in _WHERE_A_DONOR_HAS_IT.items():
+        if getattr(model.generation_config, name, None) is not None:
+            setattr(config, name, off)
     with evaluating(model), _seeded(seed, model.device):
         output = model.generate(
             batch,
             attention_mask=mask,
-            generation_config=sampling.as_transformers(ends, pad),
+            generation_config=config,
             stopping_criteria=StoppingCriteriaList([criterion]),
             **({} if cache is None else {"past_key_values": cache}),
             **sampling.arguments(model),

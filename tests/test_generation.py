@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,95 @@ def test_a_penalty_of_the_donor_is_off_and_its_end_tokens_are_kept(donor: Any, t
         donor.generation_config = own
     assert got.token_ids == plain[: plain.index(plain[3]) + 1]
     assert got.finish_reason == "stop"
+
+
+# what a donor's generation_config.json may say -> what it would do to a text of 24 tokens
+OF_A_DONOR: dict[str, Any] = {
+    "repetition_penalty": 9.0, "encoder_repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 3, "do_sample": True,
+    "max_new_tokens": 3,
+}  # fmt: skip
+OF_A_DONOR_THAT_DRAWS: dict[str, Any] = {
+    "repetition_penalty": 9.0, "encoder_repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "temperature": 0.05, "top_k": 1, "top_p": 0.01,
+    "min_p": 0.9, "typical_p": 0.01, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "do_sample": False,
+}  # fmt: skip
+
+
+@contextmanager
+def own_way(model: Any, **fields: Any) -> Iterator[None]:
+    """The model with such a generation config."""
+    before = model.generation_config
+    model.generation_config = type(before)(eos_token_id=0, **fields)
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+@pytest.mark.parametrize("name", OF_A_DONOR)
+def test_a_donors_way_of_writing_is_off_where_text_is_greedy(donor: Any, tokenizer: Any, name: str) -> None:
+    prompt = tokenizer("The", return_tensors="pt")
+    plain = generate_text(donor, tokenizer, "The", replace(GREEDY, max_new_tokens=24))
+    assert len(plain.token_ids) == 24 > len(set(plain.token_ids))  # or there is nothing that a penalty could act on
+    with own_way(donor, **{name: OF_A_DONOR[name]}), torch.random.fork_rng(devices=[]):
+        assert generate_text(donor, tokenizer, "The", replace(GREEDY, max_new_tokens=24)) == plain
+        torch.manual_seed(0)
+        asked = {} if name == "max_new_tokens" else {"max_new_tokens": 24}
+        assert donor.generate(**prompt, **asked)[0].tolist() != plain.prompt_ids + plain.token_ids
+
+
+@pytest.mark.parametrize("name", OF_A_DONOR_THAT_DRAWS)
+def test_a_donors_way_of_choosing_is_off_where_tokens_are_drawn(donor: Any, tokenizer: Any, name: str) -> None:
+    prompt, sampling = tokenizer("The", return_tensors="pt"), Sampling(temperature=1.0, max_new_tokens=24)
+    plain = generate_text(donor, tokenizer, "The", sampling, seed=9)
+    assert len(plain.token_ids) == 24 > len(set(plain.token_ids))
+    with own_way(donor, **{"do_sample": True, "top_k": 0, name: OF_A_DONOR_THAT_DRAWS[name]}), torch.random.fork_rng(devices=[]):
+        assert generate_text(donor, tokenizer, "The", sampling, seed=9) == plain
+        torch.manual_seed(9)
+        assert donor.generate(**prompt, max_new_tokens=24)[0].tolist() != plain.prompt_ids + plain.token_ids
+
+
+def test_a_donor_without_a_cache_or_with_several_texts_or_a_least_length_writes_as_others_do(donor: Any, tokenizer: Any) -> None:
+    plain = generate_text(donor, tokenizer, "The", GREEDY)
+    end = plain.token_ids[3]
+    for fields in ({"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}, {"min_length": 20}, {"min_new_tokens": 8}):
+        with own_way(donor, **fields):
+            assert generate_text(donor, tokenizer, "The", GREEDY) == plain
+            ended = generate_text(donor, tokenizer, "The", GREEDY, ends=[end])
+        assert ended.token_ids == plain.token_ids[: plain.token_ids.index(end) + 1]
+
+
+def test_halting_is_told_where_the_donor_wants_no_cache(model: Any, tokenizer: Any) -> None:
+    sampling = replace(GREEDY, halt="entropy", halt_threshold=5.6)
+    with own_way(model, use_cache=False):
+        got = generate_text(model, tokenizer, "The", sampling)
+    assert got == generate_text(model, tokenizer, "The", sampling) and len(got.cycles or ()) == len(got.token_ids)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"temperature": 1.0}, {"temperature": 0.3}, {"temperature": 99.0, "top_k": 2}, {"temperature": 99.0, "top_k": 5}, {"top_p": 0.3}],
+)
+def test_tokens_are_drawn_as_transformers_draws_them(donor: Any, tokenizer: Any, choice: dict[str, Any]) -> None:
+    full = {"temperature": 0.8, "top_p": 1.0, "top_k": 0} | choice
+    got = generate_text(donor, tokenizer, "The", Sampling(**full, max_new_tokens=20), seed=5)
+    assert got.token_ids == drawn(donor, tokenizer, **full)
+    for name, other in (("temperature", 0.8 if full["temperature"] != 0.8 else 1.0), ("top_k", 0), ("top_p", 1.0)):
+        if full[name] != other:
+            assert got.token_ids != drawn(donor, tokenizer, **(full | {name: other})), name
+
+
+def drawn(model: Any, tokenizer: Any, **choice: Any) -> list[int]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        whole = model.generate(**tokenizer("The", return_tensors="pt"), do_sample=True, max_new_tokens=20, **choice)
+    return list(whole[0, len(tokenizer("The").input_ids) :].tolist())
+
+
+def test_dropout_is_off_while_writing(tokenizer: Any) -> None:
+    model = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
+    plain = generate_text(model, tokenizer, "The old", GREEDY)
+    model.train()
+    assert generate_text(model, tokenizer, "The old", GREEDY) == plain and model.training
 
 
 def test_special_tokens_lead_but_never_follow_the_prompt() -> None:

@@ -6,7 +6,7 @@ import math
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recursify.significance import mcnemar_p, student_p, written
@@ -34,6 +34,21 @@ def test_farther_is_less_likely(one: float, other: float, pieces: int) -> None:
     assert 0 <= student_p(far, 1.0, pieces) <= student_p(near, 1.0, pieces) + 1e-12 <= 1 + 1e-12
 
 
+@settings(deadline=None)  # the first one imports scipy
+@given(st.floats(-30, 30), st.floats(1e-3, 10), st.integers(2, 60))
+def test_student_is_that_of_scipy(difference: float, error: float, pieces: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert student_p(difference, error, pieces) == pytest.approx(2 * stats.t.sf(abs(difference) / error, pieces - 1), abs=1e-9)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_mcnemar_is_the_binomial_test_of_scipy(ours: int, theirs: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    wanted = stats.binomtest(ours, ours + theirs).pvalue if ours + theirs else 1.0
+    assert mcnemar_p(ours, theirs) == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize(("ours", "theirs"), product(range(5), range(5)))
 def test_mcnemar_counts_the_coins(ours: int, theirs: int) -> None:
     """All ways in which so many coins fall, of which those count that are at least as uneven."""
@@ -50,3 +65,4 @@ def test_mcnemar_of_many() -> None:
 
 def test_for_reading() -> None:
     assert [written(p) for p in (None, 0.00001, 0.0123, 1.0)] == ["-", "<0.0001", "0.0123", "1.0000"]
+    assert [written(p) for p in (0.0001, 0.0005, 0.00009999)] == ["0.0001", "0.0005", "<0.0001"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -189,3 +190,102 @@ def test_json_has_it_all(model: Any, x: torch.Tensor) -> None:
     assert read["loop_gain"] == report.loop_gain and [step["gain"] for step in read["steps"]] == [step.gain for step in report.steps]
     assert read["halting"]["cycles"].keys() == {"1", "2", "3", "4"}
     assert summarise(found(model, x), SCORED, 1).to_dict()["halting"] is None
+
+
+# --- By hand, on states of unequal lengths and windows of unequal numbers of tokens ---------------------------------------------------
+
+
+def test_a_state_moves_by_its_distance_over_the_length_of_the_first() -> None:
+    head = torch.nn.Linear(2, 3, bias=False)
+    x = torch.tensor([[0, 1, 2], [1, 0, 2]])
+    one = torch.tensor([[[3.0, 4.0], [0.0, 0.02], [7.0, 7.0]], [[1.0, 0.0], [0.0, 2.0], [7.0, 7.0]]])
+    two = torch.tensor([[[3.0, 14.0], [0.03, 0.02], [9.0, 9.0]], [[1.0, 5.0], [0.0, 3.0], [9.0, 9.0]]])
+    with torch.no_grad():
+        sums = sums_of_cycles(head, [one, two, two], x, scored_places(x, torch.tensor([2, 1])))
+    assert sums["distance"][0].tolist() == pytest.approx([10 / 5 + 0.03 / 0.02, 1 / 2]) and sums["distance"][1].tolist() == [0.0, 0.0]
+    assert all(row.dtype == torch.float64 for row in sums.values())
+
+
+def test_guesses_of_three_cycles_in_two_windows() -> None:
+    """A head that says the sign of a number; rows are what each cycle guesses, of which the last three, or two, are scored."""
+    head = torch.nn.Linear(1, 2, bias=False)
+    head.weight.data = torch.tensor([[-1.0], [1.0]])
+    x = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 1]])
+    guesses = [[[1, 0, 0], [0, 0, 0]], [[0, 1, 0], [1, 1, 1]], [[0, 1, 1], [0, 0, 0]]]
+    states = [torch.tensor([[*row, 0] for row in rows])[..., None] * 2.0 - 1 for rows in guesses]
+    with torch.no_grad():
+        sums = sums_of_cycles(head, states, x, scored_places(x, torch.tensor([3, 2])))
+    assert sums["right"].tolist() == [[1, 1], [1, 1], [2, 1]]
+    assert sums["corrected"].tolist() == [[1, 1], [1, 1]] and sums["spoilt"].tolist() == [[1, 1], [0, 1]]
+    assert sums["first_to_last"].tolist() == [[2, 0], [1, 0]]
+    report = summarise(sums, torch.tensor([3, 2]), 1)
+    assert report.right == pytest.approx([2 / 5, 2 / 5, 3 / 5]) and (report.corrected, report.spoilt) == pytest.approx((2 / 5, 1 / 5))
+    assert [(step.corrected, step.spoilt) for step in report.steps] == [pytest.approx((2 / 5, 2 / 5)), pytest.approx((2 / 5, 1 / 5))]
+
+
+SUMS = {
+    "nats": torch.tensor([[9.0, 8.0, 7.0, 3.0, 5.0], [7.0, 8.5, 4.0, 2.0, 4.0], [6.0, 5.0, 5.0, 1.0, 4.5]], dtype=torch.float64),
+    "right": torch.tensor([[1.0, 0, 0, 0, 0], [2.0, 1, 0, 1, 0], [3.0, 0, 1, 1, 1]], dtype=torch.float64),
+    "corrected": torch.tensor([[1.0, 1, 0, 1, 0], [2.0, 0, 1, 0, 1]], dtype=torch.float64),
+    "spoilt": torch.tensor([[0.0, 0, 0, 0, 0], [1.0, 1, 0, 0, 0]], dtype=torch.float64),
+    "distance": torch.tensor([[4.0, 1, 1, 2, 1], [2.0, 0.5, 1, 0, 1]], dtype=torch.float64),
+    "first_to_last": torch.tensor([[3.0, 0, 1, 1, 1], [1.0, 0, 0, 0, 0]], dtype=torch.float64),
+    "halted_nats": torch.tensor([[8.0, 7.0, 5.0, 2.0, 4.0]], dtype=torch.float64),
+    "applications": torch.tensor([[50.0, 20, 30, 20, 10]], dtype=torch.float64),
+    "halted_at": torch.tensor([[7.0, 1, 0, 2, 3], [4.0, 3, 4, 2, 1]], dtype=torch.float64),
+}
+TOKENS = torch.tensor([11, 4, 4, 4, 4])
+
+
+class Costs:
+    """A configuration whose own cycles are others than those measured."""
+
+    H_cycles = 5
+
+    def depth(self, H_cycles: int) -> int:
+        return 2 + 4 * H_cycles
+
+
+def error_by_hand(values: torch.Tensor, per_piece: int) -> float:
+    parts = [slice(first, first + per_piece) for first in range(0, 5, per_piece)]
+    mean, tokens = values.sum().item() / 27, 27
+    off = [values[part].sum().item() - mean * TOKENS[part].sum().item() for part in parts]
+    return math.sqrt(len(parts) / (len(parts) - 1) * sum(x * x for x in off)) / tokens
+
+
+@pytest.mark.parametrize("per_piece", [1, 2])
+def test_a_summary_by_hand(per_piece: int) -> None:
+    report, nats = summarise(SUMS, TOKENS, per_piece), SUMS["nats"]
+    assert report.H_cycles == 3 and report.losses == pytest.approx([32 / 27, 25.5 / 27, 21.5 / 27])
+    assert report.loop_gain == pytest.approx(10.5 / 27)
+    assert report.loop_gain_error == pytest.approx(error_by_hand(nats[0] - nats[2], per_piece))
+    for c, step in enumerate(report.steps):
+        assert (step.before, step.after, step.gain) == (c + 1, c + 2, pytest.approx(report.losses[c] - report.losses[c + 1]))
+        assert step.gain_error == pytest.approx(error_by_hand(nats[c] - nats[c + 1], per_piece))
+    assert [(step.corrected, step.spoilt, step.distance) for step in report.steps] == [
+        pytest.approx((3 / 27, 0.0, 9 / 27)), pytest.approx((4 / 27, 2 / 27, 4.5 / 27)),
+    ]  # fmt: skip
+    assert (report.corrected, report.spoilt) == pytest.approx((6 / 27, 1 / 27))
+
+
+@pytest.mark.parametrize("per_piece", [1, 2])
+def test_halting_by_hand_at_fewer_cycles_than_the_deepest(per_piece: int) -> None:
+    halted = summarise_halting(SUMS, TOKENS, per_piece, Costs(), "kl", 0.0, 2)
+    assert (halted.criterion, halted.threshold, halted.H_cycles) == ("kl", 0.0, 2)  # 0 is a threshold like others
+    assert halted.loss == pytest.approx(26 / 27) and halted.extra_loss == pytest.approx(0.5 / 27)
+    assert halted.standard_error == pytest.approx(error_by_hand(SUMS["halted_nats"][0], per_piece))
+    assert halted.extra_loss_error == pytest.approx(error_by_hand(SUMS["halted_nats"][0] - SUMS["nats"][1], per_piece))
+    assert halted.cycles == pytest.approx({1: 13 / 27, 2: 14 / 27})
+    assert halted.layer_applications == pytest.approx(130 / 27) and halted.share == pytest.approx(130 / 27 / 10)
+    _, figures, spread = halted.lines()
+    assert figures == (
+        f"  loss 0.9630 (+0.0185 +- {halted.extra_loss_error:.4f} against no halting), 4.8 layer applications per token (48%)"
+    )
+    assert spread.endswith("1: 48.1%   2: 51.9%")
+
+
+def test_the_table_by_hand() -> None:
+    _, _, first, second, whole, *_ = summarise(SUMS, TOKENS, 1).lines()
+    assert first.split()[:4] == ["1", "->", "2", "+0.2407"] and first.split()[5:] == ["11.11%", "0.00%", "0.3333"]
+    assert second.split()[:4] == ["2", "->", "3", "+0.1481"] and second.split()[5:] == ["14.81%", "7.41%", "0.1667"]
+    assert whole.split()[:4] == ["1", "->", "3", "+0.3889"] and whole.split()[5:] == ["22.22%", "3.70%", "<-", "loop", "gain"]

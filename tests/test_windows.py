@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import make_tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -96,6 +99,26 @@ def test_neighbours_that_overlap_are_one_piece() -> None:
     assert Windows(stream(), 1).per_piece == 8 and Windows(stream(), 3).per_piece == 3
 
 
+@given(
+    st.lists(st.tuples(st.floats(0, 90), st.integers(1, 30)), min_size=1, max_size=12),
+    st.integers(1, 5),
+)
+def test_mean_and_error_of_any_windows(windows: list[tuple[float, int]], per_piece: int) -> None:
+    """Against the ratio estimate written out in fractions, piece by piece."""
+    pieces = [windows[first : first + per_piece] for first in range(0, len(windows), per_piece)]
+    total, tokens = (sum(Fraction(window[part]) for window in windows) for part in (0, 1))
+    off = [sum(Fraction(nats) - total / tokens * count for nats, count in piece) for piece in pieces]
+    mean, error = mean_and_error(
+        torch.tensor([w[0] for w in windows], dtype=torch.float64), torch.tensor([w[1] for w in windows]), per_piece
+    )
+    assert mean == pytest.approx(float(total / tokens))
+    if len(pieces) == 1:
+        assert error is None
+    else:
+        wanted = math.sqrt(Fraction(len(pieces), len(pieces) - 1) * sum(x * x for x in off)) / tokens
+        assert error == pytest.approx(float(wanted), abs=1e-9)
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_tokens_of_a_text_have_its_bytes(kind: str, text: str) -> None:
@@ -148,3 +171,28 @@ def test_special_tokens_have_no_text_and_other_added_ones_have() -> None:
     assert sizes[[tokenizer.bos_token_id, tokenizer.eos_token_id]].tolist() == [0, 0]
     assert sizes[tokenizer.convert_tokens_to_ids("<think>")] == 7
     assert stream_bytes(documents("the <think> of"), tokenizer, 99).sum() == 14
+
+
+def test_each_token_of_a_text_has_its_own_bytes() -> None:
+    """The space that a tokenizer puts before a text is taken off the first token that stands for text, and off no other."""
+    for kind, sizes in (("sentencepiece", [0, 3, 1, 1]), ("metaspace", [0, 3, 1, 1]), ("bare", [0, 1, 2, 1, 1])):
+        assert stream_bytes(documents("the a"), TOKENIZERS[kind](), 99)[: len(sizes)].tolist() == sizes, kind
+    assert stream_bytes(documents(" the a"), TOKENIZERS["bare"](), 99)[:4].tolist() == [0, 4, 1, 1]
+
+
+def test_a_text_that_grows_by_a_byte_in_the_tokenizer_is_scaled() -> None:
+    """One byte more is the tokenizer's own space only where the first token has one."""
+    tokenizer = sentencepiece(prepend=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("q", "qq")
+    assert stream_bytes(documents("aq"), tokenizer, 4).tolist() == pytest.approx([0, 2 / 3, 2 / 3, 2 / 3])
+
+
+def test_a_tokenizer_of_pieces_is_none_of_bytes_for_its_postprocessor() -> None:
+    tokenizer, other = sentencepiece(), sentencepiece()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert np.array_equal(token_bytes(tokenizer), token_bytes(other)) and token_bytes(tokenizer).max() == 4
+
+
+def test_a_gap_in_the_vocabulary_stands_for_nothing() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "bcd": 5, "<unk>": 2}, unk_token="<unk>"))
+    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")).tolist() == [1, 0, 0, 0, 0, 3]
