@@ -132,6 +132,35 @@ def test_more_than_the_positions(model: RecursiveLLM) -> None:
             ask(model, TOKENIZER, "long", [replace(items[0], labels=(" ",))], RUNS, judge)  # type: ignore[arg-type]
 
 
+def test_an_answer_may_be_as_long_as_the_longest_of_the_set(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = pretend(monkeypatch, "x", "x", "x")
+    answered = ["river", "river bridge castle", "a ship"]
+    ask(model, TOKENIZER, "some", [Item("a ship", answer, 1) for answer in answered], RUNS[:1])
+    assert asked[0].max_new_tokens == 1 + max(len(TOKENIZER(f" {answer}").input_ids) for answer in answered)
+
+
+def test_one_item_with_steps_is_enough_for_answers_of_several_lines(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = pretend(monkeypatch, "x", "x")
+    ask(model, TOKENIZER, "some", [Item("2 + 3", "5", 1, "number"), Item("2 + 3", "5", 2, "number", "2 and 3")], RUNS[:1])
+    assert asked[0].stop == ("\n\n", "\nQuestion:")
+
+
+@pytest.mark.parametrize("judge", ["answer", "labels"])
+def test_as_many_tokens_as_there_are_positions(judge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "x")
+    monkeypatch.setattr(answers, "label_tokens", lambda item, tokenizer: (list(tokenizer(prompt(item)).input_ids), [1], [2]))
+    item = Item("a ship", "river", 1, labels=("river",))
+    tokens = len(TOKENIZER(prompt(item)).input_ids) + (1 + len(TOKENIZER(" river").input_ids) if judge == "answer" else 0)
+    for positions in (tokens, tokens - 1):
+        donor = tiny_model("llama", num_hidden_layers=1)
+        donor.config.max_position_embeddings = positions
+        if positions == tokens:
+            ask(donor, TOKENIZER, "some", [item], [Effort()], judge)
+        else:
+            with pytest.raises(UserError, match=f"takes {tokens} tokens .* the model has {positions} positions"):
+                ask(donor, TOKENIZER, "some", [item], [Effort()], judge)
+
+
 # --- Judged by the labels ----------------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +204,40 @@ def test_labels_of_one_question_are_not_independent(states: list[Item], model: R
     right, count = torch.tensor([2.0, 1, 2, 2]), torch.tensor([4.0, 2, 3, 4])
     off = right - 7 / 13 * count
     assert row.accuracy == 7 / 13 and row.standard_error == pytest.approx(math.sqrt(4 / 3 * off.square().sum().item()) / 13)
+
+
+def test_labels_with_halting_are_guessed_at_the_depth_of_the_run(
+    states: list[Item], model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other than the model's own, by a threshold that never halts, and one that always does."""
+    never, always = Effort(H_cycles=3, halt="entropy", halt_threshold=0.0), Effort(H_cycles=3, halt="entropy", halt_threshold=1e9)
+    real = answers.label_tokens
+
+    def told(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+        ids, places, _ = real(item, tokenizer)  # type: ignore[misc]
+        with torch.no_grad():
+            return ids, places, model(torch.tensor([ids]), H_cycles=3).logits[0, places].argmax(dim=-1).tolist()
+
+    monkeypatch.setattr(answers, "label_tokens", told)
+    runs = [never, Effort(H_cycles=3), Effort(H_cycles=2), always, Effort(H_cycles=1)]
+    right = [row.right for row in ask(model, TOKENIZER, "states", states, runs, "labels")[0].rows if row.difficulty is None]
+    assert right[0] == right[1] == 13 > right[2] and right[3] == right[4] < 13
+
+
+def test_dropout_is_off_while_guessing(states: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+    donor = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
+    real = answers.label_tokens
+
+    def told(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+        ids, places, _ = real(item, tokenizer)  # type: ignore[misc]
+        with torch.no_grad():
+            return ids, places, donor.eval()(torch.tensor([ids])).logits[0, places].argmax(dim=-1).tolist()
+
+    monkeypatch.setattr(answers, "label_tokens", told)
+    tokens = [told(item, TOKENIZER) for item in states]
+    monkeypatch.setattr(answers, "label_tokens", lambda item, tokenizer: tokens[states.index(item)])
+    donor.train()
+    assert ask(donor, TOKENIZER, "states", states, [Effort()], "labels")[0].rows[0].right == 13 and donor.training
 
 
 @pytest.mark.parametrize(("labels", "of"), [((), "questions without labels"), (("A1", "B2"), "labels such as 'B2'")])

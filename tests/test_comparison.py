@@ -86,6 +86,60 @@ def test_one_window_has_a_difference_and_no_p() -> None:
     assert "-1.0000" in found.render()
 
 
+def test_each_model_is_taken_at_its_own_depth_wherever_that_stands() -> None:
+    """Neither first nor last of what was measured, and another one for each."""
+    ours = measured("ours", 2, [9.0, 8.0], [1.0, 3.0], [7.0, 5.0], key="a", rights=[[0] * 6, [1, 1, 0, 1, 0, 0], [1] * 6])
+    base = measured("base", 1, [2.0, 5.0], [9.0, 7.0], [6.0, 4.0], key="a", rights=[[1, 0, 0, 0, 1, 0], [1] * 6, [0] * 6])
+    found = both(ours, base)
+    [line] = found.text_differences
+    assert (line.H_cycles, line.baseline_H_cycles, line.loss, line.baseline_loss, line.difference) == (2, 1, 2.0, 3.5, -1.5)
+    answered = found.question_differences[0]
+    assert (answered.H_cycles, answered.baseline_H_cycles, answered.model_only, answered.baseline_only) == (2, 1, 2, 1)
+    other = both(ours, replace_key(base, "b"))
+    assert "8.0000 and 14.0000" in other.unpaired[0]["reason"]
+
+
+def replace_key(model: Measured, key: str) -> Measured:
+    assert model.paired.text is not None
+    return model._replace(paired=replace(model.paired, text=replace(model.paired.text, key=key)))
+
+
+def test_several_models_each_against_the_first() -> None:
+    far, near = measured("far", 1, [1.0, 1.0, 1.0, 1.0], key="other"), measured("near", 1, [2.5, 3.0, 4.0, 5.0])
+    found = compare(["base", "ours", "far", "near"], [BASE, OURS, far, near], DIFFICULTIES)
+    assert not found.same_windows and [line["model"] for line in found.unpaired] == ["far"]
+    assert [(line.model, round(line.difference, 6)) for line in found.text_differences] == [("ours", -0.075), ("near", 0.125)]
+    assert [line.model for line in found.question_differences] == ["ours"] * 3 + ["far"] * 3 + ["near"] * 3
+    assert found.baseline == "base" and compare(["base", "ours"], [BASE, OURS], {}).same_windows
+
+
+def test_windows_of_unequal_length_count_by_their_tokens_and_the_last_piece_may_be_short() -> None:
+    tokens = torch.tensor([7, 2, 2, 2, 2])
+    nats = torch.tensor([[9.0, 4.0, 3.0, 5.0, 2.0]], dtype=torch.float64)
+
+    def model(name: str, offset: list[float]) -> Measured:
+        found = measured(name, 1, [1.0] * 5)
+        assert found.paired.text is not None
+        text = replace(found.paired.text, nats=nats + torch.tensor(offset, dtype=torch.float64), tokens=tokens, per_piece=2)
+        return found._replace(paired=replace(found.paired, text=text))
+
+    [line] = both(model("ours", [1.0, 0, 2.0, -1.0, 0.5]), model("base", [0.0] * 5)).text_differences
+    mean = 2.5 / 15
+    off = [1 - 9 * mean, 1 - 4 * mean, 0.5 - 2 * mean]
+    error = math.sqrt(3 / 2 * sum(x * x for x in off)) / 15
+    assert (line.loss, line.baseline_loss, line.difference) == pytest.approx((25.5 / 15, 23 / 15, mean))
+    assert line.standard_error == pytest.approx(error) and line.p == pytest.approx(student_p(mean, error, 3))
+
+
+def test_every_figure_stands_in_its_column() -> None:
+    lines = both(OURS, BASE).render().splitlines()
+    [loss] = [line for line in lines if "-0.0750" in line]
+    found = both(OURS, BASE).text_differences[0]
+    assert loss.split() == ["ours", "2", "3.4250", "3.5000", "-0.0750", f"{found.standard_error:.4f}", f"{found.p:.4f}"]
+    [everything] = [line for line in lines if line.startswith("ours") and " all " in line]
+    assert everything.split() == ["ours", "2", "all", "6", "66.7", "33.3", "+33.3", "30.4", "3", "1", "0.6250"]
+
+
 def in_pieces_of_two(model: Measured) -> Measured:
     assert model.paired.text is not None
     return model._replace(paired=replace(model.paired, text=replace(model.paired.text, per_piece=2)))
@@ -187,3 +241,17 @@ def test_one_model_is_in_memory_at_a_time(folder: Path, monkeypatch: pytest.Monk
     paths = tuple(str(folder / name) for name in ("donor", "ours.pt"))
     found = run(CompareSettings(checkpoints=paths, dataset_name=str(folder / "t.txt"), seq_len=16, device="cpu", max_windows=2))
     assert len(before) == 2 and [report.checkpoint for report in found.reports] == ["donor", "ours.pt"]
+    assert found.reports[1].text is not None and [row.H_cycles for row in found.reports[1].text.rows] == [1, 2, 3, 4]
+
+
+def test_one_tokenizer_may_be_named_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(*names: Any) -> Any:
+        asked.append(names)
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluation, "load_any", load)
+    with pytest.raises(UserError, match="enough"):
+        run(CompareSettings(checkpoints=("x", "y"), dataset_name=str(folder / "t.txt"), tokenizer_path="words", device="cpu"))
+    assert asked == [("x", "words")]

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import make_qwen_tokenizer, make_tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -54,6 +54,11 @@ def before_stop(text: str, stop: list[str]) -> str:
     return text
 
 
+@example(text="abcd", stop=["abcd", "bc"], places=[])  # the one that is whole first begins later
+@example(text="bcabc", stop=["abc", "bc"], places=[2])
+@example(text="xaab", stop=["aab"], places=[3])  # both letters may be the beginning
+@example(text="xaab", stop=["b", "aab"], places=[3])
+@example(text="xaac", stop=["c", "aab"], places=[3])
 @given(text=st.text("ab\n"), stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), places=st.lists(st.integers(0, 40)))
 def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(text: str, stop: list[str], places: list[int]) -> None:
     pieces: list[str] = []
@@ -130,6 +135,8 @@ def test_rows_take_several_columns_at_once() -> None:
     criterion(torch.tensor([[1, *ids[:1]]]), None)
     criterion(torch.tensor([[1, *ids]]), None)
     assert row.token_ids == ids
+    criterion(torch.tensor([[1, *ids, 70]]), None)
+    assert row.token_ids == [*ids, 70]
 
 
 def test_the_caller_stops_all_rows_that_go_on() -> None:
@@ -150,3 +157,39 @@ def test_a_character_that_ends_with_the_text_may_complete_a_stop_string() -> Non
         row.put(token)
     row.close("length")
     assert (row.text, row.finish) == ("a", "stop")
+
+
+def test_what_a_row_holds_back_comes_out_in_order_when_it_ends() -> None:
+    """The half character first, which may be the beginning of a stop string, then what was held back for that."""
+    tokenizer = make_tiny_tokenizer()
+    half = tokenizer("a🦞").input_ids[:-1]
+    row = Row(tokenizer, [1], stop=["\ufffd!"])
+    for token in half:
+        row.put(token)
+    row.close("length")
+    assert (row.text, row.finish) == (tokenizer.decode(half), "length")
+
+
+def test_a_row_goes_on_from_its_prompt() -> None:
+    tokenizer = sentencepiece_like()
+    one, two = (tokenizer.get_vocab()[word] for word in ("▁one", "▁two"))
+    row = Row(tokenizer, [1, one])
+    row.put(two)
+    assert row.text == " two"
+
+
+def test_spaces_before_punctuation_are_kept() -> None:
+    tokenizer, text = make_tiny_tokenizer(), " one , two . do n't !"
+    row = Row(tokenizer, [1])
+    for token in tokenizer(text).input_ids:
+        row.put(token)
+    assert row.text == text
+
+
+def test_what_follows_a_text_that_ended_is_no_part_of_it() -> None:
+    row = Row(make_tiny_tokenizer(), [1], ends=[0])
+    row.put(70)
+    row.close("length")
+    before = (row.text, row.finish)
+    row.close("interrupted")
+    assert (row.text, row.finish) == before == (row.text, "length")

@@ -17,6 +17,7 @@ from recursify import RecursiveLLM, convert
 from recursify.effort import Effort
 from recursify.sources import DataSettings
 from recursify.text_losses import PairedText, Text, TextReport, measure, measure_text, open_text, standard_error, window_losses
+from recursify.windows import Windows, mean_and_error
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,18 @@ def test_a_plain_model_has_one_depth(blocks: Dataset) -> None:
 def test_a_single_window_has_no_error(model: RecursiveLLM, blocks: Dataset) -> None:
     assert measure(model, blocks.select([0]), (1,))[0].standard_error is None
     assert standard_error(torch.tensor([1.0, 1.0, 1.0])) == 0.0
+    assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)  # n - 1 in the variance, n in the mean
+
+
+def test_without_cycles_named_it_is_the_models_own(model: RecursiveLLM, blocks: Dataset) -> None:
+    assert measure(model, blocks.select([0])) == measure(model, blocks.select([0]), (2,))
+
+
+def test_dropout_is_off_while_measuring(blocks: Dataset, text: Path) -> None:
+    donor = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
+    losses, report = window_losses(donor, blocks), read(donor, text, None)
+    donor.train()
+    assert torch.equal(window_losses(donor, blocks), losses) and read(donor, text, None).rows == report.rows and donor.training
 
 
 def test_training_mode_is_put_back(model: RecursiveLLM, blocks: Dataset) -> None:
@@ -197,6 +210,45 @@ def test_what_a_comparison_needs_is_what_the_report_is_made_of(model: RecursiveL
     found, report = paired(model, text, stride=5), read(model, text, 1, 2, stride=5)
     assert found.nats.shape == (2, report.windows) and found.per_piece == 4 and round(found.scored_bytes) == report.scored_bytes
     assert (found.nats.sum(dim=1) / found.tokens.sum()).tolist() == pytest.approx([row.loss for row in report.rows])
+
+
+def test_errors_take_overlapping_windows_together(model: RecursiveLLM, text: Path) -> None:
+    """In every figure: of a depth, of a step, of the whole way, of halting."""
+    halting = Effort(H_cycles=2, halt="entropy", halt_threshold=0.0)  # never halts
+    report, found = measure_text(model, opened(text, stride=5), [1, 2], halting)
+    assert report.telemetry is not None and report.telemetry.halting is not None
+    wanted = [mean_and_error(row, found.tokens, 4)[1] for row in found.nats]
+    gain = mean_and_error(found.nats[0] - found.nats[1], found.tokens, 4)[1]
+    assert [row.standard_error for row in report.rows] == pytest.approx(wanted)
+    assert report.telemetry.loop_gain_error == pytest.approx(gain) == report.telemetry.steps[0].gain_error
+    assert report.telemetry.halting.standard_error == pytest.approx(wanted[1], abs=1e-6)
+    alone = [mean_and_error(row, found.tokens)[1] for row in (*found.nats, found.nats[0] - found.nats[1])]
+    assert all(abs(one - other) > 1e-5 for one, other in zip(alone, [*wanted, gain], strict=True))  # type: ignore[operator]
+
+
+def test_the_lines_mark_the_own_depth_alone_and_name_the_stride(model: RecursiveLLM, text: Path) -> None:
+    lines = read(model, text, 0, 1, 2, stride=5, max_windows=3).lines(own=1)
+    assert lines[0].endswith("3 windows of 16 tokens, 5 tokens apart") and lines[1].startswith("scored: 25 tokens, ")
+    assert [line.split()[0] for line in lines if "own" in line] == ["1"]
+    plain = read(tiny_model("llama"), text, None, max_windows=3).lines(own=None)
+    assert plain[0].endswith("3 windows of 16 tokens") and not any("own" in line for line in plain)
+
+
+def text_of(ids: list[int], seq_len: int = 4, **windows: Any) -> str:
+    blocks = [{"input_ids": ids[first : first + seq_len]} for first in range(0, len(ids), seq_len)]
+    return Text("t", documents([]), make_tiny_tokenizer(), Windows(blocks, **windows)).key()
+
+
+def documents(texts: list[str]) -> Dataset:
+    return Dataset.from_dict({"text": texts})
+
+
+def test_the_key_is_of_the_tokens_that_are_read_and_of_how() -> None:
+    ids = list(range(16))
+    read_alone = text_of(ids, stride=3, most=2)  # tokens 0 to 6, of which the last are in the second block
+    assert text_of([*ids[:8], *range(90, 98)], stride=3, most=2) == read_alone
+    assert text_of([*ids[:6], 99, *ids[7:]], stride=3, most=2) != read_alone
+    assert len({read_alone, text_of(ids, stride=2, most=2), text_of(ids, stride=2, most=3), text_of(ids, stride=1, most=2)}) == 4
 
 
 def test_the_key_tells_equal_windows(text: Path) -> None:
