@@ -20,7 +20,7 @@ from torch import distributed
 
 from recursify import RecursiveLLM, checkpoint, cli, convert, tasks
 from recursify.errors import UserError
-from recursify.evaluation import EvaluateSettings, evaluate, evaluate_paired, load_any, run
+from recursify.evaluation import EvaluateSettings, check, evaluate, evaluate_paired, load_any, run
 from recursify.sharing import is_first
 
 MADE = "pointers:difficulty=1-2,count=3"
@@ -168,6 +168,66 @@ def test_a_page_is_written(model: RecursiveLLM, text: Path, tmp_path: Path, caps
     assert MADE in page and f"{found['rows'][1]['loss']:.4f}" in page and str(tmp_path / "r.html") in captured.err
 
 
+def test_what_is_at_the_edge_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[Any] = []
+    monkeypatch.setattr("recursify.evaluation.harness.check", lambda *asked: known.append(asked))
+    for edge in ({"cycles": (0,)}, {"seq_len": 2, "stride": 2, "batch_size": 1}, {"stride": 1, "max_windows": 1}, {"stride": 128}):
+        check(settings(**({"seq_len": 128} | edge)))
+    assert known == []
+    check(settings(tasks=("a,b",), tasks_folder="here", max_items=1))
+    assert known == [(("a", "b"), "here")]
+
+
+def test_a_window_may_be_as_long_as_the_positions(text: Path) -> None:
+    donor = tiny_model("llama", num_hidden_layers=1)
+    donor.config.max_position_embeddings = 16
+    assert measure(donor, dataset_name=str(text), seq_len=16).text.seq_len == 16
+    with pytest.raises(UserError, match="at most 16, .* got 17"):
+        measure(donor, dataset_name=str(text), seq_len=17)
+
+
+def test_what_the_settings_say_of_the_text_is_what_is_opened(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def open_text(source: Any, tokenizer: Any, **windows: Any) -> Any:
+        asked.append((source.dataset_name, source.dataset_config_name, source.text_column, windows))
+        raise UserError("enough")
+
+    monkeypatch.setattr("recursify.evaluation.open_text", open_text)
+    with pytest.raises(UserError, match="enough"):
+        measure(model, dataset_name="some/set", dataset_config_name="one", text_column="body", seq_len=8, stride=3, max_windows=4)
+    assert asked == [("some/set", "one", "body", {"seq_len": 8, "stride": 3, "max_windows": 4})]
+
+
+def test_the_judge_and_the_threshold_go_where_they_are_asked_for(model: RecursiveLLM, text: Path) -> None:
+    states = "permutations:difficulty=3,count=2"
+    found = measure(model, dataset_name=str(text), questions=(states,), judge="labels", halt="entropy", halt_threshold=1.5, cycles=(1,))
+    assert found.questions[0].judge == "labels" and found.text.telemetry.halting.threshold == 1.5
+
+
+def test_pieces_of_a_text_are_no_more_and_no_longer_than_a_page_shows(
+    model: RecursiveLLM, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recursify.evaluation._PASSAGE_TOKENS", 5)
+    page = {"dataset_name": str(text), "report": str(tmp_path / "r.html"), "cycles": (3, 1)}
+    few, many = measure(model, **page, max_windows=2).passages, measure(model, **page).passages
+    assert len(few) == 2 and len(many) == 3
+    assert all(len(passage.tokens) == 5 and len(passage.nats) == 3 and len(passage.nats[0]) == 4 for passage in many)
+
+
+@pytest.mark.parametrize("kind", ["recursive", "donor"])
+def test_a_tokenizer_may_lie_elsewhere(kind: str, model: RecursiveLLM, text: Path, tmp_path: Path) -> None:
+    path = tmp_path / ("m.pt" if kind == "recursive" else "donor")
+    if kind == "recursive":
+        checkpoint.save(path, model, None)
+    else:
+        tiny_model("llama", num_hidden_layers=1).save_pretrained(path)
+    make_tiny_tokenizer(tmp_path / "words")
+    asked = {"checkpoint": str(path), "dataset_name": str(text), "max_windows": 1, "cycles": (1,)}
+    found = run(settings(**asked, tokenizer_path=str(tmp_path / "words")))
+    assert found.text is not None and found.text.rows[0].H_cycles == (1 if kind == "recursive" else None)
+
+
 # --- What is refused ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +249,8 @@ def test_a_page_is_written(model: RecursiveLLM, text: Path, tmp_path: Path, caps
         ({"questions": (MADE, MADE)}, f"--questions: {MADE} stands there twice"),
         ({"questions": ("babi:nowhere.txt",)}, "nowhere.txt"),
         ({"questions": (MADE,), "stride": 4}, "--stride: is about a text, and none is measured; .* leave out --stride 4"),
+        ({"questions": (MADE,), "max_windows": 4}, "--max_windows: is about a text, and none is measured"),
+        ({"questions": (MADE,), "dataset_config_name": "x"}, "--dataset_config_name: is about a text, and none is measured"),
         ({"judge": "labels"}, "--judge: expected --questions with it, got labels and no --questions"),
         ({"tasks_folder": "x"}, "--tasks_folder: expected --tasks with it, got x and no --tasks"),
         ({"tasks": ("a",), "tasks_folder": "nowhere"}, "--tasks_folder: expected a folder of YAML tasks, got nowhere"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,35 @@ def test_a_task_that_cannot_be_run(model: RecursiveLLM, tmp_path: Path) -> None:
     (tmp_path / "castles.jsonl").unlink()
     with pytest.raises(UserError, match=r"--tasks castles: lm-eval could not run it: FileNotFoundError: .*castles.jsonl"):
         run_tasks(model, TOKENIZER, ["castles"], RUNS, folder=str(tmp_path))
+
+
+def test_every_figure_with_its_own_filter_and_error(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of tasks and then runs; what stands beside the figures is left out. Other processes' tasks are none of ours."""
+    figures = {"alias": "a", "name": "a", "sample_len": 9, "sample_count": 9, "acc,none": 0.5, "acc_stderr,none": 0.25, "f1,first": 0.75,
+               "f1_stderr,first": 0.125, "f1,last": 1, "f1_stderr,last": "N/A", "told,none": "text"}  # fmt: skip
+    asked: list[Any] = []
+
+    def evaluate(wrapped: Any, task: str, manager: Any, max_items: int | None) -> dict[str, Any]:
+        asked.append((task, max_items, model.training, os.environ.get("LOCAL_RANK"), wrapped.batch_size))
+        return {task: figures}
+
+    monkeypatch.setattr(harness, "_evaluate", evaluate)
+    monkeypatch.setattr(harness, "check", lambda *asked: None)
+    monkeypatch.setattr(harness, "_manager", lambda *asked: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    model.train()
+    found = run_tasks(model, TOKENIZER, ["a", "b"], [RUNS[0], HALTED], batch_size=3, max_items=5)
+    assert model.eval() and os.environ["LOCAL_RANK"] == "1"
+    assert asked == [(task, 5, False, None, 3) for task in "aabb"]
+    runs = [(0, None), (2, "entropy")]
+    assert [(score.task, score.H_cycles, score.halt) for score in found] == [
+        (task, *run) for task in "ab" for run in runs for _ in range(3)
+    ]
+    assert [(score.metric, score.value, score.standard_error) for score in found[:3]] == [
+        ("acc", 0.5, 0.25), ("f1,first", 0.75, 0.125), ("f1,last", 1.0, None),
+    ]  # fmt: skip
+    _, _, _, acc, first, last, *_ = harness.lines(found)
+    assert acc.endswith("0.5000 +-0.2500") and first.split()[:2] == ["a", "f1,first"] and last.endswith("1.0000")
 
 
 def test_names() -> None:

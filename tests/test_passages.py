@@ -65,6 +65,18 @@ def test_training_mode_is_put_back(model: RecursiveLLM, ids: torch.Tensor) -> No
     model.eval()
 
 
+def test_dropout_is_off_while_reading(ids: torch.Tensor) -> None:
+    donor = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
+    before = read_passage(donor, make_tiny_tokenizer(), ids, 0)
+    donor.train()
+    assert read_passage(donor, make_tiny_tokenizer(), ids, 0) == before and donor.training
+
+
+def test_spaces_before_punctuation_are_kept() -> None:
+    tokenizer, text = make_tiny_tokenizer(), " one , two . do n't !"
+    assert "".join(text_pieces(tokenizer, tokenizer(text)["input_ids"])) == text
+
+
 @settings(max_examples=50)
 @given(st.text(min_size=1, max_size=30), st.integers(0, 5))
 def test_pieces_are_the_text(text: str, cut: int) -> None:

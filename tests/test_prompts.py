@@ -116,6 +116,34 @@ def test_results_may_go_elsewhere(settings: GenerateSettings, tmp_path: Path) ->
     assert not prompts.output_path(settings).exists()
 
 
+def test_every_batch_draws_by_a_seed_of_its_own(settings: GenerateSettings, tmp_path: Path) -> None:
+    """The same prompt again and again: batches are unlike each other, and unlike those of another seed."""
+    (tmp_path / "same.txt").write_text("The old lobster\n" * 6)
+    same = replace(settings, prompt_file=str(tmp_path / "same.txt"), max_new_tokens=8)
+    prompts.run(same)
+    texts = [entry["text"] for entry in results(same)]
+    assert len({tuple(texts[first : first + 2]) for first in (0, 2, 4)}) == 3
+    other = replace(same, seed=4, output_file=str(tmp_path / "other.jsonl"))
+    prompts.run(other)
+    assert [entry["text"] for entry in results(other)] != texts
+
+
+def test_what_all_batches_cost_is_told_together(settings: GenerateSettings, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    halting = replace(settings, halt="entropy", halt_threshold=5.6, temperature=0)
+    prompts.run(halting)
+    cycles = [cycle for entry in results(halting) for cycle in entry["cycles"]]
+    assert len(set(cycles)) > 1 and len(cycles) > 10
+    assert f"halting: {sum(cycles) / len(cycles):.1f} of 2 cycles per token, " in capsys.readouterr().err
+
+
+def test_a_budget_is_calibrated_before_anything_is_written(settings: GenerateSettings, tmp_path: Path) -> None:
+    (tmp_path / "like.txt").write_text("The old lobster follows the river near the castle. " * 4)
+    budgeted = replace(settings, halt="entropy", compute_budget=0.9, calibration_file=str(tmp_path / "like.txt"), temperature=0)
+    prompts.run(budgeted)
+    record = json.loads(prompts.output_path(budgeted).with_suffix(".run.json").read_text())
+    assert record["halt_threshold"] is not None and record["halt"] == "entropy"
+
+
 # --- and gone on with
 
 
@@ -244,6 +272,13 @@ def test_every_prompt_is_read_before_the_first_is_continued(settings: GenerateSe
     text = str(error.value)
     assert f"--prompt_file: {file}, line 2: --max_new_tokens: the prompt has" in text and "line 4: " in text and "line 5" not in text
     assert text.endswith("(and 2 more)")
+    file.write_text("\n".join([fault] * 3), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        prompts.run(faulty)
+    assert "line 3: " in str(error.value) and "more)" not in str(error.value)
+    file.write_text("a" * 60, encoding="utf-8")
+    with pytest.raises(UserError, match="line 1: --max_new_tokens: the prompt has .* and 500 more"):
+        prompts.run(replace(faulty, max_new_tokens=500))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faulty.txt", "many.txt"]
 
 
