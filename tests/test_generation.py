@@ -24,9 +24,11 @@ from recursify.conversion import convert
 from recursify.device import choose_device
 from recursify.errors import UserError
 from recursify.generation import (
+    Generated,
     GenerateSettings,
     Sampling,
     calibrated,
+    check_ids,
     encode_prompt,
     end_tokens,
     forgiving,
@@ -448,6 +450,40 @@ def test_self_speculation_in_a_batch_counts_once(model: Any, tokenizer: Any) -> 
     assert f" of {batch[0].drafted} drafted" in spent(*batch)
 
 
+def told(cycles: tuple[int, ...], applications: int, plain: int) -> Generated:
+    return Generated("", "", [1], [1] * len(cycles), "length", cycles, 4, applications, plain)
+
+
+def test_several_texts_are_told_together() -> None:
+    assert spent(told((1, 2), 6, 20), told((4, 4, 4), 24, 30)) == "halting: 3.0 of 4 cycles per token, 40% of layer applications saved"
+    assert spent(told((4,), 10, 10)) == "halting: 4.0 of 4 cycles per token, 0% of layer applications saved"
+    assert spent(told((4,), 15, 10)) == "halting: 4.0 of 4 cycles per token, 50% more layer applications than without halting"
+    drafts = [Generated("", "", [1], [1], "length", drafted=drafted, accepted=accepted) for drafted, accepted in ((8, 4), (2, 2), (0, 0))]
+    assert spent(*drafts) == "self-speculation: 6 of 10 drafted tokens accepted (60%)"
+
+
+def test_halting_is_told_against_the_cycles_of_the_run(model: Any, tokenizer: Any) -> None:
+    got = generate_text(model, tokenizer, "The", replace(GREEDY, H_cycles=2, halt="kl", halt_threshold=0.0))
+    assert got.of_cycles == 2 and got.plain_applications == len(got.token_ids) * model.config.depth(2)
+    assert got.applications == sum(applications(model.config, [2] * len(got.token_ids), "kl"))
+
+
+def test_self_speculation_alone_counts_its_drafts(model: Any, tokenizer: Any) -> None:
+    batch = generate_batch(model, tokenizer, LONG_AND_SHORT, replace(GREEDY, draft_cycles=2))
+    assert batch[0].accepted and [one.accepted for one in batch[1:]] == [0, 0, 0]
+
+
+def test_the_table_is_of_the_text_and_not_of_an_interrupted_one(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("recursify.steps.show_steps", lambda model, tokenizer, *rest: asked.append(rest))
+    settings = GenerateSettings(checkpoint="x", max_new_tokens=4, temperature=0, H_cycles=2, show_recursive_steps=True)
+    out = io.StringIO()
+    got = write_once(model, tokenizer, "The old", settings, out)
+    assert asked == [(got.prompt_ids + got.token_ids, len(got.prompt_ids), settings.sampling, out)]
+    write_once(model, tokenizer, "The old", settings, out, should_stop=lambda: True)
+    assert len(asked) == 1
+
+
 def test_nothing_is_told_of_a_plain_run(model: Any, tokenizer: Any) -> None:
     got = generate_text(model, tokenizer, "The", GREEDY)
     assert (got.cycles, got.applications, got.drafted, got.accepted) == (None, None, None, None)
@@ -472,6 +508,37 @@ def test_a_compute_budget_finds_the_threshold(model: Any, tokenizer: Any, tmp_pa
     assert f"--halt_threshold {str(found.halt_threshold)[:4]}" in capsys.readouterr().err
     plain = GenerateSettings(checkpoint="x", halt="entropy")
     assert calibrated(plain, model, tokenizer) == plain
+
+
+@pytest.mark.parametrize(("words", "shape"), [(40, None), (3000, (32, 128))])
+def test_what_is_calibrated_on(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: int, shape: tuple[int, int] | None
+) -> None:
+    """Windows of 128 tokens, 32 at most, from the beginning of the file; a shorter one is one window."""
+    asked: list[Any] = []
+
+    def calibrate(model: Any, blocks: torch.Tensor, *rest: Any) -> Any:
+        asked.append((blocks, *rest))
+        raise UserError("enough")
+
+    monkeypatch.setattr("recursify.generation.calibrate", calibrate)
+    text = " ".join(f"river {number}" for number in range(words))
+    (tmp_path / "like.txt").write_text(text)
+    settings = GenerateSettings(checkpoint="x", halt="kl", compute_budget=0.7, H_cycles=2, calibration_file=str(tmp_path / "like.txt"))
+    with pytest.raises(UserError, match="enough"):
+        calibrated(settings, model, tokenizer)
+    [(blocks, *rest)] = asked
+    ids = tokenizer(text).input_ids
+    assert rest == ["kl", 0.7, 2] and tuple(blocks.shape) == (shape or (len(ids) // min(128, len(ids)), min(128, len(ids))))
+    assert blocks.flatten().tolist() == ids[: blocks.numel()]
+
+
+def test_a_calibration_file_of_one_token(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("a")
+    settings = GenerateSettings(checkpoint="x", halt="kl", compute_budget=1.0, calibration_file=str(tmp_path / "one"))
+    settings.validate()
+    with pytest.raises(UserError, match="has 1 tokens"):
+        calibrated(settings, model, tokenizer)
 
 
 def test_a_calibration_file_that_is_no_text(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -511,6 +578,7 @@ def test_a_calibration_file_that_is_no_text(model: Any, tokenizer: Any, tmp_path
         ({"compute_budget": 0.6, "halt": "kl"}, "--compute_budget: expected --calibration_file with it"),
         ({"calibration_file": "x.txt"}, "--calibration_file: expected --compute_budget with it, e.g. 0.6, got none"),
         ({"cache_policy": "last", "show_recursive_steps": True}, "--show_recursive_steps: reads the text as --cache_policy full does"),
+        ({"seed": -1}, "--seed: "),
         ({"batch_size": 0}, "--batch_size: expected at least 1, got 0"),
         ({"output_file": "x.jsonl"}, "--output_file: expected --prompt_file with it, got x.jsonl and no --prompt_file"),
         ({"prompt_file": "x.txt", "prompt": "a"}, "--prompt_file: expected no --prompt with it, got both"),
@@ -528,6 +596,10 @@ def test_a_setting_out_of_range_is_refused_before_loading(flags: dict[str, Any],
 
 def test_defaults_are_valid() -> None:
     GenerateSettings(checkpoint="x").validate()
+    assert GenerateSettings(checkpoint="x").sampling == Sampling()
+    assert (Sampling().max_new_tokens, Sampling().temperature, Sampling().top_p, Sampling().top_k) == (100, 0.8, 1.0, 0)
+    for edge in ({"compute_budget": 1.0, "halt": "kl", "calibration_file": "x"}, {"top_k": 1}, {"max_new_tokens": 1}, {"batch_size": 1}):
+        GenerateSettings(checkpoint="x", **edge).validate()
     assert choose_device("cpu") == torch.device("cpu")
 
 
@@ -542,6 +614,35 @@ def test_more_tokens_than_positions(model: Any, tokenizer: Any) -> None:
     )
     with pytest.raises(UserError, match="shorten the prompt to 511 tokens or less"):
         generate_text(model, tokenizer, "a" * 1000)
+
+
+def test_exactly_as_many_tokens_as_positions(donor: Any, tokenizer: Any) -> None:
+    for prompt in ([1] * 510, "a" * 3):
+        room = 512 - (510 if isinstance(prompt, list) else len(tokenizer(prompt).input_ids))
+        check_ids(donor, [1] * (512 - room), room)
+        with pytest.raises(UserError, match=f"use --max_new_tokens {room} or less"):
+            generate_text(donor, tokenizer, prompt, Sampling(max_new_tokens=room + 1))
+    assert len(generate_text(donor, tokenizer, [1] * 510, replace(GREEDY, max_new_tokens=2)).token_ids) == 2
+    with pytest.raises(UserError, match="shorten the prompt to 511 tokens or less"):
+        check_ids(donor, [1] * 512, 1)
+
+
+def test_ids_up_to_the_last_of_the_vocabulary(donor: Any) -> None:
+    check_ids(donor, [383])
+    with pytest.raises(UserError, match="gives token 384, the model knows 0 to 383"):
+        check_ids(donor, [384])
+
+
+def test_a_batch_is_checked_as_one_text_is(donor: Any, tokenizer: Any) -> None:
+    for wrong in (Sampling(temperature=-1.0), Sampling(H_cycles=1), Sampling(max_new_tokens=600)):
+        with pytest.raises(UserError):
+            generate_batch(donor, tokenizer, ["The"], wrong)
+
+
+def test_a_run_that_the_model_cannot_do_is_refused_at_loading(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    checkpoint.save(str(tmp_path / "m.pt"), model, tokenizer)
+    with pytest.raises(UserError, match="--draft_cycles: expected fewer than the 3 cycles of the run, got 3"):
+        load(GenerateSettings(checkpoint=str(tmp_path / "m.pt"), draft_cycles=3, device="cpu"))
 
 
 def test_a_tokenizer_of_another_model(model: Any, tokenizer: Any) -> None:

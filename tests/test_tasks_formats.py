@@ -73,6 +73,29 @@ def test_records_are_the_same_in_every_form(tmp_path: Path) -> None:
     assert [item.answer for item in read("svamp", lists)] == ["1", "0.5"]
 
 
+def test_endings_may_be_large_letters_and_files_may_begin_with_a_mark(tmp_path: Path) -> None:
+    row = CSV + 'number0 and number10 ?,"' + " ".join("12345678901") + '",+ number0 number10,2,x\n'
+    for content, suffix in (([SVAMP], ".json"), (json.dumps(SVAMP) + "\n", ".JSONL"), (row, ".CSV")):
+        marked = "\ufeff" + (content if isinstance(content, str) else json.dumps(content))
+        [item] = read("svamp", file(tmp_path, marked, suffix))
+        assert item.question.startswith("1 and 1 ?" if suffix == ".CSV" else "Ann had 6") and item.match == "number"
+    pq.write_table(pa.Table.from_pylist([SVAMP]), tmp_path / "rows.PARQUET")
+    assert len(read("svamp", tmp_path / "rows.PARQUET")) == 1
+    assert read("scan", file(tmp_path, "\ufeffIN: jump OUT: I_JUMP\n"))[0].question == "jump"
+
+
+def test_a_home_may_be_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file(tmp_path, "IN: jump OUT: I_JUMP\n")
+    assert read("scan", "~/set.txt")[0].answer == "I_JUMP"
+
+
+def test_the_last_mark_of_an_answer_is_that_of_the_number(tmp_path: Path) -> None:
+    worked = {"question": "How many?", "answer": "#### is a mark\n#### -$1,000.5"}
+    [item] = read("gsm8k", file(tmp_path, worked, ".jsonl"))
+    assert (item.answer, item.steps, item.difficulty) == ("-$1,000.5", "#### is a mark", 1)
+
+
 def test_what_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_text("none")
     with pytest.raises(UserError, match=r"rows\.parquet: expected a parquet file, but it cannot be read as one: "):

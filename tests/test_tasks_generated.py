@@ -296,6 +296,13 @@ def test_a_space_so_small_that_one_split_is_empty() -> None:
     assert 9 in found.values()
 
 
+def test_how_each_answer_is_recognised_and_the_hardest_there_is() -> None:
+    assert {name: generate(name, 2, 1, 0)[0].match for name in GENERATED} == {
+        "permutations": "words", "pointers": "words", "addition": "digits", "booleans": "words",
+    }  # fmt: skip
+    assert generate("booleans", 12, 1, 0)[0].difficulty == 12 and len(generate("pointers", 1, 1, 0, nodes=26)) == 1
+
+
 def test_the_registry_and_the_functions_are_one() -> None:
     for name, make in GENERATED.items():
         assert make.__name__ == name and generate(name, 2, 3, 0) == make(2, 3, 0)

@@ -84,6 +84,15 @@ WORDS = [
     ("Tom is a lempus.", "tom  is a lempus"),
     ("St. Louis", "St. Louis. It lies by a river."),
     ("I_JUMP I_RUN", "I_JUMP  I_RUN"),
+    ("kitchen", "kitchen! Mary is there."),
+    ("kitchen", "kitchen? Yes"),
+    ("kitchen", "kitchen.\tMary is there."),
+    ("kitchen", "`kitchen`"),
+    ("kitchen", "'kitchen';"),
+    ("kitchen", "kitchen:"),
+    ("kitchen", "KITCHEN!?"),
+    ("kitchen", "#### kitchen\n#### garden"),
+    ("s , w", "S,W"),
 ]
 NOT_WORDS = [
     ("kitchen", ""),
@@ -98,6 +107,10 @@ NOT_WORDS = [
     ("St. Louis", "St. Paul"),
     ("I_JUMP I_RUN", "I_JUMP"),
     ("I_JUMP", "I_JUMP I_RUN"),
+    ("kitchen", "kitchen.garden"),
+    ("kitchen", "a kitchen. garden"),
+    ("a b", "ab"),
+    ("kitchen", "(kitchen)"),
 ]
 NUMBERS = [
     ("72", "72"),
@@ -109,6 +122,15 @@ NUMBERS = [
     ("72", "24\n#### 72 of 100"),
     ("72", "72\nQuestion: How many are 3?\nAnswer: 3"),
     ("72", "72\n\nThat took 3 minutes."),
+    ("72", "72\n \t\nThat took 3 minutes."),
+    ("72", "72\r\n\r\nThat took 3 minutes."),
+    ("72", "\n\n72\n\n3"),
+    ("72", "24 #### 72 #### 30"),
+    ("72", "72 ٣"),
+    ("3", "a[8]-3"),
+    ("3", "x-3"),
+    ("-0", "0"),
+    ("1234", "1,234,5"[:5]),
     ("3", "5-3"),
     ("3", "(8)-3"),
     ("-3", "it is -3"),
@@ -130,6 +152,8 @@ NOT_NUMBERS = [
     ("72", "72.5"),
     ("1080", "1,0,80"),
     ("12345", "1,2345"),
+    ("1", "1,2345"),
+    ("None", "none"),
     ("-12345678901234567890123456789012345", "-12345678901234567890123456789012346"),
 ]
 DIGITS = [("1 3 2", "1 3 2"), ("1 3 2", "132"), ("1 3 2", " 132.\n5"), ("1 0 8 0", "1,080"), ("1 3 2", "1 3 2\n\nQuestion: 1 + 1")]
