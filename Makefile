@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Each stamp is remade when what it installs has changed.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint evidence bench bench-gpu clean
+.PHONY: demo test lint mutants evidence bench bench-gpu clean
 
 demo: .venv/.installed
 	$(BIN)/recursify demo
@@ -18,6 +18,15 @@ lint: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases benchmarks
 	$(BIN)/mlinter --no-progress recursify/modeling_recursive_llm.py recursify/configuration_recursive_llm.py
+
+# Faults planted in the files of one area of mutants/rooms.toml, or all: make mutants ROOM=objective SAMPLE=60 SEED=1 JOBS=2 MINUTES=20
+ROOM ?=
+SAMPLE ?= 0
+SEED ?= 0
+JOBS ?= 2
+MINUTES ?= 0
+mutants: .venv/.installed-test
+	$(BIN)/python -m mutants $(ROOM) --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS) --minutes $(MINUTES)
 
 # On a CPU: all cores, under 15 minutes on two. On a GPU: whatever python has torch, transformers and accelerate; nothing is installed.
 bench: .venv/.installed
