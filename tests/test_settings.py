@@ -60,6 +60,7 @@ from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings,
 from recursify.training import optimizers as optimizing
 from recursify.training import run as training_run
 from recursify.training import settings as training_settings
+from recursify.training.approaches import from_donor
 from recursify.training.gains import injections
 from recursify.training.saving import BEST
 from recursify.training.trainer import RecursiveTrainer
@@ -310,7 +311,7 @@ class Finished:
 
 
 RUN: dict[str, Any] = {
-    "seq_len": SEQ_LEN, "batch_size": 2, "grad_accum_steps": 2, "max_steps": 17, "log_every": 4, "eval_every": 6, "save_every": 5,
+    "seq_len": SEQ_LEN, "batch_size": 3, "grad_accum_steps": 2, "max_steps": 17, "log_every": 4, "eval_every": 6, "save_every": 5,
     "keep_last": 2, "generate_every": 7, "generation_prompt": "the river", "lr": 2e-3, "warmup_steps": 4, "device": "cpu",
 }  # fmt: skip
 
@@ -452,7 +453,7 @@ class Training(Cases):
 
     def eval_batch_size(self) -> None:
         assert next(iter(self._trainer(eval_batch_size=2).get_eval_dataloader()))["input_ids"].shape[0] == 2
-        assert next(iter(self._trainer(batch_size=3).get_eval_dataloader()))["input_ids"].shape[0] == 3
+        assert next(iter(self._trainer(batch_size=1).get_eval_dataloader()))["input_ids"].shape[0] == 1
 
     # The length of the run
 
@@ -755,6 +756,18 @@ class FromDonor(Training):
 
     def L_cycles(self) -> None:
         assert self._launched(L_cycles=3).model.config.L_cycles == 3
+
+    def seq_len(self) -> None:
+        super().seq_len()
+        assert from_donor(self._make(seq_len=24)).notes["seq_len"] == 24
+        with pytest.raises(UserError, match=r"--seq_len: expected 1 to 512 \(the donor's positions\), got 513"):
+            from_donor(self._make(seq_len=513))
+
+    def seed(self) -> None:
+        super().seed()
+        fresh = {"fresh_loop": True} if self.settings is HybridSettings else {}
+        first, again, other = (from_donor(self._make(seed=seed, **fresh)).model.model.layers[0].mlp.up_proj.weight for seed in (7, 7, 8))
+        assert torch.equal(first, again) and not torch.equal(first, other)
 
     def _starts_as_the_donor(self, **given: Any) -> bool:
         donor, layers = of_donor(self._world, "donor"), self._launched(**given).model.model.layers
@@ -1183,6 +1196,7 @@ class Measuring(Cases):
         batches = self._spy(evaluation, "ask")
         self._asked(batch_size=3)
         assert batches[0][1]["batch_size"] == 3
+        assert self._tasks(batch_size=3)[1]["batch_size"] == 3
 
     def max_windows(self) -> None:
         assert self._measured(max_windows=2).text.windows == 2 and self._measured(max_windows=None).text.windows > 3
