@@ -1278,7 +1278,7 @@ class Evaluating(Measuring):
 class Comparing(Measuring):
     settings = comparison.CompareSettings
     required: ClassVar = {}
-    again: ClassVar = ("halt", "halt_threshold", "batch_size", "json")
+    again: ClassVar = ("halt", "halt_threshold", "json")
 
     def _make(self, **given: Any) -> Any:
         return super()._make(**{"checkpoints": tuple(map(self._world.path, ("model.pt", "other.pt"))), **given})
