@@ -193,3 +193,10 @@ def test_what_follows_a_text_that_ended_is_no_part_of_it() -> None:
     before = (row.text, row.finish)
     row.close("interrupted")
     assert (row.text, row.finish) == before == (row.text, "length")
+
+
+def test_the_caller_is_asked_after_each_column_of_several() -> None:
+    row = Row(make_tiny_tokenizer(), [1])
+    asked = iter([False, True, True])
+    Rows([row], read=1, should_stop=lambda: next(asked))(torch.tensor([[1, 70, 71, 72]]), None)
+    assert (row.token_ids, row.finish) == ([70, 71], "interrupted")
