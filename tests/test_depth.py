@@ -45,12 +45,12 @@ def test_without_a_curriculum_the_first_step_draws_from_all() -> None:
 
 def test_the_weights_are_those_of_the_choices_that_are_open() -> None:
     """The third opens last: until then the first two are drawn as 1 to 9, however rare or frequent the third is to be."""
-    schedule = DepthSchedule((1, 2, 4), (1.0, 9.0, 90.0), opening=6000, seed=5)
+    schedule = DepthSchedule((1, 2, 4), (1.0, 9.0, 30.0), opening=6000, seed=5)
     middle = [schedule.at(step) for step in range(6001) if schedule.open_at(step) == 2]
     found = Counter(middle)
     assert len(middle) == 2000 and set(found) == {1, 2} and 0.07 < found[1] / len(middle) < 0.13
     after = Counter(schedule.at(step) for step in range(6000, 8000))
-    assert 0.87 < after[4] / 2000 < 0.93 and after[2] > 3 * after[1] > 0
+    assert 0.7 < after[4] / 2000 < 0.8 and after[2] > 3 * after[1] > 0
 
 
 def test_each_choice_opens_after_an_equal_part() -> None:

@@ -269,6 +269,7 @@ def about_to_halt(model: Any) -> Any:
 
 
 EACH_TERM: dict[str, dict[str, Any]] = {
+    "none": {},
     "distill": {"distill_weight": 0.4},
     "self_distill": {"self_distill_weight": 0.3},
     "monotone": {"monotone_weight": 0.2},
@@ -289,7 +290,8 @@ def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
     supervised = Supervised(model, Supervision.of(want), teacher=teacher if want.distill_weight else None)
     found = supervised(ids, labels)
     cycles, expected, total = naive(model, teacher, ids, labels, want)
-    assert set(expected) == ({terms} if terms != "all" else set(EACH_TERM) - {"all"}) and all(value > 1e-3 for value in expected.values())
+    asked = {"all": set(EACH_TERM) - {"all", "none"}, "none": set[str]()}.get(terms, {terms})
+    assert set(expected) == asked and all(value > 1e-3 for value in expected.values())
     assert {name: value.item() for name, value in found["terms"].items()} == pytest.approx(expected, rel=1e-4)
     assert found["cycle_losses"].tolist() == pytest.approx(cycles, rel=1e-5) and found["scored"].tolist() == [1, 1, 1]
     assert found["loss"].item() == pytest.approx(total, rel=1e-5)
