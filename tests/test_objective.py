@@ -178,6 +178,47 @@ def test_which_heads_find_their_gradients_on_the_way(monkeypatch: pytest.MonkeyP
     assert not calls
 
 
+class Elsewhere(torch.Tensor):
+    """Stands for a weight that is more than numbers in memory: sharded, or quantised."""
+
+
+def watched(head: nn.Linear) -> nn.Linear:
+    head.register_forward_pre_hook(lambda module, args: None)
+    return head
+
+
+def held_elsewhere(head: nn.Linear) -> nn.Linear:
+    head.weight = nn.Parameter(head.weight.detach().as_subclass(Elsewhere))
+    return head
+
+
+@pytest.mark.parametrize("change", [watched, held_elsewhere, nn.Linear.bfloat16])
+def test_a_head_that_is_more_than_a_float32_matrix_is_called(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under autocast, where states may have another type than the head."""
+    monkeypatch.setattr(objective._ChunkedLoss, "apply", lambda *args: pytest.fail("its weight was taken from it"))
+    states, labels = batch()
+    head = change(nn.Linear(D, V, bias=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, losses = next_token_loss(states, labels, head, SHARES, chunk=5)
+        expected = plain(states, labels, head)
+    torch.testing.assert_close(torch.Tensor(losses), torch.Tensor(expected), rtol=1e-5, atol=1e-5)
+    total.backward()
+    assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_the_loss_of_a_bfloat16_model_is_float32(chunk: int) -> None:
+    states, labels = batch(cycles=1)
+    state, head = states[0].detach().bfloat16(), nn.Linear(D, V, bias=False).bfloat16()
+    found, divergence = losses_and_divergences(state, labels, head, [Reference(-state, head)], chunk)
+    ours, theirs = (head(x[:, :-1]).float().log_softmax(-1) for x in (state, -state))
+    assert found.dtype == divergence.dtype == torch.float32
+    expected = F.nll_loss(ours.transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).masked_fill(labels[:, 1:] == -100, 0.0)
+    torch.testing.assert_close(divergence, kl, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_more_than_a_chunk_of_logits(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In both directions, the logits that exist at a time are those of one chunk."""
