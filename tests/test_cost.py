@@ -424,6 +424,32 @@ def test_terms_by_token_are_computed_in_chunks(changed: dict[str, float], teache
     assert found == (24 if changed or teacher else 16) * run.seq_len * config.vocab_size  # two readouts: more than one chunk together
 
 
+def test_exactly_one_chunk_is_one_chunk() -> None:
+    config = config_of("llama", vocab_size=256)
+    assert CHUNK_ELEMENTS % (4 * 256) == 0
+    for references in (0, 1, 3):
+        tokens = CHUNK_ELEMENTS // (256 * (1 + references))
+        chunked = [cost.recomputes_logits(config, tokens + more, by_token=True, references=references) for more in (0, 1)]
+        assert chunked == [False, True] and not cost.recomputes_logits(config, tokens + 1, references=references)
+    whole = CHUNK_ELEMENTS // 256
+    for tokens, readouts, by_token, bytes_each in (
+        (whole, 1, False, 16), (whole // 2, 2, False, 24), (whole, 2, True, 24), (whole // 4, 2, False, 24)
+    ):  # fmt: skip
+        found = cost.memory_by_part(config, tokens, supervised=readouts, by_token=by_token)["logits"]
+        assert found == bytes_each * tokens * 256
+    for tokens, readouts, by_token in ((whole + 1, 1, False), (whole // 2 + 1, 2, False), (whole + 1, 2, True)):
+        found = cost.memory_by_part(config, tokens, supervised=readouts, by_token=by_token)["logits"]
+        assert found == 16 * min(tokens * 256, CHUNK_ELEMENTS)
+
+
+def test_no_more_cycles_are_read_out_than_there_are() -> None:
+    config = config_of(H=2)
+    for H in (0, 1, 2):
+        most, asked = (cost.step_flops(config, 1, T, H_cycles=H, supervised=count) for count in (max(1, H), 5))
+        assert most == asked == cost.step_flops(config, 1, T, H_cycles=H, supervised=max(H, 0))
+        assert cost.memory_by_part(config, 1, H_cycles=H, supervised=5) == cost.memory_by_part(config, 1, H_cycles=H, supervised=max(1, H))
+
+
 def test_shares_of_depths_by_hand() -> None:
     mixed = settings(cycle_choices=(1, 2, 4), cycle_weights=(1.0, 1.0, 2.0), depth_curriculum=0.6)
     expected = {1: 0.2 + 0.1 + 0.05 + 0.1, 2: 0.1 + 0.05 + 0.1, 4: 0.1 + 0.2}

@@ -128,6 +128,7 @@ class TestSplits:
             ("valid/test/a.txt", "test"),
             ("test/valid/a.txt", "validation"),
             ("train_valid.txt", "train"),
+            ("test/training.txt", "train"),
             ("test.d/valid1.txt", "validation"),
             ("test/part1.txt", "test"),
             ("test/train.txt", "train"),
