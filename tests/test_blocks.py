@@ -24,6 +24,12 @@ def test_a_second_end_of_text_is_not_added() -> None:
     ]
 
 
+def test_an_end_of_text_in_the_middle_ends_no_document() -> None:
+    tokenizer = tiny.make_tiny_tokenizer()
+    (ids,) = encode({"text": ["x<|endoftext|>y"]}, tokenizer)["input_ids"]
+    assert ids == [*tokenizer("x")["input_ids"], 0, *tokenizer("y")["input_ids"], 0]
+
+
 def test_documents_of_every_length_are_encoded_as_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [" ".join(tiny.sentences(i, i % 7 + 1)) for i in range(150)] + ["x"]
     tokenizer = tiny.make_tiny_tokenizer()

@@ -211,6 +211,13 @@ def test_one_number_that_differs_stops_the_conversion(piece: int, donor: str, do
     compare_tensors(found, result.fates, result.model)
 
 
+def test_a_file_that_holds_less_is_not_the_same() -> None:
+    numbers = torch.arange(5.0)
+    assert conversion._same_bits(numbers, [numbers[:3], numbers[3:]])
+    for pieces in ([numbers[:3]], [], [numbers[:3], numbers[2:4]], [numbers[:4], -numbers[4:]]):
+        assert not conversion._same_bits(numbers, pieces)
+
+
 @pytest.mark.parametrize("name", ["old.pt", "new.pt", "new"])
 @pytest.mark.parametrize("fault", ["tensor", "layer"])
 def test_what_fails_its_check_is_not_written(

@@ -159,6 +159,12 @@ class TestSplits:
         assert texts(first.validation) == texts(again.validation)
         assert texts(first.train) == sorted(texts(first.train), key=lambda t: int(t.split()[1]))
 
+    def test_a_blank_validation_file_is_none(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", [{"text": f"d{i}"} for i in range(20)])
+        (tmp_path / "valid.txt").write_text(" \n")
+        documents = load(tmp_path)
+        assert (len(documents.train), len(documents.validation)) == (19, 1)
+
     def test_hidden_files_and_folders_are_left_out(self, tmp_path: Path) -> None:
         for name in ("a.txt", ".git/b.txt", "sub/.cache/c.txt", "sub/.d.txt", "sub/e.txt"):
             (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
