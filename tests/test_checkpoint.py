@@ -393,6 +393,19 @@ def test_where_it_was_loaded_from_is_not_written(form: str, saved: Path, tmp_pat
     assert (fields["dtype"], fields["architectures"]) == ("float16", ["RecursiveQwen2ForCausalLM"])
 
 
+def test_the_class_of_a_model_that_was_never_saved_is_written(model: RecursiveLLM, saved: Path) -> None:
+    assert not make_model().config.architectures
+    checkpoint.save(saved / "fresh.pt", make_model(), None)
+    assert torch.load(saved / "fresh.pt", weights_only=True)["config"]["architectures"] == ["RecursiveQwen2ForCausalLM"]
+
+
+def test_a_tied_head_is_stored_once_in_another_dtype_too(saved: Path, model: RecursiveLLM) -> None:
+    checkpoint.save(saved / "half.pt", model, None, dtype=torch.bfloat16)
+    state = torch.load(saved / "half.pt", weights_only=True)["model_state_dict"]
+    assert state["inner.lm_head.weight"].data_ptr() == state["inner.embed_tokens.weight"].data_ptr()
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+
+
 def test_only_the_recursion_may_start_fresh(model: RecursiveLLM) -> None:
     state = _as(model, torch.float32)
     bare = {name: tensor for name, tensor in state.items() if not name.startswith("model.recursion.")}
@@ -502,6 +515,18 @@ def test_every_file_of_an_older_save_goes(model: RecursiveLLM, saved: Path) -> N
     assert sorted(path.name for path in saved.iterdir()) == ["model", "model.pt", "model_tokenizer"]
 
 
+def test_what_is_new_goes_before_what_somebody_left_under_its_name(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        for name in ("config.json", "merges.txt"):
+            (folder / name).write_text("new")
+
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "merges.txt", "own.txt"):
+        (tmp_path / "out" / name).write_text("old")
+    checkpoint.write_whole({tmp_path / "out": write})
+    assert listing(tmp_path / "out") == {"config.json": b"new", "merges.txt": b"new", "own.txt": b"old"}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_not_approved_is_not_put_in_place(form: str, model: RecursiveLLM, saved: Path) -> None:
     """It is asked when everything is written, and nothing has its place."""
@@ -557,11 +582,10 @@ def test_a_folder_that_is_the_same_already_stays_where_it_is(model: RecursiveLLM
     (folder / "notes.txt").write_text("mine")
     checkpoint.save(saved / "model.pt", model, make_tiny_tokenizer())
     assert folder.stat().st_ino == before and (folder / "notes.txt").read_text() == "mine"
-    file = folder / "tokenizer.json"  # as long, and of the same time: the contents decide
-    was, when = file.read_text(), file.stat()
+    file = folder / "tokenizer.json"
+    was, size = file.read_text(), file.stat().st_size
     file.write_text(was.replace("lob", "bol"))
-    os.utime(file, ns=(when.st_atime_ns, when.st_mtime_ns))
-    assert file.read_text() != was and file.stat().st_size == when.st_size
+    assert file.read_text() != was and file.stat().st_size == size  # the contents decide
     checkpoint.save(saved / "model.pt", model, make_tiny_tokenizer())
     assert file.read_text() == was and (folder / "notes.txt").read_text() == "mine"
 

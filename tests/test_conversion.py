@@ -364,6 +364,22 @@ def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "out.pt").tokenizer is not None
 
 
+def test_a_tokenizer_that_is_named_goes_before_the_donors_own(donor: str, tmp_path: Path) -> None:
+    other = make_tiny_tokenizer()
+    other.add_tokens(["lobster"])
+    other.save_pretrained(tmp_path / "other")
+    lines_of(qwen_model=donor, output_path=str(tmp_path / "out.pt"), tokenizer_path=str(tmp_path / "other"))
+    assert len(checkpoint.load(tmp_path / "out.pt").tokenizer) == len(other) == len(make_tiny_tokenizer()) + 1
+
+
+def test_a_window_narrower_than_the_tokens_compared(tmp_path: Path) -> None:
+    """The layers that it is compared with have the windows of the plan's layers, not those of the donor's first ones."""
+    donor = tiny_donor("smollm3", tmp_path, num_hidden_layers=LAYERS, sliding_window=2)
+    kinds = donor.config.layer_types
+    model = convert(str(tmp_path), L_layers=3)  # 0, 4, 7
+    assert model.config.block_types == [kinds[i] for i in (0, 4, 7)] != kinds[:3]
+
+
 def test_a_dry_run_reads_only_the_config(donor: str, nothing_written: Path) -> None:
     alone = nothing_written.parent / "donor"
     alone.mkdir()
