@@ -420,6 +420,13 @@ class TestStream:
         # five standard deviations of a share at 2,000 draws
         assert shares == pytest.approx([2 / 7, 1 / 7, 4 / 7], abs=5 * math.sqrt(0.25 / 2000))
 
+    def test_the_seed_decides_which_data_set_is_next(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(data, "STREAM_BUFFER_BLOCKS", 1)  # nothing is shuffled
+        path, other = corpus(tmp_path / "a.jsonl", 1, 30), corpus(tmp_path / "b.jsonl", 2, 30)
+        kind = set(self.blocks_of(self.documents(path)[self.held_out(path) :], tiny.make_tiny_tokenizer()))
+        drawn = [[row in kind for row in rows_of(self.stream(path, f"{other}=1", seed=seed)[0], 60)] for seed in (7, 8, 7)]
+        assert drawn[0] == drawn[2] != drawn[1] and 0 < sum(drawn[0]) < 60
+
     def test_a_loader_skips_as_a_resumed_run_does(self, tmp_path: Path) -> None:
         path, other = corpus(tmp_path / "a.jsonl", 1, 30), corpus(tmp_path / "b.jsonl", 2, 30)
         train, _ = self.stream(path, f"{other}=1")
