@@ -108,6 +108,7 @@ def test_keep_donor_with_one_count_places_the_block(shape: dict[str, Any]) -> No
 def test_a_compact_plan_of_all_layers_keeps_the_donor() -> None:
     assert make_plan("donor", 5, L_layers=5).keeps_donor
     assert not make_plan("donor", 6, L_layers=5).keeps_donor
+    assert not make_plan("donor", 6, L_layers=5, layer_selection="first").keeps_donor
 
 
 @given(shape=shapes())
