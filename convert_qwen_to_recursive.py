@@ -1,7 +1,10 @@
 """Step 1 of the quick start: turn a pretrained model into a recursive one. The same as `recursify convert`."""
 
-from recursify.cli import convert
-from recursify.weights import copy_attention_weights, copy_mlp_weights  # step 4 of the technical guide imports them from here
+from recursify.checkpoints.guide_names import (  # step 4 of the technical guide imports them from here
+    copy_attention_weights,
+    copy_mlp_weights,
+)
+from recursify.cli.main import convert
 
 __all__ = ["convert", "copy_attention_weights", "copy_mlp_weights"]
 

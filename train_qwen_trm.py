@@ -1,6 +1,6 @@
 """Approach 1 of the technical guide: train a recursive block in a donor's embedding space. What it trains writes no text."""
 
-from recursify.cli import train_trm
+from recursify.cli.main import train_trm
 
 if __name__ == "__main__":
     train_trm()

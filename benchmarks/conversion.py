@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from recursify import conversion
-from recursify.plan import make_plan
+from recursify.conversion import convert as conversion
+from recursify.conversion.layer_selection import make_plan
 from recursify.training.trainer import peak_memory
 
 from .case import Bench, Check, Table, case

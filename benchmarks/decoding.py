@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from recursify import RecursiveLLM, convert
-from recursify.decoding_recursive_llm import RecursiveCache
-from recursify.donor import open_donor
+from recursify.checkpoints.donor import open_donor
+from recursify.network.decoding_recursive_llm import RecursiveCache
 
 from .case import Bench, Check, Table, case
 from .ceilings import ceilings

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recursify.cost import parameters_by_part, step_flops
+from recursify.training.cost import parameters_by_part, step_flops
 from recursify.training.supervised import Supervised, Supervision
 
 from .case import Bench, Check, Table, case

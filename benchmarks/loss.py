@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recursify.objective import CHUNK_ELEMENTS, next_token_loss
+from recursify.network.losses import CHUNK_ELEMENTS, next_token_loss
 from recursify.training.trainer import peak_memory
 
 from .case import Bench, Check, Table, case

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from transformers.initialization import no_init_weights
 
 from recursify import RecursiveLLM
-from recursify.configuration_recursive_llm import from_donor
-from recursify.plan import make_plan
+from recursify.conversion.layer_selection import make_plan
+from recursify.network.configuration_recursive_llm import from_donor
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from recursify.decoding_recursive_llm import RecursiveCache
+from recursify.network.decoding_recursive_llm import RecursiveCache
 from recursify.training.optimizers import build_optimizer
 from recursify.training.supervised import Supervised, Supervision
 

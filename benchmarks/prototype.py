@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recursify.configuration_recursive_llm import applications
-from recursify.cost import parameters_by_part, shape_of, step_flops
+from recursify.network.configuration_recursive_llm import applications
 from recursify.training import TrainSettings
+from recursify.training.cost import parameters_by_part, shape_of, step_flops
 
 from .case import Bench, Check, Table, case
 from .ceilings import ceilings

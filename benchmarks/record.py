@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import recursify
-from recursify.machine import machine
+from recursify.utils.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 

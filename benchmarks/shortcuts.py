@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from recursify import convert
-from recursify.decoding_recursive_llm import HALT_CRITERIA
-from recursify.donor import load_tokenizer
-from recursify.halting import measure as measure_halting
+from recursify.checkpoints.donor import load_tokenizer
+from recursify.inference.early_exit import measure as measure_halting
+from recursify.network.decoding_recursive_llm import HALT_CRITERIA
 from recursify.training import TrainSettings, fit
 
 from .case import Bench, Check, Table, case

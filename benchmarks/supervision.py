@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from recursify.cost import step_flops
+from recursify.training.cost import step_flops
 
 from .case import Bench, Check, Table, case
 from .measure import alternate, ratio, say

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from recursify.cost import step_flops
 from recursify.training import TrainSettings, fit
+from recursify.training.cost import step_flops
 from recursify.training.trainer import peak_memory
 
 from .case import Bench, Check, Table, case

@@ -3,7 +3,7 @@
     python -m recipes.demo_tracker
 
 A Qwen2-architecture model that reads a word of letters, each of which moves what lies in three places, and tells after every letter how
-things lie: state tracking, in the permutation group S3 (`recursify.tasks`). It is trained on words of 8 letters alone, so that it is lost
+things lie: state tracking, in the permutation group S3 (`recursify.data.tasks`). It is trained on words of 8 letters alone, so that it is lost
 on longer ones: that is what `recursify demo` wants of it. Its tokenizer has a token for each letter and each state, and can write every
 other text byte by byte. Words that were never trained on give the figures of the model card; none in it is typed in.
 
@@ -22,10 +22,10 @@ import transformers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from recipes.demo_donor import hardware, train_tokenizer
-from recursify.answers import ask
-from recursify.effort import Effort
-from recursify.question_tokens import question_rows
-from recursify.tasks import as_text, generate
+from recursify.data.question_rows import question_rows
+from recursify.data.tasks import as_text, generate
+from recursify.evaluation.accuracy import ask
+from recursify.inference.options import Effort
 from recursify.training import TrainSettings, fit
 
 LETTERS = 8

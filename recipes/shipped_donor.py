@@ -30,12 +30,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from recursify import convert, text_losses
-from recursify.data import tokenize
-from recursify.demo_text import donor_folder
-from recursify.donor import load_tokenizer, open_donor
-from recursify.machine import machine, versions
+from recursify import convert
+from recursify.checkpoints.donor import load_tokenizer, open_donor
+from recursify.data.loading import tokenize
+from recursify.demo.prose import donor_folder
+from recursify.evaluation import text_loss
 from recursify.training import TrainSettings, fit
+from recursify.utils.machine import machine, versions
 
 TOLERANCE = 0.005  # nats by which a later cycle may be worse than an earlier one
 TEST_EVERY = 3  # windows of the test text: every third is measured, so that measuring takes less time than training
@@ -116,7 +117,7 @@ class AtStart(TrainerCallback):
 
 def losses_of(model: Any, blocks: Dataset) -> torch.Tensor:
     """`[depths, windows]`, of a donor `[1, windows]`."""
-    return text_losses.window_losses(model, blocks, DEPTHS if hasattr(model.config, "H_cycles") else ())
+    return text_loss.window_losses(model, blocks, DEPTHS if hasattr(model.config, "H_cycles") else ())
 
 
 def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Text, tokenizer: Any) -> tuple[dict[str, Any], torch.Tensor]:
@@ -138,7 +139,7 @@ def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Te
     trained = SHAPE["H_cycles"] - 1 if len(losses) > 1 else 0
     row = {
         "name": name, "changes": changes, "seed": seed, "steps": result.steps, "tokens": result.tokens, "start_gain": start.gain,
-        "before": start.losses, "after": losses.mean(dim=1).tolist(), "standard_error": text_losses.standard_error(losses[trained]),
+        "before": start.losses, "after": losses.mean(dim=1).tolist(), "standard_error": text_loss.standard_error(losses[trained]),
         "validation": {key: value for key, value in result.history[-1].items() if key.startswith("eval_loss_cycle")},
         "cpu_seconds": round(seconds, 1),
         "history": [entry for entry in result.history if "loss" in entry],
@@ -147,7 +148,7 @@ def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Te
 
 
 def mean_and_error(values: torch.Tensor) -> dict[str, float | None]:
-    return {"mean": values.mean().item(), "standard_error": text_losses.standard_error(values)}
+    return {"mean": values.mean().item(), "standard_error": text_loss.standard_error(values)}
 
 
 def verdict(runs: list[dict[str, Any]], as_is: float) -> dict[str, Any]:

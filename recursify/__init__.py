@@ -8,11 +8,11 @@ Importing this package registers the recursive families with transformers' Auto 
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
-from .conversion import convert
-from .decoding_recursive_llm import RecursiveCache
-from .modeling_recursive_llm import FAMILIES, RecursiveLLM
-from .plan import ConversionPlan
+from .conversion.convert import convert
+from .conversion.layer_selection import ConversionPlan
+from .network.configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
+from .network.decoding_recursive_llm import RecursiveCache
+from .network.modeling_recursive_llm import FAMILIES, RecursiveLLM
 
 __all__ = ["ConversionPlan", "RecursiveCache", "RecursiveLLM", "RecursiveLLMConfig", "convert"]
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hub_stand_in import HubStandIn
+from tests.support.hub_stand_in import HubStandIn
 
 _EARLY = {"huggingface_hub", "datasets", "transformers"} & set(sys.modules)
 if _EARLY:
@@ -38,7 +38,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def donor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2 of 24 layers with its tokenizer, as files. Read only."""
-    import tiny
+    from tests.support import tiny
 
     folder = tmp_path_factory.mktemp("donor")
     tiny.tiny_donor("qwen2", folder)
@@ -48,7 +48,7 @@ def donor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def full_hub(donor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> HubStandIn:
     """The stand-in with ``Qwen/Qwen2-0.5B`` (the tiny donor) and ``Salesforce/wikitext`` on it; tests take ``hub``."""
-    import tiny
+    from tests.support import tiny
 
     _HUB.add_model("Qwen/Qwen2-0.5B", donor_folder)
     _HUB.add_dataset("Salesforce/wikitext", tiny.tiny_wikitext(tmp_path_factory.mktemp("wikitext")))

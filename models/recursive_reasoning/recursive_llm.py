@@ -1,5 +1,5 @@
 """The guide's path to the model; see `recursify/modeling_recursive_llm.py`."""
 
-from recursify.modeling_recursive_llm import RecursiveLLM
+from recursify.network.modeling_recursive_llm import RecursiveLLM
 
 __all__ = ["RecursiveLLM"]

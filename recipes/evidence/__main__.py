@@ -17,8 +17,8 @@ from pathlib import Path
 
 from recipes.evidence import prose, scan, state_tracking, tables
 from recipes.evidence.study import RESULTS, Size, Study, run
-from recursify.device import choose_device
 from recursify.errors import UserError
+from recursify.utils.device import choose_device
 
 STUDIES: dict[str, tuple[Callable[[Size], Study], dict[str, Size]]] = {
     "prose": (prose.study, prose.SIZES),

@@ -14,9 +14,9 @@ from datasets import Dataset
 
 from recipes.evidence.study import Figures, Row, Size, Study
 from recipes.shipped_donor import load_text
-from recursify.demo_text import donor_folder
-from recursify.donor import load_tokenizer
-from recursify.text_losses import window_losses
+from recursify.checkpoints.donor import load_tokenizer
+from recursify.demo.prose import donor_folder
+from recursify.evaluation.text_loss import window_losses
 
 SEQ_LEN = 128
 SIZES = {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recursify.modeling_recursive_llm import Recursion
+from recursify.network.modeling_recursive_llm import Recursion
 
 
 class OneState(Recursion):

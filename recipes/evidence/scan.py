@@ -22,11 +22,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from recipes.evidence.study import Figures, Row, Size, Study, small_model
-from recursify.answers import ask
-from recursify.effort import Effort
+from recursify.data.question_rows import question_rows
+from recursify.data.tasks import Item, as_text, read
 from recursify.errors import UserError
-from recursify.question_tokens import question_rows
-from recursify.tasks import Item, as_text, read
+from recursify.evaluation.accuracy import ask
+from recursify.inference.options import Effort
 from recursify.training import TrainSettings, fit
 
 EASY = 12  # actions

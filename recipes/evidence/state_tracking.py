@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from recipes.evidence.study import Figures, Row, Size, Study, small_model
-from recursify.answers import ask
-from recursify.effort import Effort
-from recursify.question_tokens import question_rows
-from recursify.tasks import Item, generate
+from recursify.data.question_rows import question_rows
+from recursify.data.tasks import Item, generate
+from recursify.evaluation.accuracy import ask
+from recursify.inference.options import Effort
 from recursify.training import TrainSettings, fit
 
 SHORT, LONG, ASKED = 8, 16, 24  # letters

@@ -2,7 +2,7 @@
 
 A row is one way to spend the same training: the donor as it is, the donor fine-tuned on the same tokens or for the same FLOPs, a rival's
 loop, ours, ours without one of its parts. All rows of a study see the same tokens in the same order with the same optimizer settings, but
-for what a row changes by its name. FLOPs are those of `recursify.cost`: matrix products, readouts included.
+for what a row changes by its name. FLOPs are those of `recursify.training.cost`: matrix products, readouts included.
 
 Results are written after every run, so an interrupted study loses one run, and `--rows` adds to what is there.
 """
@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from benchmarks.record import provenance
 from recipes.evidence.rivals import replace_loop
 from recursify import convert
-from recursify.cost import estimate
-from recursify.device import choose_device
 from recursify.training import TrainSettings, fit
+from recursify.training.cost import estimate
+from recursify.utils.device import choose_device
 
 # What all recursive rows are trained with, but for those that change it.
 SUPERVISED: dict[str, Any] = {"enable_deep_supervision": True}

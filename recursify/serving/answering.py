@@ -18,11 +18,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..dialogue import Dialogue
 from ..errors import UserError
-from ..generation import encode_prompt, end_tokens
-from ..modeling_recursive_llm import RecursiveLLM
-from ..streaming import Row
+from ..inference.chat_prompt import Dialogue
+from ..inference.generation import encode_prompt, end_tokens
+from ..inference.streaming import Row
+from ..network.modeling_recursive_llm import RecursiveLLM
 from .engine import Depth, Engine, Event, Job, QueueFull, Ticket, Unavailable
 from .metrics import Labels, Metrics, labelled
 from .protocol import ApiError, Ask, ChatAsk, CompletionAsk
@@ -38,7 +38,7 @@ class Service:
     """What there is to serve.
 
     Args:
-        model, tokenizer: As `recursify.evaluation.load_any` gives them; the model on its device.
+        model, tokenizer: As `recursify.evaluation.evaluate.load_any` gives them; the model on its device.
 
     Raises:
         UserError: Depths of a plain donor, a tokenizer of another model, caches that do not fit.

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..device import choose_device
 from ..errors import UserError
+from ..utils.device import choose_device
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def load(settings: ServeSettings) -> Service:
     Raises:
         UserError: As `run`.
     """
-    from ..evaluation import load_any
+    from ..evaluation.evaluate import load_any
     from .answering import Service
 
     device = choose_device(settings.device)

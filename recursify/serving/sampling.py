@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
-from ..generation import GREEDY_BELOW
+from ..inference.generation import GREEDY_BELOW
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..device import choose_device
 from ..errors import UserError
+from ..utils.device import choose_device
 
 API_KEY = "RECURSIFY_API_KEY"
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
-from ..conversion import ConvertSettings, LoopSettings, Say, carry_out, resolve_plan
-from ..donor import load_tokenizer, open_donor
-from ..effort import is_recursive
+from ..checkpoints import checkpoint
+from ..checkpoints.donor import load_tokenizer, open_donor
+from ..conversion.convert import ConvertSettings, LoopSettings, Say, carry_out, resolve_plan
 from ..errors import UserError
-from ..modeling_recursive_llm import RecursiveLLM
-from ..objective import embedding_losses, nearest_is_next, next_embedding_loss, next_token_loss, token_losses
+from ..inference.options import is_recursive
+from ..network.losses import embedding_losses, nearest_is_next, next_embedding_loss, next_token_loss, token_losses
+from ..network.modeling_recursive_llm import RecursiveLLM
 from .settings import DonorSettings, RunSettings
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import UserError
-from ..generation import Sampling, generate_text
+from ..inference.generation import Sampling, generate_text
 from .settings import RunSettings
 
 # As tqdm's own, without the rate.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..modeling_recursive_llm import AnchoredInjection
+from ..network.modeling_recursive_llm import AnchoredInjection
 
 CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # from the largest that there is
 MAX_COST = 0.02  # nats per token of the last cycle, over the plain pass

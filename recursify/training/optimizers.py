@@ -21,8 +21,8 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..effort import is_recursive
 from ..errors import UserError
+from ..inference.options import is_recursive
 from .settings import RunSettings
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}

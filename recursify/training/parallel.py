@@ -37,8 +37,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from ..effort import is_recursive
 from ..errors import UserError
+from ..inference.options import is_recursive
 from .settings import RunSettings
 
 if TYPE_CHECKING:

@@ -24,17 +24,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
-from .. import checkpoint
-from ..blocks import separate
-from ..cost import estimate
-from ..device import choose_device
-from ..donor import open_donor
-from ..effort import is_recursive
+from ..checkpoints import checkpoint
+from ..checkpoints.donor import open_donor
+from ..data.blocks import separate
+from ..data.settings import DataSettings
 from ..errors import UserError
-from ..objective import IGNORED, counted
-from ..sources import DataSettings
+from ..inference.options import is_recursive
+from ..network.losses import IGNORED, counted
+from ..utils.device import choose_device
 from .approaches import APPROACHES, freeze_rest, from_donor
 from .callbacks import AfterOptimizer, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
+from .cost import estimate
 from .depth import DepthSchedule
 from .gains import CALIBRATION_TOKENS, CANDIDATES, MAX_COST, all_zero, calibrate, set_gains
 from .optimizers import warmup_of
@@ -45,7 +45,7 @@ from .supervised import Supervised, Supervision
 from .trainer import RecursiveTrainer
 
 if TYPE_CHECKING:
-    from ..data import Blocks
+    from ..data.loading import Blocks
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Che
 
 
 def _load_text(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Blocks:
-    from ..data import load_blocks  # here: `fit`, on rows in memory, needs no library for data sets
+    from ..data.loading import load_blocks  # here: `fit`, on rows in memory, needs no library for data sets
 
     source = DataSettings(
         dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name, text_column=settings.text_column,

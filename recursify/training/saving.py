@@ -26,9 +26,9 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from .. import checkpoint
+from ..checkpoints import checkpoint
+from ..conversion.layer_selection import ConversionPlan
 from ..errors import UserError
-from ..plan import ConversionPlan
 from .parallel import processes
 from .settings import RunSettings
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from ..configuration_recursive_llm import GAIN_MAX
-from ..conversion import LoopSettings
-from ..device import check_seed, choose_device
+from ..conversion.convert import LoopSettings
+from ..data.question_sets import is_questions
+from ..data.settings import parse_mix
 from ..errors import UserError
-from ..questions import is_questions
-from ..sources import parse_mix
+from ..network.configuration_recursive_llm import GAIN_MAX
+from ..utils.device import check_seed, choose_device
 
 GAIN_LR_RATIO = 10.0
 

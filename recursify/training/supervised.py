@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..effort import is_recursive
-from ..objective import IGNORED, Reference, counted, cycle_shares, halting_loss, losses_and_divergences, worsening
+from ..inference.options import is_recursive
+from ..network.losses import IGNORED, Reference, counted, cycle_shares, halting_loss, losses_and_divergences, worsening
 from .approaches import NEXT_TOKEN, Objective
 from .settings import RunSettings
 

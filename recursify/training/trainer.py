@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from .. import checkpoint
-from ..cost import pass_flops
+from ..checkpoints import checkpoint
 from ..errors import UserError
-from ..objective import counted, perplexity
+from ..network.losses import counted, perplexity
+from .cost import pass_flops
 from .depth import DepthSchedule
 from .optimizers import EMA, build_optimizer, learning_rate_factor, warmup_of
 from .parallel import SpreadTraining, check_spread, full_optimizer_state, full_state, gathered, load_full_state, part_like, read_state

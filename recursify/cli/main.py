@@ -1,0 +1,278 @@
+"""The command line: parse the settings of a job, run it, turn bad input into one message and exit status 2.
+
+Every flag is a field of the settings class of its job, so its name, help text and default stand there and nowhere else. `--config FILE`
+reads them from a recipe, a YAML file with one section per job; what is given on the command line goes before what is in the file. The
+scripts of the guides call the functions named after their jobs; `recursify JOB` calls `main`. A job's modules are imported when it is
+called: text is generated without the weight of the training stack. Floor 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import UserError
+from .recipe import JOB_SECTIONS, read_section
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import MeasureSettings
+    from ..training.settings import RunSettings
+
+Settings = TypeVar("Settings")
+Argv = Sequence[str] | None
+INTERRUPTED = 130  # the shell's status of a program that Ctrl-C ended
+
+
+def convert(argv: Argv = None) -> None:
+    """Turn a donor into a recursive model."""
+    from ..conversion import convert as conversion
+
+    def job(settings: conversion.ConvertSettings) -> None:
+        report = conversion.run(settings, say=_to_stderr if settings.json else print)
+        if settings.json:
+            _print_json(report)
+
+    _command("convert", conversion.ConvertSettings, job, argv)
+
+
+def train(argv: Argv = None) -> None:
+    """Fine-tune a recursive model."""
+    from .. import training
+
+    _train("train", training.TrainSettings, argv)
+
+
+def train_trm(argv: Argv = None) -> None:
+    """Train a recursive block in a donor's embedding space."""
+    from .. import training
+
+    _train("train_trm", training.EmbeddingSettings, argv)
+
+
+def train_trm_hybrid(argv: Argv = None) -> None:
+    """Train recursive layers between a donor's embeddings and its head."""
+    from .. import training
+
+    _train("train_trm_hybrid", training.HybridSettings, argv)
+
+
+def generate(argv: Argv = None) -> None:
+    """Write text: once with --prompt, for every line of --prompt_file, interactively without."""
+    from ..inference import generation, interactive, prompt_file
+
+    def job(settings: generation.GenerateSettings) -> None:
+        if settings.prompt_file is not None:
+            prompt_file.run(settings)
+        elif settings.prompt is not None:
+            generation.run(settings)
+        else:
+            interactive.run(settings)
+
+    _command("generate", generation.GenerateSettings, job, argv)
+
+
+def chat(argv: Argv = None) -> None:
+    """Talk with a model, turn by turn."""
+    from ..inference import chat as talk
+
+    _command("chat", talk.ChatSettings, talk.run, argv)
+
+
+def serve(argv: Argv = None) -> None:
+    """Answer requests over HTTP, in the manner of OpenAI's API."""
+    from .. import serving
+
+    _command("serve", serving.ServeSettings, serving.run, argv)
+
+
+def evaluate(argv: Argv = None) -> None:
+    """Measure every depth: loss on text, accuracy on questions and tasks, and what each cycle does."""
+    from ..evaluation import evaluate as evaluation
+
+    def job(settings: evaluation.EvaluateSettings) -> None:
+        _tell_measured(evaluation.run(settings), settings)
+
+    _command("evaluate", evaluation.EvaluateSettings, job, argv)
+
+
+def compare(argv: Argv = None) -> None:
+    """Measure several models on the same items, and say how sure the differences are."""
+    from ..evaluation import compare as comparison
+
+    def job(settings: comparison.CompareSettings) -> None:
+        _tell_measured(comparison.run(settings), settings)
+
+    _command("compare", comparison.CompareSettings, job, argv)
+
+
+def inspect(argv: Argv = None) -> None:
+    """Show plan, parameters by part, and cost per token of a checkpoint."""
+    from ..checkpoints import checkpoint
+    from ..conversion import inspection
+
+    def job(settings: inspection.InspectSettings) -> None:
+        found = checkpoint.load(settings.checkpoint)
+        config: Any = found.model.config
+        report = inspection.inspect(config, found.plan)
+        _print_json(report) if settings.json else print(report.render())
+
+    _command("inspect", inspection.InspectSettings, job, argv)
+
+
+def export(argv: Argv = None) -> None:
+    """Make a folder ready for the hub, or write the plain donor back."""
+    from ..hub import export as ready
+
+    _command("export", ready.ExportSettings, ready.run, argv)
+
+
+def demo(argv: Argv = None) -> None:
+    """Go the whole way with the donor that ships: convert, fine-tune, measure, write, report."""
+    from ..demo import run as whole_way
+
+    _command("demo", whole_way.DemoSettings, whole_way.run, argv)
+
+
+JOBS: dict[str, Callable[[Argv], None]] = {
+    job.__name__: job for job in (convert, train, generate, chat, serve, evaluate, compare, inspect, export, demo)
+}
+
+
+def main(argv: Argv = None) -> None:
+    """`recursify JOB [flags]`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+    elif words[0] == "--version":
+        from .. import __version__
+
+        print(__version__)
+    elif words[0] in JOBS:
+        JOBS[words[0]](words[1:])
+    else:
+        _fail(f"recursify: unknown job {words[0]!r}; expected one of {', '.join(JOBS)}")
+
+
+def _overview() -> str:
+    jobs = "\n".join(f"  {name:<10} {job.__doc__}" for name, job in JOBS.items())
+    return (
+        f"Turn a pretrained language model into a recursive reasoner.\n\nusage: recursify JOB [flags]\n\n{jobs}\n\n"
+        "recursify JOB --help lists the flags of a job."
+    )
+
+
+def _train(name: str, settings_class: type[RunSettings], argv: Argv) -> None:
+    from .. import training
+
+    def job(settings: RunSettings) -> None:
+        fitted = training.train(settings).fit
+        if fitted is not None and fitted.interrupted:
+            sys.exit(INTERRUPTED)  # saved and resumable, but what follows in a script must not take it for finished
+
+    _command(name, settings_class, job, argv)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _FromFile:
+    config: str | None = None
+    """A recipe: a YAML file with a section for this job, whose keys are the flags below. What is given here goes before what is in it."""
+
+
+def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settings:
+    """Flags as settings, over those of the recipe that `--config` names.
+
+    Args:
+        argv: None when a script of the guides was called by its own name; its flags are then in `sys.argv`.
+
+    Raises:
+        UserError: As `read_section`.
+    """
+    import tyro
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    prog = None if argv is None else f"recursify {job}"
+    options: dict[str, Any] = {"prog": prog, "args": words, "use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
+    if job not in JOB_SECTIONS:
+        return tyro.cli(settings_class, **options)
+    # Help lists the fields of the last base first.
+    with_file = dataclasses.make_dataclass(settings_class.__name__, (), bases=(settings_class, _FromFile), kw_only=True)
+    with_file.__doc__ = settings_class.__doc__
+    file = _config_file(words)
+    values = {} if file is None else read_section(file, job, settings_class)
+    values |= {field.name: tyro.MISSING for field in dataclasses.fields(with_file) if _is_required(field) and field.name not in values}
+    parsed = tyro.cli(with_file, default=with_file(**values), **options)
+    return settings_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(settings_class)})  # type: ignore[arg-type]
+
+
+def _config_file(words: Sequence[str]) -> str | None:
+    """What `--config` says; a missing value is left to the parser of all flags."""
+    file = None
+    for word, following in zip(words, (*words[1:], None), strict=True):
+        if word == "--config":
+            file = following
+        elif word.startswith("--config="):
+            file = word.removeprefix("--config=")
+    return file
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:
+    """Parse flags into settings and run the job; bad input ends with status 2 and one message."""
+    from transformers.utils import logging as transformers_logging
+
+    try:
+        settings = parse(name, settings_class, argv)
+        transformers_logging.disable_progress_bar()  # bars of milliseconds; the jobs show their own where one has to wait
+        job(settings)
+    except UserError as error:
+        if os.environ.get("RECURSIFY_DEBUG") == "1":
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone, as in `recursify inspect X | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _tell_measured(report: Any, settings: MeasureSettings) -> None:
+    """Figures and page, from one of several processes."""
+    from ..evaluation import page as evaluation_page
+    from ..utils import distributed
+
+    if not distributed.is_first():
+        return
+    _print_json(report) if settings.json else print(report.render())
+    if settings.report is not None:
+        _to_stderr(f"✓ Page in {evaluation_page.write(report.to_dict(), settings.report)}")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print_json(report: Any) -> None:
+    print(json.dumps(_strict(report.to_dict()), default=str, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no infinity and no "not a number": they become the strings that Python's float and most others read."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

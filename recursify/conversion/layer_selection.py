@@ -1,0 +1,175 @@
+"""Which donor layers go where: a conversion, decided before any tensor is read.
+
+A plan is a value. It can be printed, stored beside the weights, and compared; `conversion.py` carries it out.
+
+    compact      no prelude, no coda: a few layers make the loop, the rest is dropped (the guides' default)
+    keep_donor   the loop is a contiguous block, every layer before and after it is kept: exact at conversion
+    between      some prelude and coda layers kept, the loop chosen from the layers between (as in (4, 8, 4) of arXiv 2511.07384)
+
+Letters: N layers of the donor, K layers wanted. Floor 0: standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import UserError
+
+SELECTIONS = ("uniform", "first", "last", "middle", "stride", "auto")
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """The fate of every layer of a donor.
+
+    Args:
+        donor: Hub id or folder of the donor, for the record.
+        donor_layers: N, how many layers the donor has.
+        prelude, loop, coda: Donor layer indices, in the order in which they run.
+        layer_selection: The strategy that chose the loop; `counts` where prelude and coda counts placed it.
+    """
+
+    donor: str
+    donor_layers: int
+    prelude: tuple[int, ...]
+    loop: tuple[int, ...]
+    coda: tuple[int, ...]
+    layer_selection: str
+
+    @property
+    def indices(self) -> list[int]:
+        """The donor layer behind each of our layers."""
+        return [*self.prelude, *self.loop, *self.coda]
+
+    @property
+    def dropped(self) -> list[int]:
+        """Donor layers that go nowhere."""
+        kept = set(self.indices)
+        return [i for i in range(self.donor_layers) if i not in kept]
+
+    @property
+    def keeps_donor(self) -> bool:
+        """Whether one plain pass runs exactly the donor's layers."""
+        return self.indices == list(range(self.donor_layers))
+
+    def fate(self, layer: int) -> str:
+        """Where a donor layer goes: `prelude 0`, `L_level 2`, `coda 1` or `dropped`."""
+        for part, indices in (("prelude", self.prelude), ("L_level", self.loop), ("coda", self.coda)):
+            if layer in indices:
+                return f"{part} {indices.index(layer)}"
+        return "dropped"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; `from_dict` is the inverse."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ConversionPlan:
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        return cls(**fields)
+
+
+def select_layers(selection: str, num_layers: int, count: int) -> list[int]:
+    """`count` of `num_layers` layers, distinct and ascending.
+
+    uniform keeps both ends, ceil(i * (N - 1) / (K - 1)), as the quick start prints it: 0, 8, 16, 23 of 24. stride is the technical guide's
+    int(i * N / K): 0, 6, 12, 18 of 24. One layer wanted is N // 2 for uniform and middle, which have no other middle.
+
+    Raises:
+        UserError: An unknown selection, or a count outside 1..N.
+    """
+    N, K = num_layers, count
+    if selection == "auto":
+        raise UserError("--layer_selection auto: is resolved by running the donor, not by counting; convert it with a --calibration_file")
+    if selection not in SELECTIONS:
+        raise UserError(f"--layer_selection: expected one of {', '.join(SELECTIONS)}, got {selection!r}")
+    if not 1 <= K <= N:
+        raise UserError(f"--L_layers: expected 1 to {N} (the layers there are to choose from), got {K}")
+    if selection in ("uniform", "middle") and K == 1:
+        return [N // 2]
+    if selection == "uniform":
+        return [math.ceil(i * (N - 1) / (K - 1)) for i in range(K)]
+    if selection == "stride":
+        return [int(i * N / K) for i in range(K)]
+    start = {"first": 0, "last": N - K, "middle": (N - K) // 2}[selection]
+    return list(range(start, start + K))
+
+
+def make_plan(
+    donor: str,
+    donor_layers: int,
+    *,
+    L_layers: int = 4,
+    layer_selection: str | None = None,
+    keep_donor: bool = False,
+    prelude_layers: int = 0,
+    coda_layers: int = 0,
+) -> ConversionPlan:
+    """Resolve the flags of a conversion to indices. `auto` is resolved elsewhere: it needs the donor's weights, see `candidates`.
+
+    Args:
+        layer_selection: None means `uniform`, or `middle` with `keep_donor`.
+        keep_donor: Keep every layer. The counts of prelude and coda follow from the block; when given, they place it.
+
+    Raises:
+        UserError: Counts out of range or that do not add up, or a block that is not contiguous with `keep_donor`.
+    """
+    for name, value in (("--prelude_layers", prelude_layers), ("--coda_layers", coda_layers)):
+        if not _is_whole(value) or value < 0:
+            raise UserError(f"{name}: expected a whole number of at least 0, got {value!r}")
+    if not _is_whole(L_layers) or not 1 <= L_layers <= donor_layers:
+        raise UserError(f"--L_layers: expected 1 to {donor_layers} (the donor has {donor_layers} layers), got {L_layers!r}")
+    if prelude_layers + L_layers + coda_layers > donor_layers:
+        raise UserError(
+            f"--prelude_layers {prelude_layers} + --L_layers {L_layers} + --coda_layers {coda_layers} = "
+            f"{prelude_layers + L_layers + coda_layers}: the donor has only {donor_layers} layers; lower one of them"
+        )
+    if keep_donor:
+        loop = _kept_block(donor_layers, L_layers, layer_selection, prelude_layers, coda_layers)
+        prelude, coda = range(loop[0]), range(loop[-1] + 1, donor_layers)
+        selection = layer_selection or ("counts" if prelude_layers or coda_layers else "middle")
+    else:
+        selection = layer_selection or "uniform"
+        inner = donor_layers - prelude_layers - coda_layers
+        loop = [prelude_layers + i for i in select_layers(selection, inner, L_layers)]
+        prelude, coda = range(prelude_layers), range(donor_layers - coda_layers, donor_layers)
+    return ConversionPlan(donor, donor_layers, tuple(prelude), tuple(loop), tuple(coda), selection)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _kept_block(N: int, K: int, selection: str | None, prelude: int, coda: int) -> list[int]:
+    """The contiguous block that is looped when every layer is kept."""
+    if prelude or coda:
+        if selection is not None:
+            raise UserError(f"--keep_donor: --layer_selection {selection} and prelude or coda counts both place the block; give one only")
+        if prelude and coda and prelude + K + coda != N:
+            raise UserError(
+                f"--keep_donor: prelude {prelude} + loop {K} + coda {coda} must be the donor's {N} layers; "
+                "leave --coda_layers out, or leave --keep_donor out to drop the layers between"
+            )
+        first = prelude or N - K - coda
+        return list(range(first, first + K))
+    block = select_layers(selection or "middle", N, K)
+    if block != list(range(block[0], block[0] + K)):
+        raise UserError(
+            f"--keep_donor: the loop must be a contiguous block, but --layer_selection {selection} gives {block}; "
+            "use middle (the default with --keep_donor), first, last or auto"
+        )
+    return block
+
+
+def candidates(donor: str, donor_layers: int, L_layers: int) -> Sequence[ConversionPlan]:
+    """Every plan that `auto` chooses from: the block at each start, everything else kept."""
+    make_plan(donor, donor_layers, L_layers=L_layers)  # for its errors
+    plans = []
+    for first in range(donor_layers - L_layers + 1):
+        last = first + L_layers
+        loop, coda = tuple(range(first, last)), tuple(range(last, donor_layers))
+        plans.append(ConversionPlan(donor, donor_layers, tuple(range(first)), loop, coda, "auto"))
+    return plans

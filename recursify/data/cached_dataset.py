@@ -1,0 +1,46 @@
+"""Tables on disk, in the cache of `datasets`: what was made once is found there, and not made again.
+
+Floor 1. Uses errors.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+
+from ..errors import UserError
+
+
+def make_table(generator: Callable[..., Iterator[Any]], gen_kwargs: dict[str, Any], features: Features, key: Any, at_once: int) -> Dataset:
+    """What the generator yields, as a table on disk. ``key`` must change whenever the contents would: a known key is not made again."""
+    if next(generator(**gen_kwargs), None) is None:  # from_generator cannot make an empty table
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+    fingerprint = Hasher.hash([generator.__name__, key])
+    try:
+        return Dataset.from_generator(
+            generator, gen_kwargs=gen_kwargs, features=features, fingerprint=fingerprint, writer_batch_size=at_once
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Silence the progress bars of ``datasets`` where stderr is a file or a pipe, and leave the setting as it was."""
+    silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if silence:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silence:
+            datasets.enable_progress_bars()

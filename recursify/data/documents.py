@@ -1,0 +1,402 @@
+"""Documents, wherever they are: in local files or on the hub, divided into those to train on and those to measure on.
+
+    documents = load_documents(DataSettings(dataset_name="wikitext"))     # tables, one document per row in a column `text`
+    train, own = open_documents(DataSettings(dataset_name="book.txt"))    # the same to be read again and again, and no table
+
+Whatever the source, generators (`read_files`, `join_articles`) see one document at a time, so they serve tables as well as streams.
+
+Floor 1. Uses sources.py, tables.py, questions.py and errors.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub.utils import httpx
+
+from ..errors import UserError
+from .cached_dataset import bars_on_terminals_only, make_table
+from .question_sets import is_questions
+from .settings import DataSettings
+
+logger = logging.getLogger(__name__)
+
+WIKITEXT = "Salesforce/wikitext"
+WIKITEXT_CONFIG = "wikitext-2-raw-v1"
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+HELD_OUT_SHARE = 0.05
+HELD_OUT_SEED = 0
+
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", **dict.fromkeys(VALIDATION_NAMES, "validation")}
+
+# Read and written at once: fewer than datasets' own 1000, so that a book each still fits in memory.
+DOCUMENTS_AT_ONCE = 64
+
+# 64-bit offsets: a batch of books may pass the 2 GiB that plain strings can hold.
+DOCUMENT_FEATURES = Features({"text": Value("large_string")})
+
+# Starts reading documents from the first one.
+Reader = Callable[[], Iterator[dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Text to train on and text to measure on: each a table with one document per row in the column ``text``."""
+
+    train: Dataset
+    validation: Dataset
+
+
+def load_documents(settings: DataSettings) -> Documents:
+    """Find the data set that ``dataset_name`` names and give it as documents, in tables.
+
+    The validation documents are the data set's own (``validation``, ``valid``, ``val`` or ``dev``; in a folder, the files with such
+    a word in their name). Where it has none, 5 % of the documents, at least one, are set aside by a fixed seed. A
+    data set that is one single document loses its last 5 % of characters, cut at a paragraph, line or word, and a warning says so.
+    A test split is never used.
+
+    A local ``.txt`` file is one document, or several that lines ``<|endoftext|>`` divide. In the other formats a row is a
+    document; blank ones are dropped. Only WikiText's rows, which are single lines, are joined: one document per
+    article, from one level-1 heading to the next.
+
+    Raises:
+        UserError: If the data set is missing, unreadable, empty, has no such text column, or is a question set.
+    """
+    if is_questions(settings.dataset_name):
+        raise UserError(f"--dataset_name {settings.dataset_name}: expected text, got questions; evaluate and compare ask --questions")
+    with bars_on_terminals_only():
+        train, validation = _load_local(settings) if _is_local(settings.dataset_name) else _load_hub(settings)
+        return Documents(train, validation) if validation is not None else hold_out(train, settings.dataset_name)
+
+
+def open_documents(settings: DataSettings) -> tuple[Reader, Reader | None]:
+    """What reads the documents to train on, and those of the data set's own validation split, None where it has none.
+
+    Raises:
+        UserError: As `load_documents`, as far as the first document shows it; what comes later is raised while it is read.
+    """
+    return _read_local(settings) if _is_local(settings.dataset_name) else _read_hub(settings)
+
+
+def hold_out(documents: Dataset, name: str) -> Documents:
+    """Set documents aside for validation, by a fixed seed; a single document is cut in two. ``name`` is for the messages."""
+    count = len(documents)
+    if count == 1:
+        train, validation = split_text(documents[0]["text"])
+        logger.warning(
+            "data set %r is one single document and has no validation split: its last %d of %d characters are set aside for validation",
+            name, len(validation), len(train) + len(validation),
+        )  # fmt: skip
+        return Documents(_from_text(train), _from_text(validation))
+    chosen = set(random.Random(HELD_OUT_SEED).sample(range(count), max(1, round(count * HELD_OUT_SHARE))))
+    logger.info("data set %r has no validation split: %d of %d documents are set aside", name, len(chosen), count)
+    return Documents(documents.select([i for i in range(count) if i not in chosen]), documents.select(sorted(chosen)))
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """Cut a text before its last 5 %, moved back by at most another 5 % to the end of a paragraph, a line or a word."""
+    latest = int(len(text) * (1 - HELD_OUT_SHARE))
+    earliest = int(len(text) * (1 - 2 * HELD_OUT_SHARE))
+    for boundary in ("\n\n", "\n", " "):
+        found = text.rfind(boundary, earliest, latest)
+        if found >= 0:
+            return text[: found + len(boundary)], text[found + len(boundary) :]
+    return text[:latest], text[latest:]
+
+
+def _from_text(text: str) -> Dataset:
+    """A table on disk: only what is made from such a one is found in the cache again."""
+    return make_table(_one_document, {"text": text}, DOCUMENT_FEATURES, text, DOCUMENTS_AT_ONCE)
+
+
+def _one_document(text: str) -> Iterator[dict[str, str]]:
+    yield {"text": text}
+
+
+# Local files
+
+
+def _is_local(name: str) -> bool:
+    """Whether the name means a path. ``wikitext`` never does: ``./wikitext`` names a folder of that name."""
+    if name in ("wikitext", WIKITEXT):
+        return False
+    shaped = name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
+    return shaped or Path(name).suffix.lower() in READERS or Path(name).exists()
+
+
+def _load_local(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
+    splits = _local_splits(settings)
+    tables = {split: _read_table(files, settings.text_column) for split, files in splits.items() if split != "test"}
+    if len(tables["train"]) == 0:
+        named = ", ".join(file.name for file in splits["train"][:3])
+        raise UserError(f"{settings.dataset_name} holds no text: every document in {named} is empty")
+    validation = tables.get("validation")
+    return tables["train"], validation if validation is not None and len(validation) else None
+
+
+def _read_local(settings: DataSettings) -> tuple[Reader, Reader | None]:
+    splits = _local_splits(settings)
+    train, own = (partial(read_files, splits.get(split, []), settings.text_column) for split in ("train", "validation"))
+    return train, own if "validation" in splits else None
+
+
+def _local_splits(settings: DataSettings) -> dict[str, list[Path]]:
+    if settings.dataset_config_name:
+        raise UserError(
+            f"{settings.dataset_name} is local and has no configurations; leave out --dataset_config_name {settings.dataset_config_name}"
+        )
+    path = Path(settings.dataset_name).expanduser()
+    splits = find_files(path)
+    if "train" not in splits:
+        named = ", ".join(file.name for files in splits.values() for file in files[:3])
+        raise UserError(f"{path} has no text to train on: by their names, its files ({named}, ...) are all for validation or test")
+    return splits
+
+
+def find_files(path: Path) -> dict[str, list[Path]]:
+    """Files by split, sorted. A single file is for training; in a folder the names tell, the nearest part of the path first."""
+    if not path.exists():
+        raise UserError(f"no file or folder {path}; {ACCEPTED}, or a data set of the Hugging Face hub by its name")
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"cannot read {path}: unknown suffix {path.suffix!r}; {ACCEPTED}")
+        return {"train": [path]}
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if file.is_file() and not hidden and file.suffix.lower() in READERS:
+            splits.setdefault(split_of(inside), []).append(file)
+    if not splits:
+        raise UserError(f"folder {path} holds no text files; {ACCEPTED}")
+    return splits
+
+
+def split_of(inside: Path) -> str:
+    """``train``, ``validation`` or ``test`` by the whole words in a path: ``book_valid.txt``, ``dev/a.txt``; ``latest.txt`` is no test."""
+    for part in (inside.stem, *reversed(inside.parent.parts)):
+        for word in re.findall("[a-z]+", part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return "train"
+
+
+def _read_table(files: list[Path], column: str) -> Dataset:
+    state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return make_table(read_files, {"files": files, "column": column}, DOCUMENT_FEATURES, [state, column], DOCUMENTS_AT_ONCE)
+
+
+def read_files(files: list[Path], column: str) -> Iterator[dict[str, str]]:
+    """The documents of local files, in order, blank ones dropped. The suffix tells the format."""
+    for path in files:
+        try:
+            yield from _without_blanks(READERS[path.suffix.lower()](path, column))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} is not UTF-8 text: it holds the byte {error.object[error.start]:#04x} ({error.reason}); "
+                f"convert it, for example: iconv -f latin1 -t utf-8 {path}"
+            ) from error
+        except (OSError, pa.ArrowException, csv.Error) as error:
+            raise UserError(f"{path} cannot be read as {path.suffix}: {error}") from error
+
+
+def _without_blanks(texts: Iterable[str | None]) -> Iterator[dict[str, str]]:
+    for text in texts:
+        if text and not text.isspace():
+            yield {"text": text.strip("\n")}
+
+
+def _read_txt(path: Path, column: str) -> Iterator[str]:
+    lines: list[str] = []
+    with path.open(encoding="utf-8-sig") as file:
+        for line in file:
+            if line.strip() == DOCUMENT_SEPARATOR:
+                yield "".join(lines)
+                lines = []
+            else:
+                lines.append(line)
+    yield "".join(lines)
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[str | None]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _field(_parse_json(line, f"{path}, line {number}"), column, f"{path}, line {number}")
+
+
+def _read_json(path: Path, column: str) -> Iterator[str | None]:
+    """A list of objects, or one object per line as in ``.jsonl``."""
+    with path.open(encoding="utf-8-sig") as file:
+        if not file.read(1024).lstrip().startswith("["):
+            yield from _read_jsonl(path, column)
+            return
+        file.seek(0)
+        for number, record in enumerate(_parse_json(file.read(), str(path))):
+            yield _field(record, column, f"{path}, element {number}")
+
+
+def _read_csv(path: Path, column: str) -> Iterator[str | None]:
+    csv.field_size_limit(2**31 - 1)  # the default allows no document beyond 128 KiB
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, record in enumerate(csv.DictReader(file), 1):
+            yield _field(record, column, f"{path}, row {number}")
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        _require_column(schema.names, column, str(path))
+        _require_text(_is_text(schema.field(column).type), column, schema.field(column).type, str(path))
+        for batch in file.iter_batches(batch_size=DOCUMENTS_AT_ONCE, columns=[column]):
+            yield from batch.column(0).to_pylist()
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".json": _read_json,
+    ".csv": _read_csv,
+}
+
+
+ACCEPTED = f"accepted are {', '.join(READERS)} files and folders of them"
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _parse_json(content: str, place: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not valid JSON ({error}); expected an object with the text column") from error
+
+
+def _field(record: Any, column: str, place: str) -> str | None:
+    if not isinstance(record, dict):
+        raise UserError(f'{place}: expected an object such as {{"{column}": "..."}}, found {type(record).__name__}')
+    _require_column(list(record), column, place)
+    value = record[column]
+    _require_text(value is None or isinstance(value, str), column, type(value).__name__, place)
+    return value
+
+
+def _require_column(columns: list[str], column: str, place: str) -> None:
+    if column not in columns:
+        raise UserError(f"{place} has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}: name one with --text_column")
+
+
+def _require_text(is_text: bool, column: str, kind: object, place: str) -> None:
+    if not is_text:
+        raise UserError(f"{place}: column {column!r} holds {kind}, expected text; name another with --text_column")
+
+
+# The hub
+
+
+def _load_hub(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
+    name, train_rows, own_rows = _hub_splits(settings, streaming=False)
+    train = _as_documents(train_rows, settings.text_column, name)
+    if len(train) == 0:
+        raise UserError(f"data set {name} holds no text: every row of its split 'train' is empty")
+    validation = _as_documents(own_rows, settings.text_column, name) if own_rows is not None else None
+    return train, validation if validation is not None and len(validation) else None
+
+
+def _read_hub(settings: DataSettings) -> tuple[Reader, Reader | None]:
+    name, train, own = _hub_splits(settings, streaming=True)
+    return _reader(train, settings.text_column, name), None if own is None else _reader(own, settings.text_column, name)
+
+
+def _hub_splits(settings: DataSettings, streaming: bool) -> tuple[str, Any, Any]:
+    """The data set's full name, its rows for training, and those for validation or None: tables, or streams."""
+    is_wikitext = settings.dataset_name in ("wikitext", WIKITEXT)
+    name = WIKITEXT if is_wikitext else settings.dataset_name
+    splits = _fetch(name, settings.dataset_config_name or (WIKITEXT_CONFIG if is_wikitext else None), streaming)
+    if "train" not in splits:
+        raise UserError(f"data set {name} has no split 'train'; it has {', '.join(map(repr, splits))}")
+    return name, splits["train"], next((splits[key] for key in VALIDATION_NAMES if key in splits), None)
+
+
+def _fetch(name: str, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    with _hub_errors(name, config):
+        return datasets.load_dataset(name, config, streaming=streaming)
+
+
+@contextmanager
+def _hub_errors(name: str, config: str | None = None) -> Iterator[None]:
+    label = f"{name} ({config})" if config else name
+    try:
+        yield
+    except DatasetNotFoundError as error:
+        raise UserError(
+            f"no data set {name} on the Hugging Face hub (or it is private), and no local file or folder of that name; "
+            f"check the name, or give a path: {ACCEPTED}"
+        ) from error
+    except (ConnectionError, httpx.HTTPError) as error:
+        raise UserError(
+            f"cannot reach the Hugging Face hub for data set {name}: {error}. Check the network; HF_HUB_OFFLINE=1 uses what is already in "
+            f"the cache, and a local path needs no hub: {ACCEPTED}"
+        ) from error
+    except ValueError as error:  # "BuilderConfig not found. Available: ..." and "Config name is missing. Please pick one among ..."
+        raise UserError(
+            f"data set {label} cannot be loaded: {error}\n"
+            "Name the configuration with --dataset_config_name, which is for --dataset_name alone"
+        ) from error
+    # a data set that runs its own script is a RuntimeError, one without data files a FileNotFoundError
+    except (RuntimeError, OSError, DatasetsError) as error:
+        raise UserError(f"data set {label} cannot be loaded: {error.__cause__ or error}; a local path serves, too: {ACCEPTED}") from error
+
+
+def _as_documents(rows: Dataset, column: str, name: str) -> Dataset:
+    _require_column(rows.column_names, column, f"data set {name}")
+    _require_text(_is_text(rows.features.arrow_schema.field(column).type), column, rows.features[column], f"data set {name}")
+    gen_kwargs = {"rows": rows.select_columns(column), "column": column, "is_wikitext": name == WIKITEXT}
+    return make_table(_read_rows, gen_kwargs, DOCUMENT_FEATURES, [rows._fingerprint, column, name == WIKITEXT], DOCUMENTS_AT_ONCE)
+
+
+def _reader(rows: IterableDataset, column: str, name: str) -> Reader:
+    with _hub_errors(name):
+        first = next(iter(rows), None)
+    if first is not None:  # a stream may not know its columns before it is read
+        _field(first, column, f"data set {name}")
+    return partial(_read_rows, rows.select_columns(column), column, name == WIKITEXT)
+
+
+def _read_rows(rows: Dataset | IterableDataset, column: str, is_wikitext: bool) -> Iterator[dict[str, str]]:
+    batches = cast("Iterator[dict[str, list[str | None]]]", rows.iter(batch_size=DOCUMENTS_AT_ONCE))
+    texts = (text for batch in batches for text in batch[column])
+    yield from _without_blanks(join_articles(text or "" for text in texts) if is_wikitext else texts)
+
+
+def join_articles(rows: Iterable[str]) -> Iterator[str]:
+    """WikiText's rows (one line each) as whole articles; an article starts at a heading `` = Title = `` after a blank row."""
+    lines: list[str] = []
+    after_blank = True
+    for row in rows:
+        if after_blank and re.fullmatch(r" = [^=\n]+ = \n?", row):
+            yield "".join(lines)
+            lines = []
+        # the hub's blank rows have lost their line end
+        lines.append(row if row.endswith("\n") else row + "\n")
+        after_blank = not row.strip()
+    yield "".join(lines)

@@ -1,0 +1,250 @@
+"""The part of the demo's page on keeping track of a state: accuracy by length of the word, one line per cycle count, beside the donor.
+
+    Tracking    what was measured, as frozen values
+    render      Tracking to the markup of one section
+    finding     what it says in one sentence; sentences: in some more
+
+Findings are worded from the numbers, so that recursion that did not help is said not to have helped. Accuracies are shares of right
+guesses, shown in percent; lengths are in letters, times in seconds. Floor 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..reports.accuracy_chart import difficulty_figure, difficulty_line, shade
+from ..reports.charts import Level, Line, element, escape
+from ..reports.html import PLUS_MINUS, number, paragraph, plural, row, scroll, section, signed, table
+
+CLEARLY = 2.0  # standard errors
+KNOWN, LOST = 0.9, 0.5  # right this often: the state is tracked; less than this: it is lost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Right guesses after so many letters."""
+
+    letters: int
+    accuracy: float
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracker:
+    """A model at one depth. `H_cycles` is None for a donor; `steps` and `seconds` are those of its fine-tuning, None where it had none."""
+
+    name: str
+    shares: tuple[Share, ...]
+    H_cycles: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+    def over(self, letters: Sequence[int]) -> tuple[float, float]:
+        """Mean accuracy over these lengths, and at most what its standard error is: guesses of one word may be wrong together."""
+        found = [share for share in self.shares if share.letters in letters]
+        errors = [share.standard_error or 0.0 for share in found]
+        return math.fsum(share.accuracy for share in found) / len(found), math.fsum(errors) / len(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """All that the section shows.
+
+    Args:
+        states: How many there are to guess among.
+        words: How many were asked.
+        example: One of them, and its states.
+        pretrained, trained: Letters of the words that the donor was pretrained on, and of those of the fine-tuning.
+        H_cycles: The trained depth.
+        depths: The recursive model, by depth.
+    """
+
+    states: int
+    words: int
+    example: tuple[str, str]
+    pretrained: int
+    trained: int
+    H_cycles: int
+    donor_as_is: Tracker
+    donor_tuned: Tracker
+    depths: tuple[Tracker, ...]
+
+    @property
+    def models(self) -> tuple[Tracker, ...]:
+        return (self.donor_as_is, self.donor_tuned, *self.depths)
+
+    @property
+    def at_trained_depth(self) -> Tracker:
+        return next(tracker for tracker in self.depths if tracker.H_cycles == self.H_cycles)
+
+    @property
+    def lost(self) -> list[int]:
+        """The lengths of the fine-tuning at which the donor as it came is right less than half of the time."""
+        return [share.letters for share in self.donor_as_is.shares if share.accuracy < LOST and share.letters <= self.trained]
+
+
+def render(tracking: Tracking) -> str:
+    """The section."""
+    word, states = tracking.example
+    explained = (
+        "Another donor, tiny and trained on one task: it reads a word letter by letter, each letter rearranges three things, and after "
+        f"each it must tell which of the {tracking.states} arrangements there is now; of {word} these are {states}. It was pretrained on "
+        f"words of {tracking.pretrained} letters. It was made recursive and fine-tuned on words of {tracking.trained}, and beside it the "
+        "donor itself was, for the same time."
+    )
+    said = element("ul", *(element("li", escape(sentence)) for sentence in sentences(tracking)), class_="findings")
+    return section("Keeping track of a state", paragraph(explained), said, _chart(tracking), _summary(tracking), _details(tracking))
+
+
+# Findings
+
+
+def finding(tracking: Tracking) -> str:
+    """Against the donor that was fine-tuned for the same time."""
+    lost, ours, theirs = tracking.lost, tracking.at_trained_depth, tracking.donor_tuned
+    if not lost:
+        return "Keeping track of a state: the donor loses it at no length that was asked for, so there is nothing to gain."
+    (mine, my_error), (other, other_error) = ours.over(lost), theirs.over(lost)
+    difference, error = 100 * (mine - other), 100 * math.hypot(my_error, other_error)
+    return (
+        f"Keeping track of a state over {_span(lost)}, where the donor is lost: after {plural(tracking.H_cycles, 'cycle')} the recursive "
+        f"model is right {_percent(mine)} of the time, the donor fine-tuned for the same time {_percent(other)}. The difference is "
+        f"{signed(difference, 1)} points {PLUS_MINUS}{number(error, 1)}: {_verdict(difference, error)}."
+    )
+
+
+def sentences(tracking: Tracking) -> list[str]:
+    return [_reach(tracking), finding(tracking), _across_cycles(tracking), _cost(tracking)]
+
+
+def _reach(tracking: Tracking) -> str:
+    known = [share.letters for share in tracking.donor_as_is.shares if share.accuracy >= KNOWN]
+    tracks = (
+        f"tracks the state over up to {plural(max(known), 'letter')}" if known else "tracks the state over no length that was asked for"
+    )
+    if not tracking.lost:
+        return f"The donor as it came {tracks} ({KNOWN:.0%} right or more)."
+    last = max(tracking.lost)
+    (after,) = (share.accuracy for share in tracking.donor_as_is.shares if share.letters == last)
+    return (
+        f"The donor as it came {tracks} ({KNOWN:.0%} right or more), loses it from {plural(min(tracking.lost), 'letter')} on (less than "
+        f"{LOST:.0%}), and is right {_percent(after)} of the time at {last}, where guessing is right {_percent(1 / tracking.states)}."
+    )
+
+
+def _across_cycles(tracking: Tracking) -> str:
+    """Over the lengths where the donor is lost; else over all."""
+    letters = tracking.lost or [share.letters for share in tracking.donor_as_is.shares]
+    found = [(tracker.H_cycles or 0, *tracker.over(letters)) for tracker in tracking.depths]
+    if len(found) < 2:
+        return ""
+    by_cycle = ", ".join(f"{H}: {_percent(mean)}" for H, mean, _ in found)
+    (first, low, low_error), (best, high, high_error) = found[0], max(found, key=lambda depth: depth[1])
+    opening = f"By cycles, there: {by_cycle}."
+    gained, error = high - low, math.hypot(low_error, high_error)
+    if gained < CLEARLY * error or best == first:
+        return f"{opening} No depth is clearly better than {plural(first, 'cycle')}."
+    points = f"{signed(100 * gained, 1)} points {PLUS_MINUS}{number(100 * error, 1)}"
+    return f"{opening} The best, {plural(best, 'cycle')}, is {points} from {plural(first, 'cycle')}."
+
+
+def _cost(tracking: Tracking) -> str:
+    ours, theirs = tracking.at_trained_depth, tracking.donor_tuned
+    return (
+        f"The recursive model was fine-tuned for {number(ours.seconds, 0)} seconds, which were {plural(ours.steps or 0, 'step')}; the "
+        f"donor for {number(theirs.seconds, 0)}, which were {plural(theirs.steps or 0, 'step')} of as many words."
+    )
+
+
+def _verdict(difference: float, error: float) -> str:
+    if abs(difference) < CLEARLY * error or difference == 0:
+        return "too close to tell apart"
+    return "recursion helps" if difference > 0 else "recursion does not help here"
+
+
+# The picture and the tables
+
+
+def _chart(tracking: Tracking) -> str:
+    lines = [
+        *(_line(tracker, shade(index, len(tracking.depths))) for index, tracker in enumerate(tracking.depths)),
+        _line(tracking.donor_tuned, "s4", "dashed"),
+        _line(tracking.donor_as_is, "s3", "dotted"),
+    ]
+    caption = (
+        f"Right guesses after each letter of {tracking.words:,} words that begin as no word of the trainings does. One and the same "
+        "recursive model at several depths; dashed and dotted: the donor, and what guessing would give. Longer words than those of the "
+        "fine-tuning are right of the mark."
+    )
+    chance = Level(name="guessing", y=100 / tracking.states, colour="muted")
+    return difficulty_figure(
+        "Accuracy by length of the word",
+        lines,
+        caption,
+        levels=[chance],
+        x_label="letters read",
+        marked_x=tracking.trained,
+        mark="trained length",
+    )
+
+
+def _line(tracker: Tracker, colour: str, stroke: Literal["solid", "dotted", "dashed"] = "solid") -> Line:
+    points = [(share.letters, share.accuracy, share.standard_error) for share in tracker.shares]
+    return difficulty_line(points, tracker.name, colour, stroke)
+
+
+def shown_lengths(tracking: Tracking) -> list[int]:
+    """The lengths of the short table: every second one up to 4 letters more than those of the fine-tuning."""
+    return [share.letters for share in tracking.donor_as_is.shares if share.letters % 2 == 0 and share.letters <= tracking.trained + 4]
+
+
+def _summary(tracking: Tracking) -> str:
+    lengths = shown_lengths(tracking)
+    head = ("model", "steps", "seconds", *(plural(length, "letter") for length in lengths))
+    rows = [
+        row(
+            tracker.name,
+            ["" if tracker.steps is None else f"{tracker.steps:,}", number(tracker.seconds, 1), *_cells(tracker, lengths)],
+            _class(tracking, tracker),
+        )
+        for tracker in tracking.models
+    ]
+    return table(head, rows, "Right, in percent, after so many letters; steps and seconds of the fine-tuning.")
+
+
+def _cells(tracker: Tracker, lengths: Sequence[int]) -> list[str]:
+    return [number(100 * share.accuracy, 1) for share in tracker.shares if share.letters in lengths]
+
+
+def _class(tracking: Tracking, tracker: Tracker) -> str | None:
+    if tracker.H_cycles is None:
+        return None
+    return "ours trained" if tracker.H_cycles == tracking.H_cycles else "ours"
+
+
+def _details(tracking: Tracking) -> str:
+    """Every figure, with its error."""
+    names = [tracker.name for tracker in tracking.models]
+    head = element("thead", element("tr", *(element("th", escape(words), scope="col") for words in ("letters", *names))))
+    rows = [
+        row(str(shares[0].letters), [_with_error(share) for share in shares])
+        for shares in zip(*(tracker.shares for tracker in tracking.models), strict=True)
+    ]
+    title = "Right after every letter, in percent, with standard errors"
+    return element("details", element("summary", title), scroll(element("table", head, element("tbody", *rows)), title, "scroll tall"))
+
+
+def _with_error(share: Share) -> str:
+    error = "" if share.standard_error is None else f" {PLUS_MINUS}{number(100 * share.standard_error, 1)}"
+    return number(100 * share.accuracy, 1) + error
+
+
+def _span(letters: Sequence[int]) -> str:
+    return plural(letters[0], "letter") if len(letters) == 1 else f"{min(letters)} to {max(letters)} letters"
+
+
+def _percent(share: float) -> str:
+    return f"{number(100 * share, 1)}\N{NO-BREAK SPACE}%"

@@ -1,0 +1,67 @@
+"""The whole way in a few minutes, offline: pretrained models become recursive ones, learn, and get measured at every depth.
+
+The first half (demo_text.py) is about prose, the second (demo_tracking.py) about keeping track of a state. Both donors ship with the
+package. Every number in the report was measured in this run. Floor 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import UserError
+from ..utils.device import check_seed
+from ..utils.machine import machine, versions
+from . import prose, report, state_tracking
+from .stages import Clock
+
+
+@dataclass(kw_only=True)
+class DemoSettings:
+    """Convert the small donors that ship, fine-tune, measure beside the donors at several cycle counts, and write a report."""
+
+    output_dir: str = "runs/demo"
+    """Folder for the report, the checkpoints and the text; made if it is missing."""
+    steps: int = 90
+    """Optimizer steps of each of the two fine-tunings on text."""
+    tracking_steps: int = state_tracking.STEPS
+    """Optimizer steps of the recursive model that tracks a state; its donor is then fine-tuned for the same time."""
+    seed: int = 0
+    """Seed of the order of text and words, and of the samples."""
+
+
+def run(settings: DemoSettings) -> Path:
+    """The demo; returns the path of the report.
+
+    Raises:
+        UserError: The output folder cannot be made.
+    """
+    check_seed(settings.seed)
+    out, clock = Path(settings.output_dir), Clock()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: {out} cannot be made ({error.strerror}); name another folder") from error
+    text = prose.run(out, settings.steps, settings.seed, clock)
+    tracking = state_tracking.run(out, settings.tracking_steps, settings.seed, clock)
+    page = replace(
+        text, tracking=tracking, machine=machine(), versions=versions(),
+        commands=(*text.commands, *state_tracking.commands(out, settings.tracking_steps, settings.seed)),
+        stages=tuple(report.Stage(name=name, seconds=seconds) for name, seconds in clock.stages),
+    )  # fmt: skip
+    path = report.write(page, out / "report.html")
+    print_summary(page, path, clock)
+    return path
+
+
+def print_summary(page: report.DemoReport, path: Path, clock: Clock) -> None:
+    print(f"\n{'validation loss (nats per token)':<34}{'loss':>8}{'+-':>9}{'layer applications':>21}")
+    rows = [(b.name, b) for b in page.baselines] + [(prose.at_depth(d.H_cycles), d) for d in page.depths]
+    for name, row in rows:
+        error = f"{row.standard_error:.4f}" if row.standard_error is not None else "-"
+        print(f"{name:<34}{row.loss:>8.4f}{error:>9}{row.layer_applications:>21}")
+    if page.tracking is not None:
+        print("\n" + "\n".join(state_tracking.lines(page.tracking)))
+    for sample in page.samples:
+        print(f"\n{sample.model}: {sample.prompt}{sample.text}")
+    print(f"\n✓ {clock.seconds:.0f} seconds; the report is {path}")

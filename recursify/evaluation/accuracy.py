@@ -1,0 +1,266 @@
+"""How many questions a model answers right, by difficulty and by cycle count; for a recursive model or a plain donor.
+
+    runs = [Effort(H_cycles=H) for H in (1, 2, 3)]
+    report, rights = ask(model, tokenizer, "permutations:difficulty=4-32/4", items, runs)
+
+Two judges. `answer`: the model reads the question and writes, greedily, one token more than the longest answer of the set takes; the text
+ends at an end token or a new line - where the items come with worked steps, at a blank line or the next question - and `tasks.is_right`
+looks at it. `labels`, for state tracking: one pass over the question, and at the place of each label the likeliest of all tokens must be
+it; the difficulty of a guess is the number of its label.
+
+Standard errors take questions as independent, and the labels of one question together. Several processes share the batches (sharing.py);
+who is in a batch depends on nothing but the questions. Floor 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..data.question_rows import label_tokens
+from ..data.tasks import Item, as_text, is_right, prompt
+from ..errors import UserError
+from ..inference.generation import Sampling, generate_batch, prompt_ids
+from ..inference.options import Effort, evaluating
+from ..network.decoding_recursive_llm import HaltRule
+from ..utils.distributed import in_turns
+from .cycle_stats import read_out
+from .text_loss import states_at
+from .windows import mean_and_error
+
+Judge = Literal["answer", "labels"]
+Labelled = tuple[list[int], list[int], list[int]]  # ids of a question; the places of its labels; their ids
+
+_WIDTH = 16  # of a column of a table
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of right guesses of one run.
+
+    Args:
+        H_cycles: None for a plain donor.
+        halt: What halted tokens; None in a run without halting.
+        difficulty: None for all difficulties together.
+        standard_error: Of the share; None for a single question.
+    """
+
+    H_cycles: int | None
+    halt: str | None
+    difficulty: int | None
+    right: int
+    count: int
+    standard_error: float | None
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.count
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "accuracy": self.accuracy}
+
+
+@dataclass(frozen=True)
+class QuestionsReport:
+    """What was measured on one question set.
+
+    Args:
+        items: How many questions were asked.
+        rows: Run by run; of each, all difficulties together, then each by itself.
+    """
+
+    name: str
+    judge: Judge
+    items: int
+    rows: list[Accuracy]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Runs with halting stand by themselves: at one cycle count there may be both."""
+        rows, halting = ([row.to_dict() for row in self.rows if (row.halt is not None) == halts] for halts in (False, True))
+        return {**vars(self), "rows": rows, "halting": halting}
+
+    def lines(self) -> list[str]:
+        """For a terminal: difficulties down, runs across."""
+        columns = list(dict.fromkeys(column(row.H_cycles, row.halt) for row in self.rows))
+        judged = "the answer, as written" if self.judge == "answer" else "every label, as the likeliest token at its place"
+        lines = [
+            f"{self.name}: {self.items:,} questions, judged by {judged}; right in %, +- standard error",
+            "",
+            f"{'difficulty':>10}  {'count':>7}" + "".join(f"{name:>{_WIDTH}}" for name in columns),
+        ]
+        for difficulty in dict.fromkeys(row.difficulty for row in self.rows):
+            rows = [row for row in self.rows if row.difficulty == difficulty]
+            cells = "".join(f"{_percent(row):>{_WIDTH}}" for row in rows)
+            lines += [f"{'all' if difficulty is None else difficulty:>10}  {rows[0].count:>7,}{cells}"]
+        return lines
+
+
+def column(H_cycles: int | None, halt: str | None) -> str:
+    """What a run is called at the head of a column."""
+    name = "donor" if H_cycles is None else f"H_cycles {H_cycles}"
+    return f"<= {H_cycles}, {halt}" if halt else name
+
+
+def _percent(row: Accuracy) -> str:
+    error = "" if row.standard_error is None else f" +-{100 * row.standard_error:4.1f}"
+    return f"{100 * row.accuracy:.1f}{error}"
+
+
+def ask(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    items: Sequence[Item],
+    runs: Sequence[Effort],
+    judge: Judge = "answer",
+    *,
+    batch_size: int = 8,
+) -> tuple[QuestionsReport, Tensor]:
+    """Ask a model all questions of a set in every run.
+
+    Where `torch.distributed` has several processes, all of them must call this.
+
+    Args:
+        name: Of the set, for report and messages.
+        items: At least one.
+        runs: Each one's cycles and halting; for a plain donor one `Effort()`.
+
+    Returns:
+        The report, and `[runs, items]` whether the answer itself is right: of labels, the last one.
+
+    Raises:
+        UserError: Questions longer than the model has positions; `labels` of more tokens than one, or none.
+    """
+    if judge == "answer":
+        found = _written(model, tokenizer, name, items, runs, batch_size)
+        difficulties = [[item.difficulty] for item in items]
+    else:
+        found = _told(model, tokenizer, name, items, runs, batch_size)
+        difficulties = [list(range(1, len(guesses) + 1)) for guesses in found[0]]
+    rows = [row for run, guesses in zip(runs, found, strict=True) for row in _accuracies(run, guesses, difficulties)]
+    return QuestionsReport(name, judge, len(items), rows), torch.tensor([[guesses[-1] for guesses in run] for run in found])
+
+
+def _accuracies(run: Effort, guesses: Sequence[Sequence[bool]], difficulties: Sequence[Sequence[int]]) -> list[Accuracy]:
+    """Of all difficulties together, then of each; `guesses` and `difficulties` have a list for every item."""
+    halt = None if run.halt == "none" else run.halt
+    rows = []
+    for wanted in (None, *sorted({difficulty for each in difficulties for difficulty in each})):
+        kept = [
+            [right for right, difficulty in zip(rights, each, strict=True) if wanted in (None, difficulty)]
+            for rights, each in zip(guesses, difficulties, strict=True)
+        ]
+        sums = torch.tensor([[sum(rights), len(rights)] for rights in kept if rights]).T
+        right, count = sums.sum(dim=1).tolist()
+        rows.append(Accuracy(run.H_cycles, halt, wanted, right, count, mean_and_error(sums[0], sums[1])[1]))
+    return rows
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of the items, those of like length together."""
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def _in_order(batches: Sequence[Sequence[int]], found: Sequence[Sequence[Sequence[Any]]]) -> list[list[Any]]:
+    """`[batches][runs][items of the batch]` as `[runs][items]`."""
+    places = {number: (batch, row) for batch, numbers in enumerate(batches) for row, number in enumerate(numbers)}
+    spots = [places[number] for number in range(len(places))]
+    return [[found[batch][run][row] for batch, row in spots] for run in range(len(found[0]))]
+
+
+def _check_positions(model: Any, name: str, tokens: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"--questions {name}: the longest question takes {tokens} tokens with its answer, the model has {positions} positions; "
+            "ask for a smaller difficulty"
+        )
+
+
+# Judged by the answer
+
+
+def _written(
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item], runs: Sequence[Effort], batch_size: int
+) -> list[list[list[bool]]]:
+    """`[runs][items][1]`."""
+    lengths = [len(prompt_ids(tokenizer, prompt(item))) for item in items]
+    wholes = [len(prompt_ids(tokenizer, as_text(item, with_steps=True))) for item in items]
+    longest = max(whole - length for whole, length in zip(wholes, lengths, strict=True))
+    new = longest + 1  # an answer that goes on is another one
+    _check_positions(model, name, max(lengths) + new)
+    stop = ("\n\n", "\nQuestion:") if any(item.steps for item in items) else ("\n",)
+    batches = _batches(lengths, batch_size)
+
+    def answer(batch: Sequence[int]) -> list[list[list[bool]]]:
+        asked = [items[number] for number in batch]
+        found = []
+        for run in runs:
+            sampling = Sampling(H_cycles=run.H_cycles, halt=run.halt, halt_threshold=run.halt_threshold, max_new_tokens=new, temperature=0,
+                                stop=stop)  # fmt: skip
+            texts = generate_batch(model, tokenizer, [prompt(item) for item in asked], sampling)
+            found.append([[is_right(item, written.text)] for item, written in zip(asked, texts, strict=True)])
+        return found
+
+    return _in_order(batches, in_turns(batches, answer))
+
+
+# Judged by the labels
+
+
+def _told(
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item], runs: Sequence[Effort], batch_size: int
+) -> list[list[list[bool]]]:
+    """`[runs][items][labels]`."""
+    labelled = [_labelled(item, tokenizer, name) for item in items]
+    lengths = [len(ids) for ids, _, _ in labelled]
+    _check_positions(model, name, max(lengths))
+    batches = _batches(lengths, batch_size)
+
+    def guess(batch: Sequence[int]) -> list[list[list[bool]]]:
+        ids, targets, places = (part.to(model.device) for part in _as_batch([labelled[number] for number in batch]))
+        counts = [len(labelled[number][1]) for number in batch]
+        with evaluating(model), torch.no_grad():
+            rights = [read_out(model.get_output_embeddings(), state, targets, places)[1].bool() for state in _states(model, ids, runs)]
+        return [[part.tolist() for part in right.split(counts)] for right in rights]
+
+    return _in_order(batches, in_turns(batches, guess))
+
+
+def _labelled(item: Item, tokenizer: PreTrainedTokenizerBase, name: str) -> Labelled:
+    found = label_tokens(item, tokenizer)
+    if found is None:
+        of = f"labels such as {item.labels[-1]!r}" if item.labels else "questions without labels"
+        raise UserError(
+            f"--judge labels: expected labels of one token each, which permutations of the group S3 and pointers have; {name} has {of}; "
+            "use --judge answer"
+        )
+    return found
+
+
+def _as_batch(rows: Sequence[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, T]` ids, filled up behind where nothing before can see it; `[B, T]` labels, each after its place; `[B, T - 1]` places."""
+    shape = len(rows), max(len(ids) for ids, _, _ in rows) + 1
+    batch, targets, places = (torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.long, torch.bool))
+    for row, (ids, spots, labels) in enumerate(rows):
+        batch[row, : len(ids)] = torch.tensor(ids)
+        targets[row, torch.tensor(spots) + 1] = torch.tensor(labels)
+        places[row, spots] = True
+    return batch, targets, places[:, :-1]
+
+
+def _states(model: Any, ids: Tensor, runs: Sequence[Effort]) -> list[Tensor]:
+    """What the head reads in each run, `[B, T, D]`; those without halting are one pass."""
+    plain = iter(states_at(model, ids, depths) if (depths := [run.H_cycles for run in runs if run.halt == "none"]) else [])
+    return [next(plain) if run.halt == "none" else _halted(model, ids, run) for run in runs]
+
+
+def _halted(model: Any, ids: Tensor, run: Effort) -> Tensor:
+    rule = HaltRule(run.halt, run.halt_threshold, model.lm_head, model.config.vocab_size)
+    return model.model(ids, H_cycles=run.H_cycles, use_cache=False, halt_rule=rule).last_hidden_state

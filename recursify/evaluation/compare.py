@@ -1,0 +1,300 @@
+"""Several models on the same items, each against the first one: what `recursify compare` does.
+
+    run(settings)         measures one model after another, with one in memory at a time
+    compare(...)          the differences between measured models, and how sure they are
+
+Losses are compared window by window (paired t-test), answers question by question (exact McNemar test), each model at its own cycle count.
+Models whose tokenizers cut the text into other tokens read other windows: their bits per byte stand side by side, and are not paired; their
+answers are. Floor 3.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+
+from ..errors import UserError
+from ..network.modeling_recursive_llm import RecursiveLLM
+from . import evaluate
+from .evaluate import EvaluateReport, MeasureSettings, Paired
+from .statistics import mcnemar_p, student_p, written
+from .windows import mean_and_error
+
+
+@dataclass(kw_only=True)
+class CompareSettings(MeasureSettings):
+    """Measure several models on the same text, questions and tasks, and say how sure the differences are."""
+
+    checkpoints: tyro.conf.Positional[tuple[str, ...]]
+    """Recursive checkpoints (.pt files or folders) and plain donors (folders or hub ids), at least two. The first is what the others are
+    compared with."""
+    cycles: tuple[int, ...] = ()
+    """Cycle counts to measure beside each model's own, e.g. --cycles 0 1 3 5. Default: 1 to twice each model's own."""
+    tokenizer_path: str | None = None
+    """Folder or hub id of the tokenizer of all of them, when the checkpoints have none."""
+
+
+class Measured(NamedTuple):
+    """A model that is in memory no more."""
+
+    report: EvaluateReport
+    paired: Paired
+
+    @property
+    def own(self) -> int:
+        """Row of its own cycle count."""
+        return self.paired.depths.index(self.report.trained_cycles)
+
+    @property
+    def name(self) -> str:
+        return self.report.checkpoint
+
+
+@dataclass(frozen=True)
+class TextDifference:
+    """Loss of a model minus that of the baseline, each at its own cycle count, in nats per token.
+
+    Args:
+        H_cycles, baseline_H_cycles: None for a plain donor.
+        standard_error, p: Of the difference, window by window; None for a single window.
+    """
+
+    model: str
+    H_cycles: int | None
+    baseline_H_cycles: int | None
+    loss: float
+    baseline_loss: float
+    difference: float
+    standard_error: float | None
+    p: float | None
+
+
+@dataclass(frozen=True)
+class QuestionDifference:
+    """Share of right answers of a model minus that of the baseline, each at its own cycle count.
+
+    Args:
+        name: Of the question set.
+        difficulty: Of the items; None for all of them.
+        count: How many questions.
+        model_only, baseline_only: Questions that only the one, or only the other, answered right.
+        standard_error: Of the difference.
+        p: That a split of these questions is as uneven by chance.
+    """
+
+    model: str
+    name: str
+    judge: str
+    difficulty: int | None
+    H_cycles: int | None
+    baseline_H_cycles: int | None
+    count: int
+    accuracy: float
+    baseline_accuracy: float
+    model_only: int
+    baseline_only: int
+    difference: float
+    standard_error: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several evaluations, the baseline first, and the differences to it.
+
+    Args:
+        paths: Of the models, as they were given; the reports have short names.
+        same_windows: Whether all models read the same windows of the text.
+        unpaired: Model and reason, for text that cannot be compared window by window.
+    """
+
+    paths: list[str]
+    reports: list[EvaluateReport]
+    same_windows: bool
+    text_differences: list[TextDifference]
+    question_differences: list[QuestionDifference]
+    unpaired: list[dict[str, str]]
+
+    @property
+    def baseline(self) -> str:
+        return self.reports[0].checkpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "baseline": self.baseline,
+            "models": [{**report.to_dict(), "path": path} for path, report in zip(self.paths, self.reports, strict=True)],
+            "same_windows": self.same_windows,
+            "text_differences": [vars(line) for line in self.text_differences],
+            "question_differences": [vars(line) for line in self.question_differences],
+            "unpaired": self.unpaired,
+        }
+
+    def render(self) -> str:
+        parts = [report.render() for report in self.reports]
+        width = max(len(report.checkpoint) for report in self.reports)
+        parts.append(f"against {self.baseline}, each model at its own cycle count, on the same items:")
+        if self.text_differences:
+            head = f"{'loss (nats)':<{width}}  {'H_cycles':>8}  {'loss':>8}  {'baseline':>8}  {'difference':>10}  {'+-':>7}  {'p':>7}"
+            parts.append("\n".join([head, *(_text_line(line, width) for line in self.text_differences)]))
+        for name in dict.fromkeys(line.name for line in self.question_differences):
+            lines = [line for line in self.question_differences if line.name == name]
+            parts.append("\n".join([f"{name}, right in %:", _question_head(width), *(_question_line(line, width) for line in lines)]))
+        return "\n\n".join([*parts, *(line["reason"] for line in self.unpaired)])
+
+
+def _text_line(line: TextDifference, width: int) -> str:
+    error = "-" if line.standard_error is None else f"{line.standard_error:.4f}"
+    figures = f"{line.loss:>8.4f}  {line.baseline_loss:>8.4f}  {line.difference:>+10.4f}  {error:>7}  {written(line.p):>7}"
+    return f"{line.model:<{width}}  {_cycles(line.H_cycles):>8}  {figures}"
+
+
+def _question_head(width: int) -> str:
+    columns = f"{'right':>6}  {'baseline':>8}  {'difference':>10}  {'+-':>5}  {'only it':>7}  {'only baseline':>13}  {'p':>7}"
+    return f"{'':<{width}}  {'H_cycles':>8}  {'difficulty':>10}  {'count':>6}  {columns}"
+
+
+def _question_line(line: QuestionDifference, width: int) -> str:
+    which = "all" if line.difficulty is None else str(line.difficulty)
+    shares = f"{100 * line.accuracy:>6.1f}  {100 * line.baseline_accuracy:>8.1f}  {100 * line.difference:>+10.1f}"
+    split = f"{line.model_only:>7}  {line.baseline_only:>13}  {written(line.p):>7}"
+    head = f"{line.model:<{width}}  {_cycles(line.H_cycles):>8}  {which:>10}  {line.count:>6,}"
+    return f"{head}  {shares}  {100 * line.standard_error:>5.1f}  {split}"
+
+
+def _cycles(H_cycles: int | None) -> str:
+    return "donor" if H_cycles is None else str(H_cycles)
+
+
+def check(settings: CompareSettings) -> None:
+    """What can be said of the settings before a model is loaded.
+
+    Raises:
+        UserError: Fewer than two checkpoints, one of them twice, or settings that `recursify evaluate` refuses.
+    """
+    paths = settings.checkpoints
+    if len(paths) < 2:
+        raise UserError(f"recursify compare: expected at least two checkpoints, the baseline first, got {' '.join(paths) or 'none'}")
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"recursify compare: expected different checkpoints, got {twice[0]} twice")
+    evaluate.check(settings)
+
+
+def run(settings: CompareSettings) -> Comparison:
+    """What `recursify compare` does.
+
+    Raises:
+        UserError: Bad input.
+    """
+    evaluate.join_processes(settings)
+    check(settings)
+    names = short_names(settings.checkpoints)
+    measured = [_measure(path, name, settings) for path, name in zip(settings.checkpoints, names, strict=True)]
+    difficulties = {name: [item.difficulty for item in items] for name, items in evaluate.question_sets(settings).items()}
+    return compare(settings.checkpoints, measured, difficulties)
+
+
+def _measure(path: str, name: str, settings: CompareSettings) -> Measured:
+    """At the cycles of the settings and at the model's own; nothing of it stays in memory."""
+    model, tokenizer = evaluate.load_any(path, settings.tokenizer_path)
+    if isinstance(model, RecursiveLLM):
+        cycles = tuple(dict.fromkeys((*settings.cycles, model.config.H_cycles))) if settings.cycles else ()
+        settings = replace(settings, cycles=cycles)
+    else:
+        settings = replace(settings, halt="none", halt_threshold=None)  # there is nothing to halt
+    measured = Measured(*evaluate.evaluate_paired(model, tokenizer, settings, name))
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return measured
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of each path, as many as it takes to tell them apart."""
+    parts = [PurePath(path).parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [str(PurePath(*each[-count:])) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)  # such as x and ./x
+
+
+def compare(paths: Sequence[str], measured: Sequence[Measured], difficulties: dict[str, list[int]]) -> Comparison:
+    """Each model against the first.
+
+    Args:
+        paths: Of the models.
+        difficulties: Of the items of each question set, by its name.
+    """
+    base, others = measured[0], measured[1:]
+    paired = [model for model in others if _same_windows(model, base)]
+    return Comparison(
+        paths=list(paths),
+        reports=[model.report for model in measured],
+        same_windows=len(paired) == len(others),
+        text_differences=[_text_difference(model, base) for model in paired if model.paired.text is not None],
+        question_differences=[line for name, each in difficulties.items() for model in others for line in _asked(model, base, name, each)],
+        unpaired=[{"model": model.name, "reason": _why_unpaired(model, base)} for model in others if model not in paired],
+    )
+
+
+def _same_windows(model: Measured, base: Measured) -> bool:
+    ours, theirs = model.paired.text, base.paired.text
+    return ours is None or theirs is None or ours.key == theirs.key
+
+
+def _text_difference(model: Measured, base: Measured) -> TextDifference:
+    ours, theirs = model.paired.text, base.paired.text
+    assert ours is not None and theirs is not None
+    nats, other = ours.nats[model.own], theirs.nats[base.own]
+    difference, error = mean_and_error(nats - other, ours.tokens, ours.per_piece)
+    pieces = -(-len(nats) // ours.per_piece)
+    loss, baseline_loss = (mean_and_error(row, ours.tokens)[0] for row in (nats, other))
+    p = None if error is None else student_p(difference, error, pieces)
+    return TextDifference(model.name, *_depths(model, base), loss, baseline_loss, difference, error, p)
+
+
+def _depths(model: Measured, base: Measured) -> tuple[int | None, int | None]:
+    return model.report.trained_cycles, base.report.trained_cycles
+
+
+def _why_unpaired(model: Measured, base: Measured) -> str:
+    bits = [_bits_per_byte(each) for each in (model, base)]
+    return (
+        f"{model.name} cuts the text into other tokens than {base.name}, so their losses cannot be paired; bits per byte can be compared: "
+        f"{bits[0]} and {bits[1]}."
+    )
+
+
+def _bits_per_byte(model: Measured) -> str:
+    assert model.report.text is not None
+    bits = model.report.text.rows[model.own].bits_per_byte
+    return "unknown" if bits is None else f"{bits:.4f}"
+
+
+def _asked(model: Measured, base: Measured, name: str, difficulties: Sequence[int]) -> list[QuestionDifference]:
+    """Of all items, then of each difficulty where there are several."""
+    ours, theirs = model.paired.rights[name][model.own].bool(), base.paired.rights[name][base.own].bool()
+    each, [judge] = torch.tensor(difficulties), {asked.judge for asked in model.report.questions if asked.name == name}
+    graded = sorted(set(difficulties))
+    chosen = [(None, torch.ones_like(ours)), *((d, each == d) for d in graded if len(graded) > 1)]
+    return [_question_difference(model, base, (name, judge, d), ours[kept], theirs[kept]) for d, kept in chosen]
+
+
+def _question_difference(
+    model: Measured, base: Measured, what: tuple[str, str, int | None], ours: Tensor, theirs: Tensor
+) -> QuestionDifference:
+    count, only, other = len(ours), int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    difference = (only - other) / count
+    error = max(0.0, (only + other) / count - difference**2) ** 0.5 / count**0.5
+    accuracy, baseline = ours.double().mean().item(), theirs.double().mean().item()
+    return QuestionDifference(
+        model.name, *what, *_depths(model, base), count, accuracy, baseline, only, other, difference, error, mcnemar_p(only, other)
+    )

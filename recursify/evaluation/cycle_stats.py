@@ -1,0 +1,248 @@
+"""What each cycle does to a text: what it gains, which guesses it mends and spoils, how far it moves the state, where tokens halt.
+
+    read_out          loss and rightness of every scored token, from a state that the head reads
+    sums_of_cycles    what a batch of windows says about the cycles, as sums over the scored tokens of each window
+    sums_of_halting   the same for a pass in which tokens halt
+    summarise         these sums over all windows, as the figures of a report
+
+Sums are `[rows, windows]` in float64, so whoever has read some of the windows can hand over what it found, and the figures are the same
+whoever read what. A guess is the token with the largest logit. Floor 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..inference.early_exit import applications
+from ..network.decoding_recursive_llm import HALT_CRITERIA, HaltRule
+from ..network.losses import CHUNK_ELEMENTS
+from .windows import mean_and_error
+
+Sums = dict[str, Tensor]  # name -> [rows, windows]
+
+
+@dataclass(frozen=True)
+class Step:
+    """From one cycle to a later one; shares are of scored tokens, gains are in nats per token.
+
+    Args:
+        gain: Loss before minus loss after.
+        gain_error: Standard error of that difference, window by window.
+        corrected: Share of tokens whose guess was wrong before and is right after.
+        spoilt: Share of tokens whose guess was right before and is wrong after.
+        distance: ||z_after - z_before|| / ||z_before|| of the states that the head reads, where a scored token is predicted, as a mean;
+            None where cycles lie between.
+    """
+
+    before: int
+    after: int
+    gain: float
+    gain_error: float | None
+    corrected: float
+    spoilt: float
+    distance: float | None
+
+    def line(self) -> str:
+        error = "-" if self.gain_error is None else f"{self.gain_error:.4f}"
+        moved = "" if self.distance is None else f"{self.distance:.4f}"
+        cells = f"{self.gain:>+9.4f}  {error:>7}  {self.corrected:>9.2%}  {self.spoilt:>8.2%}  {moved:>11}"
+        return f"{f'{self.before} -> {self.after}':>8}  {cells}"
+
+
+@dataclass(frozen=True)
+class Halting:
+    """A text where tokens halt.
+
+    Args:
+        threshold: The criterion's own where none was given.
+        H_cycles: Cycles at most.
+        loss, standard_error: Nats per scored token.
+        extra_loss, extra_loss_error: Over the loss of a run of `H_cycles` in which no token halts, with the error of that difference.
+        cycles: Cycle -> share of tokens that halted there; of those that predict a scored token.
+        layer_applications: Per token, as a mean.
+        share: Of the layer applications of that run.
+    """
+
+    criterion: str
+    threshold: float
+    H_cycles: int
+    loss: float
+    standard_error: float | None
+    extra_loss: float
+    extra_loss_error: float | None
+    cycles: dict[int, float]
+    layer_applications: float
+    share: float
+
+    def lines(self) -> list[str]:
+        error = "" if self.extra_loss_error is None else f" +- {self.extra_loss_error:.4f}"
+        spread = "   ".join(f"{cycle}: {share:.1%}" for cycle, share in self.cycles.items())
+        return [
+            f"halting by {self.criterion}, threshold {self.threshold:g}, after at most {self.H_cycles} cycles:",
+            f"  loss {self.loss:.4f} ({self.extra_loss:+.4f}{error} against no halting), {self.layer_applications:.1f} layer applications "
+            f"per token ({self.share:.0%})",
+            f"  tokens by the cycle that they halted at   {spread}",
+        ]
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Depth telemetry of a recursive model on a text, from one pass at the deepest count.
+
+    Args:
+        H_cycles: The deepest.
+        losses: Of every cycle, first one first, in nats per token.
+        right: Share of tokens that each cycle guesses right.
+        loop_gain, loop_gain_error: Loss at cycle 1 minus that at the last, and the error of that difference.
+        corrected, spoilt: From cycle 1 to the last.
+        steps: From each cycle to the next.
+    """
+
+    H_cycles: int
+    losses: list[float]
+    right: list[float]
+    loop_gain: float
+    loop_gain_error: float | None
+    corrected: float
+    spoilt: float
+    steps: list[Step]
+    halting: Halting | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        halting = None if self.halting is None else vars(self.halting)
+        return {**vars(self), "steps": [vars(step) for step in self.steps], "halting": halting}
+
+    def lines(self) -> list[str]:
+        """For a terminal; none where there is one cycle and no halting."""
+        found: list[str] = []
+        if self.steps:
+            whole = Step(1, self.H_cycles, self.loop_gain, self.loop_gain_error, self.corrected, self.spoilt, None)
+            steps = self.steps if len(self.steps) > 1 else []
+            found = [
+                "what the cycles do, in nats per token and shares of the scored tokens:",
+                f"{'cycles':>8}  {'gain':>9}  {'+-':>7}  {'corrected':>9}  {'spoilt':>8}  {'state moved':>11}",
+                *(step.line() for step in steps or self.steps),
+                *([f"{whole.line().rstrip()}  <- loop gain"] if steps else []),
+                "  corrected: the likeliest token was wrong and became right; spoilt: right, became wrong; state moved: the distance",
+                "  between the two states that the head reads, over the length of the first",
+            ]
+        if self.halting is not None:
+            found += ["", *self.halting.lines()] if found else self.halting.lines()
+        return found
+
+
+def scored_places(ids: Tensor, scored: Tensor) -> Tensor:
+    """`[B, T - 1]`, True at the places that predict one of the last `scored` `[B]` tokens of their window."""
+    behind = torch.arange(ids.shape[1] - 1, 0, -1, device=ids.device)  # tokens that follow each place
+    return behind <= scored.to(ids.device)[:, None]
+
+
+def read_out(head: Any, state: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss in nats and whether the guess is right, each `[N]` in float32, of the tokens after the N places; logits exist chunk by chunk.
+
+    Args:
+        state: What the head reads, `[B, T, D]`.
+        places: As `scored_places` gives them.
+    """
+    x, targets = state[:, :-1][places], ids[:, 1:][places]
+    size = max(64, CHUNK_ELEMENTS // head.out_features)
+    losses, right = [], []
+    for piece, target in zip(x.split(size), targets.split(size), strict=True):
+        logits = head(piece).float()
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        right.append((logits.argmax(dim=-1) == target).float())
+    return torch.cat(losses), torch.cat(right)
+
+
+def per_window(values: Tensor, places: Tensor) -> Tensor:
+    """`[rows, N]` values of the N places to `[rows, B]` sums over each window, in float64 on the CPU."""
+    numbers = places.nonzero()[:, 0].cpu()
+    sums = torch.zeros(len(values), len(places), dtype=torch.float64)
+    return sums.index_add_(1, numbers, values.cpu().double())
+
+
+def sums_of_cycles(head: Any, states: Sequence[Tensor], ids: Tensor, places: Tensor) -> Sums:
+    """Sums over the scored tokens of each window of a batch, from the `[B, T, D]` states of cycles 1 to H that the head reads.
+
+    Returns:
+        nats, right: `[H, B]`; corrected, spoilt, distance: `[H - 1, B]`, from each cycle to the next; first_to_last: `[2, B]`, corrected
+        and spoilt.
+    """
+    read = [read_out(head, state, ids, places) for state in states]
+    right = torch.stack([row for _, row in read])
+    moved = [_relative(new[:, :-1][places], old[:, :-1][places]) for old, new in pairwise(states)]
+    first, last = right[0], right[-1]
+    rows = {
+        "nats": torch.stack([row for row, _ in read]),
+        "right": right,
+        "corrected": (1 - right[:-1]) * right[1:],
+        "spoilt": right[:-1] * (1 - right[1:]),
+        "distance": torch.stack(moved) if moved else right[:0],
+        "first_to_last": torch.stack([(1 - first) * last, first * (1 - last)]),
+    }
+    return {name: per_window(values, places) for name, values in rows.items()}
+
+
+def _relative(new: Tensor, old: Tensor) -> Tensor:
+    return (new.float() - old.float()).norm(dim=-1) / old.float().norm(dim=-1).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def sums_of_halting(model: Any, ids: Tensor, places: Tensor, criterion: str, threshold: float | None, H_cycles: int) -> Sums:
+    """The same of a pass in which tokens halt.
+
+    Returns:
+        halted_nats, applications: `[1, B]`; halted_at: `[H_cycles, B]`, how many tokens halted at each cycle.
+    """
+    rule = HaltRule(criterion, threshold, model.lm_head, model.config.vocab_size)
+    outputs = model.model(ids, H_cycles=H_cycles, use_cache=False, halt_rule=rule)
+    nats, _ = read_out(model.lm_head, outputs.last_hidden_state, ids, places)
+    used = outputs.halt_cycles[:, :-1][places].cpu()
+    cost = torch.tensor(applications(model.config, used.tolist(), criterion))
+    at = torch.stack([used == cycle for cycle in range(1, H_cycles + 1)])
+    rows = {"halted_nats": nats[None], "applications": cost[None], "halted_at": at}
+    return {name: per_window(values, places) for name, values in rows.items()}
+
+
+def summarise(sums: Sums, tokens: Tensor, per_piece: int, halting: Halting | None = None) -> Telemetry:
+    """The figures of all windows.
+
+    Args:
+        sums: As `sums_of_cycles` gives them, of all windows.
+        tokens: `[windows]` scored tokens of each.
+        per_piece: Windows that a standard error takes as one, see `mean_and_error`.
+    """
+    nats, H = sums["nats"], len(sums["nats"])
+
+    def share(row: Tensor) -> float:
+        return mean_and_error(row, tokens)[0]
+
+    steps = [
+        Step(c + 1, c + 2, *mean_and_error(nats[c] - nats[c + 1], tokens, per_piece), share(sums["corrected"][c]), share(sums["spoilt"][c]),
+             share(sums["distance"][c]))
+        for c in range(H - 1)
+    ]  # fmt: skip
+    gain, error = mean_and_error(nats[0] - nats[-1], tokens, per_piece)
+    corrected, spoilt = (share(row) for row in sums["first_to_last"])
+    losses, right = [share(row) for row in nats], [share(row) for row in sums["right"]]
+    return Telemetry(H, losses, right, gain, error if H > 1 else None, corrected, spoilt, steps, halting)
+
+
+def summarise_halting(
+    sums: Sums, tokens: Tensor, per_piece: int, config: Any, criterion: str, threshold: float | None, H_cycles: int
+) -> Halting:
+    """The figures of all windows; `sums` are those of `sums_of_cycles`, at `H_cycles` or deeper, and of `sums_of_halting`."""
+    nats, cost = sums["halted_nats"][0], mean_and_error(sums["applications"][0], tokens)[0]
+    rule_threshold = HALT_CRITERIA[criterion] if threshold is None else threshold
+    spread = {cycle: mean_and_error(row, tokens)[0] for cycle, row in enumerate(sums["halted_at"], start=1)}
+    return Halting(
+        criterion, rule_threshold, H_cycles, *mean_and_error(nats, tokens, per_piece),
+        *mean_and_error(nats - sums["nats"][H_cycles - 1], tokens, per_piece), spread, cost, cost / config.depth(H_cycles),
+    )  # fmt: skip

@@ -1,0 +1,304 @@
+"""Loss on text at every depth, of a recursive model at several cycle counts or of a plain donor.
+
+    measure(model, blocks, (1, 2, 3))                     loss at each cycle count, on rows of token ids
+    window_losses(model, blocks, (1, 2, 3))               the same, window by window
+    text = open_text(source, tokenizer, seq_len=128)      a text in windows that may overlap
+    report, paired = measure_text(model, text, depths)    losses, bits per byte and what each cycle does; and what a comparison needs
+
+Losses are in nats per token over windows of `seq_len` tokens (windows.py says which, and which tokens are scored); bits per byte are the
+same nats, in bits, over the bytes of text that the scored tokens stand for, so that models with other tokenizers can be compared. Standard
+errors take windows as independent, and where windows overlap, as many of them together as score about `seq_len` tokens. One pass at the
+deepest count yields all shallower ones, since without a cache cycle c of a deeper run equals a run at depth c; and what the cycles do
+(telemetry.py). Several processes share the batches of `measure_text` (sharing.py). Floor 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.settings import DataSettings
+from ..inference.options import Effort, evaluating
+from ..network.losses import perplexity
+from ..network.modeling_recursive_llm import RecursiveLLM
+from ..utils.distributed import in_turns, one_process_first
+from .cycle_stats import Sums, Telemetry, per_window, read_out, scored_places, summarise_halting, sums_of_cycles, sums_of_halting
+from .cycle_stats import summarise as summarise_cycles
+from .windows import Rows, Windows, mean_and_error, stream_bytes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class DepthLoss:
+    """Loss at one depth.
+
+    Args:
+        H_cycles: None for a plain donor.
+        loss: Nats per token.
+        standard_error: Of the loss, over windows; None for a single one.
+        layer_applications: Cost of one token.
+        bits_per_byte: Of the text of the scored tokens; None where it is not known.
+    """
+
+    H_cycles: int | None
+    loss: float
+    standard_error: float | None
+    layer_applications: int
+    bits_per_byte: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "perplexity": self.perplexity}
+
+
+# Blocks of token ids
+
+
+def window_losses(model: PreTrainedModel, blocks: Rows, cycles: Sequence[int] = (), *, batch_size: int = 8) -> torch.Tensor:
+    """Mean loss of every window at every depth, `[depths, windows]`, in nats per token.
+
+    Args:
+        model: A `RecursiveLLM`, or any causal language model of transformers, which has one depth.
+        blocks: Of equal length of at least 2.
+        cycles: Cycle counts, for a `RecursiveLLM` only; its configuration's where empty.
+    """
+    depths, windows = _depths(model, cycles), Windows(blocks)
+    found: list[Tensor] = []
+    with evaluating(model), torch.no_grad():
+        for first in range(0, len(windows), batch_size):
+            ids, places = _batch(model, windows, first, batch_size)
+            found.append(_nats(model, states_at(model, ids, depths), ids, places) / (ids.shape[1] - 1))
+    return torch.cat(found, dim=1)
+
+
+def measure(model: PreTrainedModel, blocks: Rows, cycles: Sequence[int] = (), *, batch_size: int = 8) -> list[DepthLoss]:
+    """Loss of a model on blocks of token ids, one entry per cycle count in the order given; arguments as `window_losses`."""
+    return summarise(model, window_losses(model, blocks, cycles, batch_size=batch_size), cycles)
+
+
+def summarise(model: PreTrainedModel, losses: torch.Tensor, cycles: Sequence[int] = ()) -> list[DepthLoss]:
+    """Means and standard errors of what `window_losses` returned for the same model and cycles."""
+    depths = _depths(model, cycles)
+    errors = [standard_error(row) for row in losses]
+    cost = [_cost(model, H) for H in depths]
+    return [DepthLoss(*row) for row in zip(depths, losses.mean(1).tolist(), errors, cost, strict=True)]
+
+
+def standard_error(values: torch.Tensor) -> float | None:
+    """Of the mean of `[windows]` values; None for a single one."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def states_at(model: Any, ids: torch.Tensor, depths: Sequence[int | None]) -> list[torch.Tensor]:
+    """What the head reads at each depth, each `[B, T, D]`; a plain model has the one depth None."""
+    if not isinstance(model, RecursiveLLM):
+        return [model.get_decoder()(ids, use_cache=False).last_hidden_state]
+    deepest = max(H for H in depths if H is not None)
+    cycles = model.model(ids, H_cycles=deepest, output_cycle_states=True, use_cache=False).cycle_states if deepest else ()
+    plain = model.model(ids, H_cycles=0, use_cache=False).last_hidden_state if 0 in depths else None
+    return [cycles[H - 1] if H else plain for H in depths]  # type: ignore[misc]  # plain is there where 0 was asked for
+
+
+def _depths(model: Any, cycles: Sequence[int]) -> list[int | None]:
+    return list(cycles or [model.config.H_cycles]) if isinstance(model, RecursiveLLM) else [None]
+
+
+def _cost(model: Any, H_cycles: int | None) -> int:
+    return model.config.num_hidden_layers if H_cycles is None else model.config.depth(H_cycles)
+
+
+def _batch(model: Any, windows: Windows, first: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """`[B, T]` ids of some windows on the model's device, and the `[B, T - 1]` places whose next tokens are scored."""
+    behind = min(first + batch_size, len(windows))
+    ids = windows.ids(first, behind).to(model.device)
+    return ids, scored_places(ids, windows.scored(first, behind))
+
+
+def _nats(model: Any, states: Sequence[Tensor], ids: Tensor, places: Tensor) -> Tensor:
+    """`[states, B]`: the summed loss of each window."""
+    return per_window(torch.stack([read_out(model.get_output_embeddings(), state, ids, places)[0] for state in states]), places)
+
+
+# A text
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as one tokenizer reads it.
+
+    Args:
+        name: Of the data set.
+        documents: Table with a column `text`.
+        windows: Of the stream that the documents make.
+    """
+
+    name: str
+    documents: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    windows: Windows
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """`[windows]` scored tokens of each."""
+        return self.windows.scored(0, len(self.windows))
+
+    @cached_property
+    def bytes_scored(self) -> float:
+        return self.windows.bytes_scored(stream_bytes(self.documents, self.tokenizer, self.windows.tokens_read))
+
+    def key(self) -> str:
+        """Equal for equal windows of equal tokens, and else not."""
+        windows = self.windows
+        found = hashlib.sha256(f"{windows.seq_len} {windows.step} {len(windows)}".encode())
+        for number in range(math.ceil(windows.tokens_read / windows.seq_len)):
+            found.update(np.asarray(windows.blocks[number]["input_ids"], np.int64).tobytes())
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """What was measured on a text.
+
+    Args:
+        windows: How many were read.
+        stride: Tokens from one to the next.
+        scored_tokens, scored_bytes: What the losses are means over, and the bytes of text that it stands for.
+        telemetry: What the cycles do; None for a plain donor, and where no cycle was asked for.
+    """
+
+    dataset: str
+    windows: int
+    seq_len: int
+    rows: list[DepthLoss]
+    stride: int
+    scored_tokens: int
+    scored_bytes: int
+    telemetry: Telemetry | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        telemetry = None if self.telemetry is None else self.telemetry.to_dict()
+        return {**vars(self), "rows": [row.to_dict() for row in self.rows], "telemetry": telemetry}
+
+    def lines(self, own: int | None) -> list[str]:
+        """For a terminal.
+
+        Args:
+            own: The checkpoint's own cycle count, to be marked.
+        """
+        overlap = "" if self.stride == self.seq_len else f", {self.stride} tokens apart"
+        lines = [
+            f"{self.dataset}: {self.windows} windows of {self.seq_len} tokens{overlap}",
+            f"scored: {self.scored_tokens:,} tokens, {self.scored_bytes:,} bytes of text",
+            "",
+            f"{'H_cycles':>8}  {'loss (nats)':>11}  {'+-':>7}  {'perplexity':>10}  {'bits/byte':>9}  {'layer applications':>18}",
+        ]
+        for row in self.rows:
+            name = "donor" if row.H_cycles is None else str(row.H_cycles)
+            error = "-" if row.standard_error is None else f"{row.standard_error:.4f}"
+            bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
+            mark = "  <- the checkpoint's own" if row.H_cycles is not None and row.H_cycles == own else ""
+            figures = f"{row.loss:>11.4f}  {error:>7}  {row.perplexity:>10.2f}  {bits:>9}  {row.layer_applications:>18}"
+            lines += [f"{name:>8}  {figures}{mark}"]
+        told = [] if self.telemetry is None else self.telemetry.lines()
+        return [*lines, *([""] if told else []), *told]
+
+
+@dataclass(frozen=True)
+class PairedText:
+    """What it takes to compare two models window by window.
+
+    Args:
+        nats: `[depths, windows]` summed losses.
+        tokens: `[windows]` scored tokens of each.
+        per_piece: Windows that a standard error takes as one, see `mean_and_error`.
+        key: Equal for models that have read the same windows.
+        scored_bytes: Of all scored tokens, for models that have not.
+    """
+
+    nats: Tensor
+    tokens: Tensor
+    per_piece: int
+    key: str
+    scored_bytes: float
+
+
+def open_text(
+    source: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, stride: int | None = None, max_windows: int | None = None
+) -> Text:
+    """The validation split of a data set, in windows.
+
+    Raises:
+        UserError: Text that cannot be used.
+    """
+    from ..data.loading import load_documents, tokenize  # here: the losses of a model on blocks need no library for data sets
+
+    with one_process_first():
+        documents = load_documents(source).validation
+        blocks = tokenize(documents, tokenizer, seq_len)
+    return Text(source.dataset_name, documents, tokenizer, Windows(blocks, stride, max_windows))
+
+
+def measure_text(
+    model: Any, text: Text, depths: Sequence[int | None], halting: Effort | None = None, *, batch_size: int = 8
+) -> tuple[TextReport, PairedText]:
+    """Measure a model on a text, and what its cycles do to it.
+
+    Args:
+        depths: Cycle counts; `[None]` for a plain donor.
+        halting: A run in which tokens halt, no deeper than the deepest; None is no such run.
+    """
+    windows, tokens = text.windows, text.tokens
+    with evaluating(model), torch.no_grad():
+        parts = in_turns(
+            range(0, len(windows), batch_size), lambda first: _read(model, *_batch(model, windows, first, batch_size), depths, halting)
+        )
+    sums = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    rows = [_row(model, H, nats, text) for H, nats in zip(depths, sums["asked"], strict=True)]
+    telemetry = None
+    if "nats" in sums:
+        told = None
+        if halting is not None:
+            told = summarise_halting(sums, tokens, windows.per_piece, model.config, *_rule(model, halting))
+        telemetry = summarise_cycles(sums, tokens, windows.per_piece, told)
+    report = TextReport(
+        text.name, len(windows), windows.seq_len, rows, windows.step, int(tokens.sum()), round(text.bytes_scored), telemetry
+    )  # fmt: skip
+    return report, PairedText(sums["asked"], tokens, windows.per_piece, text.key(), text.bytes_scored)
+
+
+def _rule(model: Any, halting: Effort) -> tuple[str, float | None, int]:
+    """Criterion, threshold, and cycles at most."""
+    return halting.halt, halting.halt_threshold, halting.cycles(model)
+
+
+def _row(model: Any, H_cycles: int | None, nats: Tensor, text: Text) -> DepthLoss:
+    bits = nats.sum().item() / math.log(2) / text.bytes_scored if text.bytes_scored else None
+    return DepthLoss(H_cycles, *mean_and_error(nats, text.tokens, text.windows.per_piece), _cost(model, H_cycles), bits)
+
+
+def _read(model: Any, ids: Tensor, places: Tensor, depths: Sequence[int | None], halting: Effort | None) -> Sums:
+    """All that is to be known of every window of a batch, `[rows, B]` each: `asked`, the summed loss at every depth, and for a recursive
+    model what `sums_of_cycles` gives of all cycles up to the deepest, and `sums_of_halting`."""
+    deepest = max((H for H in depths if H is not None), default=0)
+    if deepest == 0:
+        return {"asked": _nats(model, states_at(model, ids, depths), ids, places)}
+    plain = states_at(model, ids, [0]) if 0 in depths else []
+    sums = sums_of_cycles(model.lm_head, states_at(model, ids, range(1, deepest + 1)), ids, places)
+    by_depth = torch.cat([_nats(model, plain, ids, places), sums["nats"]]) if plain else sums["nats"]
+    first = 0 if plain else 1
+    sums["asked"] = by_depth[[H - first for H in depths if H is not None]]
+    return sums if halting is None else sums | sums_of_halting(model, ids, places, *_rule(model, halting))

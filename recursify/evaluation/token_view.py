@@ -1,0 +1,65 @@
+"""A piece of text, token by token: what each cycle made of it.
+
+    read_passage(model, tokenizer, ids, deepest)    the text that each token stands for, and the loss of each after every cycle
+
+Floor 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..inference.options import evaluating
+from ..inference.streaming import UNFINISHED
+from .cycle_stats import read_out
+from .text_loss import states_at
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Some tokens of a text.
+
+    Args:
+        tokens: The text of each, empty where a token is only the beginning of a character; joined, they are the text.
+        nats: One row per cycle, first cycle first: the loss of every token but the first, which nothing came before. A plain donor, and a
+            run without cycles, have one row.
+    """
+
+    tokens: tuple[str, ...]
+    nats: tuple[tuple[float, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def read_passage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, deepest: int) -> Passage:
+    """What a model makes of at least two tokens that follow each other.
+
+    Args:
+        ids: `[T]`.
+        deepest: Cycles of the run, for a `RecursiveLLM`; without a cache, cycle c of it equals a run of c cycles.
+    """
+    batch = ids[None].to(model.device)
+    places = torch.ones_like(batch[:, 1:], dtype=torch.bool)
+    with evaluating(model), torch.no_grad():
+        states = states_at(model, batch, range(1, deepest + 1) or [0])
+        losses = [read_out(model.get_output_embeddings(), state, batch, places)[0] for state in states]
+    return Passage(tuple(text_pieces(tokenizer, ids.tolist())), tuple(tuple(row.tolist()) for row in losses))
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text that each token adds; a character of several tokens comes with its last one. Special tokens are written out."""
+    found: list[str] = []
+    told = ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        shown = text if end == len(ids) else text.rstrip(UNFINISHED)
+        # a decoder may take back whole characters while the bytes behind them are incomplete
+        found.append(shown[len(told) :] if shown.startswith(told) else "")
+        told += found[-1]
+    return found

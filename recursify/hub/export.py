@@ -1,0 +1,396 @@
+"""A checkpoint as others will meet it: a folder for the hub, or a plain model for engines that know no loops.
+
+    run(settings)         what `recursify export` does: the folder form with card and pictures, or with --donor the plain model; --push
+    export_donor(model)   the layers of a recursive model as a model of the donor's own class: what it is at H_cycles = 0
+
+Conservation of weights holds on the way out as on the way in: every tensor of the plain model is one of ours, and what is left behind is
+named and counted. Floor 3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoints import checkpoint
+from ..checkpoints.checkpoint import MAX_SHARD_SIZE
+from ..checkpoints.donor import read_json
+from ..conversion.layer_selection import ConversionPlan
+from ..errors import UserError
+from ..evaluation import evaluate as evaluation
+from ..network.configuration_recursive_llm import RecursiveLLMConfig
+from ..network.modeling_recursive_llm import RecursiveLLM
+from . import upload
+from .model_card import HUB_ID, Evaluation, Extras, Row, donor_card, pictures, public, recursive_card
+
+Say = Callable[[str], None]
+_RECURSION = "model.recursion."
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
+_CHECKED_TOKENS = 12
+
+
+@dataclass(kw_only=True)
+class ExportSettings:
+    """Make a folder that is ready for the Hugging Face hub, or write the plain donor back, and upload it."""
+
+    out: tyro.conf.Positional[str]
+    """Where to write: a new folder, or one that holds a recursive model, which is replaced."""
+    checkpoint: str
+    """What to export: a .pt file, or a folder in the Hugging Face layout."""
+    tokenizer_path: str | None = None
+    """Folder or hub id of the tokenizer, when the checkpoint has none."""
+    donor: bool = False
+    """Write prelude, loop and coda as a plain model of the donor's architecture: what the recursive model is at 0 cycles."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights in the files. Default: the one in which they are stored."""
+    max_shard_size: str = MAX_SHARD_SIZE
+    """Weights of more than this are divided into several files, e.g. 500MB."""
+
+    license: str | None = None
+    """License of the model, by the hub's identifier such as apache-2.0; the card then names it."""
+    base_model: str | None = None
+    """Hub id of the donor, for the card. Default: the donor that the model was converted from, if that was a hub id."""
+    evaluation: tuple[str, ...] = ()
+    """What `recursify evaluate --json` has printed, as files; that of a donor on the same text adds its line to table and chart."""
+    dataset_name: str | None = None
+    """Measure now, on the validation split of this text: a hub data set, or a local file (.txt, .jsonl, .parquet) or folder."""
+    dataset_config_name: str | None = None
+    """Configuration of a hub data set."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    cycles: tuple[int, ...] = ()
+    """Cycle counts to measure, e.g. --cycles 0 1 3 5. Default: 1 to twice the checkpoint's own; 0 with --donor."""
+    seq_len: int = 128
+    """Tokens per window."""
+    batch_size: int = 8
+    """Windows per pass."""
+    max_windows: int | None = None
+    """Measure only the first so many windows."""
+    device: str | None = None
+    """What to measure on: cpu, cuda, mps; the best there is where not given."""
+
+    push: str | None = None
+    """Upload the folder to the hub under this name, such as you/model; made where it is missing."""
+    private: bool = False
+    """Make the repository private."""
+    commit_message: str = "Upload by recursify export"
+    """Message of the upload."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and where it went.
+
+    Args:
+        files: Name -> bytes, of the folder `out`.
+        left_out: Name -> number of parameters, of tensors that a plain donor has no place for.
+        address: Where it was uploaded to.
+    """
+
+    out: str
+    files: dict[str, int]
+    left_out: dict[str, int] = field(default_factory=dict)
+    address: str | None = None
+
+
+def run(settings: ExportSettings, say: Say = print) -> ExportReport:
+    """What `recursify export` does.
+
+    Raises:
+        UserError: Bad input; nothing is written then, unless it is the hub that refuses what is written already.
+    """
+    _check(settings)
+    measured = _read_evaluations(settings.evaluation)
+    if settings.push is not None:
+        upload.check(settings.push)
+    found = checkpoint.load(settings.checkpoint, tokenizer_path=settings.tokenizer_path)
+    tokenizer = checkpoint.need_tokenizer(found, settings.checkpoint)
+    if settings.donor:
+        checkpoint.need_head(found, settings.checkpoint)
+    model = _in_dtype(found.model, settings)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"✓ Loaded {model.config.model_type}: {parameters:,} parameters, {_name(model.dtype)}")
+    if measured is not None:
+        _check_evaluation(measured, model.config)
+    elif settings.dataset_name is not None:
+        checkpoint.need_head(found, settings.checkpoint)
+        measured = _measure(model, tokenizer, settings)
+        say(f"✓ Measured on {measured.windows} windows of {measured.seq_len} tokens of {measured.dataset}")
+    extras = Extras(
+        name=settings.push or Path(settings.out).name, license=settings.license, base_model=settings.base_model, evaluation=measured,
+        evaluation_note=_rounded(found.model.dtype, settings), illustrated=not settings.donor,
+    )  # fmt: skip
+    lost: dict[str, int] = {}
+    if settings.donor:
+        donor, lost = export_donor(model), left_out(model)
+        check_donor(donor, model)
+        say(f"✓ Checked {type(donor).__name__} against the recursive model at 0 cycles: logits equal (max difference 0.0)")
+        say(f"✓ Left out the recursion: {len(lost)} tensors, {sum(lost.values()):,} parameters")
+        for name, count in lost.items():
+            say(f"    {name:<36} {count:>12,}")
+        written = _write_donor(donor, tokenizer, found, lost, settings, extras)
+    else:
+        written = _write_recursive(model, tokenizer, found, settings, extras)
+    say(f"✓ Wrote {settings.out}: {len(written)} files, {_size(sum(written.values()))}")
+    for name, size in written.items():
+        say(f"    {name:<36} {_size(size):>12}")
+    address = _upload(settings, written)
+    if address is not None:
+        say(f"✓ Uploaded to {address}")
+    return ExportReport(settings.out, written, lost, address)
+
+
+# Before anything heavy
+
+
+def _check(settings: ExportSettings) -> None:
+    out = Path(settings.out)
+    if checkpoint.is_file_form(out):
+        raise UserError(f"{out}: expected the name of a folder, got one of a .pt file; a hub repository is a folder")
+    checkpoint.check_writable(out)
+    if settings.donor and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: is a folder with other things in it; --donor expects a new or empty one")
+    if out.resolve() in (Path(settings.checkpoint).resolve(), checkpoint.tokenizer_folder(settings.checkpoint).resolve()):
+        raise UserError(f"{out}: is the checkpoint itself; export it to another folder")
+    _expect("--license", _LICENSE, settings.license, "an identifier of the hub's such as apache-2.0, mit or other")
+    _expect("--base_model", HUB_ID, settings.base_model, "a hub id such as Qwen/Qwen2-0.5B")
+    _expect("--max_shard_size", _SIZE, settings.max_shard_size, "a size such as 500MB or 5GB")
+    if settings.evaluation and settings.dataset_name is not None:
+        raise UserError("--evaluation: was measured before, --dataset_name measures now; give one of them")
+    if settings.private and settings.push is None:
+        raise UserError("--private: says how to upload, but nothing is uploaded; name a repository with --push")
+    if settings.dataset_name is not None:
+        evaluation.check(_as_evaluate(settings))
+
+
+def _expect(flag: str, pattern: re.Pattern[str], value: str | None, wanted: str) -> None:
+    if value is not None and not pattern.fullmatch(value):
+        raise UserError(f"{flag}: expected {wanted}, got {value!r}")
+
+
+# What the card says of its quality
+
+
+def _read_evaluations(files: tuple[str, ...]) -> Evaluation | None:
+    """What `recursify evaluate --json` has printed, of a model and its donor on one text."""
+    found = [_read_evaluation(file) for file in files]
+    if not found:
+        return None
+    for file, other in zip(files, found, strict=True):
+        if other.text != found[0].text:
+            raise UserError(
+                f"--evaluation: {file} is of {other.text}, {files[0]} of {found[0].text}; losses on different text cannot be compared"
+            )
+    rows = [row for each in found for row in each.rows]
+    lines = [(row.H_cycles, row.name if row.H_cycles is None else "") for row in rows]
+    if len(set(lines)) < len(lines):
+        raise UserError(f"--evaluation: {', '.join(files)}: the same depth twice; give one file of the model and one of each donor")
+    return replace(found[0], rows=tuple(rows))
+
+
+def _read_evaluation(file: str) -> Evaluation:
+    if not Path(file).is_file():
+        raise UserError(f"--evaluation: {file}: no such file; `recursify evaluate ... --json > {file}` writes one")
+    fields = read_json(Path(file))
+    try:
+        return _evaluation(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--evaluation: {file} is not what `recursify evaluate --json` prints ({error!r})") from error
+
+
+def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
+    rows = tuple(
+        Row(
+            None if row["H_cycles"] is None else int(row["H_cycles"]),
+            float(row["loss"]),
+            None if row["standard_error"] is None else float(row["standard_error"]),
+            int(row["layer_applications"]),
+            str(public(fields["checkpoint"])),
+        )
+        for row in fields["rows"]
+    )
+    return Evaluation(str(fields["dataset"]), int(fields["windows"]), int(fields["seq_len"]), int(fields["stride"]), rows)
+
+
+def _check_evaluation(measured: Evaluation, config: Any) -> None:
+    """Raise a UserError where the depths are not those of this model."""
+    for row in measured.depths:
+        expected = config.depth(row.H_cycles)
+        if row.layer_applications != expected:
+            raise UserError(
+                f"--evaluation: is of another model: {row.layer_applications} layer applications at {row.H_cycles} cycles, this one has "
+                f"{expected}; measure it with recursify evaluate"
+            )
+
+
+def _as_evaluate(settings: ExportSettings) -> evaluation.EvaluateSettings:
+    return evaluation.EvaluateSettings(
+        checkpoint=settings.checkpoint, dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name,
+        text_column=settings.text_column, cycles=settings.cycles or ((0,) if settings.donor else ()), seq_len=settings.seq_len,
+        batch_size=settings.batch_size, max_windows=settings.max_windows, device=settings.device,
+    )  # fmt: skip
+
+
+def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, settings: ExportSettings) -> Evaluation:
+    report = evaluation.evaluate(model, tokenizer, _as_evaluate(settings))
+    model.to("cpu")
+    return _evaluation(report.to_dict())
+
+
+def _rounded(stored: torch.dtype, settings: ExportSettings) -> str:
+    if not settings.evaluation or settings.dtype in (None, _name(stored)):
+        return ""
+    return f"Measured before the weights were converted to {settings.dtype}."
+
+
+# Weights
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _in_dtype(model: RecursiveLLM, settings: ExportSettings) -> RecursiveLLM:
+    """The model as it will be stored.
+
+    Raises:
+        UserError: Weights that the type cannot hold.
+    """
+    if settings.dtype is None or settings.dtype == _name(model.dtype):
+        return model
+    dtype = getattr(torch, settings.dtype)
+    state = checkpoint.stored_state(model, dtype)
+    before = model.state_dict()
+    if lost := [name for name, tensor in state.items() if not tensor.isfinite().all() and before[name].isfinite().all()]:
+        raise UserError(f"--dtype {settings.dtype}: cannot hold the values of {', '.join(lost[:3])}; choose float32 or bfloat16")
+    converted = checkpoint.build(model.config, state, settings.checkpoint, dtype)
+    converted.generation_config = model.generation_config
+    return converted
+
+
+def export_donor(model: RecursiveLLM) -> PreTrainedModel:
+    """The layers of a recursive model as a model of the donor's own class: the model at `H_cycles = 0`, logit for logit.
+
+    The tensors are shared with `model`, and so is the generation configuration; the recursion is left out. Save it with
+    `save_pretrained`.
+    """
+    ours: Any = model
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_RECURSION)}
+    with checkpoint.quiet():
+        donor, info = ours.donor_class.from_pretrained(
+            None,
+            config=_donor_config(ours),
+            state_dict=dict(state),
+            dtype=model.dtype,
+            attn_implementation=ours.config._attn_implementation,
+            output_loading_info=True,
+        )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise RuntimeError(f"{type(donor).__name__} lacks {sorted(info['missing_keys'])} and has no {sorted(info['unexpected_keys'])}")
+    donor.generation_config = model.generation_config
+    return donor.eval()
+
+
+def _donor_config(model: Any) -> PreTrainedConfig:
+    """The configuration of the donor's own class over the layers that exist, with no field of ours in it."""
+    physical = model.config.as_physical()
+    config_class = model.donor_class.config_class
+    own = set(config_class.__dataclass_fields__)
+    ours = {name for name in RecursiveLLMConfig.__dataclass_fields__ if name not in own}
+    fields = {key: value for key, value in physical.to_dict().items() if key not in ours}
+    for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
+        fields.pop(name, None)
+    return config_class(**fields, architectures=[model.donor_class.__name__])
+
+
+def left_out(model: Any) -> dict[str, int]:
+    """Name -> number of parameters of the tensors of ours that a plain donor has no place for."""
+    return {name: tensor.numel() for name, tensor in model.state_dict().items() if name.startswith(_RECURSION)}
+
+
+def check_donor(donor: Any, model: Any) -> None:
+    """Run both over a few tokens.
+
+    Raises:
+        RuntimeError: Their logits differ in any bit, or tensors are missing: a fault of ours, never of the input.
+    """
+    expected = {name for name in model.state_dict() if not name.startswith(_RECURSION)}
+    if set(donor.state_dict()) != expected:
+        raise RuntimeError(f"tensors without a fate: {sorted(set(donor.state_dict()) ^ expected)}")
+    ids = torch.randint(model.config.vocab_size, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, own = donor(ids, use_cache=False).logits, model(ids, H_cycles=0, use_cache=False).logits
+    if not torch.equal(plain, own):
+        worst = (plain - own).abs().max().item()
+        raise RuntimeError(f"{type(donor).__name__} differs from the recursive model at H_cycles = 0 by {worst}")
+
+
+# Files
+
+
+def _write_recursive(
+    model: RecursiveLLM, tokenizer: PreTrainedTokenizerBase, found: checkpoint.Checkpoint, settings: ExportSettings, extras: Extras
+) -> dict[str, int]:
+    plan = None if found.plan is None else ConversionPlan.from_dict(public(found.plan.to_dict()))
+    notes = public(found.notes)
+    card = recursive_card(model, found.plan, notes, extras)
+    drawn = pictures(model, plan, extras.evaluation)
+
+    def write(folder: Path) -> None:
+        checkpoint.write_folder(folder, model, tokenizer, plan, notes, model.dtype, card=card, max_shard_size=settings.max_shard_size)
+        for name, svg in drawn.items():
+            (folder / name).write_text(svg, encoding="utf-8")
+
+    return _write(settings, write)
+
+
+def _write_donor(
+    donor: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    found: checkpoint.Checkpoint,
+    lost: dict[str, int],
+    settings: ExportSettings,
+    extras: Extras,
+) -> dict[str, int]:
+    card = donor_card(donor, found.plan, public(found.notes), lost, extras)
+
+    def write(folder: Path) -> None:
+        with checkpoint.quiet():
+            donor.save_pretrained(folder, max_shard_size=settings.max_shard_size)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    return _write(settings, write)
+
+
+def _write(settings: ExportSettings, write: Callable[[Path], None]) -> dict[str, int]:
+    """Write the folder, whole or not at all; returns name -> bytes of what was written, beside which there may be files of somebody's."""
+    written: dict[str, int] = {}
+
+    def write_and_list(folder: Path) -> None:
+        write(folder)
+        written.update({path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()})
+
+    checkpoint.write_whole({Path(settings.out): write_and_list})
+    return written
+
+
+def _upload(settings: ExportSettings, written: dict[str, int]) -> str | None:
+    if settings.push is None:
+        return None
+    return upload.push(Path(settings.out), list(written), settings.push, private=settings.private, message=settings.commit_message)
+
+
+def _size(count: int) -> str:
+    for unit, word in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {word}"
+    return f"{count} B"

@@ -1,0 +1,377 @@
+"""The card of a model: the README.md that its readers meet first, on the hub or in a folder.
+
+    recursive_card   of a recursive model
+    donor_card       of the plain model that is left when the recursion is taken out
+    pictures         the .svg files that a card shows where they lie beside it
+
+A card says what was measured and what is on record, and says so where there is nothing. What comes from elsewhere (names, notes) is
+text, never markup. Folders of this machine mean nothing to others: of a path only the last name is shown. Losses are in nats per token.
+Floor 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..conversion.layer_selection import ConversionPlan
+from ..network.losses import perplexity
+from ..reports.charts import Axes, Level, Line, Size, architecture_picture, line_chart, standalone
+from ..training.cost import parameters_by_part
+
+PLAN_PICTURE, LOSS_PICTURE = "plan.svg", "loss_by_cycles.svg"
+EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings, whose head means nothing
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_CHART = Size(820, 390)
+_TITLE = "Loss by cycles"
+
+# What training writes down, in the order and the words of the card. What is not here is shown under its own name.
+_TRAINING = {
+    "step": "optimizer steps", "epoch": "epochs", "tokens": "tokens read", "dataset_name": "text",
+    "dataset_config_name": "configuration of the text", "mix": "mixed with", "seq_len": "tokens per sequence",
+    "batch_size": "sequences per forward pass", "grad_accum_steps": "forward passes per step", "processes": "processes",
+    "lr": "learning rate", "gain_lr": "learning rate of the recursion", "lr_schedule": "schedule", "warmup_steps": "warm-up steps",
+    "optimizer": "optimizer", "eval_loss": "validation loss", "eval_loss_cycles": "validation loss of each cycle",
+    "eval_step": "validated at step",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """Loss at one depth; H_cycles None is a plain model, such as the donor, of this name. `standard_error` None is not known."""
+
+    H_cycles: int | None
+    loss: float
+    standard_error: float | None
+    layer_applications: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses on one text: `windows` windows of `seq_len` tokens, `stride` tokens from one to the next."""
+
+    dataset: str
+    windows: int
+    seq_len: int
+    stride: int
+    rows: tuple[Row, ...]
+
+    @property
+    def text(self) -> str:
+        """What was measured on, in words."""
+        apart = "" if self.stride == self.seq_len else f", {self.stride} apart"
+        return f"{public(self.dataset)}, {self.windows:,} windows of {self.seq_len} tokens{apart}"
+
+    @property
+    def depths(self) -> list[Row]:
+        """Those of the recursive model, from the shallowest."""
+        return sorted((row for row in self.rows if row.H_cycles is not None), key=lambda row: row.H_cycles or 0)
+
+    @property
+    def donors(self) -> list[Row]:
+        """Plain models on the same text: the donor as it came, or one that was fine-tuned as it is."""
+        return [row for row in self.rows if row.H_cycles is None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What an export knows beyond the checkpoint.
+
+    Args:
+        name: Where the reader will find the model: a hub id or a folder.
+        license: Its identifier on the hub.
+        base_model: The donor's hub id; where None, the donor of the plan if it is one.
+        evaluation: What was measured; None where nothing was.
+        evaluation_note: A sentence on how, such as a type of the weights other than that of the files.
+        illustrated: Whether `pictures` lie beside the card.
+    """
+
+    name: str = "THIS_FOLDER"
+    license: str | None = None
+    base_model: str | None = None
+    evaluation: Evaluation | None = None
+    evaluation_note: str = ""
+    illustrated: bool = False
+
+
+def recursive_card(model: Any, plan: ConversionPlan | None, notes: Mapping[str, Any], extras: Extras | None = None) -> str:
+    """The card of a `RecursiveLLM`: what it is, how to use it, how it was made, and how good it is."""
+    extras = extras or Extras()
+    writes = notes.get("approach") != EMBEDDING
+    base = base_model(plan, extras)
+    parts = [
+        _front(extras, base, "text-generation" if writes else "feature-extraction", ["recursify", "recursive-reasoning"]),
+        f"# {_title(plan, model.config)}, made recursive",
+        _what(model, plan, base),
+        *_use(model.config, extras, writes),
+        *_plan(plan, extras),
+        *_training(model, notes, writes),
+        *_evaluation(extras, model.config.H_cycles),
+        *_license(extras, base),
+        *_notes(notes),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def donor_card(
+    donor: Any, plan: ConversionPlan | None, notes: Mapping[str, Any], lost: Mapping[str, int], extras: Extras | None = None
+) -> str:
+    """The card of the plain model over the layers of a recursive one.
+
+    Args:
+        donor: The plain model.
+        lost: Name -> number of parameters of the tensors that were left out.
+    """
+    extras = extras or Extras()
+    base = base_model(plan, extras)
+    name, place, count = type(donor).__name__, json.dumps(extras.name), donor.config.num_hidden_layers
+    # The H_cycles = 0 of the recursive model is this model.
+    measured = None if extras.evaluation is None else [row for row in extras.evaluation.rows if not row.H_cycles]
+    kept = "all layers of its donor" if plan and plan.keeps_donor else f"the {count} layers that the recursive model has"
+    parts = [
+        _front(extras, base, "text-generation", ["recursify"]),
+        f"# {_title(plan, donor.config)}, from a recursive model",
+        f"A plain `{name}` of {count} layers and {donor.num_parameters():,} parameters, with nothing recursive in it: a recursive model, "
+        f"written back by recursify as what it is at 0 cycles. It has {kept}, each run once.",
+        f"Left out is the recursion: {len(lost)} tensors, {sum(lost.values()):,} parameters ({', '.join(f'`{key}`' for key in lost)}). "
+        "A recursive model is trained to be read after its cycles; how good it is without them is another question, which its evaluation "
+        "at 0 cycles answers.",
+        "## Use",
+        _code(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({place})",
+            f"tokenizer = AutoTokenizer.from_pretrained({place})",
+            *_WRITE.format(extra="").split("\n"),
+        ),
+        *_plan(plan, Extras()),
+        *_training(None, notes, True),
+        "## Evaluation",
+        _table_of_losses(extras, measured, None) if measured else "Not measured.",
+        *_license(extras, base),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def pictures(model: Any, plan: ConversionPlan | None, evaluation: Evaluation | None) -> dict[str, str]:
+    """File name -> contents of the pictures that there is something to draw for."""
+    found = {}
+    if plan is not None:
+        found[PLAN_PICTURE] = architecture_picture(
+            prelude=plan.prelude, loop=plan.loop, coda=plan.coda, donor_layers=plan.donor_layers, H_cycles=model.config.H_cycles,
+            L_cycles=model.config.L_cycles, narrow=False,
+        )  # fmt: skip
+    if evaluation is not None and len(evaluation.depths) > 1:
+        found[LOSS_PICTURE] = _loss_chart(evaluation, model.config.H_cycles)
+    return {name: standalone(svg) for name, svg in found.items()}
+
+
+def base_model(plan: ConversionPlan | None, extras: Extras) -> str | None:
+    """The donor's hub id, where it has one: a folder of this machine means nothing to others."""
+    if extras.base_model is not None or plan is None:
+        return extras.base_model
+    return plan.donor if HUB_ID.fullmatch(plan.donor) and not os.path.exists(plan.donor) else None
+
+
+def public(value: Any) -> Any:
+    """JSON types, in which paths of this machine are cut down to their last names."""
+    if isinstance(value, Mapping):
+        return {key: public(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(each) for each in value]
+    if isinstance(value, str) and (os.path.isabs(value) or (os.sep in value and os.path.exists(value))):
+        return Path(value).name
+    return value
+
+
+# Words and markup
+
+
+_WRITE = """
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=40{extra})
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+
+
+def _front(extras: Extras, base: str | None, task: str, tags: list[str]) -> str:
+    named = {"license": extras.license, "base_model": base, "library_name": "transformers", "pipeline_tag": task, "tags": tags}
+    fields = {key: value for key, value in named.items() if value is not None}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _title(plan: ConversionPlan | None, config: Any) -> str:
+    return _words(public(plan.donor)) if plan else str(config.model_type)
+
+
+def _what(model: Any, plan: ConversionPlan | None, base: str | None) -> str:
+    config, count = model.config, sum(parameters_by_part(model.config).values())
+    origin = f"[{base}](https://huggingface.co/{base})" if base else _words(public(plan.donor)) if plan else "a pretrained model"
+    return (
+        f"A recursive language model of {count:,} parameters (`{config.model_type}`), made of {origin} by recursify. Each token passes "
+        f"{config.prelude_layers} prelude layers, then a block of {config.L_layers} layers H_cycles {config.H_cycles} x (L_cycles "
+        f"{config.L_cycles} + 1) times with the same weights, then {config.coda_layers} coda layers: {config.depth()} layer applications. "
+        "H_cycles is chosen at every call: more cycles take more time, and 0 is one plain pass."
+    )
+
+
+def _use(config: Any, extras: Extras, writes: bool) -> list[str]:
+    name, deeper = json.dumps(extras.name), config.H_cycles + 2
+    load = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)",
+        f"tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)",
+    ]
+    if not writes:
+        run = ["", 'inputs = tokenizer("Once upon a time", return_tensors="pt")', f"states = model.model(**inputs, H_cycles={deeper})[0]"]
+        told = "It was trained in embedding space: its states are embeddings of what comes next. Its head is the donor's, unused."
+        return ["## Use", told, _code(*load, *run)]
+    run = _WRITE.format(extra=f", H_cycles={deeper}").split("\n")
+    shell = f'recursify generate --checkpoint THE_FOLDER --prompt "Once upon a time" --H_cycles {deeper}'
+    return [
+        "## Use",
+        "With transformers alone, which runs the Python files beside the weights:",
+        _code(*load, *run),
+        "After `import recursify` the same goes without `trust_remote_code`; in a shell, with a copy of this folder:",
+        _code(shell, language="sh"),
+    ]
+
+
+def _plan(plan: ConversionPlan | None, extras: Extras) -> list[str]:
+    if plan is None:
+        return []
+    rows = [("prelude", plan.prelude), ("L_level", plan.loop), ("coda", plan.coda), ("dropped", plan.dropped)]
+    table = _table(["part", "donor layers"], [[name, ", ".join(map(str, layers)) or "none"] for name, layers in rows])
+    picture = [f"![Which donor layer went where, and how often it is applied]({PLAN_PICTURE})"] if extras.illustrated else []
+    return ["## Plan", f"Of the {plan.donor_layers} layers of the donor, counted from 0:", table, *picture]
+
+
+def _training(model: Any, notes: Mapping[str, Any], writes: bool) -> list[str]:
+    """What is on record; `model` is looked at where nothing is."""
+    record = notes.get("training")
+    if isinstance(record, Mapping) and record:
+        names = [*(name for name in _TRAINING if name in record), *(name for name in record if name not in _TRAINING)]
+        unit = "nats per token" if writes else "1 - cosine"
+        rows = [[_label(name, unit), _value(record[name])] for name in names]
+        return ["## Training", "Of the last run, as training wrote it down:", _table(["what", "value"], rows)]
+    if model is not None and _at_conversion(model):
+        return ["## Training", "**Not trained.** All gains are 0, as at conversion: any number of cycles gives the plain pass."]
+    return ["## Training", "**No training is on record.** Take the model for untrained unless its maker says otherwise."]
+
+
+def _label(name: str, unit: str) -> str:
+    words = _TRAINING.get(name, _words(name))
+    return f"{words} ({unit})" if name.startswith("eval_loss") else words
+
+
+def _at_conversion(model: Any) -> bool:
+    """Whether the model has gains and all are 0."""
+    gains = [parameter for name, parameter in model.named_parameters() if ".inject_" in name]
+    return bool(gains) and not any(parameter.any() for parameter in gains)
+
+
+def _evaluation(extras: Extras, own: int) -> list[str]:
+    found = extras.evaluation
+    if found is None or not found.rows:
+        return ["## Evaluation", "Not measured. `recursify evaluate` measures the loss on any text at several cycle counts."]
+    drawn = extras.illustrated and len(found.depths) > 1
+    picture = [f"![{_TITLE}: {_in_words(found)}]({LOSS_PICTURE})"] if drawn else []
+    return ["## Evaluation", _table_of_losses(extras, [*found.depths, *found.donors], own), *picture]
+
+
+def _table_of_losses(extras: Extras, rows: Sequence[Row], own: int | None) -> str:
+    found = extras.evaluation
+    assert found is not None
+    head = ["cycles", "loss (nats)", "standard error", "perplexity", "layer applications per token"]
+    cells = [
+        [
+            f"donor ({_words(row.name)})"
+            if row.H_cycles is None
+            else f"{row.H_cycles} (the model's own)"
+            if row.H_cycles == own
+            else str(row.H_cycles),
+            f"{row.loss:.4f}",
+            "not known" if row.standard_error is None else f"{row.standard_error:.4f}",
+            f"{perplexity(row.loss):,.2f}",
+            str(row.layer_applications),
+        ]
+        for row in rows
+    ]
+    told = f"Loss per token on {_words(found.text)}."
+    note = f" {extras.evaluation_note}" if extras.evaluation_note else ""
+    return f"{told}{note}\n\n{_table(head, cells)}"
+
+
+def _in_words(evaluation: Evaluation) -> str:
+    return ", ".join(f"{row.loss:.4f} at {row.H_cycles}" for row in evaluation.depths)
+
+
+def _loss_chart(evaluation: Evaluation, own: int) -> str:
+    depths = evaluation.depths
+    xs = [float(row.H_cycles or 0) for row in depths]
+    line = Line(
+        name="recursive", xs=xs, ys=[row.loss for row in depths], errors=[row.standard_error for row in depths], colour="s1", dots=True,
+        valued=True,
+    )  # fmt: skip
+    axes = Axes(
+        title=_TITLE,
+        description=_in_words(evaluation),
+        x_label="cycles, and below them layer applications per token",
+        y_label="nats per token",
+        x_ticks=[(x, (str(row.H_cycles), str(row.layer_applications))) for x, row in zip(xs, depths, strict=True)],
+        x_margin=0.4,
+        marked_x=float(own),
+        mark="the model's own",
+    )
+    levels = [
+        Level(name=f"donor ({row.name})", y=row.loss, error=row.standard_error, colour=f"s{min(number, 6)}")
+        for number, row in enumerate(evaluation.donors, start=2)
+    ]
+    return line_chart([line], levels, axes, _CHART)
+
+
+def _license(extras: Extras, base: str | None) -> list[str]:
+    donor = f"[{base}](https://huggingface.co/{base})" if base else "the donor"
+    own = f"`{extras.license}`, as whoever exported it says." if extras.license else "None was named at export."
+    return ["## License", f"{own} The weights come from {donor}, whose terms go with them."]
+
+
+def _notes(notes: Mapping[str, Any]) -> list[str]:
+    rest = {key: value for key, value in notes.items() if key != "training"}
+    return ["## Notes", "\n".join(f"- {_words(key)}: {_value(value)}" for key, value in rest.items())] if rest else []
+
+
+def _code(*lines: str, language: str = "python") -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.4f}".rstrip("0").rstrip(".")
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_words(key)} {_value(each)}" for key, each in value.items())
+    return _words(public(value))
+
+
+def _words(value: Any) -> str:
+    """As text on one line, in which nothing is markup."""
+    line = " ".join(str(value).split())
+    return re.sub(r"([\\`*\[\]|~]|\b_|_\b)", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")

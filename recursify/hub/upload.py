@@ -1,0 +1,94 @@
+"""A folder goes to the Hugging Face hub, or to the server that HF_ENDPOINT names.
+
+What can be known beforehand (the name, the token, whether the hub answers) is asked before anything heavy; what goes wrong on the way
+leaves the folder as it is, so that the upload alone can be made again. The token is the one of `hf auth login`, or HF_TOKEN. Floor 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx, validate_repo_id
+
+from ..errors import UserError
+
+# What an older upload may have left that would be read in place of the new files, or with them.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py", "*.svg", "*.jinja", "recursify.json"]
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens)"
+
+
+def check(repo: str) -> None:
+    """Whether a push to `repo` could begin. Nothing is made on the hub.
+
+    Raises:
+        UserError: Not a name of a repository, the hub is switched off or does not answer, or there is no token or none that it takes.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--push: expected a name on the hub such as you/model, got {repo!r} ({_first_line(error)})") from error
+    if constants.is_offline_mode():
+        raise UserError("--push: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or leave --push out")
+    token = get_token()
+    if token is None:
+        raise UserError(f"--push {repo}: no token for the hub; {_LOGIN}")
+    with _explained(repo):
+        HfApi(token=token).whoami()
+
+
+def push(folder: Path, files: Sequence[str], repo: str, *, private: bool, message: str) -> str:
+    """Upload files of a folder as one repository of the kind `model`, made where it is missing; returns its address.
+
+    Args:
+        files: Their names; what else lies in the folder stays here.
+        private: Whether a repository that is made is private.
+        message: Of the commit.
+
+    Raises:
+        UserError: The hub refused or did not answer; or `private` was asked and the repository is there already and public.
+    """
+    api = HfApi(token=get_token())
+    with _explained(repo, folder):
+        made = api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.repo_info(made.repo_id).private:
+            raise UserError(f"--private: {made.repo_id} is on the hub already and public; nothing was uploaded. Choose another name")
+        api.upload_folder(
+            repo_id=made.repo_id, folder_path=folder, allow_patterns=list(files), delete_patterns=_REPLACED, commit_message=message
+        )
+    return str(made)
+
+
+@contextmanager
+def _explained(repo: str, folder: Path | None = None) -> Iterator[None]:
+    """Errors of the hub's client, and of the network's, as one line.
+
+    Args:
+        folder: What was to be uploaded, where it is written already.
+    """
+    again = "" if folder is None else f". {folder} is written and whole: `hf upload {repo} {folder}` uploads it"
+    try:
+        yield
+    except UserError:
+        raise
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else None
+        if code == 401:
+            raise UserError(f"--push {repo}: the hub does not take the token; {_LOGIN}{again}") from error
+        if code == 403:
+            raise UserError(f"--push {repo}: the token may not write there; name a place of your own, or {_LOGIN}{again}") from error
+        if isinstance(error, RepositoryNotFoundError) or code == 404:
+            raise UserError(f"--push {repo}: not found on the hub, or not for this token; check the name{again}") from error
+        raise UserError(f"--push {repo}: the hub refused ({code}: {_first_line(error)}){again}") from error
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # the client's words for a transfer or a card that failed
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+        why = "the hub cannot be reached" if isinstance(cause, httpx.TransportError) else "the upload failed"
+        said = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"--push {repo}: {why} ({said}); check the network{again}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

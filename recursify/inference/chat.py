@@ -1,0 +1,165 @@
+"""Talk with a model, turn by turn. Of the conversation so far, a turn reads only what is new. Floor 3."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import UserError
+from .chat_prompt import Dialogue
+from .console import Command, Console, line_editing
+from .generation import Generated, WriteSettings, calibrated, forgiving, generate_text, load, tell_after
+from .prefix_cache import Memory
+from .transcript import Message
+
+
+@dataclass(kw_only=True)
+class ChatSettings(WriteSettings):
+    """Talk with a recursive model, turn by turn."""
+
+    system: str | None = None
+    """What the model is told before the conversation begins."""
+    forget_oldest: bool = False
+    """When the conversation outgrows the model's positions, leave out its oldest turns."""
+
+
+def run(settings: ChatSettings) -> None:
+    """Talk at the terminal until the user has enough. From a pipe, every line is a turn, and stdout has nothing but the answers.
+
+    Raises:
+        UserError: A setting out of range; a checkpoint or tokenizer that cannot be read.
+    """
+    model, tokenizer = load(settings)
+    settings = calibrated(settings, model, tokenizer)
+    forgiving(sys.stdout)
+    with line_editing():
+        Chat(model, tokenizer, settings, sign="You: " if sys.stdin.isatty() else "").run()
+
+
+class Chat(Console):
+    """A conversation with a model.
+
+    Args:
+        sign: What asks for a turn; "" at a pipe.
+        args, kwargs: As `Console`.
+    """
+
+    def __init__(self, *args: Any, sign: str = "You: ", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sign = sign
+        self.dialogue = Dialogue(self.tokenizer)
+        self.memory = Memory()
+        system = getattr(self.settings, "system", None)
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def greet(self) -> None:
+        self.say("Say something. /help lists the commands.", self.err)
+        if not self.dialogue.has_template:
+            self.say("The tokenizer has no chat template, so turns are given to the model as plain lines, User: and Assistant:.", self.err)
+        self.say("", self.err)
+
+    def part(self) -> None:
+        self.say("Goodbye!", self.err)
+
+    def commands(self) -> dict[str, Command]:
+        found = super().commands()
+        cycles = found["/cycles"]
+        found["/cycles"] = replace(cycles, obey=lambda value: self._new_depth(cycles.obey, value))
+        found["/system"] = Command("TEXT", "what the model is told before the conversation begins", self._system)
+        found["/reset"] = Command("", "forget the conversation", lambda _: self._reset())
+        return found
+
+    def answer(self, text: str, pressed: threading.Event) -> None:
+        """Answer, and keep what was said; what a second Ctrl-C broke off, too."""
+        asked: Message = {"role": "user", "content": text}
+        ids, room = self._fitting(asked)
+        sampling = self.settings.sampling
+        sampling = replace(
+            sampling, max_new_tokens=min(sampling.max_new_tokens, room), stop=(*sampling.stop, *self.dialogue.stop)
+        )  # fmt: skip
+        pieces: list[str] = []
+        try:
+            generated = generate_text(
+                self.model, self.tokenizer, ids, sampling, on_text=self._writer(pieces), should_stop=pressed.is_set,
+                memory=self.memory, ends=self.dialogue.ends,
+            )  # fmt: skip
+        finally:
+            if pieces:
+                self.say("")
+            said = self.dialogue.said("".join(pieces))
+            if said:
+                self.messages += [asked, {"role": "assistant", "content": said}]
+        if not said:
+            self.say("(no answer; what you said is forgotten)", self.err)
+        self._after(generated, cut=room < self.settings.max_new_tokens)
+
+    def _after(self, generated: Generated, cut: bool) -> None:
+        tell_after(self.model, self.tokenizer, generated, self.settings, self.out, self.err)
+        if cut and generated.finish_reason == "length":
+            self.say("(the conversation has filled the model's positions; /reset begins a new one)", self.err)
+
+    def _writer(self, pieces: list[str]) -> Callable[[str], None]:
+        """Shows what comes, without the white space that a plain answer begins with, and notes it."""
+
+        def show(piece: str) -> None:
+            begun = self.dialogue.has_template or "".join(pieces).strip()
+            pieces.append(piece)
+            self.out.write(piece if begun else piece.lstrip())
+            self.out.flush()
+
+        return show
+
+    def _fitting(self, asked: Message) -> tuple[list[int], int]:
+        """The prompt of the next turn and how many tokens may follow it; with `forget_oldest` without turns that no longer fit.
+
+        Raises:
+            UserError: The conversation has outgrown the model.
+        """
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        ids = self.dialogue.prompt([*self.messages, asked])
+        if positions is None:
+            return ids, self.settings.max_new_tokens
+        if getattr(self.settings, "forget_oldest", False):
+            wanted = min(self.settings.max_new_tokens, positions // 2)
+            while len(ids) + wanted > positions and self._drop_oldest():
+                ids = self.dialogue.prompt([*self.messages, asked])
+        if len(ids) >= positions:
+            have = f"the conversation has {len(ids)} tokens, and the model has {positions} positions"
+            raise UserError(
+                f"{have}; /reset begins a new one, or say it in fewer words" if self.messages else f"{have}; say it in fewer words"
+            )
+        return ids, positions - len(ids)
+
+    def _drop_oldest(self) -> bool:
+        """Forget the first turn after the system's text; False where there is none."""
+        first = next((i for i, message in enumerate(self.messages) if message["role"] != "system"), None)
+        if first is None:
+            return False
+        turn = self.messages[first : first + 2]
+        paired = [message["role"] for message in turn] == ["user", "assistant"]
+        del self.messages[first : first + (2 if paired else 1)]
+        return True
+
+    def _new_depth(self, obey: Callable[[str], str], value: str) -> str:
+        """As every `/cycles`; the conversation so far was read at another depth."""
+        before = self._now("H_cycles")
+        reply = obey(value)
+        if self._now("H_cycles") == before or not self.memory.ids:
+            return reply
+        self.memory.forget()
+        return f"{reply}; the conversation is read again at this depth"
+
+    def _system(self, text: str) -> str:
+        spoken = [message for message in self.messages if message["role"] != "system"]
+        if text:
+            self.messages = [{"role": "system", "content": text}, *spoken]
+        told = next((message["content"] for message in self.messages if message["role"] == "system"), None)
+        return f"system {told!r}" if told else "system: nothing is said"
+
+    def _reset(self) -> str:
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self.memory.forget()
+        return "The conversation is forgotten."

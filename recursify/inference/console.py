@@ -1,0 +1,335 @@
+"""A conversation at the keyboard: a line is a text, a line that begins with a slash is a command, Ctrl-C stops an answer.
+
+    a line that ends in a backslash     goes on in the next one
+    three double quotes                 begin and end a text of several lines, of which none is a command
+
+Answers and replies to commands go to stdout, everything else to stderr. Lines are edited and remembered where Python has readline. Floor 3.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO, get_type_hints
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..cli.recipe import typed
+from ..errors import UserError
+from . import transcript
+from .generation import Sampling, WriteSettings
+from .options import is_recursive
+from .transcript import Message
+
+_QUOTES = '"""'
+_REMEMBERED = 1000  # lines
+# command -> (setting, type, what /help says)
+_VALUES: dict[str, tuple[str, type, str]] = {
+    "/temp": ("temperature", float, "randomness; 0 always takes the likeliest token"),
+    "/max": ("max_new_tokens", int, "write at most so many tokens"),
+    "/cycles": ("H_cycles", int, "cycles per token; 0 is one plain pass"),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line that begins with a slash.
+
+    Args:
+        argument: What /help shows behind the name.
+        about: What /help says of it.
+        obey: Takes the rest of the line and returns what to say.
+    """
+
+    argument: str
+    about: str
+    obey: Callable[[str], str]
+
+
+class Console:
+    """Texts and commands, until `/quit` or the end of the input. Subclasses say what is answered, and may add commands.
+
+    Args:
+        ask: Shows its argument and returns one line; EOFError ends the conversation, KeyboardInterrupt drops the line.
+        out, err: Where answers and errors go; None is stdout and stderr.
+    """
+
+    sign = "Prompt: "
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Any,
+        ask: Callable[[str], str] = input,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.settings: WriteSettings = settings
+        self.ask, self.out, self.err = ask, out or sys.stdout, err or sys.stderr
+        self.messages: list[Message] = []
+
+    def answer(self, text: str, pressed: threading.Event) -> None:
+        """Answer a text on `out`; stop soon after Ctrl-C has set the event."""
+        raise NotImplementedError
+
+    def greet(self) -> None:
+        """Say on `err` how this works."""
+        raise NotImplementedError
+
+    def part(self) -> None:
+        """Say good-bye."""
+        self.say("Goodbye!")
+
+    def commands(self) -> dict[str, Command]:
+        """Name -> command, in the order in which /help lists them."""
+        values = {
+            name: Command("X" if kind is float else "N", f"{about} (now {self._now(field)})", partial(self._set, name))
+            for name, (field, kind, about) in _VALUES.items()
+        }
+        shown = f"table of cycles after each answer (now {_switch(self.settings.show_recursive_steps)})"
+        return values | {
+            "/show": Command("on|off", shown, self._show),
+            "/save": Command("FILE", "keep the conversation", self._save),
+            "/load": Command("FILE", "go on with one that was kept", self._load),
+            "/help": Command("", "this list", lambda _: self._help()),
+        }
+
+    def run(self) -> None:
+        """The loop. The seed counts for the conversation as a whole."""
+        if self.settings.seed is not None:
+            torch.manual_seed(self.settings.seed)
+        self.greet()
+        while True:
+            try:
+                text, literal = read_text(self.ask, self.sign)
+                if text.strip() == "/quit" and not literal:
+                    break
+                self.handle(text, literal)
+            except EOFError:
+                self.say("", self.out if self.sign else self.err)
+                break
+            except KeyboardInterrupt:
+                self.say("\n(/quit or Ctrl-D ends)", self.err)
+        self.part()
+
+    def handle(self, text: str, literal: bool = False) -> None:
+        """Obey a command, or answer a text. No error of one line ends the conversation.
+
+        Args:
+            literal: It is no command, whatever it begins with.
+        """
+        try:
+            if text.startswith("/") and not text.startswith("//") and not literal:
+                self.say(self._command(text))
+            elif text.strip():
+                with ctrl_c() as pressed:
+                    self.answer(text[1:] if text.startswith("//") and not literal else text, pressed)
+                if pressed.is_set():
+                    self.say("(stopped)", self.err)
+                self.say("")
+        except KeyboardInterrupt:
+            self.say("(stopped)\n", self.err)
+        except BrokenPipeError:  # nobody reads any more
+            raise
+        except UserError as error:
+            self.say(f"error: {error}", self.err)
+        except Exception as error:  # out of memory, say: shown in full, and the next text may fare better
+            if os.environ.get("RECURSIFY_DEBUG") == "1":
+                traceback.print_exc(file=self.err)
+            self.say(f"error: {type(error).__name__}: {error}", self.err)
+
+    def say(self, text: str, where: TextIO | None = None) -> None:
+        print(text, file=where or self.out, flush=True)
+
+    def change(self, **values: Any) -> None:
+        """Other settings, all of them or none.
+
+        Raises:
+            UserError: One out of range, or that the model cannot do.
+        """
+        changed = replace(self.settings, **values)
+        changed.sampling.check()
+        changed.sampling.arguments(self.model)
+        self.settings = changed
+
+    def _command(self, line: str) -> str:
+        """Obey, and return what to say."""
+        name, _, rest = line.strip().partition(" ")
+        commands = self.commands()
+        if name not in commands:
+            raise UserError(f"unknown command {name}; /help lists the commands, and /{line.strip()} sends {line.strip()!r} as a prompt")
+        return commands[name].obey(rest.strip())
+
+    def _set(self, name: str, value: str) -> str:
+        field, kind, _ = _VALUES[name]
+        if value:
+            try:
+                number = kind(value)
+            except ValueError:
+                expected = "a whole number" if kind is int else "a number"
+                raise UserError(f"{name}: expected {expected}, got {value!r}") from None
+            if field == "H_cycles" and not is_recursive(self.model):
+                raise UserError(f"{name}: expected a recursive model, got a {type(self.model).__name__}, which has no cycles")
+            try:
+                self.change(**{field: number})
+            except UserError as error:
+                raise UserError(str(error).replace(f"--{field}", name)) from None
+        return f"{field} {self._now(field)}"
+
+    def _show(self, value: str) -> str:
+        if value not in ("", "on", "off"):
+            raise UserError(f"/show: expected on or off, got {value!r}")
+        if value == "on" and not is_recursive(self.model):
+            raise UserError(f"/show: expected a recursive model, got a {type(self.model).__name__}, which has no cycles")
+        if value:
+            self.change(show_recursive_steps=value == "on")
+        return f"show_recursive_steps {_switch(self.settings.show_recursive_steps)}"
+
+    def _save(self, file: str) -> str:
+        if not file:
+            raise UserError("/save: expected a file to write to, got none")
+        kept = {field.name: getattr(self.settings, field.name) for field in fields(Sampling)}
+        place = transcript.save(file, self.messages, kept | {"show_recursive_steps": self.settings.show_recursive_steps})
+        return f"{_count(self.messages)} kept in {place}"
+
+    def _load(self, file: str) -> str:
+        if not file:
+            raise UserError("/load: expected a file that /save wrote, got none")
+        messages, values = transcript.load(file)
+        self.change(**_settings_of(file, values))
+        self.messages = messages
+        return f"{_count(messages)} from {file}"
+
+    def _now(self, field: str) -> Any:
+        value = getattr(self.settings, field)
+        return getattr(self.model.config, field, None) if value is None else value
+
+    def _help(self) -> str:
+        rows = [(f"{name} {command.argument}", command.about) for name, command in self.commands().items()]
+        rows += [
+            ("/quit", "end; so does Ctrl-D"),
+            ("//text", "send a text that begins with a slash: /text"),
+            (_QUOTES, "begins and ends a text of several lines; \\ at the end of a line goes on, too"),
+            ("Ctrl-C", "stop the answer"),
+        ]
+        return "\n".join(f"{command:<14}{about}" for command, about in rows)
+
+
+def read_text(ask: Callable[[str], str], sign: str) -> tuple[str, bool]:
+    """The next text of one or several lines, and whether it was in quotes, so that it is no command.
+
+    The end of the input ends the text that is open; at its beginning it is an EOFError, as `ask` raises it.
+    """
+    line = ask(sign)
+    more = "... " if sign else ""
+    opened = line.lstrip().startswith(_QUOTES)
+    lines = [line.lstrip().removeprefix(_QUOTES)] if opened else [line]
+    try:
+        if opened:
+            while not lines[-1].rstrip().endswith(_QUOTES):
+                lines.append(ask(more))
+            lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
+        else:
+            while lines[-1].endswith("\\"):
+                lines[-1] = lines[-1][:-1]
+                lines.append(ask(more))
+    except EOFError:
+        pass
+    if opened:  # quotes on lines of their own add no empty lines
+        lines = lines[1:] if not lines[0].strip() else lines
+        lines = lines[:-1] if lines and not lines[-1].strip() else lines
+    return "\n".join(lines), opened
+
+
+@contextmanager
+def ctrl_c() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, which ends the text after the token at hand; a second one interrupts at once."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there can a signal be caught
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def first(*_: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def line_editing() -> Iterator[None]:
+    """At a terminal `input` edits its line and has earlier ones behind the arrow keys, those of earlier sessions, too.
+
+    They are in a file that only the user can read; where none can be kept, nothing is said.
+    """
+    readline: Any = None
+    if sys.stdin is not None and sys.stdin.isatty():
+        with suppress(ImportError):
+            readline = importlib.import_module("readline")  # importing it is what gives `input` its editing
+    if readline is None:
+        yield
+        return
+    file = history_file()
+    with suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(_REMEMBERED)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            _keep_history(readline, file)
+
+
+def history_file() -> Path:
+    """Where lines are remembered: below XDG_STATE_HOME, or its usual place."""
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state and Path(state).is_absolute() else Path.home() / ".local" / "state") / "recursify" / "history"
+
+
+def _keep_history(readline: Any, file: Path) -> None:
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mask = os.umask(0o077)
+    try:
+        readline.write_history_file(file)
+        file.chmod(0o600)
+    finally:
+        os.umask(mask)
+
+
+def _settings_of(file: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a saved conversation with the types that they must have."""
+    hints = {name: hint for name, hint in get_type_hints(WriteSettings).items() if name in {field.name for field in fields(Sampling)}}
+    hints["show_recursive_steps"] = bool
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{file}: settings: {name} is none that a conversation has; they are {', '.join(hints)}")
+        try:
+            values[name] = typed(value, hints[name])
+        except TypeError as error:
+            raise UserError(f"{file}: settings: {name}: expected {error}, got {value!r}") from None
+    return values
+
+
+def _count(messages: list[Message]) -> str:
+    return "1 message" if len(messages) == 1 else f"{len(messages)} messages"
+
+
+def _switch(value: bool) -> str:
+    return "on" if value else "off"

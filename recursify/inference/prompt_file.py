@@ -1,0 +1,237 @@
+"""A file of prompts, continued batch by batch, with results that survive an interruption.
+
+    prompts.txt             one prompt per line; or .jsonl, with a "prompt" in each line
+    prompts.out.jsonl       a line per prompt, in order: {"index", "prompt", "text", "finish_reason", "tokens"}, with halting "cycles"
+    prompts.out.run.json    what the results were made of; a run with other prompts or settings does not add to them
+
+`index` counts the lines of the prompt file from 0; blank lines keep their number and have no result. With halting, `cycles` is the cycle at
+which each token was ready. Floor 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import UserError
+from .generation import Generated, GenerateSettings, Sampling, calibrated, encode_prompt, generate_batch, load, spent
+
+FORMAT = "recursify-prompts/1"
+_NAMED = 3  # so many faulty lines are named, and the others counted
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the number of its line, counted from 0."""
+
+    index: int
+    text: str
+
+
+def run(settings: GenerateSettings) -> None:
+    """Continue every prompt of `settings.prompt_file`, or those that an earlier run has left.
+
+    Raises:
+        UserError: A file that cannot be read or has a faulty line, before anything is written; results of another run in the way.
+    """
+    settings.validate()
+    prompts = read_prompts(settings.prompt_file or "")
+    output = output_path(settings)
+    if not output.parent.is_dir():
+        raise UserError(f"--output_file: {output.parent} is not a folder that exists; make it first, or name another file")
+    model, tokenizer = load(settings)
+    settings = calibrated(settings, model, tokenizer)
+    _check_each(model, tokenizer, prompts, settings)
+    results = Results(output, prompts, _made_of(model, prompts, settings))
+    written: list[Generated] = []
+    try:
+        with tqdm(total=len(prompts), initial=len(results.done), unit="prompt", file=sys.stderr) as bar:
+            for batch in results.missing(settings.batch_size):
+                written += (
+                    batched := generate_batch(model, tokenizer, [p.text for p in batch], settings.sampling, seed=_seed(settings, batch))
+                )
+                bar.update(results.add(batch, batched))
+    except KeyboardInterrupt:
+        print(f"Stopped: {len(results.done)} of {len(prompts)} prompts done; the same command goes on from there.", file=sys.stderr)
+        raise
+    if line := spent(*written):
+        print(line, file=sys.stderr)
+    print(f"✓ {len(prompts)} prompts continued, in {output}")
+
+
+def output_path(settings: GenerateSettings) -> Path:
+    """Where the results go: `--output_file`, else beside the prompts."""
+    return Path(settings.output_file) if settings.output_file else Path(settings.prompt_file or "").with_suffix(".out.jsonl")
+
+
+def read_prompts(file: str) -> list[Prompt]:
+    """The prompts of a text or `.jsonl` file.
+
+    A line is a prompt as it stands: two characters that spell a line end stay two characters. In `.jsonl` they are what JSON makes of them.
+
+    Raises:
+        UserError: Not readable as UTF-8, a line that is no JSON object with a "prompt", or no prompt at all.
+    """
+    try:
+        content = Path(file).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise UserError(f"--prompt_file: {file} cannot be read ({why}); name a UTF-8 text file with one prompt per line") from error
+    lines = [line.removesuffix("\r") for line in content.split("\n")]  # no other sign ends a line
+    is_json = Path(file).suffix == ".jsonl"
+    prompts = [Prompt(i, _field(file, i, line) if is_json else line) for i, line in enumerate(lines) if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompt_file: {file} has no prompt; expected one per line")
+    return prompts
+
+
+def _field(file: str, index: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+        if isinstance(prompt, str):
+            return prompt
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f'--prompt_file: {file}, line {index + 1}: expected a JSON object with a text "prompt", got {line[:80]!r}')
+
+
+def _check_each(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> None:
+    """Read every prompt as the model will, so that no faulty one ends the run hours later."""
+    faults = []
+    for prompt in prompts:
+        try:
+            encode_prompt(model, tokenizer, prompt.text, settings.max_new_tokens)
+        except UserError as error:
+            faults.append(f"line {prompt.index + 1}: {error}")
+    if faults:
+        more = f"\n(and {len(faults) - _NAMED} more)" if len(faults) > _NAMED else ""
+        raise UserError(f"--prompt_file: {settings.prompt_file}, " + "\n".join(faults[:_NAMED]) + more)
+
+
+def _seed(settings: GenerateSettings, batch: Sequence[Prompt]) -> int | None:
+    """A seed of its own for each batch, so that what is drawn does not depend on where an earlier run stopped."""
+    if settings.seed is None:
+        return None
+    return int.from_bytes(hashlib.sha256(f"{settings.seed}/{batch[0].index}".encode()).digest()[:4])
+
+
+def _made_of(model: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[str, Any]:
+    """All that the results depend on, as JSON types."""
+    sampling: Sampling = settings.sampling
+    texts = json.dumps([[prompt.index, prompt.text] for prompt in prompts])
+    return {
+        "format": FORMAT,
+        "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "weights": _fingerprint(model),
+        **asdict(sampling),
+        **asdict(sampling.settled(model)),
+        "stop": list(sampling.stop),
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+    }
+
+
+def _fingerprint(model: Any) -> str:
+    """Of the beginning of every weight: enough to tell checkpoints apart, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name}{tuple(weight.shape)}{weight.flatten()[:16].tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+class Results:
+    """The file of results: what is in it is kept, and what comes is added.
+
+    Raises:
+        UserError: A file of another run, or one that is no file of results.
+    """
+
+    def __init__(self, path: Path, prompts: Sequence[Prompt], made_of: dict[str, Any]):
+        self.path, self.prompts = path, prompts
+        self.record = path.with_suffix(".run.json")
+        self.done: set[int] = set()
+        if path.exists():
+            self._check_record(made_of)
+            self._read()
+        else:
+            _write_whole(self.record, json.dumps(made_of, indent=1) + "\n")
+
+    def missing(self, batch_size: int) -> Iterator[list[Prompt]]:
+        """The batches that are not complete. They are always cut alike, since drawn texts depend on what is written together."""
+        for first in range(0, len(self.prompts), batch_size):
+            batch = list(self.prompts[first : first + batch_size])
+            if any(prompt.index not in self.done for prompt in batch):
+                yield batch
+
+    def add(self, batch: Sequence[Prompt], generated: Sequence[Generated]) -> int:
+        """Append what is not there yet; returns how many that were."""
+        pairs = [(prompt, one) for prompt, one in zip(batch, generated, strict=True) if prompt.index not in self.done]
+        lines = [json.dumps(_entry(prompt, one), ensure_ascii=False) + "\n" for prompt, one in pairs]
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.done |= {prompt.index for prompt, _ in pairs}
+        return len(pairs)
+
+    def _check_record(self, made_of: dict[str, Any]) -> None:
+        cure = "name another --output_file, or delete it to begin anew"
+        try:
+            before = json.loads(self.record.read_text(encoding="utf-8"))
+            if before["format"] != FORMAT:
+                raise ValueError
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(f"--output_file: {self.path} is there, but nothing in {self.record} says how it was made; {cure}") from None
+        for name, value in made_of.items():
+            if before.get(name) != value:
+                what = {"prompts": "other prompts", "weights": "another checkpoint"}.get(name)
+                what = what or f"--{name} {before.get(name)}, and this run has --{name} {value}"
+                raise UserError(f"--output_file: {self.path} was made with {what}; {cure}")
+
+    def _read(self) -> None:
+        """Take note of what is there; a last line that was torn off is cut away."""
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        known = {prompt.index for prompt in self.prompts}
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                index = json.loads(line)["index"]
+                if index not in known:
+                    raise ValueError
+            except (ValueError, TypeError, KeyError):
+                raise UserError(
+                    f"--output_file: {self.path}, line {number}: expected a result of these prompts, got {line[:80]!r}"
+                ) from None
+            self.done.add(index)
+        if whole < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+
+
+def _entry(prompt: Prompt, one: Generated) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "index": prompt.index,
+        "prompt": prompt.text,
+        "text": one.text,
+        "finish_reason": one.finish_reason,
+        "tokens": len(one.token_ids),
+    }
+    return entry if one.cycles is None else entry | {"cycles": list(one.cycles)}
+
+
+def _write_whole(path: Path, content: str) -> None:
+    """Written aside and renamed, so that what is there is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        aside.write_text(content, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"--output_file: {path} cannot be written ({error.strerror}); name a file in a folder of your own") from error

@@ -1,0 +1,504 @@
+"""What training and decoding cost, from configurations and a few numbers alone: parameters, floating-point operations, bytes of memory.
+
+    parameters_by_part   how many numbers there are to train
+    step_flops           the matrix products of one forward and backward pass, every application of the loop counted
+    memory_by_part       bytes on one device while it trains
+    estimate             all of it for a run of some settings, as a TrainingCost
+    slot_bytes           of decoding: one slot of the KV cache
+
+Counting is by the rules of PaLM (arXiv 2204.02311, appendix B): a product of a matrix with one token costs 2 operations per weight, and
+4 more in the backward pass, 2 for the gradient of its input and 2 for that of the weight; attention costs 4 * Q * T forward and 8 * Q * T
+backward per token and layer, with Q = heads * head_dim, over all T positions although half of them are masked. What is computed twice to
+save memory counts twice. Norms, activations, rotary embeddings, look-ups and the optimizer are no matrix products and not counted.
+
+Units: FLOPs, bytes, tokens. Letters: T sequence length, D hidden size, V vocabulary, H cycles, L steps of z_L in a cycle. Floor 1: of
+ours it imports the configuration and the size of a chunk of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..network.configuration_recursive_llm import RecursiveLLMConfig, applications
+from ..network.losses import CHUNK_ELEMENTS
+
+LOOP = frozenset({"L_level", "recursion"})
+READOUT = frozenset({"norm", "lm_head"})
+
+# Bytes of optimizer state per trained number; Muon keeps one momentum for the matrices of layers, and AdamW's two for the rest.
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
+MUON_BYTES = 4
+
+# Per element of a chunk of logits: the logits as the head gives them, in float32, their log-probabilities, and the gradients of these;
+# and what stays of logits that are few enough to be kept for the backward pass.
+_LOGIT_BYTES, _KEPT_LOGIT_BYTES = 16, 8
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model costs anything. Every dictionary goes by part; the layers of a plain donor are the part `layers`.
+
+    Args:
+        parameters: Numbers. A tied head has none of its own.
+        matrices: Weights that every token is multiplied with; those of a tied head, too.
+        layers: Transformer layers.
+        hidden, inner, heads, keys: Widths: D, of the feed-forward, of all queries together and of all keys together.
+        norms_heads: Whether queries and keys are normalised.
+    """
+
+    parameters: dict[str, int]
+    matrices: dict[str, int]
+    layers: dict[str, int]
+    hidden: int
+    inner: int
+    heads: int
+    keys: int
+    norms_heads: bool
+    vocabulary: int
+
+
+_SHAPES: dict[str, Shape] = {}
+
+
+def shape_of(config: PreTrainedConfig) -> Shape:
+    """Counted on the very classes of the model, without storage; remembered, because a trainer asks at every micro-batch."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _SHAPES:
+        _SHAPES[key] = _count(config)
+    return _SHAPES[key]
+
+
+def _count(config: Any) -> Shape:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head, tied = model.get_output_embeddings(), config.tie_word_embeddings
+    parts = _recursive_parts(model, config) if isinstance(config, RecursiveLLMConfig) else _donor_parts(model)
+    layers = {name: len(part) for name, part in parts.items() if isinstance(part, nn.ModuleList)}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Shape(
+        parameters={**{name: _numbers(part) for name, part in parts.items()}, "lm_head": 0 if tied else _numbers(head)},
+        matrices={**{name: _numbers(parts[name], matrices=True) for name in layers}, "lm_head": head.weight.numel()},
+        layers=layers,
+        hidden=config.hidden_size,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        heads=config.num_attention_heads * head_dim,
+        keys=keys * head_dim,
+        norms_heads=any("q_norm" in name for name, _ in model.named_modules()),
+        vocabulary=config.vocab_size,
+    )
+
+
+def _recursive_parts(model: Any, config: RecursiveLLMConfig) -> dict[str, nn.Module]:
+    base, first, last = model.model, config.prelude_layers, config.prelude_layers + config.L_layers
+    return {
+        "embeddings": base.embed_tokens,
+        "prelude": base.layers[:first],
+        "L_level": base.layers[first:last],
+        "coda": base.layers[last:],
+        "norm": base.norm,
+        "recursion": base.recursion,
+    }
+
+
+def _donor_parts(model: Any) -> dict[str, nn.Module]:
+    """Of any causal model of transformers: its one list of layers, its look-ups, and what is left."""
+    children = list(model.base_model.children())
+    tables = nn.ModuleDict({str(i): child for i, child in enumerate(children) if isinstance(child, nn.Embedding)})
+    layers = next(child for child in children if isinstance(child, nn.ModuleList))
+    rest = nn.ModuleDict({str(i): child for i, child in enumerate(children) if child is not layers and not isinstance(child, nn.Embedding)})
+    return {"embeddings": tables, "layers": layers, "norm": rest}
+
+
+def _numbers(part: Any, matrices: bool = False) -> int:
+    return sum(p.numel() for p in part.parameters() if p.ndim > 1 or not matrices)
+
+
+def parameters_by_part(config: PreTrainedConfig) -> dict[str, int]:
+    """Part -> number of parameters, counted on shapes without storage; a tied head counts 0."""
+    return dict(shape_of(config).parameters)
+
+
+def slot_bytes(config: PreTrainedConfig, number: int = 2) -> int:
+    """Bytes of the keys and values of one cache slot, per token of context, with numbers of `number` bytes."""
+    return 2 * shape_of(config).keys * number
+
+
+def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:
+    """The parts that a run of these settings trains.
+
+    Args:
+        settings: A `RunSettings`: its `approach`, and `tune_lm_head` where it has one.
+    """
+    if settings.approach != "full":
+        return LOOP | READOUT if getattr(settings, "tune_lm_head", False) else LOOP
+    return everything(config)
+
+
+def everything(config: Any) -> frozenset[str]:
+    """Every part that the configuration does not freeze; a head that is tied to frozen embeddings is frozen with them."""
+    parts = frozenset(shape_of(config).parameters)
+    if not getattr(config, "freeze_embeddings", False):
+        return parts
+    return parts - ({"embeddings", "lm_head"} if config.tie_word_embeddings else {"embeddings"})
+
+
+def step_flops(
+    config: PreTrainedConfig,
+    tokens: int,
+    seq_len: int,
+    *,
+    H_cycles: int | None = None,
+    L_cycles: int | None = None,
+    supervised: int = 1,
+    backprop: str = "full",
+    gradient_checkpointing: bool = False,
+    trained: Collection[str] | None = None,
+    reads_logits: bool = True,
+    recomputes_logits: bool = False,
+    self_distills: bool = False,
+    teacher_config: PreTrainedConfig | None = None,
+) -> float:
+    """Floating-point operations of one forward and backward pass over `tokens` tokens in sequences of `seq_len`.
+
+    Embeddings and prelude are passed once, the looped block H * (L + 1) times, coda and head once for each cycle that is read out. A
+    frozen part costs its forward pass, and the gradient of its input where something below it is trained.
+
+    Args:
+        config: A recursive model's, or a plain donor's, which is one pass through its layers.
+        H_cycles, L_cycles: The configuration's where None.
+        supervised: Cycles that are read out.
+        backprop: "full" goes back through all cycles, "cycle" through those that are read out, "last" through the last alone.
+        gradient_checkpointing: Layers with a gradient are passed forward a second time, but for their last product.
+        trained: Parts that get a gradient; `everything` where None.
+        reads_logits: Whether states are read through the head; not in embedding space.
+        recomputes_logits: Whether the head, too, is passed forward a second time (see `recomputes_logits`).
+        self_distills: Earlier cycles learn from the last: the head once more at each of them; with "cycle" a pass through the loop before.
+        teacher_config: A donor that is distilled from: one forward pass, and its head at every readout.
+    """
+    shape = shape_of(config)
+    trained = everything(config) if trained is None else trained
+    times = _times(config, shape, H_cycles, L_cycles, supervised, backprop)
+    below, flops = False, 0.0
+    for part, (forward, backward) in times.items():
+        below = below or part in trained or ("embeddings" in trained) or (part == "L_level" and "recursion" in trained)
+        matrices = shape.matrices[part]
+        attention = 4 * shape.heads * seq_len * shape.layers.get(part, 0)
+        once = 2 * matrices + attention
+        back = 2 * matrices + 2 * attention if below else 0  # the gradient of the input
+        back += 2 * matrices if part in trained else 0
+        if below and part == "lm_head":
+            back += once if recomputes_logits else 0
+        elif below and gradient_checkpointing:  # torch stops short of a layer's last product, the down projection: nobody waits for it
+            back += once - 2 * shape.hidden * shape.inner * shape.layers[part]
+        if part != "lm_head" or reads_logits:
+            flops += forward * once + backward * back
+    again = 1 + recomputes_logits
+    if teacher_config is not None:
+        flops += _forward_flops(shape_of(teacher_config), seq_len, {"lm_head": times["lm_head"][0] * again})
+    if self_distills and "L_level" in times:
+        other = {"L_level": times["L_level"][0], "coda": 1, "lm_head": 0} if backprop == "cycle" else dict.fromkeys(times, 0)
+        flops += _forward_flops(shape, seq_len, other | {"prelude": 0, "lm_head": (times["lm_head"][0] - 1) * again})
+    return flops * tokens
+
+
+def _times(
+    config: Any, shape: Shape, H_cycles: int | None, L_cycles: int | None, supervised: int, backprop: str
+) -> dict[str, tuple[int, int]]:
+    """Part -> how often it is passed forward, and how often backward, in the order of the pass."""
+    if not isinstance(config, RecursiveLLMConfig):
+        return {"layers": (1, 1), "lm_head": (1, 1)}
+    H = config.H_cycles if H_cycles is None else H_cycles
+    L = config.L_cycles if L_cycles is None else L_cycles
+    supervised = max(1, min(supervised, H))
+    reached = {"full": H, "cycle": supervised, "last": 1}[backprop]
+    loop = (applications(H, L), min(applications(H, L), applications(reached, L)))
+    return {"prelude": (1, 1), "L_level": loop, "coda": (supervised, supervised), "lm_head": (supervised, supervised)}
+
+
+def _forward_flops(shape: Shape, seq_len: int, passes: dict[str, int]) -> float:
+    """Of one token, forward only.
+
+    Args:
+        passes: Part -> how often; once where it says nothing.
+    """
+    return sum(
+        passes.get(part, 1) * (2 * matrices + 4 * shape.heads * seq_len * shape.layers.get(part, 0))
+        for part, matrices in shape.matrices.items()
+    )
+
+
+def recomputes_logits(config: PreTrainedConfig, tokens: int, *, by_token: bool = False, references: int = 0) -> bool:
+    """Whether the logits of `tokens` tokens are computed in chunks, and each chunk once more in the backward pass (see `objective`).
+
+    Args:
+        by_token: Whether the loss has terms beside the next-token loss; if not, there is a chunked loss that does without.
+        references: Predictions that each cycle is compared with; a chunk has the logits of these, too.
+    """
+    return by_token and tokens * shape_of(config).vocabulary * (1 + references) > CHUNK_ELEMENTS
+
+
+def layer_bytes(config: PreTrainedConfig, bf16: bool) -> int:
+    """What autograd keeps of one layer for one token, of transformers' own classes with fused attention.
+
+    In float32: of each of two norms its input, and twice its output, before and after its weight (24 D); queries, keys, values and the
+    result of attention (8 Q + 8 K); four vectors of the feed-forward (16 I). Under bfloat16 autocast the norms stay float32 (16 D), each
+    of five projections casts its input for itself (10 D), and the rest is halved (4 Q + 4 K + 8 I). Norms of queries and keys add
+    8 (Q + K), or 6. Q, K and I are the widths of all queries, all keys, and the feed-forward.
+    """
+    s = shape_of(config)
+    heads = (6 if bf16 else 8) * (s.heads + s.keys) if s.norms_heads else 0
+    if bf16:
+        return 26 * s.hidden + 4 * (s.heads + s.keys) + 8 * s.inner + heads
+    return 24 * s.hidden + 8 * (s.heads + s.keys) + 16 * s.inner + heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Over how many devices, and how.
+
+    Args:
+        fsdp: FSDP2; else DDP.
+        accumulates: Whether a step has several micro-batches. FSDP2 then keeps the whole gradients until the last of them.
+    """
+
+    devices: int = 1
+    fsdp: bool = False
+    accumulates: bool = False
+
+
+def memory_by_part(
+    config: PreTrainedConfig,
+    tokens: int,
+    *,
+    H_cycles: int | None = None,
+    L_cycles: int | None = None,
+    supervised: int = 1,
+    backprop: str = "full",
+    gradient_checkpointing: bool = False,
+    trained: Collection[str] | None = None,
+    reads_logits: bool = True,
+    by_token: bool = False,
+    optimizer: str = "adamw",
+    ema: bool = False,
+    bf16: bool = True,
+    spread: Spread = Spread(),
+    teacher_config: PreTrainedConfig | None = None,
+) -> dict[str, float]:
+    """Bytes on one device at the peak of a step, by what they are for. An estimate: docs/scaling.md has what was measured beside it.
+
+    weights, gradients and the average of the weights (ema) are float32; bfloat16 is autocast, which keeps a copy of every matrix for the
+    step. Not counted: the device's own context, work space of kernels, and what the allocator cannot use.
+
+    Args:
+        tokens: In one micro-batch of one device.
+        by_token: Whether the loss has terms beside the next-token loss.
+        The others are those of `step_flops`, and of `RunSettings`.
+    """
+    shape = shape_of(config)
+    trained = everything(config) if trained is None else trained
+    learning = sum(count for part, count in shape.parameters.items() if part in trained)
+    in_layers = sum(shape.matrices[part] for part in shape.layers if part in trained)
+    share = spread.devices if spread.fsdp else 1
+    matrices = sum(shape.matrices.values()) - (0 if reads_logits else shape.matrices["lm_head"])
+    waiting = _applications_kept(config, shape, trained, H_cycles, L_cycles, supervised, backprop)
+    kinds = {
+        "weights": 4 * sum(shape.parameters.values()) / share,
+        # "cycle" adds up those of its cycles beside the sum over the micro-batches so far
+        "gradients": 4 * learning * (2 if backprop == "cycle" and spread.accumulates else 1) / share,
+        "optimizer": (STATE_BYTES[optimizer] * learning - (MUON_BYTES * in_layers if optimizer == "muon" else 0)) / share,
+        "ema": 4 * learning / share if ema else 0,
+        "autocast": 2 * matrices if bf16 else 0,
+        "exchange": _exchange(shape, trained, spread, supervised),
+        "activations": tokens * _activations(config, shape, waiting, bf16, gradient_checkpointing),
+        "logits": _logit_bytes(tokens * shape.vocabulary, waiting["lm_head"], by_token) if reads_logits else 0,
+        "teacher": 0 if teacher_config is None else (2 if bf16 else 4) * sum(parameters_by_part(teacher_config).values()),
+    }
+    return {name: float(count) for name, count in kinds.items() if count}
+
+
+def _logit_bytes(elements: int, readouts: int, by_token: bool) -> int:
+    """Of a chunk at a time. Where one chunk is enough (for all readouts together, if the loss has no terms by token) all are kept."""
+    if elements * (1 if by_token else readouts) > CHUNK_ELEMENTS:
+        return _LOGIT_BYTES * min(elements, CHUNK_ELEMENTS)
+    return (_LOGIT_BYTES + _KEPT_LOGIT_BYTES * (readouts - 1)) * elements
+
+
+def _exchange(shape: Shape, trained: Collection[str], spread: Spread, supervised: int) -> float:
+    """What devices hold in order to exchange it.
+
+    DDP: buckets as large as the gradients. FSDP2: its root unit whole, weights and gradients (`training.parallel` says what is in it), and
+    three times a layer: the one that computes, its gradients, and the next one; or all gradients, where they accumulate.
+    """
+    learning = sum(count for part, count in shape.parameters.items() if part in trained)
+    if spread.devices == 1:
+        return 0
+    if not spread.fsdp:
+        return 4 * learning
+    units = {"prelude", "layers"} if supervised > 1 else {"prelude", "layers", "coda"}
+    root = {part: count for part, count in shape.parameters.items() if part not in units}
+    layer = sum(shape.matrices[part] for part in shape.layers) / sum(shape.layers.values())
+    gradients = learning if spread.accumulates else sum(count for part, count in root.items() if part in trained) + layer
+    return 4 * (sum(root.values()) + 2 * layer + gradients)
+
+
+def _applications_kept(
+    config: Any, shape: Shape, trained: Collection[str], H_cycles: int | None, L_cycles: int | None, supervised: int, backprop: str
+) -> dict[str, int]:
+    """Part -> applications that wait for their gradient at the same time: with "cycle" those of one cycle, as with "last"."""
+    times = _times(config, shape, H_cycles, L_cycles, 1 if backprop == "cycle" else supervised, backprop)
+    kept = {part: backward for part, (_, backward) in times.items()}
+    return kept if {"embeddings", "prelude"} & set(trained) else kept | {"prelude": 0}
+
+
+def _activations(config: Any, shape: Shape, waiting: dict[str, int], bf16: bool, gradient_checkpointing: bool) -> float:
+    """Bytes per token: of each layer `layer_bytes`, or its input alone and all of one that is being recomputed; the two differences of
+    each mix; of each readout two states of the final norm and one of the head."""
+    layer, state = layer_bytes(config, bf16), 4 * shape.hidden
+    passes = sum(layers * waiting.get(part, 0) for part, layers in shape.layers.items())
+    others = (2 * waiting.get("L_level", 0) + 3 * waiting["lm_head"]) * state
+    return others + (passes * state + layer if gradient_checkpointing else passes * layer)
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What a run costs.
+
+    Args:
+        steps, tokens: Optimizer steps, and training tokens that they read on all devices.
+        flops: Of the whole run, on all devices; validation is not in it.
+        parameters, trained_parameters: Of the model, and of those of its parts that learn.
+        memory: Bytes on one device, by what they are for.
+        devices: How many there are.
+    """
+
+    steps: int
+    tokens: int
+    flops: float
+    parameters: int
+    trained_parameters: int
+    memory: dict[str, float]
+    devices: int = 1
+
+    @property
+    def memory_total(self) -> float:
+        return sum(self.memory.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {**asdict(self), "memory_total": self.memory_total}
+
+    def render(self) -> str:
+        """The same for a person."""
+        devices = f", each of {self.devices} devices" if self.devices > 1 else ""
+        lines = [
+            f"{'steps':<12} {self.steps:>16,}",
+            f"{'tokens':<12} {self.tokens:>16,}",
+            f"{'FLOPs':<12} {self.flops:>16.2e}   {self.flops / max(1, self.tokens):.2e} per token",
+            f"{'parameters':<12} {self.parameters:>16,}   {self.trained_parameters:,} of them learn",
+            "",
+            f"memory in GB{devices} (estimated)",
+            *(f"  {name:<12} {count / GB:>8.2f}" for name, count in self.memory.items()),
+            f"  {'total':<12} {self.memory_total / GB:>8.2f}   and 1 to 2 for the device's own libraries",
+        ]
+        return "\n".join(lines)
+
+
+def estimate(
+    config: PreTrainedConfig, settings: Any, steps: int, world_size: int = 1, teacher_config: PreTrainedConfig | None = None
+) -> TrainingCost:
+    """What a run of these settings costs.
+
+    Args:
+        config: Of the model that is trained.
+        settings: A `RunSettings`. `bf16` None is taken as true. DeepSpeed's file is not read: its memory is given as DDP's.
+        steps: Optimizer steps.
+        world_size: Devices.
+        teacher_config: Of the donor that is distilled from, where one is.
+    """
+    tokens, bf16, trained = settings.batch_size * settings.seq_len, settings.bf16 is not False, trained_parts(config, settings)
+    depths = depth_shares(config, settings)
+    flops = sum(share * pass_flops(config, settings, tokens, H, teacher_config) for H, share in depths.items())
+    memory = memory_by_part(
+        config,
+        tokens,
+        H_cycles=max(depths),
+        supervised=_read_out(max(depths), settings),
+        backprop=settings.backprop,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        trained=trained,
+        reads_logits=settings.approach != "embedding",
+        by_token=_by_token(settings, teacher_config),
+        optimizer=settings.optimizer,
+        ema=settings.ema_decay > 0,
+        bf16=bf16,
+        spread=Spread(devices=world_size, fsdp=settings.fsdp, accumulates=settings.grad_accum_steps > 1),
+        teacher_config=teacher_config,
+    )
+    parameters, passes = parameters_by_part(config), steps * settings.grad_accum_steps * world_size
+    return TrainingCost(
+        steps=steps,
+        tokens=passes * tokens,
+        flops=passes * flops,
+        parameters=sum(parameters.values()),
+        trained_parameters=sum(count for part, count in parameters.items() if part in trained),
+        memory=memory,
+        devices=world_size,
+    )
+
+
+def _references(settings: Any, teacher_config: PreTrainedConfig | None) -> int:
+    """Predictions that each cycle is compared with."""
+    return (teacher_config is not None) + (settings.self_distill_weight > 0)
+
+
+def _by_token(settings: Any, teacher_config: PreTrainedConfig | None) -> bool:
+    """Whether the loss has terms beside the next-token loss."""
+    return bool(_references(settings, teacher_config) or settings.monotone_weight or settings.halting_weight)
+
+
+def pass_flops(
+    config: PreTrainedConfig, settings: Any, tokens: int, H_cycles: int, teacher_config: PreTrainedConfig | None = None
+) -> float:
+    """`step_flops` of one micro-batch of a run of these settings, at the depth that was drawn for it."""
+    by_token, references = _by_token(settings, teacher_config), _references(settings, teacher_config)
+    return step_flops(
+        config,
+        tokens,
+        settings.seq_len,
+        H_cycles=H_cycles,
+        supervised=_read_out(H_cycles, settings),
+        backprop=settings.backprop,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        trained=trained_parts(config, settings),
+        reads_logits=settings.approach != "embedding",
+        recomputes_logits=recomputes_logits(config, tokens, by_token=by_token, references=references),
+        self_distills=settings.self_distill_weight > 0,
+        teacher_config=teacher_config,
+    )
+
+
+def _read_out(H_cycles: int, settings: Any) -> int:
+    return H_cycles if settings.enable_deep_supervision else 1
+
+
+def depth_shares(config: Any, settings: Any) -> dict[int, float]:
+    """Cycle count -> expected share of the steps that draw it. A plain donor has one "cycle".
+
+    The curriculum divides its part of the run into as many equal stages as there are choices; in stage k the first k can be drawn.
+    """
+    choices = settings.cycle_choices or (getattr(config, "H_cycles", 1),)
+    weights = settings.cycle_weights or (1.0,) * len(choices)
+    stages = [(settings.depth_curriculum / len(choices), k) for k in range(1, len(choices) + 1)]
+    shares = dict.fromkeys(choices, 0.0)
+    for share, k in [*stages, (1 - settings.depth_curriculum, len(choices))]:
+        for H, weight in zip(choices[:k], weights[:k], strict=True):
+            shares[H] += share * weight / sum(weights[:k])
+    return shares

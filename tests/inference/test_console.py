@@ -1,0 +1,194 @@
+"""Lines, blocks and history: as they are read, and once at a real terminal."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import re
+import select
+import stat
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from recursify.inference.console import history_file, read_text
+
+LOBSTER = '"""'
+
+
+def reading(*lines: str | type[BaseException]) -> tuple[Callable[[str], str], list[str]]:
+    """A keyboard that types these lines and then ends, and what it was asked with."""
+    left: Iterator[str | type[BaseException]] = iter(lines)
+    asked: list[str] = []
+
+    def ask(sign: str) -> str:
+        asked.append(sign)
+        line = next(left, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    return ask, asked
+
+
+@pytest.mark.parametrize(
+    ("lines", "text", "literal"),
+    [
+        (["one"], "one", False),
+        (["/max 3"], "/max 3", False),
+        (["one\\", "two\\", " three"], "one\ntwo\n three", False),
+        (["one\\"], "one", False),  # the input ends
+        ([LOBSTER, "/one", "", "two", LOBSTER], "/one\n\ntwo", True),
+        ([f"{LOBSTER}one", f"two{LOBSTER}"], "one\ntwo", True),
+        ([f"{LOBSTER}one{LOBSTER}"], "one", True),
+        ([f"  {LOBSTER}", "  one", f"  {LOBSTER} "], "  one", True),
+        ([LOBSTER, "one\\", LOBSTER], "one\\", True),
+        ([LOBSTER, "one"], "one", True),  # the input ends
+        ([LOBSTER, LOBSTER], "", True),
+    ],
+)
+def test_texts_of_several_lines(lines: list[str], text: str, literal: bool) -> None:
+    ask, asked = reading(*lines)
+    assert read_text(ask, "You: ") == (text, literal)
+    assert asked == ["You: ", *["... "] * (len(asked) - 1)]
+
+
+def test_a_pipe_is_not_asked_for_more() -> None:
+    ask, asked = reading("one\\", "two")
+    read_text(ask, "")
+    assert asked == ["", ""]
+
+
+@pytest.mark.parametrize("stop", [EOFError, KeyboardInterrupt])
+def test_what_ends_a_line_before_it_begins_is_raised(stop: type[BaseException]) -> None:
+    with pytest.raises(stop):
+        read_text(reading(stop)[0], "You: ")
+
+
+def test_ctrl_c_drops_a_text_of_several_lines() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        read_text(reading(LOBSTER, "one", KeyboardInterrupt)[0], "You: ")
+
+
+def test_where_lines_are_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert history_file() == tmp_path / "recursify" / "history"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for unusable in ("", "relative/folder"):
+        monkeypatch.setenv("XDG_STATE_HOME", unusable)
+        assert history_file() == tmp_path / "home" / ".local" / "state" / "recursify" / "history"
+
+
+# An answer repeats what was said, or, to "slow", goes on until Ctrl-C. Three sessions one after the other, the last of which cannot keep
+# its lines.
+SESSIONS = """
+import os, readline, sys, time
+from recursify.console import Console, line_editing
+from recursify.generation import GenerateSettings
+
+class Echo(Console):
+    sign = "Say: "
+    def greet(self): self.say("ready", self.err)
+    def answer(self, text, pressed):
+        self.out.write("heard " + repr(text)); self.out.flush()
+        while text == "slow" and not pressed.is_set(): time.sleep(0.01)
+        self.say("")
+
+for session in range(3):
+    readline.clear_history()
+    if session == 2:
+        os.environ["XDG_STATE_HOME"] = "/dev/null/nowhere"
+    with line_editing():
+        Echo(None, None, GenerateSettings(checkpoint="x")).run()
+"""
+
+
+class Terminal:
+    """A program at a terminal of its own."""
+
+    def __init__(self, script: str, environment: dict[str, str]):
+        import pty
+
+        self.process, self.end = pty.fork()
+        if self.process == 0:
+            os.environ.update(environment)
+            os.execv(sys.executable, [sys.executable, "-c", script])
+        self.bytes = codecs.getincrementaldecoder("utf-8")()
+        self.shown = ""
+
+    def wait_for(self, text: str, seconds: float = 120) -> str:
+        """What is shown up to this text, which is taken from it."""
+        limit = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < limit, f"waited for {text!r}, got {self.shown!r}"
+            if select.select([self.end], [], [], 0.1)[0]:
+                self.shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", self.shown + self.bytes.decode(os.read(self.end, 65536)))
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def interrupt_until(self, text: str) -> None:
+        """Press Ctrl-C, and again where readline was just about to look: it notices the first one at the next key only."""
+        for _ in range(30):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                self.wait_for(text, seconds=3)
+                return
+        self.wait_for(text, seconds=0)
+
+    def close(self) -> int:
+        status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        os.close(self.end)
+        return status
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_at_a_real_terminal(tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    up, ctrl_c = "\x1b[A", "\x03"
+    environment = {
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "TERM": "xterm",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
+    terminal = Terminal(textwrap.dedent(SESSIONS), environment)
+    for text, answer in (("龙虾 🦞\n", "heard '龙虾 🦞'"), (up + "\n", "heard '龙虾 🦞'"), ('"""\n/one\ntwo\n"""\n', r"heard '/one\ntwo'")):
+        terminal.wait_for("Say: ")
+        terminal.type(text)
+        terminal.wait_for(answer)
+    terminal.wait_for("Say: ")
+    terminal.type("slow\n")
+    terminal.wait_for("heard 'slow'")
+    terminal.type(ctrl_c)
+    terminal.wait_for("(stopped)")
+    for _ in range(2):  # at the prompt it tells how to quit, as often as one likes
+        terminal.wait_for("Say: ")
+        terminal.type("unfinished")
+        terminal.wait_for("unfinished")
+        terminal.interrupt_until("(/quit or Ctrl-D ends)")
+    terminal.wait_for("Say: ")
+    terminal.type("/quit\n")
+    terminal.wait_for("Goodbye!")
+    # the next session has the lines of the last one, and ends with Ctrl-D
+    terminal.wait_for("Say: ")
+    file = tmp_path / "state" / "recursify" / "history"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    terminal.type(f"{up}{up}\n")
+    terminal.wait_for("heard 'slow'")
+    terminal.type(ctrl_c)
+    terminal.wait_for("Say: ")
+    terminal.type("\x04")
+    terminal.wait_for("Goodbye!")
+    # and where none can be kept, nobody is told
+    terminal.wait_for("Say: ")
+    terminal.type("/quit\n")
+    assert "rror" not in terminal.wait_for("Goodbye!")
+    assert terminal.close() == 0

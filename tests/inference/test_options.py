@@ -1,0 +1,145 @@
+"""What a run may spend: refused where it makes no sense, and otherwise in the model's own words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recursify.conversion.convert import convert
+from recursify.errors import UserError
+from recursify.inference.generation import Sampling
+from recursify.inference.options import Effort, evaluating, is_recursive
+from tests.support.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(donor_folder: Path) -> Any:
+    return convert(str(donor_folder), L_layers=2, H_cycles=3, L_cycles=1, gain=0.3)
+
+
+@pytest.fixture(scope="module")
+def donor() -> Any:
+    return tiny_model("qwen2", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("effort", "message"),
+    [
+        ({"H_cycles": -1}, "--H_cycles: expected at least 0 (0 is one plain pass), got -1"),
+        ({"cache_policy": "half"}, "--cache_policy: expected one of full, last, got 'half'"),
+        ({"halt": "never"}, "--halt: expected one of none, q_head, kl, entropy, got 'never'"),
+        ({"halt_threshold": 0.5}, "--halt_threshold: expected --halt q_head, kl or entropy with it, got 0.5 and no --halt"),
+        ({"halt": "q_head", "halt_threshold": 1.1}, "expected 0 (always) to 1 (never) for --halt q_head, got 1.1"),
+        ({"halt": "kl", "halt_threshold": -0.1}, "expected 0 (never) or more (inf is always) for --halt kl, got -0.1"),
+        ({"halt": "entropy", "halt_threshold": math.nan}, "for --halt entropy, got nan"),
+        ({"draft_tokens": 0}, "--draft_tokens: expected at least 1, got 0"),
+        ({"draft_cycles": -1}, "--draft_cycles: expected at least 0 (0 is one plain pass), got -1"),
+        ({"draft_cycles": 1, "halt": "kl"}, "--draft_cycles: expected --halt none with it, got --halt kl; leave out one of the two"),
+        ({"draft_cycles": 1, "cache_policy": "last"}, "--draft_cycles: expected --cache_policy full with it, got --cache_policy last"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(effort: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Effort(**effort).check()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "effort",
+    [
+        {},
+        {"halt": "kl", "halt_threshold": math.inf},
+        {"halt": "kl", "halt_threshold": 0},
+        {"halt": "entropy", "halt_threshold": 1.5},
+        {"halt": "q_head", "halt_threshold": 0},
+        {"halt": "q_head", "halt_threshold": 1},
+        {"halt": "q_head"},
+        {"H_cycles": 0},
+        {"H_cycles": 0, "cache_policy": "last"},
+        {"draft_cycles": 0, "draft_tokens": 1},
+        {"halt": "kl", "draft_tokens": 1},  # which says nothing without draft_cycles
+    ],
+)
+def test_what_makes_sense_passes(effort: dict[str, Any]) -> None:
+    Effort(**effort).check()
+
+
+def test_only_what_is_asked_for_reaches_the_model(model: Any) -> None:
+    assert Effort().arguments(model) == Effort(draft_tokens=7).arguments(model) == {}
+    assert Effort(H_cycles=2, cache_policy="last", halt="kl", halt_threshold=0.1).arguments(model) == {
+        "H_cycles": 2, "cache_policy": "last", "halt": "kl", "halt_threshold": 0.1,
+    }  # fmt: skip
+    assert Effort(draft_cycles=0).arguments(model) == {"draft_cycles": 0, "draft_tokens": 16}
+    assert Effort(draft_cycles=1, draft_tokens=7).arguments(model) == {"draft_cycles": 1, "draft_tokens": 7}
+    assert Effort(H_cycles=0).arguments(model) == {"H_cycles": 0}
+    assert Effort(halt="kl", halt_threshold=0.0).arguments(model) == {"halt": "kl", "halt_threshold": 0.0}
+
+
+@pytest.mark.parametrize("name_and_value", [("H_cycles", 2), ("cache_policy", "last"), ("halt", "kl"), ("draft_cycles", 1)])
+def test_a_plain_model_has_nothing_to_choose(donor: Any, name_and_value: tuple[str, Any]) -> None:
+    name, value = name_and_value
+    assert Effort().arguments(donor) == {}
+    with pytest.raises(
+        UserError, match=f"--{name}: expected a recursive model, got a Qwen2ForCausalLM, which has no cycles; leave --{name}"
+    ):
+        Effort(**{name: value}).arguments(donor)
+
+
+def test_drafts_are_shallower_than_the_run(model: Any) -> None:
+    assert Effort(draft_cycles=2).arguments(model)["draft_cycles"] == 2
+    assert Effort(draft_cycles=3, H_cycles=4).arguments(model)["draft_cycles"] == 3
+    for effort, cycles in ((Effort(draft_cycles=3), 3), (Effort(draft_cycles=1, H_cycles=1), 1), (Effort(draft_cycles=0, H_cycles=0), 0)):
+        with pytest.raises(UserError, match=f"--draft_cycles: expected fewer than the {cycles} cycles of the run"):
+            effort.arguments(model)
+
+
+def test_a_plain_pass_cannot_halt(model: Any) -> None:
+    with pytest.raises(UserError, match="--halt: expected a run of at least 1 cycle, got --halt kl with 0 cycles"):
+        Effort(halt="kl", H_cycles=0).arguments(model)
+
+
+def test_a_head_that_was_never_trained_cannot_say_when_to_stop(model: Any) -> None:
+    bias = model.base_model.recursion.q_head.bias
+    with pytest.raises(UserError, match="--halting_weight") as error:
+        Effort(halt="q_head").arguments(model)
+    assert "--halt kl" in str(error.value)
+    with torch.no_grad():
+        bias.fill_(0.01)
+    try:
+        assert Effort(halt="q_head").arguments(model) == {"halt": "q_head"}
+    finally:
+        with torch.no_grad():
+            bias.zero_()
+
+
+def test_runs_that_can_share_a_cache_are_equal_when_settled(model: Any, donor: Any) -> None:
+    assert Effort().settled(model) == Effort(H_cycles=3).settled(model) != Effort(H_cycles=2).settled(model)
+    assert Effort().settled(donor) == Effort()
+    assert Effort(H_cycles=0).settled(model).H_cycles == 0 and Effort(H_cycles=0).cycles(model) == 0 and Effort().cycles(model) == 3
+    asked = {"cache_policy": "last", "halt": "kl", "halt_threshold": 0.2, "draft_cycles": 1, "draft_tokens": 3}
+    assert Effort(**asked).settled(model) == Effort(H_cycles=3, **asked)
+    assert type(Sampling(halt="kl", temperature=0.3).settled(model)) is Effort
+    assert Sampling(halt="kl", temperature=0.3).settled(model) == Effort(H_cycles=3, halt="kl")
+
+
+def test_which_models_are_recursive(model: Any, donor: Any) -> None:
+    assert is_recursive(model) and not is_recursive(donor)
+
+
+def test_training_mode_is_put_back(donor: Any) -> None:
+    donor.train()
+    try:
+        with pytest.raises(KeyError), evaluating(donor):
+            assert not donor.training
+            raise KeyError
+        assert donor.training
+        donor.eval()
+        with evaluating(donor):
+            assert not donor.training
+        assert not donor.training
+    finally:
+        donor.eval()

@@ -1,0 +1,288 @@
+"""Files of prompts: read as they stand, continued as alone, and gone on with after whatever interrupted them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recursify.checkpoints import checkpoint
+from recursify.conversion.convert import convert
+from recursify.errors import UserError
+from recursify.inference import prompt_file
+from recursify.inference.generation import GenerateSettings, generate_text
+from recursify.inference.prompt_file import Prompt, read_prompts
+from tests.support.tiny import make_tiny_tokenizer
+
+TEXTS = ["The old lobster", "A", "  two words ", "quiet village songs", "龙虾和🦞", "The castle\\n follows", "one"]
+
+
+@pytest.fixture(scope="module")
+def model(donor_folder: Path) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return convert(str(donor_folder), L_layers=2, H_cycles=2, L_cycles=1, gain=0.3)
+
+
+@pytest.fixture(scope="module")
+def saved(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("saved") / "model.pt")
+    checkpoint.save(path, model, make_tiny_tokenizer())
+    return path
+
+
+@pytest.fixture
+def settings(saved: str, tmp_path: Path) -> GenerateSettings:
+    file = tmp_path / "many.txt"
+    file.write_text("\n".join([*TEXTS[:3], "", "   ", *TEXTS[3:]]) + "\n", encoding="utf-8")
+    return GenerateSettings(
+        checkpoint=saved, prompt_file=str(file), temperature=1.0, seed=3, max_new_tokens=5, batch_size=2, device="cpu"
+    )  # fmt: skip
+
+
+def results(settings: GenerateSettings) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in prompt_file.output_path(settings).read_text(encoding="utf-8").splitlines()]
+
+
+# --- what is read
+
+
+def test_a_line_is_a_prompt_as_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_bytes("\ufeffone \r\n\n  \n two\\n\u2028three\n".encode())
+    assert read_prompts(str(file)) == [Prompt(0, "one "), Prompt(3, " two\\n\u2028three")]
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"prompt": "two\\nlines", "id": 7}\n\n{"prompt": "龙虾"}', encoding="utf-8")
+    assert read_prompts(str(file)) == [Prompt(0, "two\nlines"), Prompt(2, "龙虾")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"", "x.txt has no prompt; expected one per line"),
+        ("x.txt", b"\n \n", "x.txt has no prompt"),
+        ("x.txt", b"ab\xff", "x.txt cannot be read (not UTF-8 at byte 2)"),
+        ("x.jsonl", b'{"prompt": "a"}\n{"text": "b"}', """line 2: expected a JSON object with a text "prompt", got '{"text": "b"}'"""),
+        ("x.jsonl", b'{"prompt": 3}', "line 1: expected a JSON object"),
+        ("x.jsonl", b"nothing", "line 1: expected a JSON object"),
+        ("x.jsonl", b"[1]", "line 1: expected a JSON object"),
+    ],
+)
+def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_prompts(str(tmp_path / name))
+    assert str(error.value).startswith("--prompt_file: ") and message in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read .No such file or directory."):
+        read_prompts(str(tmp_path / "missing.txt"))
+
+
+# --- what is written
+
+
+def test_each_prompt_is_continued_as_alone(settings: GenerateSettings, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    settings.temperature = 0
+    prompt_file.run(settings)
+    found = results(settings)
+    assert [entry["index"] for entry in found] == [0, 1, 2, 5, 6, 7, 8]
+    assert [entry["prompt"] for entry in found] == TEXTS
+    for entry in found:
+        alone = generate_text(model, make_tiny_tokenizer(), entry["prompt"], settings.sampling)
+        assert (entry["text"], entry["finish_reason"], entry["tokens"]) == (alone.text, alone.finish_reason, len(alone.token_ids))
+        assert "cycles" not in entry
+    said = capsys.readouterr()
+    assert said.out == f"✓ 7 prompts continued, in {prompt_file.output_path(settings)}\n"
+    assert "7/7" in said.err  # the bar
+
+
+def test_halting_tells_its_cycles(settings: GenerateSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt_file.run(replace(settings, halt="kl", temperature=0))
+    assert all(len(entry["cycles"]) == entry["tokens"] for entry in results(settings))
+    assert "halting: " in capsys.readouterr().err
+
+
+def test_results_may_go_elsewhere(settings: GenerateSettings, tmp_path: Path) -> None:
+    prompt_file.run(replace(settings, output_file=str(tmp_path / "elsewhere.jsonl")))
+    assert len((tmp_path / "elsewhere.jsonl").read_text(encoding="utf-8").splitlines()) == 7
+    assert not prompt_file.output_path(settings).exists()
+
+
+def test_every_batch_draws_by_a_seed_of_its_own(settings: GenerateSettings, tmp_path: Path) -> None:
+    """The same prompt again and again: batches are unlike each other, and unlike those of another seed."""
+    (tmp_path / "same.txt").write_text("The old lobster\n" * 6)
+    same = replace(settings, prompt_file=str(tmp_path / "same.txt"), max_new_tokens=8)
+    prompt_file.run(same)
+    texts = [entry["text"] for entry in results(same)]
+    assert len({tuple(texts[first : first + 2]) for first in (0, 2, 4)}) == 3
+    other = replace(same, seed=4, output_file=str(tmp_path / "other.jsonl"))
+    prompt_file.run(other)
+    assert [entry["text"] for entry in results(other)] != texts
+
+
+def test_what_all_batches_cost_is_told_together(settings: GenerateSettings, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    halting = replace(settings, halt="entropy", halt_threshold=5.6, temperature=0)
+    prompt_file.run(halting)
+    cycles = [cycle for entry in results(halting) for cycle in entry["cycles"]]
+    assert len(set(cycles)) > 1 and len(cycles) > 10
+    assert f"halting: {sum(cycles) / len(cycles):.1f} of 2 cycles per token, " in capsys.readouterr().err
+
+
+def test_a_budget_is_calibrated_before_anything_is_written(settings: GenerateSettings, tmp_path: Path) -> None:
+    (tmp_path / "like.txt").write_text("The old lobster follows the river near the castle. " * 4)
+    budgeted = replace(settings, halt="entropy", compute_budget=0.9, calibration_file=str(tmp_path / "like.txt"), temperature=0)
+    prompt_file.run(budgeted)
+    record = json.loads(prompt_file.output_path(budgeted).with_suffix(".run.json").read_text())
+    assert record["halt_threshold"] is not None and record["halt"] == "entropy"
+
+
+# --- and gone on with
+
+
+class Breaks:
+    """`generate_batch`, interrupted at its so manieth call."""
+
+    def __init__(self, call: int):
+        self.left, self.batches = call, 0
+        self.real = prompt_file.generate_batch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.batches += 1
+        return self.real(*args, **kwargs)
+
+
+@pytest.fixture
+def whole(settings: GenerateSettings, tmp_path: Path) -> bytes:
+    """Results of a run that nothing interrupts."""
+    elsewhere = replace(settings, output_file=str(tmp_path / "whole.jsonl"))
+    prompt_file.run(elsewhere)
+    return prompt_file.output_path(elsewhere).read_bytes()
+
+
+def test_an_interrupted_run_goes_on(
+    settings: GenerateSettings, whole: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prompt_file, "generate_batch", Breaks(3))
+    with pytest.raises(KeyboardInterrupt):
+        prompt_file.run(settings)
+    assert "Stopped: 4 of 7 prompts done" in capsys.readouterr().err
+    assert len(results(settings)) == 4
+    again = Breaks(100)
+    monkeypatch.setattr(prompt_file, "generate_batch", again)
+    prompt_file.run(settings)
+    assert prompt_file.output_path(settings).read_bytes() == whole
+    assert again.batches == 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.9])
+def test_a_file_torn_anywhere_is_made_whole(settings: GenerateSettings, whole: bytes, share: float) -> None:
+    prompt_file.run(settings)
+    path = prompt_file.output_path(settings)
+    path.write_bytes(whole[: int(len(whole) * share)])
+    prompt_file.run(settings)
+    assert path.read_bytes() == whole
+
+
+def test_a_finished_file_is_left_as_it_is(settings: GenerateSettings, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt_file.run(settings)
+    again = Breaks(100)
+    monkeypatch.setattr(prompt_file, "generate_batch", again)
+    prompt_file.run(settings)
+    assert again.batches == 0 and prompt_file.output_path(settings).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.5}, "was made with --temperature 1.0, and this run has --temperature 0.5"),
+        ({"seed": None}, "was made with --seed 3, and this run has --seed None"),
+        ({"batch_size": 3}, "was made with --batch_size 2"),
+        ({"H_cycles": 1}, "was made with --H_cycles 2, and this run has --H_cycles 1"),
+        ({"stop": ("x",)}, "was made with --stop []"),
+    ],
+)
+def test_results_of_other_settings_are_not_mixed(settings: GenerateSettings, change: dict[str, Any], message: str) -> None:
+    prompt_file.run(settings)
+    before = prompt_file.output_path(settings).read_bytes()
+    with pytest.raises(UserError) as error:
+        prompt_file.run(replace(settings, **change))
+    assert message in str(error.value) and "name another --output_file, or delete it to begin anew" in str(error.value)
+    assert prompt_file.output_path(settings).read_bytes() == before
+
+
+def test_the_checkpoints_own_depth_is_the_same_setting(settings: GenerateSettings) -> None:
+    prompt_file.run(settings)
+    prompt_file.run(replace(settings, H_cycles=2))
+
+
+def test_results_of_other_prompts_or_another_checkpoint_are_not_mixed(settings: GenerateSettings, model: Any, tmp_path: Path) -> None:
+    prompt_file.run(settings)
+    other = str(tmp_path / "other.pt")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    checkpoint.save(other, model, make_tiny_tokenizer())
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] -= 1
+    with pytest.raises(UserError, match="was made with another checkpoint"):
+        prompt_file.run(replace(settings, checkpoint=other))
+    Path(settings.prompt_file or "").write_text("Something else\n")
+    with pytest.raises(UserError, match="was made with other prompts"):
+        prompt_file.run(settings)
+
+
+@pytest.mark.parametrize("record", [None, "", "[]", '{"format": "other"}'])
+def test_a_file_that_we_did_not_make_is_not_touched(settings: GenerateSettings, record: str | None) -> None:
+    path = prompt_file.output_path(settings)
+    path.write_text("somebody's\n")
+    if record is not None:
+        path.with_suffix(".run.json").write_text(record)
+    with pytest.raises(UserError, match=r"many\.out\.jsonl is there, but nothing in .*many\.out\.run\.json says how it was made"):
+        prompt_file.run(settings)
+    assert path.read_text() == "somebody's\n"
+
+
+def test_a_line_that_is_no_result_is_named(settings: GenerateSettings) -> None:
+    prompt_file.run(settings)
+    path = prompt_file.output_path(settings)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for fault in (b"torn\n", b'{"index": 3}\n', b"[]\n", b'{"index": [1]}\n'):
+        path.write_bytes(b"".join([lines[0], fault, *lines[2:]]))
+        with pytest.raises(UserError, match=r"many\.out\.jsonl, line 2: expected a result of these prompts, got"):
+            prompt_file.run(settings)
+
+
+@pytest.mark.parametrize("fault", ["a" * 1000])
+def test_every_prompt_is_read_before_the_first_is_continued(settings: GenerateSettings, fault: str, tmp_path: Path) -> None:
+    file = tmp_path / "faulty.txt"
+    file.write_text("\n".join(["good", *[fault] * 5]), encoding="utf-8")
+    faulty = replace(settings, prompt_file=str(file))
+    with pytest.raises(UserError) as error:
+        prompt_file.run(faulty)
+    text = str(error.value)
+    assert f"--prompt_file: {file}, line 2: --max_new_tokens: the prompt has" in text and "line 4: " in text and "line 5" not in text
+    assert text.endswith("(and 2 more)")
+    file.write_text("\n".join([fault] * 3), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        prompt_file.run(faulty)
+    assert "line 3: " in str(error.value) and "more)" not in str(error.value)
+    file.write_text("a" * 60, encoding="utf-8")
+    with pytest.raises(UserError, match="line 1: --max_new_tokens: the prompt has .* and 500 more"):
+        prompt_file.run(replace(faulty, max_new_tokens=500))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faulty.txt", "many.txt"]
+
+
+def test_a_folder_that_is_not_there(settings: GenerateSettings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--output_file: .*nowhere is not a folder that exists"):
+        prompt_file.run(replace(settings, output_file=str(tmp_path / "nowhere" / "x.jsonl")))

@@ -1,0 +1,492 @@
+"""Each loss against numbers worked out by hand, and the chunked computation against the plain one, gradients included."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from recursify.network import losses as objective
+from recursify.network.losses import (
+    HALT_MARGIN,
+    SCHEDULES,
+    Reference,
+    counted,
+    cycle_shares,
+    cycle_weights,
+    embedding_losses,
+    halting_loss,
+    losses_and_divergences,
+    nearest_is_next,
+    next_embedding_loss,
+    next_token_loss,
+    perplexity,
+    token_losses,
+    worsening,
+)
+
+B, T, D, V = 3, 9, 8, 50
+SHARES = [0.25, 1.0]
+
+
+def batch(seed: int = 0, cycles: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """States with gradients, one per cycle, and labels of which some do not count."""
+    torch.manual_seed(seed)
+    states = [torch.randn(B, T, D, requires_grad=True) for _ in range(cycles)]
+    labels = torch.randint(0, V, (B, T))
+    labels[0, :4] = labels[2, 5] = -100
+    return states, labels
+
+
+def plain(states: list[torch.Tensor], labels: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    """transformers' own loss of every cycle."""
+    return torch.stack([ForCausalLMLoss(head(state), labels, V) for state in states])
+
+
+def weighted(losses: torch.Tensor) -> torch.Tensor:
+    return (losses * torch.tensor(SHARES)).sum()
+
+
+def gradients(loss: torch.Tensor, states: list[torch.Tensor], head: nn.Module) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [*states, *(p for p in head.parameters() if p.requires_grad)]))
+
+
+def test_cycle_weights_by_hand() -> None:
+    assert cycle_weights("constant", 0.5, 4) == [0.5, 0.5, 0.5, 1.0]
+    assert cycle_weights("linear_decay", 0.5, 4) == [0.125, 0.25, 0.375, 1.0]
+    assert cycle_weights("exponential_decay", 0.5, 4) == [0.0625, 0.125, 0.25, 1.0]
+    assert cycle_weights("early_decay", 0.5, 4) == [1.0, 0.5, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_cycle_has_weight_one(schedule: str) -> None:
+    assert cycle_weights(schedule, 0.5, 1) == [1.0]
+
+
+def test_weights_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match=r"expected one of constant, linear_decay, exponential_decay, early_decay, got 'cosine'"):
+        cycle_weights("cosine", 0.5, 3)
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        cycle_weights("constant", -1, 3)
+    with pytest.raises(ValueError, match="at least 0, got nan"):
+        cycle_weights("constant", math.nan, 3)
+    with pytest.raises(ValueError, match="at least 1 cycle"):
+        cycle_weights("constant", 0.5, 0)
+
+
+def test_shares_by_hand() -> None:
+    """The weights over their sum: 0.25, 0.5 and 1 of 1.75."""
+    assert cycle_shares("exponential_decay", 1.0, 3) == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert cycle_shares("constant", 0.0, 3) == [0, 0, 1]
+
+
+def test_next_token_loss_by_hand() -> None:
+    """Two words and a head that changes nothing: the state is the logits."""
+    head = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(head.weight)
+    state = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0], [9.0, 0.0], [5.0, 5.0]]])
+    labels = torch.tensor([[1, 0, 0, -100]])
+    # position 0 says 1/2 for the word 0, position 1 says 3/4 for the word 0, position 2 has no next word that counts, 3 has none at all
+    expected = [math.log(2), math.log(4 / 3), 0.0]
+    assert token_losses(state, labels, head)[0].tolist() == pytest.approx(expected)
+    for num_items, by in ((None, 2), (8, 8)):
+        total, losses = next_token_loss([state, 0 * state], labels, head, [1.0, 0.5], num_items)
+        assert losses.tolist() == pytest.approx([sum(expected) / by, 2 * math.log(2) / by])
+        assert total.item() == pytest.approx((sum(expected) + math.log(2)) / by)
+    assert counted(labels) == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 24, 1000])
+@pytest.mark.parametrize("bias", [False, True], ids=["on the way", "recomputed"])
+def test_chunked_equals_plain(chunk: int, bias: bool) -> None:
+    states, labels = batch()
+    head = nn.Linear(D, V, bias=bias)
+    expected, (total, losses) = plain(states, labels, head), next_token_loss(states, labels, head, SHARES, chunk=chunk)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total, weighted(expected), rtol=1e-6, atol=1e-6)
+    assert total.requires_grad and not losses.requires_grad
+    # what comes back to the loss, such as an accumulation's part, reaches everything
+    for ours, theirs in zip(gradients(3 * total, states, head), gradients(3 * weighted(expected), states, head), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(next_token_loss(states, labels, head, SHARES, chunk=chunk)[0], total, rtol=1e-6, atol=1e-6)
+
+
+class Made(TorchDispatchMode):
+    """Where the tensors of a shape lie that any operation gave back."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.places = shape, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.places |= {each.data_ptr() for each in tree_leaves(found) if isinstance(each, torch.Tensor) and each.shape == self.shape}
+        return found
+
+
+def test_the_head_has_one_gradient_for_all_cycles() -> None:
+    """Such a matrix may be larger than all else that a step holds."""
+    states, labels = batch(cycles=4)
+    head = nn.Linear(D, V, bias=False)
+    with Made((V, D)) as made:
+        next_token_loss(states, labels, head, [1.0] * 4, chunk=5)[0].backward()
+    assert len(made.places - {head.weight.data_ptr()}) == 1
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["on the way", "recomputed"])
+def test_logits_whose_exponentials_overflow(bias: bool) -> None:
+    states, labels = batch()
+    head = nn.Linear(D, V, bias=bias)
+    with torch.no_grad():
+        head.weight.mul_(500)
+    assert head(states[0]).exp().isinf().any()
+    (total, losses), expected = next_token_loss(states, labels, head, SHARES, chunk=5), plain(states, labels, head)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(gradients(total, states, head), gradients(weighted(expected), states, head), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_which_heads_find_their_gradients_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, own = [], objective._ChunkedLoss.apply
+
+    def spy(*args: Any) -> torch.Tensor:
+        calls.append(args[3:5])
+        return own(*args)
+
+    monkeypatch.setattr(objective._ChunkedLoss, "apply", spy)
+    states, labels = batch()
+    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=5)
+    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=B * T)  # of each cycle one chunk, of both together two
+    assert calls == [(5, None), (5, torch.bfloat16), (B * T, None)]
+    calls.clear()
+    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=2 * B * T)  # one chunk: nothing to gain
+    next_token_loss(states, labels, nn.Linear(D, V, bias=True), SHARES, chunk=5)
+    next_token_loss([s.detach().bfloat16() for s in states], labels, nn.Linear(D, V, bias=False).bfloat16(), SHARES, chunk=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        next_token_loss(states, labels, nn.Linear(D, V, bias=True), SHARES, chunk=5)
+    assert not calls
+
+
+class Elsewhere(torch.Tensor):
+    """Stands for a weight that is more than numbers in memory: sharded, or quantised."""
+
+
+def watched(head: nn.Linear) -> nn.Linear:
+    head.register_forward_pre_hook(lambda module, args: None)
+    return head
+
+
+def held_elsewhere(head: nn.Linear) -> nn.Linear:
+    head.weight = nn.Parameter(head.weight.detach().as_subclass(Elsewhere))
+    return head
+
+
+@pytest.mark.parametrize("change", [watched, held_elsewhere, nn.Linear.bfloat16])
+def test_a_head_that_is_more_than_a_float32_matrix_is_called(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under autocast, where states may have another type than the head."""
+    monkeypatch.setattr(objective._ChunkedLoss, "apply", lambda *args: pytest.fail("its weight was taken from it"))
+    states, labels = batch()
+    head = change(nn.Linear(D, V, bias=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, losses = next_token_loss(states, labels, head, SHARES, chunk=5)
+        expected = plain(states, labels, head)
+    torch.testing.assert_close(torch.Tensor(losses), torch.Tensor(expected), rtol=1e-5, atol=1e-5)
+    total.backward()
+    assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_the_loss_of_a_bfloat16_model_is_float32(chunk: int) -> None:
+    states, labels = batch(cycles=1)
+    state, head = states[0].detach().bfloat16(), nn.Linear(D, V, bias=False).bfloat16()
+    found, divergence = losses_and_divergences(state, labels, head, [Reference(-state, head)], chunk)
+    ours, theirs = (head(x[:, :-1]).float().log_softmax(-1) for x in (state, -state))
+    assert found.dtype == divergence.dtype == torch.float32
+    expected = F.nll_loss(ours.transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).masked_fill(labels[:, 1:] == -100, 0.0)
+    torch.testing.assert_close(divergence, kl, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_more_than_a_chunk_of_logits(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both directions, the logits that exist at a time are those of one chunk."""
+    states, labels = batch()
+    head, rows = nn.Linear(D, V, bias=bias), []
+    head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // V))
+    next_token_loss(states, labels, head, SHARES, chunk=5)[0].backward()
+    # a hooked head is more than its weight, so it is called: twice for every chunk, once on the way back
+    assert max(rows) == 5 and sum(rows) == 2 * len(states) * B * (T - 1)
+
+
+def test_the_chunk_follows_the_vocabulary() -> None:
+    assert objective._chunk(151_936, None) == 441
+    assert objective._chunk(10**8, None) == 64
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        objective._chunk(4, 0)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["on the way", "recomputed"])
+def test_bfloat16_autocast(bias: bool) -> None:
+    """The matrix product is in bfloat16, the loss is not: no rounding to steps of a bfloat16 sum."""
+    states, labels = batch()
+    head = nn.Linear(D, V, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, found = next_token_loss(states, labels, head, SHARES, chunk=5)
+        expected = plain(states, labels, head)
+    assert total.dtype == found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, plain(states, labels, head), rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip(gradients(total, states, head), gradients(weighted(expected), states, head), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
+
+
+def test_micro_batches_add_up() -> None:
+    """However unevenly the tokens are spread over them."""
+    states, labels = batch()
+    head = nn.Linear(D, V, bias=False)
+    whole, _ = next_token_loss(states, labels, head, SHARES)
+    items = counted(labels)
+    parts = [next_token_loss([s[i : i + 1] for s in states], labels[i : i + 1], head, SHARES, items)[0] for i in range(B)]
+    total = torch.stack(parts).sum()
+    torch.testing.assert_close(total, whole)
+    for ours, theirs in zip(gradients(total, states, head), gradients(whole, states, head), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_nothing_to_count_is_no_loss() -> None:
+    states, labels = batch()
+    for empty in (torch.full_like(labels, -100), labels[:, :1]):
+        cut = [s[:, : empty.shape[1]] for s in states]
+        total, losses = next_token_loss(cut, empty, nn.Linear(D, V, bias=False), SHARES)
+        assert losses.tolist() == [0.0, 0.0] and total.item() == 0.0
+        total.backward()
+        assert all(s.grad is not None and torch.equal(s.grad, torch.zeros_like(s)) for s in states)
+
+
+def test_a_head_under_lora() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head = nn.Linear(D, V, bias=False)
+
+    torch.manual_seed(0)
+    peft: Any = get_peft_model(Model(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    head = peft.base_model.model.lm_head
+    states, labels = batch()
+    (total, found), expected = next_token_loss(states, labels, head, SHARES, chunk=5), plain(states, labels, head)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients(total, states, head), gradients(weighted(expected), states, head), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_perplexity() -> None:
+    assert (perplexity(0.0), perplexity(math.log(7))) == (1.0, pytest.approx(7.0))
+    assert perplexity(699.0) == math.exp(699.0) < math.inf
+    assert perplexity(710.0) == perplexity(math.inf) == math.inf
+
+
+# In embedding space
+
+
+def compass() -> nn.Embedding:
+    """Five words in the plane: north, far east, north-east, nothing (as the padding of a vocabulary), west. Trainable, as a donor's."""
+    words = [[0.0, 1.0], [5.0, 0.0], [1.0, 1.0], [0.0, 0.0], [-1.0, 0.0]]
+    embeddings = nn.Embedding(5, 2)
+    with torch.no_grad():
+        embeddings.weight.copy_(torch.tensor(words))
+    return embeddings
+
+
+def test_next_embedding_loss_by_hand() -> None:
+    state = torch.tensor([[[0.0, 3.0], [3.0, 0.0], [0.0, 2.0], [9.0, 9.0], [1.0, 0.0], [7.0, 7.0]]])
+    labels = torch.tensor([[0, 0, 4, 2, -100, 3]])
+    # north for north; east for west; north for north-east; no next word that counts; east for nothing, with which nothing has a cosine
+    expected = [0.0, 2.0, 1 - math.sqrt(0.5), 0.0, 1.0]
+    assert embedding_losses(state, labels, compass())[0].tolist() == pytest.approx(expected, abs=1e-6)
+    total, losses = next_embedding_loss([state, state], labels, compass(), [1.0, 0.5])
+    assert losses.tolist() == pytest.approx([sum(expected) / 4] * 2) and total.item() == pytest.approx(1.5 * sum(expected) / 4)
+    for found in next_embedding_loss([state], labels, compass(), [1.0], num_items=8):
+        assert found.sum().item() == pytest.approx(sum(expected) / 8)
+    assert next_embedding_loss([state[:, :1]], labels[:, :1], compass(), [1.0])[0].item() == 0.0
+
+
+def test_the_length_of_a_state_and_of_an_embedding_does_not_count() -> None:
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D)
+    expected = embedding_losses(states[0], labels, embeddings)
+    with torch.no_grad():
+        embeddings.weight.mul_(torch.rand(V, 1) + 0.5)
+    torch.testing.assert_close(embedding_losses(7 * states[0], labels, embeddings), expected)
+
+
+def test_embeddings_are_targets_and_get_no_gradient() -> None:
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D)
+    next_embedding_loss(states, labels, embeddings, [1.0])[0].backward()
+    gradient = states[0].grad
+    assert embeddings.weight.grad is None and gradient is not None
+    assert gradient[1, :-1].abs().amax(dim=-1).min() > 0 and gradient[:, -1].abs().max() == 0 and gradient[0, :3].abs().max() == 0
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_nearest_embedding_by_hand(chunk: int | None) -> None:
+    """By direction: the far east word is nearest to east, though north-east is the nearer point and the larger dot product is its own."""
+    state = torch.tensor([[[0.1, 1.0], [1.0, 0.2], [1.0, 0.9], [-2.0, 0.1], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]])
+    labels = torch.tensor([[4, 0, 1, 2, 1, -100, 3]])
+    # right: north, east, north-east. West for east: wrong. No word that counts; a state that points nowhere is not near the empty word
+    assert nearest_is_next(state, labels, compass(), chunk).tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
+
+
+def test_nearest_embedding_equals_the_plain_search() -> None:
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest_is_next(states[0], labels, embeddings, chunk=5)
+    every = F.cosine_similarity(states[0][:, :-1, None], embeddings.weight, dim=-1)
+    assert torch.equal(found, (every.argmax(-1) == labels[:, 1:]).float())
+
+
+def test_the_nearest_embedding_may_be_a_short_one() -> None:
+    """Against the plain search where all embeddings are shorter than 1, and of very different lengths."""
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D)
+    with torch.no_grad():
+        embeddings.weight.mul_(10 ** (-4 * torch.rand(V, 1) - 1))
+    every = F.cosine_similarity(states[0][:, :-1, None], embeddings.weight, dim=-1, eps=1e-12)
+    labels[1:, 1:] = every.argmax(-1)[1:]
+    labels[2, 5] = -100
+    expected = (every.argmax(-1) == labels[:, 1:]).float()
+    assert torch.equal(nearest_is_next(states[0], labels, embeddings), expected) and 0 < expected.mean() < 1
+
+
+def test_near_neighbours_are_told_apart_under_autocast() -> None:
+    """Closer together than bfloat16 can tell: each state is one of the embeddings."""
+    torch.manual_seed(0)
+    embeddings = nn.Embedding.from_pretrained(torch.ones(V, D) + 1e-2 * torch.randn(V, D))
+    labels = torch.randint(0, V, (B, T))
+    state = embeddings(labels.roll(-1, dims=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nearest_is_next(state, labels, embeddings).all()
+
+
+def test_embedding_losses_are_computed_in_float32() -> None:
+    states, labels = batch(cycles=1)
+    embeddings = nn.Embedding(V, D).bfloat16()
+    found = embedding_losses(states[0].bfloat16(), labels, embeddings)
+    rounded = nn.Embedding.from_pretrained(embeddings.weight.detach().float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, embedding_losses(states[0].bfloat16().float(), labels, rounded))
+
+
+# What compares predictions
+
+
+def test_divergence_by_hand() -> None:
+    """Two words; heads that change nothing: the states are the logits."""
+    head = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(head.weight)
+    ours = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]]])
+    theirs = torch.tensor([[[math.log(3), 0.0], [math.log(3), 0.0], [0.0, 0.0]]])
+    labels = torch.tensor([[0, 1, 0]])
+    losses, divergence = losses_and_divergences(ours, labels, head, [Reference(theirs, head)])
+    # at position 0 the reference says 3/4, 1/4 and we say 1/2, 1/2; at position 1 both say the same
+    assert divergence[0].tolist() == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.0], abs=1e-6)
+    assert losses[0].tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+    # at temperature 2 the reference says sqrt(3) : 1
+    r = math.sqrt(3) / (math.sqrt(3) + 1)
+    _, soft = losses_and_divergences(ours, labels, head, [Reference(theirs, head, 2.0)])
+    assert soft[0, 0].item() == pytest.approx(4 * (r * math.log(2 * r) + (1 - r) * math.log(2 * (1 - r))))
+
+
+def test_what_is_taught_from_gets_no_gradient() -> None:
+    (state, other), labels = batch()
+    head, theirs = nn.Linear(D, V, bias=False), nn.Linear(D, V, bias=False)
+    _, divergence = losses_and_divergences(state, labels, head, [Reference(other, theirs)], chunk=5)
+    divergence.sum().backward()
+    assert other.grad is None and theirs.weight.grad is None
+    assert state.grad is not None and head.weight.grad is not None
+
+
+def test_worsening_by_hand() -> None:
+    now, before = torch.tensor([[2.0, 1.0]], requires_grad=True), torch.tensor([[1.5, 3.0]], requires_grad=True)
+    found = worsening(now, before)
+    assert found.tolist() == [[0.5, 0.0]]
+    found.sum().backward()
+    assert now.grad is not None and now.grad.tolist() == [[1.0, 0.0]] and before.grad is None
+
+
+def test_halting_by_hand() -> None:
+    """Three cycles, two tokens that count: where the targets are right, and what the last cycle's logit says does not matter."""
+    labels = torch.tensor([[5, 5, -100, 5]])
+    losses = [torch.tensor([[1.0, 9.0, 1.0]]), torch.tensor([[1.2, 9.0, 1.0]]), torch.tensor([[1.0 - HALT_MARGIN / 2, 9.0, 0.5]])]
+    sure = 30.0
+    # token 0: cycle 1 is as good as any later one, cycle 2 is not; token 2: the last cycle is better than both
+    logits = [torch.tensor([[sure, 0.0, -sure, 7.0]]), torch.tensor([[-sure, 0.0, -sure, 7.0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])]
+    assert halting_loss(logits, losses, labels).item() == pytest.approx(0.0, abs=1e-6)
+    wrong = [torch.zeros(1, 4), -logits[1], logits[2]]
+    assert halting_loss(wrong, losses, labels).item() == pytest.approx((2 * math.log(2) + 2 * sure) / 2 / 2)
+    assert halting_loss(wrong, losses, labels, num_items=8).item() == pytest.approx((2 * math.log(2) + 2 * sure) / 2 / 8)
+    assert halting_loss(logits[:1], losses[:1], labels).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gain_of_later", "target"),
+    [
+        ((0.0, 0.0), 1), ((0.04, 0.0), 1), ((0.0, 0.04), 1), ((-1.0, -1.0), 1),
+        ((0.06, 0.0), 0), ((0.0, 0.06), 0), ((0.06, -1.0), 0), ((-1.0, 0.06), 0),
+    ],
+)  # fmt: skip
+def test_a_later_cycle_must_be_better_by_a_twentieth_of_a_nat(gain_of_later: tuple[float, float], target: int) -> None:
+    """Whichever of the later ones it is. The logit says "halt" with certainty, so the first cycle costs its logit where that is wrong."""
+    labels, sure = torch.tensor([[5, 5]]), 40.0
+    losses = [torch.tensor([[2.0]]), *(torch.tensor([[2.0 - gain]]) for gain in gain_of_later)]
+    logits = [torch.tensor([[sure, 0.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
+    of_the_second = math.log(2)
+    assert halting_loss(logits, losses, labels).item() == pytest.approx(((1 - target) * sure + of_the_second) / 2, rel=1e-5)
+
+
+def test_as_much_better_as_the_margin_is_not_worth_going_on_for() -> None:
+    later = torch.tensor([[1.0]])
+    losses = [later + HALT_MARGIN, later]
+    assert halting_loss([torch.tensor([[40.0, 0.0]])] * 2, losses, torch.tensor([[5, 5]])).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_halting_asks_nothing_of_the_losses() -> None:
+    labels = torch.tensor([[5, 5, 5]])
+    losses = [torch.rand(1, 2, requires_grad=True) for _ in range(2)]
+    logits = [torch.rand(1, 3, requires_grad=True) for _ in range(2)]
+    halting_loss(logits, losses, labels).backward()
+    assert all(loss.grad is None for loss in losses) and logits[1].grad is None
+    assert logits[0].grad is not None and logits[0].grad[0, 2] == 0 and (logits[0].grad[0, :2] != 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_divergences_of_several_references_are_those_of_torch(temperature: float) -> None:
+    """Of references with another width and another type than ours, in their order; nothing where a token does not count."""
+    (state, first, second), labels = batch(cycles=3)
+    head = nn.Linear(D, V, bias=False)
+    other = nn.Linear(2 * D, V, bias=False).bfloat16()
+    wide = torch.cat([first, second], dim=-1).detach()
+    references = [Reference(wide, other, temperature), Reference(second, head, 2.0)]
+    losses, *found = losses_and_divergences(state, labels, head, references)
+    counts = labels[:, 1:] != -100
+    torch.testing.assert_close(losses, token_losses(state, labels, head))
+    for (logits, t), divergence in zip(((other(wide.bfloat16()).float(), temperature), (head(second), 2.0)), found, strict=True):
+        theirs, ours = (torch.distributions.Categorical(logits=x[:, :-1] / t) for x in (logits, head(state)))
+        expected = t**2 * torch.distributions.kl_divergence(theirs, ours) * counts
+        torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-5)
+        assert (divergence[~counts] == 0).all() and (divergence[counts] > 0.01).all()
+    assert not torch.allclose(found[0], found[1])

@@ -1,0 +1,160 @@
+"""The server at its limits: full queues, small caches, clients that go, requests that take too long, and its own end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from tests.support.served import PROMPTS, Running, chatty_tokenizer, running, soon, speaking_model, text_of
+from tests.support.tiny import sentences
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return chatty_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return speaking_model(tmp_path_factory.mktemp("speaking"))
+
+
+@pytest.fixture
+def held(model: Any, tokenizer: Any) -> Iterator[Running]:
+    """A server that lets in one text at a time, two wait, and its manager writes nothing: until the test says `go`."""
+    with running(model, tokenizer, max_running=1, max_queue=2) as server, contextlib.ExitStack() as pause:
+        pause.enter_context(server.batcher.manager.pause())
+        server.go = pause.close  # type: ignore[attr-defined]
+        yield server
+
+
+def test_those_who_find_no_room_wait_and_those_who_find_no_place_are_told(held: Any, model: Any, tokenizer: Any) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(held.write, prompt) for prompt in PROMPTS[:3]]
+        assert soon(lambda: len(held.batcher.waiting) == 2)
+        full = held.post(prompt="a")
+        held.go()
+        assert [one.result() for one in asked] == [text_of(model, tokenizer, prompt) for prompt in PROMPTS[:3]]
+    assert (full.status_code, full.json()["error"]["type"], full.headers["retry-after"]) == (429, "rate_limit_error", "1")
+    assert held.post(prompt="a", n=4).status_code == 429  # one runs and three would wait
+    assert held.post(prompt="a", n=3, max_tokens=2).status_code == 200
+    assert soon(lambda: held.idle)
+
+
+def test_a_client_that_goes_while_it_waits_loses_its_place(held: Any, model: Any, tokenizer: Any) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(held.write, PROMPTS[0])
+        assert soon(lambda: bool(held.batcher.running))
+        for stream in (False, True):
+            gone = caller(held, {"prompt": "a", "stream": stream})
+            assert soon(lambda: bool(held.batcher.waiting))
+            gone.close()
+            assert soon(lambda: not held.batcher.waiting)
+        held.go()
+        assert first.result() == text_of(model, tokenizer, PROMPTS[0])
+    assert soon(lambda: 'recursify_requests_total{route="/v1/completions",status="499"} 2' in held.http.get("/metrics").text)
+
+
+def test_a_small_cache_is_shared_in_turn(model: Any, tokenizer: Any) -> None:
+    """Room for two of five at a time, and prompts that are read in several passes."""
+    with running(model, tokenizer, cache_tokens=256, batch_tokens=33) as server:
+        assert server.service.longest == 256
+        prompts = [" ".join(sentences(i, 3)) for i in range(5)]
+        with ThreadPoolExecutor(5) as pool:
+            texts = list(pool.map(server.write, prompts))
+        assert texts == [text_of(model, tokenizer, prompt) for prompt in prompts]
+        full = server.post(prompt=tokenizer(prompts[0]).input_ids, max_tokens=250)
+        assert full.status_code == 400 and "room for 256" in full.json()["error"]["message"]
+        assert soon(lambda: server.idle)
+
+
+def connected(server: Running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+
+
+def caller(server: Running, body: dict[str, Any]) -> socket.socket:
+    """A completion that has been asked for, and whose answer nobody reads."""
+    raw = connected(server)
+    content = json.dumps(body).encode()
+    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+    return raw
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_leaves_nothing_behind(stream: bool, model: Any, tokenizer: Any) -> None:
+    with running(model, tokenizer) as server:
+        gone = caller(server, {"prompt": "a b c", "max_tokens": 450, "stream": stream, "n": 4, "temperature": 0, "stop": ["never met"]})
+        assert soon(lambda: server.batcher.free_blocks < server.batcher.blocks)
+        if stream:
+            assert gone.recv(100).startswith(b"HTTP/1.1 200")
+        gone.close()
+        assert soon(lambda: server.idle)
+        assert 'recursify_texts_total{H_cycles="3",end="cancelled"} 4' in server.http.get("/metrics").text
+        assert server.batcher.manager.current_batch < 400  # passes; the texts would have taken 450
+        assert server.batcher.router.output_queue.empty() and not server.batcher.router.result_handlers
+
+
+def test_a_request_that_takes_too_long_is_given_up(model: Any, tokenizer: Any) -> None:
+    with running(model, tokenizer, request_timeout=0.3) as server:
+        slow = {"prompt": "a", "max_tokens": 450, "n": 8}
+        answer = server.post(**slow)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        with pytest.raises(openai.APIError, match="no answer within 0.3 seconds"):
+            list(server.openai.completions.create(model="tiny", stream=True, **slow))
+        assert soon(lambda: server.idle)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(model: Any, tokenizer: Any) -> None:
+    with running(model, tokenizer, request_timeout=0.3) as server, connected(server) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert raw.recv(100).startswith(b"HTTP/1.1 504")
+
+
+# --- the end
+
+
+def test_a_server_that_stops_finishes_what_runs_and_takes_nothing_new(model: Any, tokenizer: Any) -> None:
+    before = threading.active_count()
+    with running(model, tokenizer) as server, ThreadPoolExecutor(1) as pool:
+        running_one = pool.submit(server.write, PROMPTS[0], max_tokens=60)
+        assert soon(lambda: not server.service.engine.idle)
+        server.stop.ask()
+        assert soon(lambda: server.service.engine.stopping)
+        health, new = server.http.get("/health"), server.post(prompt="a")
+        assert running_one.result() == text_of(model, tokenizer, PROMPTS[0], 3, 60)
+        assert (health.status_code, new.status_code, new.json()["error"]["type"]) == (503, 503, "server_error")
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+    assert soon(lambda: threading.active_count() <= before)
+
+
+def test_what_does_not_finish_in_time_is_told(model: Any, tokenizer: Any) -> None:
+    with running(model, tokenizer, shutdown_timeout=0) as server, ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(server.post, prompt="a", max_tokens=450, n=3)
+        streamed = pool.submit(server.post, prompt="a", max_tokens=450, n=3, stream=True)
+        assert soon(lambda: len(server.batcher.running) == 6)
+        server.stop.ask()
+        assert whole.result().status_code == 503
+        assert "the server is stopping" in streamed.result().text and "[DONE]" not in streamed.result().text
+
+
+def test_a_manager_that_dies_is_told(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(model, tokenizer) as server:
+        processor = server.batcher.manager.batch_processor
+
+        def fail(model: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(processor, "_generation_step", fail)
+        assert server.post(prompt="a").status_code == 503
+        assert soon(lambda: server.http.get("/health").status_code == 503)
+        error = server.post(prompt="a").json()["error"]
+        assert (error["type"], error["message"]) == ("server_error", "the model has stopped writing")

@@ -1,0 +1,317 @@
+"""What the server writes, as the official `openai` client reads it: the texts, where they end, sampling, depths, and what it says of
+itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from recursify.serving import ServeSettings
+from recursify.serving.answering import Answer
+from recursify.serving.engine import Ticket
+from tests.support.served import PROMPTS, Running, chatty_tokenizer, ids_of, running, soon, speaking_model, text_of
+from tests.support.tiny import tiny_model
+
+DEPTHS = (1, 3, 0)
+DOCS = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return chatty_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return speaking_model(tmp_path_factory.mktemp("speaking"))
+
+
+@pytest.fixture(scope="module")
+def server(model: Any, tokenizer: Any) -> Iterator[Running]:
+    with running(model, tokenizer, depths=DEPTHS) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server: Running) -> openai.OpenAI:
+    return server.openai
+
+
+# --- the text
+
+
+@pytest.mark.parametrize("H_cycles", [None, *DEPTHS])
+def test_a_completion_is_what_generate_writes_at_that_depth(H_cycles: Any, client: Any, model: Any, tokenizer: Any) -> None:
+    extra = {} if H_cycles is None else {"H_cycles": H_cycles}
+    answer = client.completions.create(model="tiny", prompt=PROMPTS[0], temperature=0, max_tokens=40, extra_body=extra)
+    assert answer.choices[0].text == text_of(model, tokenizer, PROMPTS[0], 3 if H_cycles is None else H_cycles, 40)
+    assert (answer.choices[0].finish_reason, answer.object, answer.model) == ("length", "text_completion", "tiny")
+    read = len(tokenizer(PROMPTS[0]).input_ids)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (read, 40, read + 40)
+
+
+def test_depths_write_different_texts(model: Any, tokenizer: Any) -> None:
+    assert len({text_of(model, tokenizer, PROMPTS[0], depth, 40) for depth in DEPTHS}) == len(DEPTHS)
+
+
+def test_a_streamed_completion_is_the_same_text_in_pieces(client: Any, model: Any, tokenizer: Any) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = client.completions.create(model="tiny", prompt=PROMPTS[1], temperature=0, max_tokens=40, **options)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text_of(model, tokenizer, PROMPTS[1], 3, 40)
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len(chunks) > 30
+    assert last.choices == [] and last.usage.completion_tokens == 40
+    assert all(chunk.usage is None and chunk.id == last.id for chunk in chunks)
+
+
+def test_without_include_usage_no_chunk_speaks_of_it_and_the_stream_ends_with_done(server: Running) -> None:
+    answer = server.post(prompt="a b", max_tokens=3, stream=True)
+    events = answer.text.split("\n\n")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events[:-2])
+
+
+def test_a_chat_is_what_generate_writes_after_the_template(client: Any, model: Any, tokenizer: Any) -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Who"}]}]
+    expected = text_of(model, tokenizer, "<system>Be brief.<user>Who<assistant>", 1)
+    options = {"model": "tiny", "messages": messages, "temperature": 0, "max_completion_tokens": 12, "extra_body": {"H_cycles": 1}}
+    answer = client.chat.completions.create(**options)
+    assert (answer.choices[0].message.role, answer.choices[0].message.content) == ("assistant", expected)
+    assert answer.object == "chat.completion" and answer.choices[0].finish_reason == "length"
+    first, *chunks = client.chat.completions.create(**options, stream=True)
+    assert (first.object, first.choices[0].delta.role, first.choices[0].delta.content) == ("chat.completion.chunk", "assistant", "")
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_an_answer_can_be_handed_back(client: Any) -> None:
+    first = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], max_tokens=2, seed=0)
+    messages = [{"role": "user", "content": "a"}, first.choices[0].message.model_dump(), {"role": "user", "content": "b", "name": "me"}]
+    again = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, temperature=0)
+    assert again.choices[0].message.role == "assistant" and again.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_a_chat_that_names_no_number_of_tokens_gets_the_most(model: Any, tokenizer: Any) -> None:
+    with running(model, tokenizer, max_completion_tokens=21) as server:
+        client = server.client()
+        chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], temperature=0)
+        assert chat.usage.completion_tokens == 21
+        assert client.completions.create(model="tiny", prompt="a", temperature=0).usage.completion_tokens == 16
+
+
+def test_prompts_are_text_or_ids_one_or_several(client: Any, model: Any, tokenizer: Any) -> None:
+    ids = [tokenizer(prompt).input_ids for prompt in PROMPTS[:2]]
+    expected = [text_of(model, tokenizer, prompt) for prompt in PROMPTS[:2]]
+    for prompt in (PROMPTS[:2], ids):
+        choices = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=12, n=2).choices
+        assert [choice.index for choice in choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in choices] == [expected[0], expected[0], expected[1], expected[1]]
+    assert client.completions.create(model="tiny", prompt=ids[0], temperature=0, max_tokens=12).choices[0].text == expected[0]
+
+
+def test_a_character_that_spans_tokens_comes_whole(client: Any, model: Any, tokenizer: Any) -> None:
+    hot = {"model": "tiny", "prompt": "龙虾和🦞", "temperature": 2.0, "max_tokens": 80, "seed": 3}
+    whole = client.completions.create(**hot).choices[0].text
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(**hot, stream=True)]
+    assert "".join(pieces) == whole
+    assert any(len(tokenizer(char, add_special_tokens=False).input_ids) > 1 for char in whole if ord(char) > 127)
+
+
+# --- where it ends
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_text_ends_before_a_stop_string_that_spans_tokens(stream: bool, client: Any, model: Any, tokenizer: Any) -> None:
+    ids = ids_of(model, tokenizer(PROMPTS[2]).input_ids, 3, 40)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    before = tokenizer.decode(ids[:19], skip_special_tokens=True)
+    stop = text[len(before) - 2 : len(before) + 2]  # the end of one token and the beginning of the next
+    options = {"model": "tiny", "prompt": PROMPTS[2], "temperature": 0, "max_tokens": 40, "stop": [stop, "never met"]}
+    if stream:
+        chunks = list(client.completions.create(**options, stream=True))
+        found, reason = "".join(chunk.choices[0].text for chunk in chunks), chunks[-1].choices[0].finish_reason
+    else:
+        choice = client.completions.create(**options).choices[0]
+        found, reason = choice.text, choice.finish_reason
+    assert (found, reason) == (text[: text.index(stop)], "stop")
+
+
+def test_what_only_began_like_a_stop_string_comes_out(server: Running, model: Any, tokenizer: Any) -> None:
+    text = text_of(model, tokenizer, PROMPTS[3])
+    assert server.write(PROMPTS[3], stop=text[-1] + "and more") == text
+
+
+def test_the_text_ends_at_any_of_several_end_tokens(model: Any, tokenizer: Any) -> None:
+    plain = [ids_of(model, tokenizer(prompt).input_ids, 3, 12) for prompt in PROMPTS[:2]]
+    ends, before = [plain[0][5], plain[1][7]], model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = ends
+    try:
+        with running(model, tokenizer) as server:
+            for prompt, ids in zip(PROMPTS[:2], plain, strict=True):
+                answer = server.openai.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=12)
+                length = min(ids.index(end) for end in ends if end in ids)
+                assert answer.choices[0].text == tokenizer.decode(ids[:length])
+                assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", length + 1)
+    finally:
+        model.generation_config.eos_token_id = before
+
+
+# --- sampling
+
+
+def test_a_seed_decides_the_text_whoever_else_is_there(server: Running) -> None:
+    said = {"model": "tiny", "prompt": PROMPTS[0], "temperature": 1.5, "top_p": 0.9, "max_tokens": 15, "n": 3}
+    alone = [choice.text for choice in server.openai.completions.create(**said, seed=11).choices]
+    assert len(set(alone)) == 3
+    with ThreadPoolExecutor(8) as pool:
+        crowd = [pool.submit(server.write, prompt, temperature=2.0, max_tokens=30) for prompt in PROMPTS[:6]]
+        again = [choice.text for choice in server.openai.completions.create(**said, seed=11).choices]
+        for other in crowd:
+            other.result()
+    assert again == alone
+    assert [choice.text for choice in server.openai.completions.create(**said, seed=12).choices] != alone
+
+
+def test_without_a_seed_texts_differ(server: Running) -> None:
+    assert len({server.write("a", temperature=2.0, max_tokens=20) for _ in range(3)}) == 3
+
+
+def test_each_of_a_batch_is_written_by_its_own_parameters(server: Running, model: Any, tokenizer: Any) -> None:
+    greedy = [text_of(model, tokenizer, prompt, 3) for prompt in PROMPTS[:8]]
+    parameters = [{}, {"temperature": 2.0}, {"temperature": 2.0, "top_p": 1e-6}, {"temperature": 1e-9}] * 2
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(server.write, p, **more) for p, more in zip(PROMPTS[:8], parameters, strict=True)]
+        texts = [one.result() for one in asked]
+    assert [text == right for text, right in zip(texts, greedy, strict=True)] == [True, False, True, True] * 2
+
+
+# --- a donor
+
+
+def test_a_plain_donor_is_served_without_depths(tokenizer: Any) -> None:
+    donor = tiny_model("qwen2", num_hidden_layers=2)
+    with running(donor, tokenizer) as server:
+        assert server.write(PROMPTS[0]) == text_of(donor, tokenizer, PROMPTS[0], None)
+        assert "H_cycles" not in server.http.get("/v1/models").json()["data"][0]
+        answer = server.post(prompt="a", H_cycles=1)
+        assert answer.status_code == 400 and "has no cycles" in answer.json()["error"]["message"]
+
+
+# --- what is told
+
+
+def test_models_name_the_depths(client: Any) -> None:
+    (found,) = client.models.list().data
+    assert (found.id, found.owned_by, found.H_cycles) == ("tiny", "recursify", {"offered": [1, 3, 0], "default": 3})
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_without_the_models_own_depth_the_deepest_is_the_default(model: Any, tokenizer: Any) -> None:
+    with running(model, tokenizer, depths=("1,2", 1)) as server:
+        assert server.http.get("/v1/models").json()["data"][0]["H_cycles"] == {"offered": [1, 2], "default": 2}
+        assert server.write(PROMPTS[0]) == text_of(model, tokenizer, PROMPTS[0], 2)
+
+
+def test_metrics_count(model: Any, tokenizer: Any) -> None:
+    with running(model, tokenizer, depths=(1, 3)) as server:
+        server.write("a b", extra_body={"H_cycles": 1})
+        server.post(prompt="", max_tokens=1)
+        server.http.get("/nowhere")
+        assert soon(lambda: server.idle)
+        lines = server.http.get("/metrics").text.splitlines()
+        read = len(tokenizer("a b").input_ids)
+        for line in (
+            'recursify_requests_total{route="/v1/completions",status="200"} 1',
+            'recursify_requests_total{route="/v1/completions",status="400"} 1',
+            'recursify_requests_total{route="other",status="404"} 1',
+            'recursify_texts_total{H_cycles="1",end="length"} 1',
+            f'recursify_prompt_tokens_total{{H_cycles="1"}} {read}',
+            'recursify_completion_tokens_total{H_cycles="1"} 12',
+            'recursify_running{H_cycles="3"} 0',
+            'recursify_queued{H_cycles="3"} 0',
+            'recursify_cache_blocks{H_cycles="3"} 128',
+            'recursify_cache_blocks_free{H_cycles="1"} 128',
+            "recursify_up 1",
+            "# TYPE recursify_queued gauge",
+        ):
+            assert line in lines, line
+
+
+# --- docs/serving.md
+
+
+def test_the_documented_client_code_runs(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:8000", server.url), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{server.write('The old man', max_tokens=40)} 40" and printed[1]
+    assert names["answer"].choices[0].finish_reason in ("length", "stop")
+
+
+def test_the_documented_requests_are_answered(server: Running) -> None:
+    bodies = re.findall(r"/v1/completions -d '(.*?)'", DOCS)
+    assert len(bodies) == 2
+    for body in bodies:
+        assert server.http.post("/v1/completions", content=body, timeout=60).status_code == 200
+
+
+def test_the_documented_metrics_are_those_there_are_and_every_documented_flag_is_one(server: Running) -> None:
+    page = server.http.get("/metrics").text
+    assert set(re.findall(r"`(recursify_\w+)`", DOCS)) == set(re.findall(r"# TYPE (\w+)", page))
+    assert {*re.findall(r"`--(\w+)", DOCS)} <= {field.name for field in dataclasses.fields(ServeSettings)}
+
+
+# --- many
+
+
+def test_sixteen_clients_among_misbehaving_ones_get_what_one_alone_gets(server: Running, model: Any, tokenizer: Any) -> None:
+    expected = {(p, d): text_of(model, tokenizer, p, d, 12) for i, p in enumerate(PROMPTS) for d in (DEPTHS[i % 3],)}
+    done = threading.Event()
+
+    def misbehave(kind: int) -> set[int]:
+        found = set()
+        while not done.is_set():
+            with contextlib.suppress(httpx.TimeoutException):
+                if kind == 0:
+                    server.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 400}, timeout=0.1)
+                elif kind == 1:
+                    found.add(server.http.post("/v1/completions", content=b'{"prompt": ').status_code)
+                else:
+                    found.add(server.post(prompt="x", n=10**6, temperature=1e9).status_code)
+        return found
+
+    def well(key: tuple[str, int]) -> bool:
+        prompt, depth = key
+        chunks = server.openai.completions.create(
+            model="tiny", prompt=prompt, temperature=0, max_tokens=12, stream=True, extra_body={"H_cycles": depth}
+        )
+        streamed = "".join(chunk.choices[0].text for chunk in chunks)
+        return streamed == server.write(prompt, extra_body={"H_cycles": depth}) == expected[key]
+
+    with ThreadPoolExecutor(19) as pool:
+        bad = [pool.submit(misbehave, kind) for kind in range(3)]
+        right = list(pool.map(well, expected))
+        done.set()
+        assert [one.result() for one in bad] == [set(), {400}, {400}]
+    assert right == [True] * 16
+    assert soon(lambda: server.idle)
+    assert soon(lambda: not kept(Ticket, Answer))
+
+
+def kept(*kinds: type) -> list[Any]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, kinds)]

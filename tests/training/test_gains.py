@@ -1,0 +1,154 @@
+"""The start gain: the largest that costs next to nothing on held-out text, and when it is looked for at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from recursify.errors import UserError
+from recursify.network.modeling_recursive_llm import AnchoredInjection
+from recursify.training import run as training_run
+from recursify.training.gains import CALIBRATION_TOKENS, CANDIDATES, MAX_COST, all_zero, calibrate, injections, set_gains
+from tests.support.tiny import make_tiny_tokenizer
+from tests.training.test_training import SEQ_LEN, blocks, recursive, run, settings
+
+
+def gains(model: Any) -> set[float]:
+    every = [module for module in model.modules() if isinstance(module, AnchoredInjection)]
+    return {round(value, 6) for module in every for part in module.gains(torch.float32) for value in part.tolist()}
+
+
+def test_setting_gains() -> None:
+    model = recursive(gain_init=0.0)
+    assert all_zero(model) and gains(model) == {0.0}
+    set_gains(model, 0.15)
+    assert not all_zero(model) and gains(model) == {0.15}
+    bare = recursive(injection="sum_norm", gain_init=0.0)
+    assert injections(bare) == [] and not all_zero(bare)
+
+
+def test_a_single_gain_that_was_learnt_is_enough() -> None:
+    for index in range(4):
+        model = recursive(gain_init=0.0)
+        theta = [p for module in injections(model) for p in module.parameters()][index]
+        with torch.no_grad():
+            theta[-1] = 0.01
+        assert not all_zero(model)
+
+
+def test_what_is_promised_of_the_sweep() -> None:
+    """The help of --start_gain and the guides say so."""
+    assert (*CANDIDATES, MAX_COST, CALIBRATION_TOKENS) == (0.45, 0.2, 0.1, 0.05, 0.02, 8192)
+
+
+def test_the_cost_is_over_gain_0_and_may_be_the_bound_itself() -> None:
+    """Also of a model that has other gains when the sweep begins."""
+    model = recursive(gain_init=0.3)
+    table = {0.0: 0.0, 0.3: -5.0, 0.45: 1.0, 0.2: MAX_COST * 1.001, 0.1: MAX_COST, 0.05: 0.0}
+
+    def loss() -> float:
+        (gain,) = gains(model)
+        return table[gain]
+
+    assert calibrate(model, loss) == (0.1, [(0.45, 1.0), (0.2, MAX_COST * 1.001), (0.1, MAX_COST)])
+    assert calibrate(model, loss, (0.2, 0.05)) == (0.05, [(0.2, MAX_COST * 1.001), (0.05, 0.0)])
+
+
+@pytest.mark.parametrize(("slope", "chosen", "tried"), [(0.0, 0.45, 1), (0.14, 0.1, 3), (9.0, 0.05, 4), (-1.0, 0.45, 1)])
+def test_the_largest_that_costs_at_most_the_bound(slope: float, chosen: float, tried: int) -> None:
+    """A loss that rises with the gain: 3 + slope * gain; at 0.14 a gain of 0.1 costs 0.014 and one of 0.2 costs 0.028."""
+    model = recursive(gain_init=0.0)
+    gain, sweep = calibrate(model, lambda: 3.0 + slope * max(gains(model)))
+    assert gain == chosen and gains(model) == {chosen}
+    assert [g for g, _ in sweep] == list(CANDIDATES[:tried])
+    assert [cost for _, cost in sweep] == pytest.approx([slope * g for g in CANDIDATES[:tried]], abs=1e-6)
+
+
+def start_of(model: Any, capsys: pytest.CaptureFixture[str], **changes: Any) -> tuple[set[float], str]:
+    """The gains that a run begins with, and what it said."""
+    run(model, lr=1e-12, gain_lr=1e-12, max_steps=1, **changes)
+    return gains(model), capsys.readouterr().err
+
+
+def knowing() -> Any:
+    """A model that has learnt something at gain 0, and so has something to lose."""
+    model = recursive(gain_init=0.0)
+    run(model, train_blocks=blocks(24), num_epochs=4, lr=5e-3, start_gain=0.0, gain_lr=1e-12)
+    set_gains(model, 0.0)
+    return model
+
+
+def test_a_converted_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> None:
+    """And the choice is right: re-measured at the chosen gain and at the next larger one."""
+    model, reference = knowing(), knowing()
+    found, said = start_of(model, capsys)
+    held = torch.tensor([row["input_ids"] for row in blocks(5, seed=2)])
+
+    def cost(gain: float) -> float:
+        losses = []
+        for value in (0.0, gain):
+            set_gains(reference, value)
+            with torch.no_grad():
+                losses.append(reference(held, labels=held).loss.item())
+        return losses[1] - losses[0]
+
+    (gain,) = found
+    assert gain in CANDIDATES and gain < CANDIDATES[0]
+    assert gain == CANDIDATES[-1] or cost(gain) <= MAX_COST
+    assert cost(CANDIDATES[CANDIDATES.index(gain) - 1]) > MAX_COST
+    assert f"starts from gain {gain:g}" in said and "--start_gain" in said and held.shape == (5, SEQ_LEN)
+
+
+def test_learnt_gains_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    found, said = start_of(recursive(gain_init=0.3), capsys)
+    assert found == {0.3} and "gain" not in said
+
+
+def test_a_named_gain_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    for init, named in ((0.0, 0.1), (0.3, 0.0), (0.3, -0.2)):
+        found, said = start_of(recursive(gain_init=init), capsys, start_gain=named)
+        assert found == {named} and "gain" not in said
+
+
+class Rows(list[Any]):
+    """A table that remembers which rows were asked for one by one."""
+
+    asked: list[int]
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked = [*getattr(self, "asked", []), index]
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(8192, 5), (3 * SEQ_LEN, 3), (3 * SEQ_LEN - 1, 2), (1, 1)])
+def test_the_sweep_reads_so_many_tokens_of_the_held_out_text(tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And measures their loss as a mean over counted tokens, at the depth that the model is read at, whatever the batches."""
+    monkeypatch.setattr(training_run, "CALIBRATION_TOKENS", tokens)
+    seen: list[float] = []
+
+    def calibrated(model: Any, loss: Any) -> Any:
+        assert not model.training
+        seen.append(loss())
+        return 0.2, [(0.2, 0.0)]
+
+    monkeypatch.setattr(training_run, "calibrate", calibrated)
+    held = Rows(blocks(5, seed=2))
+    for row in held:
+        row["labels"] = list(row["input_ids"])
+    for row, unseen in zip(held, (9, 2, 12, 0, 4), strict=True):
+        row["labels"][:unseen] = [-100] * unseen
+    model, reference = recursive(gain_init=0.0), recursive(gain_init=0.0)
+    changes: dict[str, Any] = {"batch_size": 2, "max_steps": 1, "lr": 1e-12, "gain_lr": 1e-12, "cycle_choices": (1, 4)}
+    training_run.fit(model.train(), make_tiny_tokenizer(), blocks(4), held, settings(**changes), console=False)
+    assert held.asked[:rows] == list(range(rows)) and gains(model) == {0.2}
+    ids, labels = (torch.tensor([row[name] for row in list(held)[:rows]]) for name in ("input_ids", "labels"))
+    assert seen == [pytest.approx(reference(ids, labels=labels, H_cycles=3).loss.item(), rel=1e-5)]
+
+
+def test_bad_gains() -> None:
+    with pytest.raises(UserError, match=r"--start_gain: expected a number between -0.45 and 0.45, got 0.5"):
+        run(recursive(), start_gain=0.5)
+    with pytest.raises(UserError, match=r"--start_gain: the loop of this model has no gains \(injection 'sum_norm'\)"):
+        run(recursive(injection="sum_norm"), start_gain=0.1)

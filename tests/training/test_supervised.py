@@ -1,0 +1,483 @@
+"""The objective on a model: what each cycle's loss reaches, in the three ways back through the cycles, against plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from recursify.network.losses import HALT_MARGIN, Reference, cycle_shares, cycle_weights, losses_and_divergences
+from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
+from recursify.training.cost import pass_flops
+from recursify.training.settings import TrainSettings
+from recursify.training.supervised import Supervised, Supervision, backpropagate_each
+from tests.support.tiny import tiny_donor
+from tests.training.test_training import blocks, logged, recursive, run, settings
+
+EVERY = Supervision(every_cycle=True, weight=0.5, schedule="constant")
+
+
+def batch(rows: int = 3) -> torch.Tensor:
+    return torch.tensor([row["input_ids"] for row in blocks(rows)])
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of every parameter that is trained; a missing one is an error, as it is under DDP."""
+    model.zero_grad()
+    loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trained.items() if p.grad is None]
+    assert not missing
+    return {name: p.grad.clone() for name, p in trained.items()}  # type: ignore[union-attr]
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def by_hand(model: Any, ids: torch.Tensor, shares: list[float], detach: Callable[[int], bool] = lambda cycle: False) -> torch.Tensor:
+    """The loop written out, with transformers' own loss; `detach(c)` cuts the graph before cycle c."""
+    base, config = model.model, model.config
+    e, block, read = base.open_loop(ids)
+    recursion = base.recursion
+    z_L, z_H, n, total = e + recursion.L_init, e + recursion.H_init, 0, torch.zeros(())
+    for cycle in range(config.H_cycles):
+        if detach(cycle):
+            z_L, z_H = z_L.detach(), z_H.detach()
+        gains_L, gains_H = recursion.inject_L.gains(e.dtype), recursion.inject_H.gains(e.dtype)
+        for _ in range(config.L_cycles):
+            z_L, n = block(e + gains_L[0] * (z_L - e) + gains_L[1] * (z_H - e), n), n + 1
+        z_H, n = block(e + gains_H[0] * (z_H - e) + gains_H[1] * (z_L - e), n), n + 1
+        logits = model.lm_head(read(z_H))
+        total = total + shares[cycle] * F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return total
+
+
+def as_trained(model: Any, **changes: Any) -> Any:
+    """Frozen as a run with these settings freezes it."""
+    freeze_rest(model, TrainSettings(checkpoint="in memory", **changes))
+    return model
+
+
+def test_deep_supervision_reaches_every_cycle() -> None:
+    """The loss of each cycle alone has a gradient at the loop and at what feeds it, and the logged losses are those of the model."""
+    model, ids = recursive(), batch()
+    expected = [model(ids, labels=ids, H_cycles=H).loss.item() for H in (1, 2, 3)]
+    outputs = Supervised(model, EVERY)(ids, ids)
+    assert outputs["cycle_losses"].tolist() == pytest.approx(expected, rel=1e-6) and outputs["scored"].tolist() == [1.0] * 3
+    shares = cycle_shares("constant", 0.5, 3)
+    assert outputs["loss"].item() == pytest.approx(sum(s * loss for s, loss in zip(shares, expected, strict=True)), rel=1e-6)
+    for H in (1, 2, 3):
+        found = gradients(model, Supervised(model)(ids, ids, H_cycles=H)["loss"])
+        parts = [name for name in found if "layers.1" in name or "inject_H" in name or "H_init" in name]
+        assert len(parts) > 10 and all(found[name].abs().max() > 0 for name in parts)
+
+
+def test_without_deep_supervision_only_the_last_cycle_counts() -> None:
+    model, ids = recursive(), batch()
+    outputs = Supervised(model)(ids, ids)
+    assert outputs["cycle_losses"].tolist() == pytest.approx([0, 0, model(ids, labels=ids).loss.item()], rel=1e-6)
+    assert outputs["scored"].tolist() == [0, 0, 1] and outputs["loss"].item() == outputs["cycle_losses"][2].item()
+    shallow = Supervised(model)(ids, ids, H_cycles=2)
+    assert shallow["scored"].tolist() == [0, 1, 0]
+    assert shallow["loss"].item() == pytest.approx(model(ids, labels=ids, H_cycles=2).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("L_cycles", [0, 1, 2])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_full_is_plain_autograd(L_cycles: int, checkpointed: bool) -> None:
+    model, ids = recursive(L_cycles=L_cycles).train(), batch()
+    expected = gradients(model, by_hand(model, ids, cycle_shares("constant", 0.5, 3)))
+    if checkpointed:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(gradients(model, Supervised(model, EVERY)(ids, ids)["loss"]), expected)
+
+
+@pytest.mark.parametrize("L_cycles", [0, 1, 2])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_cycle_is_autograd_on_the_detached_graph(L_cycles: int, checkpointed: bool) -> None:
+    """Also where the prelude learns from every cycle, and the tied embeddings from both ends."""
+    model, ids = recursive(L_cycles=L_cycles).train(), batch()
+    expected = gradients(model, by_hand(model, ids, cycle_shares("constant", 0.5, 3), detach=lambda cycle: cycle > 0))
+    if checkpointed:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    supervision = Supervision(every_cycle=True, schedule="constant", backprop="cycle")
+    found = gradients(model, Supervised(model, supervision)(ids, ids)["loss"])
+    assert_same(found, expected)
+    full = gradients(model, Supervised(model, EVERY)(ids, ids)["loss"])
+    assert not torch.allclose(found["model.recursion.H_init"], full["model.recursion.H_init"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("L_cycles", [0, 1, 2])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_last_is_autograd_on_the_last_cycle(L_cycles: int, checkpointed: bool) -> None:
+    model, ids = as_trained(recursive(L_cycles=L_cycles), backprop="last").train(), batch()
+    expected = gradients(model, by_hand(model, ids, [0.0, 0.0, 1.0], detach=lambda cycle: True))
+    if checkpointed:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients(model, Supervised(model, Supervision(backprop="last"))(ids, ids)["loss"])
+    assert_same(found, expected)
+    assert not any(name.endswith("_init") for name in found)
+
+
+@pytest.mark.parametrize("backprop", ["cycle", "last"])
+def test_gradients_under_bfloat16_autocast(backprop: str) -> None:
+    """Weights are cast once and the copy is kept: one that was made without gradients, or whose graph is gone, must not be used."""
+    supervision = Supervision(every_cycle=backprop == "cycle", schedule="constant", backprop=backprop, self_distill=0.0)
+    model, ids = as_trained(recursive(), backprop=backprop, enable_deep_supervision=backprop == "cycle"), batch()
+    expected = gradients(model, Supervised(model, supervision)(ids, ids)["loss"])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Supervised(model, supervision)(ids, ids)["loss"]
+    found = gradients(model, loss)
+    for name, gradient in expected.items():
+        assert F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.95, name
+
+
+def test_self_distillation_is_the_same_in_both_ways() -> None:
+    """Under autocast, too, where the pass without gradients comes first."""
+    ids = batch()
+    terms = {"every_cycle": True, "schedule": "constant", "self_distill": 0.7, "temperature": 2.0, "monotone": 0.3}
+    model = recursive()
+    full, cycle = (Supervised(model, Supervision(backprop=way, **terms))(ids, ids) for way in ("full", "cycle"))  # type: ignore[arg-type]
+    assert cycle["loss"].item() == pytest.approx(full["loss"].item(), rel=1e-6)
+    assert {name: value.item() for name, value in cycle["terms"].items()} == pytest.approx(
+        {name: value.item() for name, value in full["terms"].items()}, rel=1e-5
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Supervised(model, Supervision(backprop="cycle", **terms))(ids, ids)["loss"]  # type: ignore[arg-type]
+    assert all(gradient.abs().max() > 0 for gradient in gradients(model, loss).values())
+
+
+def test_every_term_by_hand() -> None:
+    """The whole objective written out from the logits of each cycle."""
+    model, teacher, ids = recursive(), tiny_donor("qwen2", num_hidden_layers=2).eval(), batch()
+    model.model.recursion.q_head.requires_grad_(True)
+    want = Supervision(
+        every_cycle=True, schedule="linear_decay", weight=0.5, distill=0.4, temperature=2.0, self_distill=0.3, monotone=0.2, halting=0.1
+    )
+    found = Supervised(model, want, teacher=teacher)(ids, ids)
+
+    outputs = model(ids, output_cycle_logits=True)
+    logits = [row[:, :-1].log_softmax(-1) for row in outputs.cycle_logits]
+    losses = [F.nll_loss(row.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, -1) for row in logits]
+
+    def divergence(other: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        r, p = (other / 2).log_softmax(-1), (own / 2).log_softmax(-1)
+        return 4 * (r.exp() * (r - p)).sum(-1).mean()
+
+    donor, shares = teacher(ids).logits[:, :-1], [0.5 / 3, 1 / 3, 1.0]
+    total = torch.zeros(())
+    for c, share in enumerate(share / sum(shares) for share in shares):
+        own = outputs.cycle_logits[c][:, :-1]
+        part = losses[c].mean() + 0.4 * divergence(donor, own)
+        if c < 2:
+            part = part + 0.3 * divergence(outputs.cycle_logits[-1][:, :-1], own)
+        if c > 0:
+            part = part + 0.2 * torch.relu(losses[c] - losses[c - 1]).mean()
+        total = total + share * part
+    bars = [torch.minimum(losses[1], losses[2]) + HALT_MARGIN, losses[2] + HALT_MARGIN]
+    halting = [F.binary_cross_entropy_with_logits(outputs.halt_logits[c][:, :-1], (losses[c] <= bars[c]).float()).item() for c in range(2)]
+    assert found["terms"]["halting"].item() == pytest.approx(sum(halting) / 2, rel=1e-5)
+    assert found["loss"].item() == pytest.approx(total.item() + 0.1 * sum(halting) / 2, rel=1e-5)
+    assert set(found["terms"]) == {"distill", "self_distill", "monotone", "halting"}
+    found["loss"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert model.model.recursion.q_head.weight.grad.abs().max() > 0
+
+
+def test_the_flags_are_what_supervision_is_made_of() -> None:
+    """Each in its place: no two have the same value, none its default."""
+    flags = settings(
+        enable_deep_supervision=True, deep_supervision_weight=0.9, deep_supervision_schedule="early_decay", backprop="cycle",
+        distill_weight=0.4, distill_temperature=3.0, self_distill_weight=0.3, monotone_weight=0.2, halting_weight=0.1,
+    )  # fmt: skip
+    assert Supervision.of(flags) == Supervision(
+        every_cycle=True, weight=0.9, schedule="early_decay", backprop="cycle", distill=0.4, temperature=3.0, self_distill=0.3,
+        monotone=0.2, halting=0.1,
+    )  # fmt: skip
+    assert Supervision.of(TrainSettings(checkpoint="x")) == Supervision()
+    assert Supervision().shares(3) == [0.0, 0.0, 1.0] and not Supervision().by_token
+    assert Supervision(every_cycle=True).shares(4) == cycle_shares("linear_decay", 0.5, 4) != cycle_shares("linear_decay", 1.0, 4)
+
+
+def naive(
+    model: Any, teacher: Any, ids: torch.Tensor, labels: torch.Tensor, want: TrainSettings, H: int = 3
+) -> tuple[list[float], dict[str, float], float]:
+    """The objective of the settings from whole logits, with torch's own divergences: the loss of every cycle, the terms, and their sum."""
+    with torch.no_grad():
+        outputs = model(ids, H_cycles=H, output_cycle_logits=True)
+        donor = teacher(ids).logits
+    counts = labels[:, 1:] != -100
+    weights = (
+        cycle_weights(want.deep_supervision_schedule, want.deep_supervision_weight, H) if want.enable_deep_supervision else [0.0, 0.0, 1.0]
+    )
+    shares = [weight / sum(weights) for weight in weights]
+    losses = [F.cross_entropy(row[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none") for row in outputs.cycle_logits]
+
+    def divergence(reference: torch.Tensor, own: torch.Tensor) -> float:
+        T = want.distill_temperature
+        r, p = (torch.distributions.Categorical(logits=x[:, :-1] / T) for x in (reference, own))
+        return T**2 * torch.distributions.kl_divergence(r, p)[counts].mean().item()
+
+    logits, last = outputs.cycle_logits, outputs.cycle_logits[-1]
+    cycles = [loss[counts].mean().item() for loss in losses]
+    halting = [
+        F.binary_cross_entropy_with_logits(
+            outputs.halt_logits[c][:, :-1][counts],
+            (losses[c] <= torch.stack(losses[c + 1 :]).amin(0) + 0.05)[counts].float(),
+        ).item()
+        for c in range(H - 1)
+    ]  # fmt: skip
+    found = {
+        "distill": (want.distill_weight, [divergence(donor, own) for own in logits]),
+        "self_distill": (want.self_distill_weight, [divergence(last, own) for own in logits[:-1]] + [0.0]),
+        "monotone": (
+            want.monotone_weight,
+            [0.0] + [(b - a).clamp(min=0)[counts].mean().item() for a, b in pairwise(losses)],
+        ),
+    }
+    terms = {name: sum(s * each for s, each in zip(shares, values, strict=True)) for name, (w, values) in found.items() if w}
+    total = sum(s * loss for s, loss in zip(shares, cycles, strict=True)) + sum(found[name][0] * value for name, value in terms.items())
+    if want.halting_weight:
+        terms["halting"] = sum(halting) / (H - 1)
+        total += want.halting_weight * terms["halting"]
+    return cycles, terms, total
+
+
+def unequal(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and labels of which some do not count."""
+    ids = batch(rows)
+    labels = ids.clone()
+    labels[0, 3:9] = labels[-1, 12:] = -100
+    return ids, labels
+
+
+def about_to_halt(model: Any) -> Any:
+    """With a halting head that is sure of nothing, and not the same everywhere."""
+    with torch.no_grad():
+        model.model.recursion.q_head.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        model.model.recursion.q_head.bias.fill_(0.2)
+    model.model.recursion.q_head.requires_grad_(True)
+    return model
+
+
+EACH_TERM: dict[str, dict[str, Any]] = {
+    "none": {},
+    "distill": {"distill_weight": 0.4},
+    "self_distill": {"self_distill_weight": 0.3},
+    "monotone": {"monotone_weight": 0.2},
+    "halting": {"halting_weight": 0.1},
+    "all": {"distill_weight": 0.4, "self_distill_weight": 0.3, "monotone_weight": 0.2, "halting_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize("backprop", ["full", "cycle"])
+@pytest.mark.parametrize("terms", EACH_TERM)
+def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
+    """Asked for by the flags; what is minimised, and what is logged of each: a mean over counted tokens and, by shares, cycles."""
+    model, teacher, (ids, labels) = about_to_halt(recursive()), tiny_donor("qwen2", num_hidden_layers=2), unequal()
+    want = settings(
+        enable_deep_supervision=True, deep_supervision_schedule="early_decay", deep_supervision_weight=0.6, distill_temperature=2.0,
+        backprop=backprop, **EACH_TERM[terms],
+    )  # fmt: skip
+    supervised = Supervised(model, Supervision.of(want), teacher=teacher if want.distill_weight else None)
+    found = supervised(ids, labels)
+    cycles, expected, total = naive(model, teacher, ids, labels, want)
+    asked = {"all": set(EACH_TERM) - {"all", "none"}, "none": set[str]()}.get(terms, {terms})
+    assert set(expected) == asked and all(value > 1e-3 for value in expected.values())
+    assert {name: value.item() for name, value in found["terms"].items()} == pytest.approx(expected, rel=1e-4)
+    assert found["cycle_losses"].tolist() == pytest.approx(cycles, rel=1e-5) and found["scored"].tolist() == [1, 1, 1]
+    assert found["loss"].item() == pytest.approx(total, rel=1e-5)
+    # of a batch that is one of several, everything is divided by the tokens of all of them
+    part, share = supervised(ids, labels, num_items_in_batch=1000), (labels[:, 1:] != -100).sum().item() / 1000
+    for key in ("loss", "cycle_losses"):
+        torch.testing.assert_close(part[key], found[key] * share, rtol=1e-5, atol=1e-6)
+    assert {name: value.item() for name, value in part["terms"].items()} == pytest.approx(
+        {n: v * share for n, v in expected.items()}, rel=1e-4
+    )
+    # at another depth the last cycle is another one
+    shallow = supervised(ids, labels, H_cycles=2)
+    cycles, expected, total = naive(model, teacher, ids, labels, want, H=2)
+    assert shallow["cycle_losses"].tolist() == pytest.approx([*cycles, 0.0], rel=1e-5) and shallow["scored"].tolist() == [1, 1, 0]
+    assert shallow["loss"].item() == pytest.approx(total, rel=1e-5)
+    assert {name: value.item() for name, value in shallow["terms"].items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_distillation_of_the_last_cycle_alone() -> None:
+    model, teacher, (ids, labels) = recursive(), tiny_donor("qwen2", num_hidden_layers=2), unequal()
+    want = settings(distill_weight=0.7, distill_temperature=3.0)
+    found = Supervised(model, Supervision.of(want), teacher=teacher)(ids, labels)
+    cycles, expected, total = naive(model, teacher, ids, labels, want)
+    assert found["loss"].item() == pytest.approx(total, rel=1e-5) and found["cycle_losses"].tolist() == pytest.approx(
+        [0, 0, cycles[2]], rel=1e-5
+    )
+    assert found["terms"]["distill"].item() == pytest.approx(expected["distill"], rel=1e-4) and found["scored"].tolist() == [0, 0, 1]
+
+
+def test_a_run_minimises_and_logs_what_its_flags_ask_for() -> None:
+    """The first entry of the log against the objective written out for the model as it was; in one batch, and in unequal micro-batches."""
+    teacher, (ids, labels) = tiny_donor("qwen2", num_hidden_layers=2), unequal(6)
+    flags: dict[str, Any] = {
+        "enable_deep_supervision": True, "deep_supervision_schedule": "early_decay", "deep_supervision_weight": 0.6,
+        "distill_temperature": 2.0, **EACH_TERM["all"],
+    }  # fmt: skip
+    cycles, terms, total = naive(about_to_halt(recursive()), teacher, ids, labels, settings(**flags))
+    rows = [{"input_ids": i, "labels": j} for i, j in zip(ids.tolist(), labels.tolist(), strict=True)]
+    for changes in ({"batch_size": 6}, {"batch_size": 4, "grad_accum_steps": 2}):
+        result = run(about_to_halt(recursive()), rows, teacher=teacher.train(), max_steps=1, **flags, **changes)
+        first = result.history[0]
+        assert first["loss"] == pytest.approx(total, rel=1e-5)
+        assert [first[f"loss_cycle_{c}"] for c in (1, 2, 3)] == pytest.approx(cycles, rel=1e-5)
+        assert {name: first[f"loss_{name}"] for name in terms} == pytest.approx(terms, rel=1e-4)
+        assert first["flops"] == pass_flops(recursive().config, settings(**flags), ids.numel(), 3, teacher.config)
+        assert logged(result, "train_loss") == [pytest.approx(cycles[2], rel=1e-5)]
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_nothing_that_counts_is_no_loss() -> None:
+    """With all terms on, and not the quotient of 0 and 0."""
+    model, teacher, ids = about_to_halt(recursive()), tiny_donor("qwen2", num_hidden_layers=1), batch()
+    want = settings(enable_deep_supervision=True, **EACH_TERM["all"])
+    for supervision in (Supervision.of(want), EVERY):
+        found = Supervised(model, supervision, teacher=teacher)(ids, torch.full_like(ids, -100))
+        assert found["loss"].item() == 0 and found["cycle_losses"].tolist() == [0, 0, 0]
+        assert all(value.item() == 0 for value in found["terms"].values())
+
+
+def test_hits_are_counted_at_the_cycle_that_is_read_out() -> None:
+    """Not at the deepest that is measured, nor at the first."""
+    model, ids = recursive(), batch()
+    states = [model.model(ids, H_cycles=H, use_cache=False).last_hidden_state for H in range(1, 6)]
+    with torch.no_grad():  # each cycle's states point at one word of their own
+        for word, state in zip(range(370, 375), states, strict=True):
+            model.model.embed_tokens.weight[word] = 5 * state.detach()[0, word - 370]
+    states = [model.model(ids, H_cycles=H, use_cache=False).last_hidden_state for H in range(1, 6)]
+    weight = model.model.embed_tokens.weight
+    nearest = [F.cosine_similarity(state[:, :-1, None], weight, dim=-1).argmax(-1) for state in states]
+    labels = ids.clone()
+    labels[0, 1:], labels[1, 1:8] = nearest[2][0], nearest[2][1, :7]
+    hits = [(each == labels[:, 1:]).sum(1).tolist() for each in nearest]
+    found = Supervised(model, objective=NEXT_EMBEDDING, deepest=5).row_sums(ids, labels)
+    assert found.shape == (3, 6) and found[:, 5].tolist() == hits[2] and len({tuple(each) for each in (hits[0], hits[2], hits[4])}) == 3
+
+
+@pytest.mark.parametrize("kind", ["recursive", "plain"])
+def test_positions_reach_teacher_and_plain_models(kind: str) -> None:
+    """Two documents in a row, told apart by their positions, score as each of them does alone: against the donor, too."""
+    model, teacher, ids = (
+        recursive() if kind == "recursive" else tiny_donor("qwen2", num_hidden_layers=3),
+        tiny_donor("qwen2", num_hidden_layers=2),
+        batch(1),
+    )
+    positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
+    labels = ids.clone()
+    labels[:, 6] = -100
+    supervised = Supervised(model, Supervision(distill=1.0), teacher=teacher)
+    packed, mixed = supervised(ids, labels, positions), supervised(ids, labels)
+    alone = [supervised(part, part, num_items_in_batch=14) for part in (ids[:, :6], ids[:, 6:])]
+    for found in ((packed["loss"], packed["terms"]["distill"], packed["cycle_losses"][-1]),):
+        expected = [sum(each) for each in zip(*((a["loss"], a["terms"]["distill"], a["cycle_losses"][-1]) for a in alone), strict=True)]
+        torch.testing.assert_close(list(found), expected, rtol=1e-4, atol=1e-5)
+    assert packed["terms"]["distill"].item() != pytest.approx(mixed["terms"]["distill"].item(), rel=1e-3)
+    rows = [supervised.row_sums(part, part) for part in (ids[:, :6], ids[:, 6:])]
+    torch.testing.assert_close(supervised.row_sums(ids, labels, positions), sum(rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backprop", ["full", "cycle"])
+def test_the_halting_term_changes_nothing_but_the_halting_head(backprop: str) -> None:
+    ids, plain, halting = batch(), recursive(), recursive()
+    halting.model.recursion.q_head.requires_grad_(True)
+    way = Supervision(every_cycle=True, schedule="constant", backprop=backprop)
+    expected = gradients(plain, Supervised(plain, way)(ids, ids)["loss"])
+    found = gradients(halting, Supervised(halting, replace(way, halting=1.0))(ids, ids)["loss"])
+    heads = {name for name in found if "q_head" in name}
+    assert len(heads) == 2 and all(found.pop(name).abs().max() > 0 for name in heads)
+    assert_same(found, expected)
+
+
+def test_the_teacher_is_no_part_of_the_model() -> None:
+    model, teacher = recursive(), tiny_donor("qwen2", num_hidden_layers=2)
+    supervised = Supervised(model, Supervision(distill=1.0), teacher=teacher)
+    assert not any("teacher" in name for name in supervised.state_dict())
+    assert {id(p) for p in supervised.parameters()} == {id(p) for p in model.parameters()}
+
+
+def test_a_teacher_that_is_the_model_teaches_nothing() -> None:
+    model, ids = recursive(), batch()
+    loss = Supervised(model, Supervision(distill=1.0, temperature=3.0), teacher=model)(ids, ids)
+    assert loss["terms"]["distill"].item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_no_loss_sees_the_graph_of_another() -> None:
+    """What is kept between the losses is the gradients alone; afterwards the model has its own parameters again, also after an error."""
+    x, order = torch.randn(4, requires_grad=True), []
+    model = torch.nn.Module()
+    model.w, model.frozen = torch.nn.Parameter(torch.randn(4)), torch.nn.Parameter(torch.randn(4), requires_grad=False)
+    w, frozen = model.w, model.frozen
+
+    def losses(e: torch.Tensor) -> Any:
+        for i in range(3):
+            assert model.w is not w and model.w.data_ptr() == w.data_ptr() and model.frozen is frozen
+            loss = (i + 1) * (e * model.w).pow(2).sum()
+            loss.register_hook(lambda g, i=i: order.append(f"backward {i}"))
+            order.append(f"forward {i}")
+            yield loss
+
+    total = backpropagate_each(losses, 2 * x, model)
+    assert order == ["forward 0", "backward 0", "forward 1", "backward 1", "forward 2", "backward 2"]
+    assert model.w is w and w.grad is None
+    (3 * total).backward()
+    expected_x, expected_w = torch.autograd.grad(3 * 6 * (2 * x * w).pow(2).sum(), [x, w])
+    torch.testing.assert_close(x.grad, expected_x)
+    torch.testing.assert_close(w.grad, expected_w)
+
+    def broken(e: torch.Tensor) -> Any:
+        yield (e * model.w).sum()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        backpropagate_each(broken, x, model)
+    assert model.w is w
+
+
+def test_a_frozen_prelude_gets_no_gradient_and_asks_for_none() -> None:
+    model, ids = recursive(freeze_embeddings=True), batch()
+    model.model.layers[0].requires_grad_(False)
+    found = gradients(model, Supervised(model, Supervision(every_cycle=True, backprop="cycle"))(ids, ids)["loss"])
+    assert not any("layers.0" in name for name in found)
+
+
+def test_positions_reach_the_model() -> None:
+    """Two documents in a row, told apart by their positions: the second one's losses are those that it has alone."""
+    model, ids = recursive(), batch(1)
+    positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
+    labels = ids.clone()
+    labels[:, 6] = -100
+    packed = Supervised(model).row_sums(ids, labels, positions)
+    alone = sum(Supervised(model).row_sums(part, part) for part in (ids[:, :6], ids[:, 6:]))
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    loss = Supervised(model)(ids, labels, positions)["cycle_losses"][2] * 14
+    torch.testing.assert_close(loss, packed[0, 2], rtol=1e-5, atol=1e-5)
+
+
+def test_divergence_of_chunks() -> None:
+    """Chunked and whole, with gradients."""
+    torch.manual_seed(0)
+    head, other = torch.nn.Linear(8, 30, bias=False), torch.nn.Linear(5, 30, bias=False)
+    state, reference, labels = torch.randn(2, 7, 8, requires_grad=True), torch.randn(2, 7, 5), torch.randint(0, 30, (2, 7))
+    labels[0, 3] = -100
+    results = []
+    for chunk in (3, 1000):
+        rows = losses_and_divergences(state, labels, head, [Reference(reference, other, 1.5)], chunk)
+        loss = sum(row.sum() for row in rows)
+        results.append((*rows, *torch.autograd.grad(loss, [state, head.weight])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert results[0][1][0, 2] == 0 and (results[0][1] >= -1e-6).all()
