@@ -17,7 +17,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases benchmarks
-	$(BIN)/mlinter --no-progress recursify/modeling_recursive_llm.py recursify/configuration_recursive_llm.py
+	$(BIN)/mlinter --no-progress recursify/network/modeling_recursive_llm.py recursify/network/configuration_recursive_llm.py
 
 # Faults planted in the files of one area of mutants/rooms.toml, or all: make mutants ROOM=objective SAMPLE=60 SEED=1 JOBS=2 MINUTES=20
 ROOM ?=

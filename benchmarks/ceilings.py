@@ -15,6 +15,7 @@ from .measure import seconds
 GIGA = 1e9
 LITTLE = 0.4
 AGE = 30.0  # seconds
+A_MOMENT = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 def _look(device: torch.device, dtype: torch.dtype) -> Ceilings:
     on_gpu = device.type == "cuda"
-    size, copied = (8192, 2**30) if on_gpu else (2048, 2**28)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty(size, size, device=device, dtype=dtype)
+    most, copied = (8192, 2**30) if on_gpu else (2048, 2**28)
+    a, b, out, size = _product(device, dtype, most)
     source = torch.randint(100, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     tries = 20 if on_gpu else 5
@@ -69,10 +69,23 @@ def _look(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(flops=2 * size**3 / product, bytes=2 * copied / copy)
 
 
+def _product(device: torch.device, dtype: torch.dtype, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Two square matrices, room for their product, and their side: as large as it may be and still takes a moment. A processor without
+    bfloat16 of its own takes some thousand times as long for it as one that has it."""
+    size = 256
+    while True:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        out = torch.empty(size, size, device=device, dtype=dtype)
+        if size >= most or seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device) > A_MOMENT:  # type: ignore[misc]
+            return a, b, out, size
+        size *= 2
+
+
 @case("ceilings", "What the machine can do at most")
 def measure(bench: Bench) -> Iterator[Table | Check]:
-    """Matrix products of 2,048 (GPU: 8,192) on a side, and copies of 256 MB (GPU: 1 GB), bytes read and written counted; the best of some
-    tries. The column "limit" of other tables is computed from these, looked for again in their own run, every half minute.
+    """Matrix products of 2,048 (GPU: 8,192) on a side, smaller ones where these take more than a moment, and copies of 256 MB (GPU: 1 GB),
+    bytes read and written counted; the best of some tries. The column "limit" of other tables is computed from these, looked for again in
+    their own run, every half minute.
     """
     rows = []
     for dtype in (torch.float32, torch.bfloat16):

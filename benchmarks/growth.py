@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from recursify.training.cost import parameters_by_part, step_flops
+from recursify.network.size import parameters_by_part
+from recursify.training.cost import step_flops
 from recursify.training.supervised import Supervised, Supervision
 
 from .case import Bench, Check, Table, case
@@ -106,7 +107,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     """A forward and backward pass of training, back through all cycles, without an optimizer, of a compact model in the widths of
     Qwen2-0.5B. From one base every variable grows by itself; the points of a variable take turns, and of each the median of the rounds
     counts. An exponent b is that of cost = a * variable ** b, by least squares of the logarithms; beside it the same of the FLOPs that
-    recursify.cost counts at these points. It is below 1 where only a part of the cost grows: what the head costs stays as layers are
+    the cost estimate counts at these points. It is below 1 where only a part of the cost grows: what the head costs stays as layers are
     added, and L grows while a cycle has L + 1 applications. What FLOPs do not count is the same for any number of tokens: gradients that
     are set to zero, written and added, of every word above all, which is why a CPU has V grow at a larger T. The limit is that of the
     largest point."""

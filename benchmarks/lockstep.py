@@ -14,7 +14,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from recursify.training import TrainSettings, fit
-from recursify.training.run import Collate
+from recursify.training.collate import Collate
 
 from .measure import finish
 from .models import Shape, build

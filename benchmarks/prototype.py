@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recursify.network.configuration_recursive_llm import applications
+from recursify.network.size import parameters_by_part, shape_of
 from recursify.training import TrainSettings
-from recursify.training.cost import parameters_by_part, shape_of, step_flops
+from recursify.training.cost import step_flops
 
 from .case import Bench, Check, Table, case
 from .ceilings import ceilings

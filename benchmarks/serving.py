@@ -184,7 +184,16 @@ class Tally:
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """Its address, and its process."""
-    words = ["convert", "--qwen_model", str(ROOT / "recursify" / "demo_donor"), "--keep_donor", "--L_layers", "2", "--L_cycles", "1"]
+    words = [
+        "convert",
+        "--qwen_model",
+        str(ROOT / "recursify" / "demo" / "donors" / "prose"),
+        "--keep_donor",
+        "--L_layers",
+        "2",
+        "--L_cycles",
+        "1",
+    ]
     recursify([*words, "--gain", "0.2", "--output_path", str(folder / "model.pt")])
     words = ["serve", "--checkpoint", str(folder / "model.pt"), "--depths", *map(str, DEPTHS), "--port", "0", "--dtype", "float32"]
     words += ["--max_body_bytes", str(MAX_BODY), "--max_running", str(RUNNING), "--max_queue", str(QUEUE)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from recursify import convert
-from recursify.checkpoints.donor import load_tokenizer
+from recursify.checkpoints.tokenizer import load_tokenizer
 from recursify.inference.early_exit import measure as measure_halting
 from recursify.network.decoding_recursive_llm import HALT_CRITERIA
 from recursify.training import TrainSettings, fit

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM,
 
 END_OF_TEXT = "<|endoftext|>"
 SHARE_ALIKE = ("wikipedia_", "wikisplit_")  # licences that would follow the weights around: left out
-PACKAGED = Path(__file__).resolve().parent.parent / "recursify" / "demo_donor"
+PACKAGED = Path(__file__).resolve().parent.parent / "recursify" / "demo" / "donors" / "prose"
 
 
 def parse() -> argparse.Namespace:

@@ -3,9 +3,9 @@
     python -m recipes.demo_tracker
 
 A Qwen2-architecture model that reads a word of letters, each of which moves what lies in three places, and tells after every letter how
-things lie: state tracking, in the permutation group S3 (`recursify.data.tasks`). It is trained on words of 8 letters alone, so that it is lost
-on longer ones: that is what `recursify demo` wants of it. Its tokenizer has a token for each letter and each state, and can write every
-other text byte by byte. Words that were never trained on give the figures of the model card; none in it is typed in.
+things lie: state tracking, in the permutation group S3 (`recursify.data.tasks`). It is trained on words of 8 letters alone, so that it is
+lost on longer ones: that is what `recursify demo` wants of it. Its tokenizer has a token for each letter and each state, and can write
+every other text byte by byte. Words that were never trained on give the figures of the model card; none in it is typed in.
 
 Run it from the root of the checkout, with the project installed (`make install`).
 """
@@ -32,7 +32,7 @@ LETTERS = 8
 FRAME = 7  # tokens besides the letters: "Question", ":", a new line, "Answer", ":", the answer, the end
 VOCABULARY = 320  # bytes, letters, states and the two words; all merges of such texts are fewer
 ASKED = 500
-PACKAGED = Path(__file__).resolve().parent.parent / "recursify" / "demo_tracker"
+PACKAGED = Path(__file__).resolve().parent.parent / "recursify" / "demo" / "donors" / "tracker"
 
 
 def parse() -> argparse.Namespace:

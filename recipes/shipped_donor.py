@@ -31,10 +31,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from recursify import convert
-from recursify.checkpoints.donor import load_tokenizer, open_donor
+from recursify.checkpoints.donor import open_donor
+from recursify.checkpoints.tokenizer import load_tokenizer
 from recursify.data.loading import tokenize
 from recursify.demo.prose import donor_folder
 from recursify.evaluation import text_loss
+from recursify.evaluation.statistics import standard_error
 from recursify.training import TrainSettings, fit
 from recursify.utils.machine import machine, versions
 
@@ -139,7 +141,7 @@ def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Te
     trained = SHAPE["H_cycles"] - 1 if len(losses) > 1 else 0
     row = {
         "name": name, "changes": changes, "seed": seed, "steps": result.steps, "tokens": result.tokens, "start_gain": start.gain,
-        "before": start.losses, "after": losses.mean(dim=1).tolist(), "standard_error": text_loss.standard_error(losses[trained]),
+        "before": start.losses, "after": losses.mean(dim=1).tolist(), "standard_error": standard_error(losses[trained]),
         "validation": {key: value for key, value in result.history[-1].items() if key.startswith("eval_loss_cycle")},
         "cpu_seconds": round(seconds, 1),
         "history": [entry for entry in result.history if "loss" in entry],
@@ -148,7 +150,7 @@ def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Te
 
 
 def mean_and_error(values: torch.Tensor) -> dict[str, float | None]:
-    return {"mean": values.mean().item(), "standard_error": text_loss.standard_error(values)}
+    return {"mean": values.mean().item(), "standard_error": standard_error(values)}
 
 
 def verdict(runs: list[dict[str, Any]], as_is: float) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def render(found: dict[str, Any]) -> str:
         "# The donor that ships, trained as a recursive model", "",
         f"Made by `python recipes/shipped_donor.py` in {sum(run['cpu_seconds'] for run in found['runs']) / 60:.0f} minutes of CPU time. "
         f"Every figure is in shipped_donor.json.", "",
-        f"- Donor: recursify/demo_donor; plan: {found['shape']}",
+        f"- Donor: recursify/demo/donors/prose; plan: {found['shape']}",
         f"- Text: the language reference of Python {found['versions']['Python']}; tokens: "
         + ", ".join(f"{count:,} {part}" for part, count in found["tokens"].items()),
         f"- Each run: {found['steps']} steps; settings: {found['settings']}",

@@ -8,14 +8,17 @@ Importing this package registers the recursive families with transformers' Auto 
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from . import _moved
 from .conversion.convert import convert
-from .conversion.layer_selection import ConversionPlan
 from .network.configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
 from .network.decoding_recursive_llm import RecursiveCache
 from .network.modeling_recursive_llm import FAMILIES, RecursiveLLM
+from .network.plan import ConversionPlan
 
 __all__ = ["ConversionPlan", "RecursiveCache", "RecursiveLLM", "RecursiveLLMConfig", "convert"]
 __version__ = "0.1.0"
+
+_moved.install()
 
 for _type, _config in CONFIGS.items():
     _family = FAMILIES[_type]

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 from tests.support.hub_stand_in import HubStandIn
 
 _EARLY = {"huggingface_hub", "datasets", "transformers"} & set(sys.modules)
@@ -28,6 +27,8 @@ _HUB = HubStandIn(_HOME / "hf_home")
 os.environ |= _HUB.env()
 # Tiny models spend more time waiting for a second thread than it saves; the suite runs in as many processes as there are cores instead.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Programs that tests start import this checkout, and what tests share.
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 
 
 def pytest_unconfigure() -> None:

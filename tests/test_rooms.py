@@ -1,82 +1,113 @@
-"""The house rule that imports only go down, read from the source; the model files import nothing of ours but each other."""
+"""The house rule that imports only go down from room to room, read from the source; and what the network's room may touch."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "recursify"
-FLOORS = {
-    "cli": 4, "__main__": 4, "demo": 4, "demo_text": 4, "demo_tracking": 4,
-    "training": 3, "console": 3, "interactive": 3, "chat": 3, "prompts": 3, "serving": 3, "export": 3, "report": 3, "report_tracking": 3,
-    "evaluation": 3, "harness": 3, "comparison": 3, "evaluation_page": 3,
-    "charts": 2, "conversion": 2, "checkpoint": 2, "generation": 2, "steps": 2, "memory": 2, "dialogue": 2, "halting": 2, "telemetry": 2,
-    "text_losses": 2, "answers": 2, "passages": 2, "page": 2, "accuracy_chart": 2, "inspection": 2, "model_card": 2,
-    "modeling_recursive_llm": 1, "weights": 1, "objective": 1, "data": 1, "windows": 1, "tasks": 1, "donor": 1, "device": 1, "cost": 1,
-    "effort": 1, "streaming": 1, "transcript": 1, "publishing": 1, "sharing": 1, "questions": 1, "question_tokens": 1,
-    "documents": 1, "blocks": 1, "tables": 1,
-    "configuration_recursive_llm": 0, "decoding_recursive_llm": 0, "plan": 0, "recipe": 0, "errors": 0, "significance": 0, "stages": 0,
-    "machine": 0, "sources": 0,
-}  # fmt: skip
+import recursify
+
+PACKAGE = Path(recursify.__file__).resolve().parent
+# Lowest first. A room imports from those in rows below its own, never from one beside it. What belongs to no room: `errors.py`, which
+# everybody may import, `_moved.py`, the old names of modules, and the doors `__init__.py` and `__main__.py`, which nobody does.
+ROWS = (
+    ("network", "utils"),
+    ("reports",),
+    ("checkpoints", "data"),
+    ("conversion", "inference"),
+    ("training", "evaluation"),
+    ("hub", "demo", "serving"),
+    ("cli",),
+)
+ROOMS = {room: number for number, row in enumerate(ROWS) for room in row}
 TRAVELLERS = {"configuration_recursive_llm", "decoding_recursive_llm", "modeling_recursive_llm"}
 
 
-def modules() -> dict[str, list[Path]]:
-    """Name of a module or sub-package of ours -> its files; `__init__` is the door above all floors."""
-    found = {path.stem: [path] for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    return found | {folder.name: sorted(folder.glob("*.py")) for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()}
+def package_of(path: Path) -> list[str]:
+    return ["recursify", *path.relative_to(PACKAGE).parts[:-1]]
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of ours that a file imports, wherever in it the import stands."""
-    depth = len(path.relative_to(PACKAGE).parts)
+    """Dotted names of the modules of ours that a file imports, or imports something from, wherever in it the import stands."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.level == depth or (node.module or "").split(".")[0] == "recursify"):
-            module = (node.module or "").removeprefix("recursify").strip(".")
-            names |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            package = package_of(path)
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names |= {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("recursify.")}
-    return {name for name in names if name in FLOORS}
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "recursify"}
 
 
-def graph() -> dict[str, set[str]]:
-    return {name: set().union(*(imports_of(path) for path in paths)) - {name} for name, paths in modules().items()}
+def room_of(name: str) -> str:
+    """The room of a dotted name; `errors` and the names of the door itself are in none."""
+    first = name.split(".")[1] if "." in name else "__init__"
+    return first if first in ROOMS or first in ("errors", "_moved") else "__init__"
 
 
-def test_every_module_has_a_floor() -> None:
-    assert set(modules()) == set(FLOORS)
+def arrows() -> set[tuple[str, str, str]]:
+    """(file, its room, the room that it imports from), without those within one room."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        here = room_of(".".join([*package_of(path), path.stem]))
+        found |= {(str(path.relative_to(PACKAGE)), here, there) for there in map(room_of, imports_of(path)) if there != here}
+    return found
 
 
-@pytest.mark.parametrize("name", sorted(FLOORS))
-def test_imports_only_go_down(name: str) -> None:
-    above = {other for other in graph()[name] if FLOORS[other] > FLOORS[name]}
-    assert not above, f"{name} (floor {FLOORS[name]}) imports from above: {above}"
+def test_every_module_is_in_a_room() -> None:
+    inside = {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    assert inside == set(ROOMS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "_moved", "errors"}
 
 
-def test_no_cycles() -> None:
-    remaining = graph()
-    while remaining:
-        free = [name for name, needs in remaining.items() if not needs & set(remaining)]
-        assert free, f"modules import each other in a circle: {sorted(remaining)}"
-        for name in free:
-            del remaining[name]
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_says_what_it_is_for(room: str) -> None:
+    said = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert len(said) > 150, f"recursify/{room}/__init__.py: what the room is for, what it may import, where to start reading"
+    named = [word.strip("`.,:;()") for word in said.split() if word.strip("`.,:;()").endswith(".py")]
+    assert named and all((PACKAGE / room / name).is_file() or (PACKAGE / name).is_file() for name in named), named
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_only_go_down(room: str) -> None:
+    up = [(file, there) for file, here, there in arrows() if here == room and there in ROOMS and ROOMS[there] >= ROOMS[here]]
+    assert not up, f"{room} imports from rooms beside it or above it: {sorted(up)}"
 
 
 def test_the_reader_of_imports_sees_them() -> None:
-    assert {"plan", "weights", "checkpoint", "donor"} <= graph()["conversion"]
-    assert "errors" in graph()["training"]
+    found = {(here, there) for _, here, there in arrows()}
+    assert {("conversion", "checkpoints"), ("cli", "training"), ("evaluation", "data"), ("training", "errors")} <= found
+    assert "recursify.data.tasks.item.Item" in imports_of(PACKAGE / "data" / "tasks" / "generated.py")
+    assert len(found) > 40
 
 
-@pytest.mark.parametrize("name", sorted(TRAVELLERS))
-def test_files_that_travel_need_only_torch_and_transformers(name: str) -> None:
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    allowed = {"torch", "transformers", "copy", "math", "warnings", "collections", "dataclasses", "functools", "typing"}
-    for node in ast.walk(tree):
+@pytest.mark.parametrize("path", sorted((PACKAGE / "network").glob("*.py")), ids=lambda path: path.stem)
+def test_the_network_needs_only_torch_and_transformers(path: Path) -> None:
+    """The files that travel beside the weights: nothing of ours but each other, so that they load where recursify is not installed."""
+    own = TRAVELLERS if path.stem in TRAVELLERS else {other.stem for other in path.parent.glob("*.py")}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            outside = [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module in own, ast.unparse(node)
+            continue
         elif isinstance(node, ast.ImportFrom):
-            own = node.level == 1 and node.module in TRAVELLERS
-            assert own or (node.level == 0 and (node.module or "").split(".")[0] in allowed), ast.unparse(node)
+            outside = [(node.module or "").split(".")[0]]
+        else:
+            continue
+        assert set(outside) <= sys.stdlib_module_names | {"torch", "transformers"}, ast.unparse(node)
+
+
+def test_tests_stand_in_the_rooms_folders_and_share_only_support() -> None:
+    tests = Path(__file__).resolve().parent
+    folders = {path.name for path in tests.iterdir() if any(path.glob("*.py"))}
+    assert folders == {*ROOMS, "support", "docs", "recipes", "benchmarks", "mutants"}
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests"):
+                assert (node.module or "").startswith("tests.support"), f"{path.relative_to(tests)}: {ast.unparse(node)}"

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from recipes.evidence.study import Figures, Row, Size, Study
 from recipes.shipped_donor import load_text
-from recursify.checkpoints.donor import load_tokenizer
+from recursify.checkpoints.tokenizer import load_tokenizer
 from recursify.demo.prose import donor_folder
 from recursify.evaluation.text_loss import window_losses
 

@@ -1,0 +1,7 @@
+"""Models on disk and on the hub, read and written: donors, recursive checkpoints of both forms, their tokenizers and cards.
+
+Imports `network`, `reports` (for the pictures of a card) and `utils`. Start with `checkpoint.py`: `load` and `save` of `.pt` files and of
+folders. `loading.py` opens whatever a path or hub id names, recursive or plain; `donor.py` reads a pretrained model tensor by tensor
+without building it; `guide_names.py` translates between transformers' names of tensors and those of the guides; `model_card.py` writes
+the README.md.
+"""

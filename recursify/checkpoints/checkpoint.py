@@ -4,20 +4,15 @@
     a folder              the Hugging Face layout; loads through AutoModelForCausalLM, also without recursify installed
 
 Both are written aside and renamed, so what is there is whole. `.pt` files are read with `weights_only=True` and nothing else: a pickle that
-carries code is refused. Derived fields of a configuration are recomputed, never trusted. Floor 2.
+carries code is refused. Derived fields of a configuration are recomputed, never trusted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
-import filecmp
 import json
-import os
 import pickle
-import re
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -26,30 +21,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..conversion.layer_selection import ConversionPlan
-from ..errors import UserError
-from ..hub.model_card import EMBEDDING, LOSS_PICTURE, PLAN_PICTURE, recursive_card
+from ..errors import UserError, first_line
 from ..network.configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
 from ..network.modeling_recursive_llm import FAMILIES, RecursiveLLM
-from .donor import CONFIG_FAULTS, first_line, generation_config, load_tokenizer, read_json, reason
+from ..network.plan import ConversionPlan
+from ..utils.atomic import write_whole
+from ..utils.files import read_json
+from .configs import CONFIG_FAULTS, generation_config, reason
 from .guide_names import from_guides, to_guides
+from .repository import HUB_ID
+from .tokenizer import load_tokenizer
 
 FORMAT = "recursify/1"
 RECORD = "recursify.json"  # in a folder: what a .pt holds beside config and weights
 # What a save replaces in a folder that is there already. Anything else in it is somebody's, and stays.
 _WRITTEN = (".json", ".safetensors", ".py", ".md", ".jinja")
-_PICTURES = (PLAN_PICTURE, LOSS_PICTURE)
+PLAN_PICTURE, LOSS_PICTURE = _PICTURES = "plan.svg", "loss_by_cycles.svg"
+EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings, whose head means nothing
 # In a folder beside a .pt only these and what the new tokenizer writes: left from another tokenizer, they would be read with the new one.
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "tokenizer.model",
 )  # fmt: skip
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # from the hub; code and pictures stay there
 MAX_SHARD_SIZE = "5GB"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -80,7 +80,7 @@ def is_file_form(path: str | Path) -> bool:
 
 
 def load(path: str | Path, *, tokenizer_path: str | None = None, **overrides: Any) -> Checkpoint:
-    """Read a checkpoint of either form.
+    """Read a checkpoint of either form, or a folder of that form on the hub.
 
     Args:
         tokenizer_path: A tokenizer from elsewhere, instead of the checkpoint's own.
@@ -89,9 +89,7 @@ def load(path: str | Path, *, tokenizer_path: str | None = None, **overrides: An
     Raises:
         UserError: Missing, not ours, truncated, a pickle with code in it, or a field that is unknown or out of range.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint; expected a .pt file or a folder that convert or train wrote")
+    path = _fetched(path)
     found = _load_folder(path, overrides) if path.is_dir() else _load_file(path, overrides)
     folder = tokenizer_folder(path)
     if tokenizer_path is not None:
@@ -99,6 +97,20 @@ def load(path: str | Path, *, tokenizer_path: str | None = None, **overrides: An
     elif (folder / "tokenizer_config.json").is_file():
         found.tokenizer = load_tokenizer(str(folder))
     return found
+
+
+def _fetched(name: str | Path) -> Path:
+    """The file or folder itself; of a hub id the hub's snapshot, code left out."""
+    path = Path(name)
+    if path.exists():
+        return path
+    expected = f"{name}: no such checkpoint; expected a .pt file or a folder that convert or train wrote, or a hub id"
+    if is_file_form(path) or not HUB_ID.fullmatch(str(name)):
+        raise UserError(expected)
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=_FETCHED))
+    except Exception as error:  # of the hub's client or of the network's, with no base in common
+        raise UserError(f"{expected}; the hub does not have it or cannot be reached ({first_line(error)})") from error
 
 
 def need_tokenizer(found: Checkpoint, path: str | Path) -> PreTrainedTokenizerBase:
@@ -166,7 +178,11 @@ def save(
         writers[path] = lambda target: _write_pt(content, target)
     else:
         writers[path] = lambda folder: write_folder(folder, model, tokenizer, plan, notes, stored)
-    write_whole(writers | dict(beside or {}), tokenizer_folder(path) if is_file_form(path) else None, approve)
+    writers |= beside or {}
+    folders = {
+        each: _is_tokenizers if each == tokenizer_folder(path) != path else is_replaced for each in writers if not is_file_form(each)
+    }
+    write_whole(writers, folders, approve)
 
 
 def check_writable(path: str | Path) -> None:
@@ -221,7 +237,7 @@ def _load_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: a part of this checkpoint is missing or damaged ({error!r}); make it again with convert") from error
     config = _read_config(fields, overrides, str(path))
-    model = build(config, from_guides(stored, _stored_names(config), config, str(path)), str(path))
+    model = build(config, from_guides(stored, stored_names(config), config, str(path)), str(path))
     model.generation_config = generation_config(generation)
     return Checkpoint(model, None, plan, notes)
 
@@ -286,7 +302,7 @@ def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
         config = config_class.from_dict(fields)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f"dtype: expected a type of torch such as bfloat16, got {config.dtype!r}")
-        _stored_names(config)
+        stored_names(config)
     except CONFIG_FAULTS as error:
         raise UserError(f"{where}: its config is damaged: {reason(error)}; copy it again or make it again with convert") from error
     try:
@@ -360,7 +376,8 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _stored_names(config: Any) -> list[str]:
+def stored_names(config: Any) -> list[str]:
+    """Our names of all tensors of a model of this configuration, without building it: on the meta device."""
     with torch.device("meta"):
         return list(FAMILIES[config.model_type](config).state_dict())
 
@@ -405,6 +422,8 @@ def write_folder(
         card: The README.md; one from what is known here where None.
         max_shard_size: Weights of more than that are divided into several files, as transformers does it.
     """
+    from .model_card import recursive_card  # here: who reads checkpoints draws nothing
+
     with quiet():
         model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
     fields = read_json(folder / "config.json")  # which states the type of the model in memory
@@ -416,108 +435,10 @@ def write_folder(
     (folder / "README.md").write_text(card or recursive_card(model, plan, notes), encoding="utf-8")
 
 
-def write_whole(
-    writers: dict[Path, Callable[[Path], Any]], tokenizers: Path | None = None, approve: Callable[[], Any] = lambda: None
-) -> None:
-    """Write files and folders side by side in one folder, all or none.
-
-    Args:
-        writers: Path -> what writes it. Each writes on a fresh path (of a folder that exists, unless the name ends in .pt). When all have
-            succeeded, the results are put in their places, in this order.
-        tokenizers: The folder among them that holds a tokenizer and nothing else of ours: there only a tokenizer's files are replaced.
-        approve: As in `save`.
-
-    Raises:
-        UserError: The disk is full, or the folder cannot be written; what was there is as it was.
-    """
-    last = [*writers][-1]
-    aside = None
-    try:
-        aside = Path(tempfile.mkdtemp(prefix=".recursify-", dir=last.absolute().parent))
-        for path, write in writers.items():
-            target = aside / path.name
-            if not is_file_form(path):
-                target.mkdir()
-            write(target)
-            _flush(target)
-        approve()
-        for path in writers:
-            _put(aside / path.name, path, _is_tokenizers if path == tokenizers else _is_written)
-        _sync(last.absolute().parent)
-    except UserError:
-        raise
-    except Exception as error:  # safetensors and tokenizers report a full disk with errors of their own
-        if (reason := _disk_fault(error)) is None:
-            raise
-        free = shutil.disk_usage(last.absolute().parent).free / 1e6
-        raise UserError(
-            f"{last}: could not be written: {reason} ({free:.0f} MB free in {last.absolute().parent}); nothing was changed. "
-            "Free some space or choose another output path"
-        ) from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(target: Path) -> None:
-    """To the disk, so that a power cut after the rename finds contents behind the name."""
-    _sync(target)
-    if target.is_dir():
-        for entry in target.rglob("*"):
-            _sync(entry)
-
-
-def _sync(path: Path) -> None:
-    """A file's contents, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _is_written(entry: Path) -> bool:
+def is_replaced(entry: Path) -> bool:
+    """Whether a save of ours replaces an entry of a folder that is there already; anything else in it is somebody's, and stays."""
     return entry.suffix in _WRITTEN or entry.name in _PICTURES
 
 
 def _is_tokenizers(entry: Path) -> bool:
     return entry.name in _TOKENIZER
-
-
-def _put(new: Path, path: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Rename into place. A folder that is there makes way first, and hands over what no save of ours would have written; one that has all
-    of the new one already stays, so that there is no moment without it."""
-    if not path.is_dir():
-        new.rename(path)
-        return
-    if _has_all_of(path, new, is_ours):
-        return
-    old = new.with_name(new.name + ".old")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    for entry in old.iterdir():
-        if (entry.is_dir() or not is_ours(entry)) and not (path / entry.name).exists():
-            entry.rename(path / entry.name)
-
-
-def _has_all_of(path: Path, new: Path, is_ours: Callable[[Path], bool]) -> bool:
-    """Whether a folder of files holds the same ones as a new one, and of ours no others."""
-    names = [entry.name for entry in new.iterdir()]
-    extra = [entry for entry in path.iterdir() if entry.is_file() and is_ours(entry) and entry.name not in names]
-    return not extra and filecmp.cmpfiles(path, new, names, shallow=False)[0] == names
-
-
-def _disk_fault(error: Exception) -> str | None:
-    """Why the disk did not take it; None where the disk is not to blame."""
-    cause: BaseException | None = error
-    while cause is not None:
-        in_words = re.search(r"os error (\d+)", str(cause))
-        code = cause.errno if isinstance(cause, OSError) else int(in_words[1]) if in_words else None
-        if code is not None:
-            return "the disk is full" if code in _FULL else os.strerror(code)
-        cause = cause.__context__  # torch raises an error of its own while it closes the file
-    return "the disk is full" if "inline_container" in str(error) else None  # torch's writer, when it was given a path

@@ -1,7 +1,7 @@
 """The donor: a pretrained causal language model in a folder or on the hub, read without building it.
 
 Opening a donor reads only its config.json. What we cannot carry is refused there, by feature and field. Tensors are read one by one
-from safetensors, and only files that hold a wanted tensor are fetched or opened. Floor 1.
+from safetensors, and only files that hold a wanted tensor are fetched or opened.
 """
 
 from __future__ import annotations
@@ -9,37 +9,30 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, has_file
 
-from ..errors import UserError
+from ..errors import UserError, first_line, short
 from ..network.configuration_recursive_llm import CONFIGS, PREFIX, from_donor
+from ..utils.files import read_json
+from .configs import CONFIG_FAULTS, generation_config, reason
+from .repository import file_exists, find_file, read_config, require_file
 
 FAMILIES = tuple(model_type.removeprefix(PREFIX) for model_type in CONFIGS)
 _SUPPORTED = f"Supported: {', '.join(FAMILIES)} (Qwen2.5 is qwen2)"
 _PIECE = 2**22  # bytes read at a time where a whole tensor is not wanted
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Any of these holds a vocabulary. Without one, AutoTokenizer may make an empty tokenizer from config.json and say nothing.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# What transformers raises, in no order, when it builds from a configuration with a value that makes no sense.
-CONFIG_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Features that a donor's own forward or layers would lose in ours, by the field that switches them on.
@@ -80,6 +73,10 @@ class Donor:
         """Every tensor in the donor's files; of sharded weights only the index is read."""
         return list(self._files())
 
+    def check_weights(self) -> None:
+        """Raise a UserError where there are no weights, or an index that is damaged. Of single files the header is read."""
+        self._files()
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, from the one file that holds it: a view of that file, private to this process, read when it is used.
 
@@ -99,7 +96,7 @@ class Donor:
         """The elements of a tensor in order, as its file has them now, in pieces of at most `_PIECE` bytes, each in the memory of
         the one before: `read` gives out views of one mapping, which somebody may have written into since."""
         file, dtype = self._files()[name], self.read(name).dtype
-        with open(_require(self.name, file), "rb") as stream:
+        with open(require_file(self.name, file), "rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
             first, last = json.loads(stream.read(header))[name]["data_offsets"]
             stream.seek(8 + header + first)
@@ -115,7 +112,7 @@ class Donor:
         Raises:
             UserError: generation_config.json is not a JSON object.
         """
-        path = _find(self.name, "generation_config.json")
+        path = find_file(self.name, "generation_config.json")
         return GenerationConfig.from_model_config(self.config) if path is None else generation_config(read_json(Path(path)))
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
@@ -132,9 +129,9 @@ class Donor:
     def _files(self) -> dict[str, str]:
         """Tensor name -> file name."""
         if self._where is None:
-            if _find(self.name, _SINGLE) is not None:
+            if find_file(self.name, _SINGLE) is not None:
                 self._where = {name: _SINGLE for name in self._handle(_SINGLE).keys()}  # noqa: SIM118 - a safetensors handle, not a dict
-            elif (index := _find(self.name, _INDEX)) is not None:
+            elif (index := find_file(self.name, _INDEX)) is not None:
                 self._where = _weight_map(index, self.name)
             else:
                 raise _no_weights(self.name)
@@ -142,7 +139,7 @@ class Donor:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            path = _require(self.name, file)
+            path = require_file(self.name, file)
             try:
                 self._open[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -159,10 +156,10 @@ def open_donor(name: str) -> Donor:
     Raises:
         UserError: Not there, no config.json, or a feature that we would lose.
     """
-    fields = _read_config(name)
+    fields = read_config(name)
     for field, feature in _REFUSED.items():
         if fields.get(field) not in (None, False, 0, {}, []):
-            found = f"{field} = {_short(fields[field])}"
+            found = f"{field} = {short(fields[field])}"
             raise UserError(f"{name}: has {feature} (config.json: {found}), which is not carried over. {_SUPPORTED}")
     if fields.get("model_type") not in FAMILIES:
         already = str(fields.get("model_type", "")).startswith(PREFIX)
@@ -188,142 +185,24 @@ def _check_builds(config: PreTrainedConfig) -> None:
         AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it writes into what it is given
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or on the hub.
-
-    Raises:
-        UserError: None there.
-    """
-    _check_place(name, "a tokenizer")
-    try:
-        if not any(_find(name, file) for file in _TOKENIZERS):
-            _require(name, _TOKENIZERS[0])
-        return AutoTokenizer.from_pretrained(name)
-    except UserError as error:
-        raise UserError(f"{error}; or name a folder that has a tokenizer with --tokenizer_path") from error
-    except Exception as error:  # tokenizers raises bare exceptions
-        reason = first_line(error)
-        raise UserError(f"{name}: its tokenizer cannot be loaded ({reason}); name a folder that has one with --tokenizer_path") from error
-
-
-def generation_config(fields: dict[str, Any]) -> GenerationConfig:
-    """As transformers reads it from a file: a published one may contradict itself, and may still be saved again as it is."""
-    found = GenerationConfig.from_dict(fields)
-    found._original_object_hash = hash(found)
-    return found
-
-
-def _read_config(name: str) -> dict[str, Any]:
-    folder = Path(name)
-    _check_place(name, "config.json and *.safetensors")
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{name}: the donor folder has no config.json (it holds {there}); name the folder that does")
-        return read_json(folder / "config.json")
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(name)
-    except Exception as error:
-        raise UserError(
-            f"{name}: no such folder, and the hub has no config.json for it or cannot be reached ({first_line(error)}); "
-            "give a folder with config.json and *.safetensors, or check the id and the network"
-        ) from error
-    return fields
-
-
-def _check_place(name: str, content: str) -> None:
-    """What is no folder must at least look like a hub id, before the hub is asked for it."""
-    if os.path.isfile(name):
-        raise UserError(f"{name}: expected a hub id or a folder with {content}, got a file")
-    if not os.path.isdir(name) and not _HUB_ID.fullmatch(name):
-        raise UserError(f"{name!r}: no such folder; give a folder with {content}, or a hub id such as Qwen/Qwen2-0.5B")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: It holds something else.
-    """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: is not JSON ({first_line(error)}); download or copy it again") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: expected a JSON object, got {_short(fields)}; download or copy it again")
-    return fields
-
-
 def _weight_map(index: str, name: str) -> dict[str, str]:
     found = read_json(Path(index)).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise UserError(f"{name}/{_INDEX}: expected weight_map, the file of each tensor, got {_short(found)}; download or copy it again")
+        raise UserError(f"{name}/{_INDEX}: expected weight_map, the file of each tensor, got {short(found)}; download or copy it again")
     return found
 
 
-def _find(name: str, file: str) -> str | None:
-    """Path of one file of a folder or a hub repository, None where it has none or the hub does not answer."""
-    if os.path.isdir(name):
-        path = os.path.join(name, file)
-        return path if os.path.isfile(path) else None
-    try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    except Exception:  # of the hub's client or of the network's, with no base in common
-        return None
-
-
-def _require(name: str, file: str) -> str:
-    """As `_find`, for a file without which nothing goes on.
-
-    Raises:
-        UserError: It is not there, or the hub does not answer.
-    """
-    if os.path.isdir(name):
-        path = os.path.join(name, file)
-        if not os.path.isfile(path):
-            raise UserError(f"{name}: {file} is not there; download or copy the donor again")
-        return path
-    try:
-        return str(cached_file(name, file))
-    except Exception as error:
-        raise UserError(f"{name}: {file} cannot be fetched from the hub ({first_line(error)}); check the id and the network") from error
-
-
 def _no_weights(name: str) -> UserError:
-    pickled = next((file for file in ("pytorch_model.bin", "pytorch_model.bin.index.json") if _has(name, file)), None)
+    pickled = next((file for file in ("pytorch_model.bin", "pytorch_model.bin.index.json") if file_exists(name, file)), None)
     if pickled is not None:
         return UserError(
             f"{name}: has {pickled} only, a pickle that can run code; expected safetensors. Convert it once: "
             f'AutoModelForCausalLM.from_pretrained("{name}").save_pretrained("a_folder"), then name that folder'
         )
     if not os.path.isdir(name):
-        _require(name, _SINGLE)
+        require_file(name, _SINGLE)
     return UserError(f"{name}: no {_SINGLE} and no {_INDEX}; expected a donor with its weights as safetensors")
-
-
-def _has(name: str, file: str) -> bool:
-    """Whether a file is there, without fetching it; a hub that does not answer has nothing."""
-    try:
-        return has_file(name, file)
-    except Exception:
-        return False
 
 
 def _corrupt(name: str, file: str, error: Exception) -> UserError:
     return UserError(f"{name}/{file}: truncated or corrupt safetensors ({first_line(error)}); download or copy it again")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, as far as it goes into a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def reason(error: Exception) -> str:
-    """All that an error over a configuration says, on one line; with its kind where it says no more than a name."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError | StrictDataclassError) else f"{type(error).__name__}: {text}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

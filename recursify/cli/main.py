@@ -3,7 +3,7 @@
 Every flag is a field of the settings class of its job, so its name, help text and default stand there and nowhere else. `--config FILE`
 reads them from a recipe, a YAML file with one section per job; what is given on the command line goes before what is in the file. The
 scripts of the guides call the functions named after their jobs; `recursify JOB` calls `main`. A job's modules are imported when it is
-called: text is generated without the weight of the training stack. Floor 4.
+called: text is generated without the weight of the training stack.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import UserError
 from .recipe import JOB_SECTIONS, read_section
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import MeasureSettings
+    from ..evaluation.settings import MeasureSettings
     from ..training.settings import RunSettings
 
 Settings = TypeVar("Settings")
@@ -32,13 +32,14 @@ INTERRUPTED = 130  # the shell's status of a program that Ctrl-C ended
 def convert(argv: Argv = None) -> None:
     """Turn a donor into a recursive model."""
     from ..conversion import convert as conversion
+    from ..conversion.settings import ConvertSettings
 
-    def job(settings: conversion.ConvertSettings) -> None:
+    def job(settings: ConvertSettings) -> None:
         report = conversion.run(settings, say=_to_stderr if settings.json else print)
         if settings.json:
             _print_json(report)
 
-    _command("convert", conversion.ConvertSettings, job, argv)
+    _command("convert", ConvertSettings, job, argv)
 
 
 def train(argv: Argv = None) -> None:
@@ -64,17 +65,18 @@ def train_trm_hybrid(argv: Argv = None) -> None:
 
 def generate(argv: Argv = None) -> None:
     """Write text: once with --prompt, for every line of --prompt_file, interactively without."""
-    from ..inference import generation, interactive, prompt_file
+    from ..inference import interactive, prompt_file, session
+    from ..inference.settings import GenerateSettings
 
-    def job(settings: generation.GenerateSettings) -> None:
+    def job(settings: GenerateSettings) -> None:
         if settings.prompt_file is not None:
             prompt_file.run(settings)
         elif settings.prompt is not None:
-            generation.run(settings)
+            session.run(settings)
         else:
             interactive.run(settings)
 
-    _command("generate", generation.GenerateSettings, job, argv)
+    _command("generate", GenerateSettings, job, argv)
 
 
 def chat(argv: Argv = None) -> None:
@@ -94,21 +96,23 @@ def serve(argv: Argv = None) -> None:
 def evaluate(argv: Argv = None) -> None:
     """Measure every depth: loss on text, accuracy on questions and tasks, and what each cycle does."""
     from ..evaluation import evaluate as evaluation
+    from ..evaluation.settings import EvaluateSettings
 
-    def job(settings: evaluation.EvaluateSettings) -> None:
+    def job(settings: EvaluateSettings) -> None:
         _tell_measured(evaluation.run(settings), settings)
 
-    _command("evaluate", evaluation.EvaluateSettings, job, argv)
+    _command("evaluate", EvaluateSettings, job, argv)
 
 
 def compare(argv: Argv = None) -> None:
     """Measure several models on the same items, and say how sure the differences are."""
     from ..evaluation import compare as comparison
+    from ..evaluation.settings import CompareSettings
 
-    def job(settings: comparison.CompareSettings) -> None:
+    def job(settings: CompareSettings) -> None:
         _tell_measured(comparison.run(settings), settings)
 
-    _command("compare", comparison.CompareSettings, job, argv)
+    _command("compare", CompareSettings, job, argv)
 
 
 def inspect(argv: Argv = None) -> None:

@@ -1,6 +1,6 @@
 """What a recursive model is made of and what a token costs, from its configuration alone: no tensor is read.
 
-Cost is counted in layer applications per token, the unit that depth is bought in: one application of one transformer layer. Floor 2.
+Cost is counted in layer applications per token, the unit that depth is bought in: one application of one transformer layer.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoints.settings import RecursiveSource
 from ..network.configuration_recursive_llm import RecursiveLLMConfig
-from ..training.cost import parameters_by_part, slot_bytes
-from .layer_selection import ConversionPlan
+from ..network.plan import ConversionPlan
+from ..network.size import parameters_by_part, slot_bytes
+from ..utils.options import JsonOutput
 
 
 @dataclass(kw_only=True)
-class InspectSettings:
+class InspectSettings(JsonOutput, RecursiveSource):
     """Show what a checkpoint is made of, and what a token costs at several cycle counts, beside the donor."""
-
-    checkpoint: str
-    """A .pt file, or a folder in the Hugging Face layout."""
-    json: bool = False
-    """Print the result as one JSON object on stdout."""
 
 
 @dataclass(frozen=True)

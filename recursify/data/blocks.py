@@ -5,8 +5,6 @@
     separate(ids, tokenizer.eos_token_id)            # of a batch of blocks: positions that begin anew, and where
 
 The generators see one document or one block at a time, so they serve a table as well as a stream. Needs no library for data sets.
-
-Floor 1. Uses errors.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Tables on disk, in the cache of `datasets`: what was made once is found there, and not made again.
-
-Floor 1. Uses errors.py.
-"""
+"""Tables on disk, in the cache of `datasets`: what was made once is found there, and not made again."""
 
 from __future__ import annotations
 

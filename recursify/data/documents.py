@@ -1,11 +1,9 @@
 """Documents, wherever they are: in local files or on the hub, divided into those to train on and those to measure on.
 
-    documents = load_documents(DataSettings(dataset_name="wikitext"))     # tables, one document per row in a column `text`
-    train, own = open_documents(DataSettings(dataset_name="book.txt"))    # the same to be read again and again, and no table
+    documents = load_documents(TextSource(dataset_name="wikitext"))     # tables, one document per row in a column `text`
+    train, own = open_documents(TextSource(dataset_name="book.txt"))    # the same to be read again and again, and no table
 
 Whatever the source, generators (`read_files`, `join_articles`) see one document at a time, so they serve tables as well as streams.
-
-Floor 1. Uses sources.py, tables.py, questions.py and errors.py.
 """
 
 from __future__ import annotations
@@ -32,15 +30,13 @@ from huggingface_hub.utils import httpx
 from ..errors import UserError
 from .cached_dataset import bars_on_terminals_only, make_table
 from .question_sets import is_questions
-from .settings import DataSettings
+from .settings import HELD_OUT_SEED, HELD_OUT_SHARE, TextSource
 
 logger = logging.getLogger(__name__)
 
 WIKITEXT = "Salesforce/wikitext"
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-HELD_OUT_SHARE = 0.05
-HELD_OUT_SEED = 0
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", **dict.fromkeys(VALIDATION_NAMES, "validation")}
@@ -63,7 +59,7 @@ class Documents:
     validation: Dataset
 
 
-def load_documents(settings: DataSettings) -> Documents:
+def load_documents(settings: TextSource) -> Documents:
     """Find the data set that ``dataset_name`` names and give it as documents, in tables.
 
     The validation documents are the data set's own (``validation``, ``valid``, ``val`` or ``dev``; in a folder, the files with such
@@ -85,7 +81,7 @@ def load_documents(settings: DataSettings) -> Documents:
         return Documents(train, validation) if validation is not None else hold_out(train, settings.dataset_name)
 
 
-def open_documents(settings: DataSettings) -> tuple[Reader, Reader | None]:
+def open_documents(settings: TextSource) -> tuple[Reader, Reader | None]:
     """What reads the documents to train on, and those of the data set's own validation split, None where it has none.
 
     Raises:
@@ -140,7 +136,7 @@ def _is_local(name: str) -> bool:
     return shaped or Path(name).suffix.lower() in READERS or Path(name).exists()
 
 
-def _load_local(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
+def _load_local(settings: TextSource) -> tuple[Dataset, Dataset | None]:
     splits = _local_splits(settings)
     tables = {split: _read_table(files, settings.text_column) for split, files in splits.items() if split != "test"}
     if len(tables["train"]) == 0:
@@ -150,13 +146,13 @@ def _load_local(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
     return tables["train"], validation if validation is not None and len(validation) else None
 
 
-def _read_local(settings: DataSettings) -> tuple[Reader, Reader | None]:
+def _read_local(settings: TextSource) -> tuple[Reader, Reader | None]:
     splits = _local_splits(settings)
     train, own = (partial(read_files, splits.get(split, []), settings.text_column) for split in ("train", "validation"))
     return train, own if "validation" in splits else None
 
 
-def _local_splits(settings: DataSettings) -> dict[str, list[Path]]:
+def _local_splits(settings: TextSource) -> dict[str, list[Path]]:
     if settings.dataset_config_name:
         raise UserError(
             f"{settings.dataset_name} is local and has no configurations; leave out --dataset_config_name {settings.dataset_config_name}"
@@ -313,7 +309,7 @@ def _require_text(is_text: bool, column: str, kind: object, place: str) -> None:
 # The hub
 
 
-def _load_hub(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
+def _load_hub(settings: TextSource) -> tuple[Dataset, Dataset | None]:
     name, train_rows, own_rows = _hub_splits(settings, streaming=False)
     train = _as_documents(train_rows, settings.text_column, name)
     if len(train) == 0:
@@ -322,12 +318,12 @@ def _load_hub(settings: DataSettings) -> tuple[Dataset, Dataset | None]:
     return train, validation if validation is not None and len(validation) else None
 
 
-def _read_hub(settings: DataSettings) -> tuple[Reader, Reader | None]:
+def _read_hub(settings: TextSource) -> tuple[Reader, Reader | None]:
     name, train, own = _hub_splits(settings, streaming=True)
     return _reader(train, settings.text_column, name), None if own is None else _reader(own, settings.text_column, name)
 
 
-def _hub_splits(settings: DataSettings, streaming: bool) -> tuple[str, Any, Any]:
+def _hub_splits(settings: TextSource, streaming: bool) -> tuple[str, Any, Any]:
     """The data set's full name, its rows for training, and those for validation or None: tables, or streams."""
     is_wikitext = settings.dataset_name in ("wikitext", WIKITEXT)
     name = WIKITEXT if is_wikitext else settings.dataset_name

@@ -7,7 +7,7 @@
     blocks = tokenize(documents.validation, tokenizer, seq_len=128)  # the same in two steps, for one data set
 
 Two steps and two plain tables: ``load_documents`` (documents.py) gives one document per row in a column ``text``, whatever the source;
-``tokenize`` gives rows of exactly ``seq_len`` ids. A question set (questions.py) gives rows, too, which also have labels.
+``tokenize`` gives rows of exactly ``seq_len`` ids. A question set (question_sets.py) gives rows, too, which also have labels.
 Tables lie on disk in the cache of ``datasets``, keyed by the contents they were made from: what was made once is not made again, and of
 several processes one makes it while the others wait. Mixing chooses rows of such tables by index and copies nothing.
 
@@ -15,8 +15,6 @@ With ``streaming`` no table is made: documents are read, tokenised and cut while
 memory is one shuffle buffer. Every stream begins anew, and the same, each time that it is iterated over; that is how a run resumes.
 
 Units: lengths are token ids, except where characters are named; weights of a mixture count blocks.
-
-Floor 1. Uses sources.py, documents.py, blocks.py, tables.py, questions.py, question_tokens.py and sharing.py.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@
 
 What is trained is the answer, and for state tracking the state at every word: nothing is learnt about the words of a question, which are
 random or given. A label stands at the place after the token that is to tell it, as everywhere: position t is scored against label t + 1.
-
-Floor 1. Uses tasks/, objective.py and errors.py.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""Question sets by name. Their questions as tokens: question_tokens.py.
+"""Question sets by name. Their questions as tokens: question_rows.py.
 
     load_questions("permutations:difficulty=4-32/4,count=200", "test")       made, to any difficulty
     load_questions("babi:qa2_two-supporting-facts_test.txt", "test")         read from a file
     load_questions("gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet", "test")   from a data set of the hub: one file of it is fetched
 
-A name is that of a task or a format of `recursify.data.tasks`; what follows the first colon are the options of a task, or the file. Options are
-`difficulty` (4, or 4-32, or 4-32/4 for every fourth, or 2+8 for several of these; 1-8 where not given), `count` (items of each difficulty,
-500), `seed` (0), and the task's own: `group` of permutations, `nodes` of pointers. Training and test items of a set that is made are never
-the same; a file is all of one kind, and which file is for what is for its user to say.
-
-Floor 1. Uses tasks/ and errors.py.
+A name is that of a task or a format of `recursify.data.tasks`; what follows the first colon are the options of a task, or the file.
+Options are `difficulty` (4, or 4-32, or 4-32/4 for every fourth, or 2+8 for several of these; 1-8 where not given), `count` (items of
+each difficulty, 500), `seed` (0), and the task's own: `group` of permutations, `nodes` of pointers. Training and test items of a set that
+is made are never the same; a file is all of one kind, and which file is for what is for its user to say.
 """
 
 from __future__ import annotations
@@ -22,12 +20,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, httpx
 
 from ..errors import UserError
+from .settings import HELD_OUT_SEED, HELD_OUT_SHARE
 from .tasks import FORMATS, GENERATED, Item, generate, read
 
 DIFFICULTIES = "1-8"
 COUNT = 500
-HELD_OUT_SHARE = 0.05
-HELD_OUT_SEED = 0
 _RANGES = "a number, a range such as 4-32, every fourth of it as 4-32/4, or several of these joined by +"
 
 

@@ -1,7 +1,4 @@
-"""Which text to train on and to measure on, as the settings name it. What is read of it: documents.py.
-
-Floor 0. Uses errors.py.
-"""
+"""Which text to train on and to measure on, as the settings name it. What is read of it: documents.py."""
 
 from __future__ import annotations
 
@@ -11,10 +8,14 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 
+# What is set aside for validation where a data set has no split for it.
+HELD_OUT_SHARE = 0.05
+HELD_OUT_SEED = 0
+
 
 @dataclass(kw_only=True)
-class DataSettings:
-    """Where the text comes from."""
+class TextSource:
+    """A data set of text."""
 
     dataset_name: str = "wikitext"
     """Hub data set (wikitext means Salesforce/wikitext), or a local .txt, .jsonl, .json, .csv or .parquet file, or a folder of them; or a
@@ -25,6 +26,11 @@ class DataSettings:
 
     text_column: str = "text"
     """Column that holds the text (plain .txt files have none)."""
+
+
+@dataclass(kw_only=True)
+class DataSettings(TextSource):
+    """What is trained on: a data set, with others mixed in, read from a table on disk or as a stream."""
 
     mix: tuple[str, ...] = ()
     """More data sets to train on, each as NAME=WEIGHT: WEIGHT times as many blocks as dataset_name gives, repeated where there are

@@ -1,7 +1,7 @@
 """The demo's first half: the donor that ships, made recursive and fine-tuned on prose, measured at every depth beside itself, and writing.
 
 The text is the language reference that every CPython carries (`pydoc_data.topics`). The donor is also fine-tuned as it is, on the same
-tokens in the same order with the same settings: without that line nobody could tell what recursion did. Floor 4.
+tokens in the same order with the same settings: without that line nobody could tell what recursion did.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import open_donor
 from ..conversion import convert as conversion
-from ..conversion.layer_selection import ConversionPlan
 from ..data.loading import DataSettings, load_documents, tokenize
 from ..evaluation import text_loss
+from ..evaluation.statistics import standard_error
 from ..inference.cycle_table import recursive_steps
-from ..inference.generation import Sampling, generate_text
+from ..inference.generation import generate_text
+from ..inference.options import Sampling
+from ..network.plan import ConversionPlan
 from ..training import FitResult, TrainSettings, fit
 from ..training.saving import BEST
 from . import report
@@ -37,7 +39,7 @@ HELD_OUT_EVERY = 6  # topics: more than the usual share, for an error bar that s
 
 def donor_folder() -> Path:
     """Where the donor lies inside the package."""
-    return Path(str(resources.files("recursify") / "demo_donor"))
+    return Path(str(resources.files(__package__) / "donors" / "prose"))
 
 
 def run(out: Path, steps: int, seed: int, clock: Clock) -> report.DemoReport:
@@ -126,7 +128,7 @@ def make_page(
         ),
         donor_as_is=baseline(AS_IS, as_is),
         donor_tuned=baseline(TUNED, text_loss.summarise(donor, theirs)[0]),
-        difference_error=text_loss.standard_error(ours[DEPTHS.index(config.H_cycles)] - theirs[0]),
+        difference_error=standard_error(ours[DEPTHS.index(config.H_cycles)] - theirs[0]),
         model_name=RECURSIVE,
         **rest,
     )  # fmt: skip

@@ -9,8 +9,6 @@ that a recursive model that came out worse than its donor is said to be worse.
     write        the same into a file, whole or not at all
 
 Units: losses and their standard errors in nats per token, times in seconds, cost in layer applications per token.
-
-Floor 3. Imports the standard library, charts.py, page.py and report_tracking.py.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..network.losses import perplexity
 from ..reports.charts import Axes, Level, Line, architecture_picture, count_undrawable, element, escape, is_drawable, line_chart
 from ..reports.html import (
     NARROW,
@@ -208,14 +207,6 @@ def render(report: DemoReport) -> str:
         _limits(report),
     ]
     return document(title, _header(report, title), element("main", *sections), _footer(report))
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 # Findings

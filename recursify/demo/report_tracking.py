@@ -5,7 +5,7 @@
     finding     what it says in one sentence; sentences: in some more
 
 Findings are worded from the numbers, so that recursion that did not help is said not to have helped. Accuracies are shares of right
-guesses, shown in percent; lengths are in letters, times in seconds. Floor 3.
+guesses, shown in percent; lengths are in letters, times in seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The whole way in a few minutes, offline: pretrained models become recursive ones, learn, and get measured at every depth.
 
-The first half (demo_text.py) is about prose, the second (demo_tracking.py) about keeping track of a state. Both donors ship with the
-package. Every number in the report was measured in this run. Floor 4.
+The first half (prose.py) is about prose, the second (state_tracking.py) about keeping track of a state. Both donors ship with the
+package. Every number in the report was measured in this run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seconds of the stages of a long job, each said as it begins. Floor 0."""
+"""Seconds of the stages of a long job, each said as it begins."""
 
 from __future__ import annotations
 

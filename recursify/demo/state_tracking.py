@@ -1,7 +1,7 @@
 """The demo's second half: a donor that keeps track of a state over short words and loses it over long ones, made recursive.
 
-The task is made (`recursify.data.tasks`): each letter of a word rearranges three things, and after each the arrangement is asked for. The donor
-is fine-tuned as it is, too, for as long by the clock: it is faster, so it makes more steps. Floor 4.
+The task is made (`recursify.data.tasks`): each letter of a word rearranges three things, and after each the arrangement is asked for. The
+donor is fine-tuned as it is, too, for as long by the clock: it is faster, so it makes more steps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AS_IS, TUNED, RECURSIVE = "tracker as is", "tracker fine-tuned for the same time
 
 def tracker_folder() -> Path:
     """Where the donor lies inside the package."""
-    return Path(str(resources.files("recursify") / "demo_tracker"))
+    return Path(str(resources.files(__package__) / "donors" / "tracker"))
 
 
 def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:

@@ -8,8 +8,8 @@ ends at an end token or a new line - where the items come with worked steps, at 
 looks at it. `labels`, for state tracking: one pass over the question, and at the place of each label the likeliest of all tokens must be
 it; the difficulty of a guess is the number of its label.
 
-Standard errors take questions as independent, and the labels of one question together. Several processes share the batches (sharing.py);
-who is in a batch depends on nothing but the questions. Floor 2.
+Standard errors take questions as independent, and the labels of one question together. Several processes share the batches
+(utils/distributed.py); who is in a batch depends on nothing but the questions.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from ..data.question_rows import label_tokens
 from ..data.tasks import Item, as_text, is_right, prompt
 from ..errors import UserError
-from ..inference.generation import Sampling, generate_batch, prompt_ids
-from ..inference.options import Effort, evaluating
-from ..network.decoding_recursive_llm import HaltRule
+from ..inference.generation import generate_batch
+from ..inference.options import Effort, Sampling
+from ..inference.prompt import prompt_ids
+from ..network.losses import read_out
 from ..utils.distributed import in_turns
-from .cycle_stats import read_out
+from ..utils.models import evaluating
+from .statistics import mean_and_error
 from .text_loss import states_at
-from .windows import mean_and_error
 
 Judge = Literal["answer", "labels"]
 Labelled = tuple[list[int], list[int], list[int]]  # ids of a question; the places of its labels; their ids
@@ -148,7 +149,6 @@ def ask(
 
 def _accuracies(run: Effort, guesses: Sequence[Sequence[bool]], difficulties: Sequence[Sequence[int]]) -> list[Accuracy]:
     """Of all difficulties together, then of each; `guesses` and `difficulties` have a list for every item."""
-    halt = None if run.halt == "none" else run.halt
     rows = []
     for wanted in (None, *sorted({difficulty for each in difficulties for difficulty in each})):
         kept = [
@@ -157,7 +157,7 @@ def _accuracies(run: Effort, guesses: Sequence[Sequence[bool]], difficulties: Se
         ]
         sums = torch.tensor([[sum(rights), len(rights)] for rights in kept if rights]).T
         right, count = sums.sum(dim=1).tolist()
-        rows.append(Accuracy(run.H_cycles, halt, wanted, right, count, mean_and_error(sums[0], sums[1])[1]))
+        rows.append(Accuracy(run.H_cycles, run.criterion, wanted, right, count, mean_and_error(sums[0], sums[1])[1]))
     return rows
 
 
@@ -257,10 +257,9 @@ def _as_batch(rows: Sequence[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _states(model: Any, ids: Tensor, runs: Sequence[Effort]) -> list[Tensor]:
     """What the head reads in each run, `[B, T, D]`; those without halting are one pass."""
-    plain = iter(states_at(model, ids, depths) if (depths := [run.H_cycles for run in runs if run.halt == "none"]) else [])
-    return [next(plain) if run.halt == "none" else _halted(model, ids, run) for run in runs]
+    plain = iter(states_at(model, ids, depths) if (depths := [run.H_cycles for run in runs if run.criterion is None]) else [])
+    return [next(plain) if run.criterion is None else _halted(model, ids, run) for run in runs]
 
 
 def _halted(model: Any, ids: Tensor, run: Effort) -> Tensor:
-    rule = HaltRule(run.halt, run.halt_threshold, model.lm_head, model.config.vocab_size)
-    return model.model(ids, H_cycles=run.H_cycles, use_cache=False, halt_rule=rule).last_hidden_state
+    return model.model(ids, H_cycles=run.H_cycles, use_cache=False, halt_rule=run.rule(model)).last_hidden_state

@@ -5,40 +5,26 @@
 
 Losses are compared window by window (paired t-test), answers question by question (exact McNemar test), each model at its own cycle count.
 Models whose tokenizers cut the text into other tokens read other windows: their bits per byte stand side by side, and are not paired; their
-answers are. Floor 3.
+answers are.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 
-from ..errors import UserError
+from ..checkpoints.loading import load_model
+from ..data.tasks import Item
 from ..network.modeling_recursive_llm import RecursiveLLM
-from . import evaluate
-from .evaluate import EvaluateReport, MeasureSettings, Paired
-from .statistics import mcnemar_p, student_p, written
-from .windows import mean_and_error
-
-
-@dataclass(kw_only=True)
-class CompareSettings(MeasureSettings):
-    """Measure several models on the same text, questions and tasks, and say how sure the differences are."""
-
-    checkpoints: tyro.conf.Positional[tuple[str, ...]]
-    """Recursive checkpoints (.pt files or folders) and plain donors (folders or hub ids), at least two. The first is what the others are
-    compared with."""
-    cycles: tuple[int, ...] = ()
-    """Cycle counts to measure beside each model's own, e.g. --cycles 0 1 3 5. Default: 1 to twice each model's own."""
-    tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer of all of them, when the checkpoints have none."""
+from .evaluate import EvaluateReport, Paired, evaluate_paired, join_processes
+from .settings import CompareSettings, question_sets
+from .statistics import mcnemar_p, mean_and_error, student_p, written
 
 
 class Measured(NamedTuple):
@@ -172,43 +158,30 @@ def _cycles(H_cycles: int | None) -> str:
     return "donor" if H_cycles is None else str(H_cycles)
 
 
-def check(settings: CompareSettings) -> None:
-    """What can be said of the settings before a model is loaded.
-
-    Raises:
-        UserError: Fewer than two checkpoints, one of them twice, or settings that `recursify evaluate` refuses.
-    """
-    paths = settings.checkpoints
-    if len(paths) < 2:
-        raise UserError(f"recursify compare: expected at least two checkpoints, the baseline first, got {' '.join(paths) or 'none'}")
-    if twice := [path for path in paths if paths.count(path) > 1]:
-        raise UserError(f"recursify compare: expected different checkpoints, got {twice[0]} twice")
-    evaluate.check(settings)
-
-
 def run(settings: CompareSettings) -> Comparison:
     """What `recursify compare` does.
 
     Raises:
         UserError: Bad input.
     """
-    evaluate.join_processes(settings)
-    check(settings)
+    join_processes(settings)
+    settings.validate()
+    sets = question_sets(settings)
     names = short_names(settings.checkpoints)
-    measured = [_measure(path, name, settings) for path, name in zip(settings.checkpoints, names, strict=True)]
-    difficulties = {name: [item.difficulty for item in items] for name, items in evaluate.question_sets(settings).items()}
+    measured = [_measure(path, name, settings, sets) for path, name in zip(settings.checkpoints, names, strict=True)]
+    difficulties = {name: [item.difficulty for item in items] for name, items in sets.items()}
     return compare(settings.checkpoints, measured, difficulties)
 
 
-def _measure(path: str, name: str, settings: CompareSettings) -> Measured:
+def _measure(path: str, name: str, settings: CompareSettings, sets: Mapping[str, list[Item]]) -> Measured:
     """At the cycles of the settings and at the model's own; nothing of it stays in memory."""
-    model, tokenizer = evaluate.load_any(path, settings.tokenizer_path)
+    model, tokenizer = load_model(path, settings.tokenizer_path)
     if isinstance(model, RecursiveLLM):
         cycles = tuple(dict.fromkeys((*settings.cycles, model.config.H_cycles))) if settings.cycles else ()
         settings = replace(settings, cycles=cycles)
     else:
         settings = replace(settings, halt="none", halt_threshold=None)  # there is nothing to halt
-    measured = Measured(*evaluate.evaluate_paired(model, tokenizer, settings, name))
+    measured = Measured(*evaluate_paired(model, tokenizer, settings, name, sets))
     del model
     gc.collect()
     if torch.cuda.is_available():

@@ -1,12 +1,11 @@
 """What each cycle does to a text: what it gains, which guesses it mends and spoils, how far it moves the state, where tokens halt.
 
-    read_out          loss and rightness of every scored token, from a state that the head reads
     sums_of_cycles    what a batch of windows says about the cycles, as sums over the scored tokens of each window
     sums_of_halting   the same for a pass in which tokens halt
     summarise         these sums over all windows, as the figures of a report
 
 Sums are `[rows, windows]` in float64, so whoever has read some of the windows can hand over what it found, and the figures are the same
-whoever read what. A guess is the token with the largest logit. Floor 2.
+whoever read what. A guess is the token with the largest logit.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..inference.early_exit import applications
 from ..network.decoding_recursive_llm import HALT_CRITERIA, HaltRule
-from ..network.losses import CHUNK_ELEMENTS
-from .windows import mean_and_error
+from ..network.losses import read_out
+from .statistics import mean_and_error
 
 Sums = dict[str, Tensor]  # name -> [rows, windows]
 
@@ -144,23 +142,6 @@ def scored_places(ids: Tensor, scored: Tensor) -> Tensor:
     return behind <= scored.to(ids.device)[:, None]
 
 
-def read_out(head: Any, state: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss in nats and whether the guess is right, each `[N]` in float32, of the tokens after the N places; logits exist chunk by chunk.
-
-    Args:
-        state: What the head reads, `[B, T, D]`.
-        places: As `scored_places` gives them.
-    """
-    x, targets = state[:, :-1][places], ids[:, 1:][places]
-    size = max(64, CHUNK_ELEMENTS // head.out_features)
-    losses, right = [], []
-    for piece, target in zip(x.split(size), targets.split(size), strict=True):
-        logits = head(piece).float()
-        losses.append(F.cross_entropy(logits, target, reduction="none"))
-        right.append((logits.argmax(dim=-1) == target).float())
-    return torch.cat(losses), torch.cat(right)
-
-
 def per_window(values: Tensor, places: Tensor) -> Tensor:
     """`[rows, N]` values of the N places to `[rows, B]` sums over each window, in float64 on the CPU."""
     numbers = places.nonzero()[:, 0].cpu()
@@ -201,7 +182,7 @@ def sums_of_halting(model: Any, ids: Tensor, places: Tensor, criterion: str, thr
     Returns:
         halted_nats, applications: `[1, B]`; halted_at: `[H_cycles, B]`, how many tokens halted at each cycle.
     """
-    rule = HaltRule(criterion, threshold, model.lm_head, model.config.vocab_size)
+    rule = HaltRule.of(model, criterion, threshold)
     outputs = model.model(ids, H_cycles=H_cycles, use_cache=False, halt_rule=rule)
     nats, _ = read_out(model.lm_head, outputs.last_hidden_state, ids, places)
     used = outputs.halt_cycles[:, :-1][places].cpu()

@@ -6,7 +6,7 @@ What a task is, and how it is scored, is the harness's; only the depth of each p
 of YAML files adds tasks of one's own; those need no network where their data needs none.
 
 Several processes share the tasks and runs, each of which is one process's alone: that gives the figures of one process, which the
-harness's own division does not quite (it batches what each process has). Floor 3.
+harness's own division does not quite (it batches what each process has).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..inference.options import Effort, evaluating
+from ..inference.options import Effort
 from ..utils.distributed import in_turns
+from ..utils.models import evaluating
 from .accuracy import column
 
 _BESIDE = ("alias", "name", "sample_len", "sample_count")  # what stands beside the figures of a task
@@ -156,7 +157,6 @@ def _evaluate(wrapped: Any, task: str, manager: Any, max_items: int | None) -> d
 
 
 def _scores(results: dict[str, Any], run: Effort) -> list[TaskScore]:
-    halt = None if run.halt == "none" else run.halt
     found = []
     for task, figures in results.items():
         for key, value in figures.items():
@@ -165,7 +165,9 @@ def _scores(results: dict[str, Any], run: Effort) -> list[TaskScore]:
                 continue
             error = figures.get(f"{metric}_stderr,{chosen}")
             name = metric if chosen in ("", "none") else key
-            found.append(TaskScore(task, name, run.H_cycles, halt, float(value), float(error) if isinstance(error, int | float) else None))
+            found.append(
+                TaskScore(task, name, run.H_cycles, run.criterion, float(value), float(error) if isinstance(error, int | float) else None)
+            )
     return found
 
 
@@ -185,7 +187,7 @@ def _at_depth(model: Any, tokenizer: PreTrainedTokenizerBase, run: Effort, batch
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)  # it warns that the model is there already
-    depth = run.arguments(model)
+    depth = run.generate_kwargs(model)
 
     class AtDepth(HFLM):
         def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:

@@ -5,8 +5,6 @@
 
 Every number was measured by the caller, and sentences are worded from the numbers. Losses are in nats per token; accuracies are shown in
 percent. A model without a loop, such as a plain donor, is a horizontal line where cycles run across, and a dotted one elsewhere.
-
-Floor 3.
 """
 
 from __future__ import annotations
@@ -112,7 +110,7 @@ def render(report: Report) -> str:
         section("How to read this", element("ul", *(element("li", escape(words)) for words in NOTES), class_="findings")),
     ]
     body = _header(report, models, title, together), element("main", *sections), _footer(together)
-    return document(title, *body, style=style_sheet("evaluation_page.css"))
+    return document(title, *body, style=style_sheet(__package__, "page.css"))
 
 
 def _coloured_models(reports: Iterable[Report]) -> list[Model]:
@@ -318,7 +316,7 @@ def _cycles_figure(title: str, y_label: str, models: Sequence[Model], lines: Seq
 def _accuracy(models: Sequence[Model], key: tuple[str, str]) -> str:
     shown = [model for model in models if model.questions(key)]
     words = (
-        "Right: the answer that the model writes, compared as recursify.tasks.is_right does."
+        "Right: the answer that the model writes, compared as recursify.data.tasks.is_right does."
         if key[1] == "answer"
         else "Right: the likeliest token at the place of each label, in one pass over the question; difficulty is the label's number."
     )

@@ -1,15 +1,20 @@
-"""Is a difference more than chance? Two tests of pairs: the same text, or the same questions, given to two models.
+"""How sure a mean is, and whether a difference is more than chance.
 
-    student_p    of a mean difference and its standard error (paired t-test)
-    mcnemar_p    of two counts: the questions that one model alone got right, and those that the other alone did (exact)
-    written      what they say, for reading
+    mean_and_error   of sums over windows, such as losses, with the standard error
+    standard_error   the same of values that count alike
+    student_p        of a mean difference and its standard error (paired t-test)
+    mcnemar_p        of two counts: the questions that one model alone got right, and those that the other alone did (exact)
+    written          what they say, for reading
 
-Both are two-sided, and exact for what they assume: differences of pieces that are independent and, for the first, normal. Floor 0.
+The tests are two-sided, and exact for what they assume: differences of pieces that are independent and, for the first, normal.
 """
 
 from __future__ import annotations
 
 import math
+
+import torch
+from torch import Tensor
 
 
 def student_p(difference: float, error: float, pieces: int) -> float:
@@ -50,3 +55,28 @@ def mcnemar_p(ours: int, theirs: int) -> float:
 def written(p: float | None) -> str:
     """A p for reading; a dash where it is not known."""
     return "-" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def mean_and_error(sums: Tensor, counts: Tensor, per_piece: int = 1) -> tuple[float, float | None]:
+    """The mean over all tokens and its standard error, which takes pieces of neighbouring windows as independent; None for one piece.
+
+    Pieces of unequal length count by their length (a ratio estimate); of equal length, this is the standard error of the mean of means.
+
+    Args:
+        sums: `[windows]` sums over the tokens of each window.
+        counts: `[windows]` tokens of each.
+        per_piece: Windows that are one piece.
+    """
+    total, tokens = sums.double().sum().item(), counts.double().sum().item()
+    mean = total / tokens
+    pieces = torch.stack([sums.double(), counts.double()]).split(per_piece, dim=1)
+    if len(pieces) == 1:
+        return mean, None
+    by_piece = torch.stack([piece.sum(dim=1) for piece in pieces], dim=1)
+    off = by_piece[0] - mean * by_piece[1]
+    return mean, math.sqrt(len(pieces) / (len(pieces) - 1) * off.square().sum().item()) / tokens
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of `[windows]` values that count alike; None for a single one."""
+    return mean_and_error(values, torch.ones_like(values))[1]

@@ -9,7 +9,7 @@ Losses are in nats per token over windows of `seq_len` tokens (windows.py says w
 same nats, in bits, over the bytes of text that the scored tokens stand for, so that models with other tokenizers can be compared. Standard
 errors take windows as independent, and where windows overlap, as many of them together as score about `seq_len` tokens. One pass at the
 deepest count yields all shallower ones, since without a cache cycle c of a deeper run equals a run at depth c; and what the cycles do
-(telemetry.py). Several processes share the batches of `measure_text` (sharing.py). Floor 2.
+(cycle_stats.py). Several processes share the batches of `measure_text` (utils/distributed.py).
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.settings import DataSettings
-from ..inference.options import Effort, evaluating
-from ..network.losses import perplexity
+from ..data.settings import TextSource
+from ..inference.options import Effort
+from ..network.losses import perplexity, read_out
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..utils.distributed import in_turns, one_process_first
-from .cycle_stats import Sums, Telemetry, per_window, read_out, scored_places, summarise_halting, sums_of_cycles, sums_of_halting
+from ..utils.models import evaluating
+from .cycle_stats import Sums, Telemetry, per_window, scored_places, summarise_halting, sums_of_cycles, sums_of_halting
 from .cycle_stats import summarise as summarise_cycles
-from .windows import Rows, Windows, mean_and_error, stream_bytes
+from .statistics import mean_and_error, standard_error
+from .token_bytes import stream_bytes
+from .windows import Rows, Windows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,11 +99,6 @@ def summarise(model: PreTrainedModel, losses: torch.Tensor, cycles: Sequence[int
     errors = [standard_error(row) for row in losses]
     cost = [_cost(model, H) for H in depths]
     return [DepthLoss(*row) for row in zip(depths, losses.mean(1).tolist(), errors, cost, strict=True)]
-
-
-def standard_error(values: torch.Tensor) -> float | None:
-    """Of the mean of `[windows]` values; None for a single one."""
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def states_at(model: Any, ids: torch.Tensor, depths: Sequence[int | None]) -> list[torch.Tensor]:
@@ -237,7 +235,7 @@ class PairedText:
 
 
 def open_text(
-    source: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, stride: int | None = None, max_windows: int | None = None
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, stride: int | None = None, max_windows: int | None = None
 ) -> Text:
     """The validation split of a data set, in windows.
 

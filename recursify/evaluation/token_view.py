@@ -1,8 +1,6 @@
 """A piece of text, token by token: what each cycle made of it.
 
-    read_passage(model, tokenizer, ids, deepest)    the text that each token stands for, and the loss of each after every cycle
-
-Floor 2.
+read_passage(model, tokenizer, ids, deepest)    the text that each token stands for, and the loss of each after every cycle
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..inference.options import evaluating
 from ..inference.streaming import UNFINISHED
-from .cycle_stats import read_out
+from ..network.losses import read_out
+from ..utils.models import evaluating
 from .text_loss import states_at
 
 

@@ -4,14 +4,14 @@
     export_donor(model)   the layers of a recursive model as a model of the donor's own class: what it is at H_cycles = 0
 
 Conservation of weights holds on the way out as on the way in: every tensor of the plain model is one of ours, and what is left behind is
-named and counted. Floor 3.
+named and counted.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +21,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..checkpoints import checkpoint
 from ..checkpoints.checkpoint import MAX_SHARD_SIZE
-from ..checkpoints.donor import read_json
-from ..conversion.layer_selection import ConversionPlan
+from ..checkpoints.model_card import Evaluation, Extras, Row, donor_card, pictures, public, recursive_card
+from ..checkpoints.repository import HUB_ID
+from ..checkpoints.settings import RecursiveSource, TokenizerSource
 from ..errors import UserError
-from ..evaluation import evaluate as evaluation
+from ..evaluation.evaluate import evaluate
+from ..evaluation.settings import EvaluateSettings, TextMeasurement
 from ..network.configuration_recursive_llm import RecursiveLLMConfig
 from ..network.modeling_recursive_llm import RecursiveLLM
+from ..network.plan import ConversionPlan
+from ..utils.atomic import write_whole
+from ..utils.files import read_json
 from . import upload
-from .model_card import HUB_ID, Evaluation, Extras, Row, donor_card, pictures, public, recursive_card
 
 Say = Callable[[str], None]
 _RECURSION = "model.recursion."
@@ -38,15 +42,11 @@ _CHECKED_TOKENS = 12
 
 
 @dataclass(kw_only=True)
-class ExportSettings:
+class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
     """Make a folder that is ready for the Hugging Face hub, or write the plain donor back, and upload it."""
 
     out: tyro.conf.Positional[str]
     """Where to write: a new folder, or one that holds a recursive model, which is replaced."""
-    checkpoint: str
-    """What to export: a .pt file, or a folder in the Hugging Face layout."""
-    tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer, when the checkpoint has none."""
     donor: bool = False
     """Write prelude, loop and coda as a plain model of the donor's architecture: what the recursive model is at 0 cycles."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -60,23 +60,6 @@ class ExportSettings:
     """Hub id of the donor, for the card. Default: the donor that the model was converted from, if that was a hub id."""
     evaluation: tuple[str, ...] = ()
     """What `recursify evaluate --json` has printed, as files; that of a donor on the same text adds its line to table and chart."""
-    dataset_name: str | None = None
-    """Measure now, on the validation split of this text: a hub data set, or a local file (.txt, .jsonl, .parquet) or folder."""
-    dataset_config_name: str | None = None
-    """Configuration of a hub data set."""
-    text_column: str = "text"
-    """Column that holds the text."""
-    cycles: tuple[int, ...] = ()
-    """Cycle counts to measure, e.g. --cycles 0 1 3 5. Default: 1 to twice the checkpoint's own; 0 with --donor."""
-    seq_len: int = 128
-    """Tokens per window."""
-    batch_size: int = 8
-    """Windows per pass."""
-    max_windows: int | None = None
-    """Measure only the first so many windows."""
-    device: str | None = None
-    """What to measure on: cpu, cuda, mps; the best there is where not given."""
-
     push: str | None = None
     """Upload the folder to the hub under this name, such as you/model; made where it is missing."""
     private: bool = False
@@ -168,7 +151,7 @@ def _check(settings: ExportSettings) -> None:
     if settings.private and settings.push is None:
         raise UserError("--private: says how to upload, but nothing is uploaded; name a repository with --push")
     if settings.dataset_name is not None:
-        evaluation.check(_as_evaluate(settings))
+        _as_evaluate(settings).validate()
 
 
 def _expect(flag: str, pattern: re.Pattern[str], value: str | None, wanted: str) -> None:
@@ -231,16 +214,14 @@ def _check_evaluation(measured: Evaluation, config: Any) -> None:
             )
 
 
-def _as_evaluate(settings: ExportSettings) -> evaluation.EvaluateSettings:
-    return evaluation.EvaluateSettings(
-        checkpoint=settings.checkpoint, dataset_name=settings.dataset_name, dataset_config_name=settings.dataset_config_name,
-        text_column=settings.text_column, cycles=settings.cycles or ((0,) if settings.donor else ()), seq_len=settings.seq_len,
-        batch_size=settings.batch_size, max_windows=settings.max_windows, device=settings.device,
-    )  # fmt: skip
+def _as_evaluate(settings: ExportSettings) -> EvaluateSettings:
+    shared = {each.name: getattr(settings, each.name) for each in fields(TextMeasurement)}
+    shared["cycles"] = settings.cycles or ((0,) if settings.donor else ())
+    return EvaluateSettings(checkpoint=settings.checkpoint, **shared)
 
 
 def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, settings: ExportSettings) -> Evaluation:
-    report = evaluation.evaluate(model, tokenizer, _as_evaluate(settings))
+    report = evaluate(model, tokenizer, _as_evaluate(settings))
     model.to("cpu")
     return _evaluation(report.to_dict())
 
@@ -379,7 +360,7 @@ def _write(settings: ExportSettings, write: Callable[[Path], None]) -> dict[str,
         write(folder)
         written.update({path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()})
 
-    checkpoint.write_whole({Path(settings.out): write_and_list})
+    write_whole({Path(settings.out): write_and_list}, {Path(settings.out): checkpoint.is_replaced})
     return written
 
 

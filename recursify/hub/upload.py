@@ -1,7 +1,7 @@
 """A folder goes to the Hugging Face hub, or to the server that HF_ENDPOINT names.
 
 What can be known beforehand (the name, the token, whether the hub answers) is asked before anything heavy; what goes wrong on the way
-leaves the folder as it is, so that the upload alone can be made again. The token is the one of `hf auth login`, or HF_TOKEN. Floor 1.
+leaves the folder as it is, so that the upload alone can be made again. The token is the one of `hf auth login`, or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 # What an older upload may have left that would be read in place of the new files, or with them.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py", "*.svg", "*.jinja", "recursify.json"]
@@ -30,7 +30,7 @@ def check(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"--push: expected a name on the hub such as you/model, got {repo!r} ({_first_line(error)})") from error
+        raise UserError(f"--push: expected a name on the hub such as you/model, got {repo!r} ({first_line(error)})") from error
     if constants.is_offline_mode():
         raise UserError("--push: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or leave --push out")
     token = get_token()
@@ -82,13 +82,9 @@ def _explained(repo: str, folder: Path | None = None) -> Iterator[None]:
             raise UserError(f"--push {repo}: the token may not write there; name a place of your own, or {_LOGIN}{again}") from error
         if isinstance(error, RepositoryNotFoundError) or code == 404:
             raise UserError(f"--push {repo}: not found on the hub, or not for this token; check the name{again}") from error
-        raise UserError(f"--push {repo}: the hub refused ({code}: {_first_line(error)}){again}") from error
+        raise UserError(f"--push {repo}: the hub refused ({code}: {first_line(error)}){again}") from error
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # the client's words for a transfer or a card that failed
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         why = "the hub cannot be reached" if isinstance(cause, httpx.TransportError) else "the upload failed"
         said = " ".join(str(cause).split()) or type(cause).__name__
         raise UserError(f"--push {repo}: {why} ({said}); check the network{again}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

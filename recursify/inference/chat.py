@@ -1,4 +1,4 @@
-"""Talk with a model, turn by turn. Of the conversation so far, a turn reads only what is new. Floor 3."""
+"""Talk with a model, turn by turn. Of the conversation so far, a turn reads only what is new."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 from ..errors import UserError
 from .chat_prompt import Dialogue
 from .console import Command, Console, line_editing
-from .generation import Generated, WriteSettings, calibrated, forgiving, generate_text, load, tell_after
+from .generation import Generated, generate_text
 from .prefix_cache import Memory
+from .session import calibrated, forgiving, load, tell_after
+from .settings import WriteSettings
 from .transcript import Message
 
 
 @dataclass(kw_only=True)
 class ChatSettings(WriteSettings):
-    """Talk with a recursive model, turn by turn."""
+    """Talk with a model, turn by turn."""
 
     system: str | None = None
     """What the model is told before the conversation begins."""

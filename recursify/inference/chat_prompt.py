@@ -1,4 +1,4 @@
-"""How a conversation becomes a prompt: by the chat template of the tokenizer, or as plain lines where it has none. Floor 2."""
+"""How a conversation becomes a prompt: by the chat template of the tokenizer, or as plain lines where it has none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from .generation import prompt_ids
+from .prompt import prompt_ids
 from .transcript import Message
 
 _PROBE = "recursify asks where this ends"

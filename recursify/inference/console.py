@@ -3,7 +3,7 @@
     a line that ends in a backslash     goes on in the next one
     three double quotes                 begin and end a text of several lines, of which none is a command
 
-Answers and replies to commands go to stdout, everything else to stderr. Lines are edited and remembered where Python has readline. Floor 3.
+Answers and replies to commands go to stdout, everything else to stderr. Lines are edited and remembered where Python has readline.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from typing import Any, TextIO, get_type_hints
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..cli.recipe import typed
 from ..errors import UserError
+from ..utils.models import is_recursive
+from ..utils.typed import typed
 from . import transcript
-from .generation import Sampling, WriteSettings
-from .options import is_recursive
+from .options import Sampling
+from .settings import WriteSettings
 from .transcript import Message
 
 _QUOTES = '"""'
@@ -160,8 +161,8 @@ class Console:
             UserError: One out of range, or that the model cannot do.
         """
         changed = replace(self.settings, **values)
-        changed.sampling.check()
-        changed.sampling.arguments(self.model)
+        changed.sampling.validate()
+        changed.sampling.generate_kwargs(self.model)
         self.settings = changed
 
     def _command(self, line: str) -> str:

@@ -1,7 +1,6 @@
 """What every cycle would have written in place of each token, and where tokens halted: as values, and as a table for a terminal.
 
 Probabilities are those of the model itself, before temperature, top_p and top_k. Shape letters: T tokens, D hidden size, V vocabulary.
-Floor 2.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from rich.cells import cell_len, set_cell_size
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..network.decoding_recursive_llm import HaltRule
-from .options import Effort, Halt, evaluating, is_recursive
+from ..utils.models import evaluating, is_recursive
+from .options import Effort, Halt
 from .streaming import UNFINISHED
 
 # Of the table of cycles, roomiest first: terminal cells at which a token is cut, and whether ranks are shown.
@@ -89,10 +88,8 @@ def recursive_steps(
     written = batch[0, prompt_length:]
     if not len(written):
         return []
-    effort.arguments(model)
-    deepest, rule = effort.cycles(model), None
-    if halt != "none":
-        rule = HaltRule(halt, halt_threshold, model.lm_head, model.config.vocab_size)
+    effort.generate_kwargs(model)  # for what it refuses
+    deepest, rule = effort.cycles(model), effort.rule(model)
     with evaluating(model):
         base = model.model(batch, H_cycles=deepest, use_cache=False, output_cycle_states=True, halt_rule=rule)
     # the state at t speaks of token t + 1

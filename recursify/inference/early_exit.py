@@ -6,7 +6,7 @@
 
 The text is read in one pass per window, in which every token halts as it would in writing: what is measured here is what `generate` does.
 Compute is counted in layer applications. Reading out for `kl` and `entropy` after every cycle takes the coda once more each, which counts,
-and the head once more each, which does not: in a small model with a wide vocabulary that is no small part. Floor 2.
+and the head once more each, which does not: in a small model with a wide vocabulary that is no small part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 
 from ..errors import UserError
 from ..network.decoding_recursive_llm import HaltRule
-from ..network.losses import token_losses
+from ..network.losses import read_out
+from ..utils.models import evaluating
 
 _STEPS = 24  # halvings of the range in which a threshold is looked for
 _CLOSE = 0.002  # share of the compute that two thresholds may differ in and still be as good as the same
@@ -96,20 +97,20 @@ def measure(
         H_cycles: Cycles at most; the model's own where None.
     """
     H = model.config.H_cycles if H_cycles is None else H_cycles
-    was_training, losses, used = model.training, [], []
-    model.eval()
-    for block in blocks:
-        ids = block.unsqueeze(0).to(model.device)
-        rule = None if threshold is None else HaltRule(criterion, threshold, model.lm_head, model.config.vocab_size)
-        outputs = model.model(ids, H_cycles=H, use_cache=False, halt_rule=rule)
-        losses.append(token_losses(outputs.last_hidden_state, ids, model.lm_head).cpu())
-        used.append(torch.full(ids.shape, H) if rule is None else outputs.halt_cycles.cpu())
-    model.train(was_training)
+    losses, used = [], []
+    with evaluating(model):
+        for block in blocks:
+            ids = block.unsqueeze(0).to(model.device)
+            rule = HaltRule.of(model, None if threshold is None else criterion, threshold)
+            outputs = model.model(ids, H_cycles=H, use_cache=False, halt_rule=rule)
+            nats, _ = read_out(model.lm_head, outputs.last_hidden_state, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+            losses.append(nats.cpu())
+            used.append(torch.full(ids.shape, H) if rule is None else outputs.halt_cycles.cpu())
     cycles = torch.cat(used, dim=1).flatten()
     spread = {cycle: int((cycles == cycle).sum()) for cycle in range(1, H + 1)}
     plain = len(cycles) * model.config.depth(H)
     cost = plain if threshold is None else sum(applications(model.config, cycles.tolist(), criterion))
-    return HaltingMeasure(criterion, threshold, torch.cat(losses, dim=1).mean().item(), spread, cost / plain)
+    return HaltingMeasure(criterion, threshold, torch.cat(losses).mean().item(), spread, cost / plain)
 
 
 def calibrate(model: Any, blocks: torch.Tensor, criterion: str, budget: float, H_cycles: int | None = None) -> Calibration:

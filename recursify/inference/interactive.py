@@ -1,4 +1,4 @@
-"""Prompt after prompt at the keyboard, each continued by itself. Floor 3."""
+"""Prompt after prompt at the keyboard, each continued by itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import sys
 import threading
 
 from .console import Console, line_editing
-from .generation import GenerateSettings, calibrated, forgiving, load, write_once
+from .session import calibrated, forgiving, load, write_once
+from .settings import GenerateSettings
 
 
 def run(settings: GenerateSettings) -> None:

@@ -1,48 +1,48 @@
 """How much depth a run spends: its cycles, how it caches them, where a token may halt, how far a shallow pass drafts ahead.
 
-Checked by itself and against a model, and put into the words of the model's `forward` and `generate`. Floor 1.
+Checked by itself and against a model, and put into the words of the model's `forward` and `generate`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from ..errors import UserError
+from transformers import GenerationConfig
 
+from ..errors import UserError
+from ..network.decoding_recursive_llm import HaltRule
+from ..utils.models import is_recursive
+
+# Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
+GREEDY_BELOW = 1e-5
+# What changes nothing, in transformers' words.
+_NO_PENALTY: dict[str, Any] = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_NO_CUTOFF: dict[str, Any] = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+WHERE_A_DONOR_HAS_IT: dict[str, Any] = {"min_length": 0, "min_new_tokens": 0, "min_p": 0.0}  # else they cost time, or a warning
 CachePolicy = Literal["full", "last"]
 Halt = Literal["none", "q_head", "kl", "entropy"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """The fields are the flags of the same name; None leaves the choice to the model."""
+@dataclass(kw_only=True)
+class EarlyExit:
+    """When a token leaves the loop before the last cycle."""
 
-    H_cycles: int | None = None
-    cache_policy: CachePolicy = "full"
     halt: Halt = "none"
+    """Let each token stop at the cycle at which it is ready: as q_head has learnt, when a cycle changes little (kl), or when the next token
+    is certain (entropy)."""
     halt_threshold: float | None = None
-    draft_cycles: int | None = None
-    draft_tokens: int = 16
+    """Ready means: q_head above this (default 0.5), kl below it (5e-4 nats), entropy below it (0.1 nats)."""
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Check all that can be checked without the model.
 
         Raises:
             UserError: A value out of range, or two that exclude each other.
         """
-        if self.H_cycles is not None and self.H_cycles < 0:
-            raise UserError(f"--H_cycles: expected at least 0 (0 is one plain pass), got {self.H_cycles}")
-        for name, value, kind in (("cache_policy", self.cache_policy, CachePolicy), ("halt", self.halt, Halt)):
-            if value not in get_args(kind):
-                raise UserError(f"--{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
-        self._check_halting()
-        self._check_drafting()
-
-    def _check_halting(self) -> None:
+        _one_of("halt", self.halt, Halt)
         if self.halt_threshold is None:
             return
         if self.halt == "none":
@@ -52,7 +52,38 @@ class Effort:
             expected = "0 (always) to 1 (never)" if self.halt == "q_head" else "0 (never) or more (inf is always)"
             raise UserError(f"--halt_threshold: expected {expected} for --halt {self.halt}, got {self.halt_threshold}")
 
-    def _check_drafting(self) -> None:
+    @property
+    def criterion(self) -> str | None:
+        """Of `HALT_CRITERIA`; None for a run at fixed depth."""
+        return None if self.halt == "none" else self.halt
+
+    def rule(self, model: Any) -> HaltRule | None:
+        """The rule by which tokens of this model halt; None at fixed depth."""
+        return HaltRule.of(model, self.criterion, self.halt_threshold)
+
+
+@dataclass(kw_only=True)
+class Effort(EarlyExit):
+    """How much depth a run spends; None leaves the choice to the model."""
+
+    H_cycles: int | None = None
+    """Cycles per token; 0 is one plain pass. Default: the checkpoint's."""
+    cache_policy: CachePolicy = "full"
+    """What is kept of earlier tokens: full, one slot per application of a layer; last, one per layer, as few as a plain model has."""
+    draft_cycles: int | None = None
+    """Draft with so many cycles and check several drafts at a time at full depth: the same text, sooner. 0 drafts with a plain pass."""
+    draft_tokens: int = 16
+    """Draft at most so many tokens at a time; how many follows from how often drafts have been right."""
+
+    def validate(self) -> None:
+        """As `EarlyExit.validate`."""
+        if self.H_cycles is not None and self.H_cycles < 0:
+            raise UserError(f"--H_cycles: expected at least 0 (0 is one plain pass), got {self.H_cycles}")
+        _one_of("cache_policy", self.cache_policy, CachePolicy)
+        super().validate()
+        self._validate_drafting()
+
+    def _validate_drafting(self) -> None:
         if self.draft_tokens < 1:
             raise UserError(f"--draft_tokens: expected at least 1, got {self.draft_tokens}")
         if self.draft_cycles is None:
@@ -63,7 +94,7 @@ class Effort:
             if value != off:
                 raise UserError(f"--draft_cycles: expected --{name} {off} with it, got --{name} {value}; leave out one of the two")
 
-    def arguments(self, model: Any) -> dict[str, Any]:
+    def generate_kwargs(self, model: Any) -> dict[str, Any]:
         """What differs from the model's own way, as arguments of its `generate`; of a plain model of transformers nothing may differ.
 
         Raises:
@@ -109,17 +140,54 @@ class Effort:
         return replace(alone, H_cycles=alone.cycles(model)) if is_recursive(model) else alone
 
 
-def is_recursive(model: Any) -> bool:
-    """Whether the model has cycles; false for a plain model of transformers."""
-    return hasattr(model.config, "H_cycles")
+@dataclass(kw_only=True)
+class Sampling(Effort):
+    """How the next token is chosen, from which depth, and where the text ends."""
+
+    max_new_tokens: int = 100
+    """Write at most so many tokens; an end token ends the text earlier."""
+    temperature: float = 0.8
+    """Randomness of the choice; 0 always takes the likeliest token (greedy)."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability; 1.0 is off."""
+    top_k: int = 0
+    """Choose among this many likeliest tokens; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """End the text before the first of these strings, e.g. --stop "Question:" "###"."""
+
+    def validate(self) -> None:
+        """As `EarlyExit.validate`."""
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"--temperature: expected a number of at least 0 (0 is greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p: expected a number above 0 and at most 1 (1 is off), got {self.top_p}")
+        if self.top_k < 0:
+            raise UserError(f"--top_k: expected at least 0 (0 is off), got {self.top_k}")
+        if "" in self.stop:
+            raise UserError("--stop: expected some text before which to end, got ''")
+        super().validate()
+
+    def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
+        """The same in transformers' words. Penalties, cutoffs and several texts that a donor's generation_config.json sets are switched
+        off: what is None here would be taken from there."""
+        greedy = self.temperature < GREEDY_BELOW
+        choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, **_NO_CUTOFF}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=not greedy,
+            num_beams=1,
+            num_return_sequences=1,
+            **_NO_PENALTY,
+            use_cache=True,
+            eos_token_id=list(ends) or None,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            **choice,
+        )
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout and the like; its training mode is put back."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def _one_of(name: str, value: Any, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise UserError(f"--{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")

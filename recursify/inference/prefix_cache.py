@@ -1,4 +1,4 @@
-"""The memory of a conversation: keys and values of what was read and written, so that a turn pays only for what is new. Floor 2."""
+"""The memory of a conversation: keys and values of what was read and written, so that a turn pays only for what is new."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
     prompts.out.run.json    what the results were made of; a run with other prompts or settings does not add to them
 
 `index` counts the lines of the prompt file from 0; blank lines keep their number and have no result. With halting, `cycles` is the cycle at
-which each token was ready. Floor 3.
+which each token was ready.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import UserError
-from .generation import Generated, GenerateSettings, Sampling, calibrated, encode_prompt, generate_batch, load, spent
+from ..utils.atomic import write_text
+from .generation import Generated, generate_batch, spent
+from .options import Sampling
+from .prompt import EncodedPrompt, encode_prompt
+from .session import calibrated, load
+from .settings import GenerateSettings
 
 FORMAT = "recursify-prompts/1"
 _NAMED = 3  # so many faulty lines are named, and the others counted
@@ -49,15 +54,14 @@ def run(settings: GenerateSettings) -> None:
         raise UserError(f"--output_file: {output.parent} is not a folder that exists; make it first, or name another file")
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
-    _check_each(model, tokenizer, prompts, settings)
+    encoded = _encode_each(model, tokenizer, prompts, settings)
     results = Results(output, prompts, _made_of(model, prompts, settings))
     written: list[Generated] = []
     try:
         with tqdm(total=len(prompts), initial=len(results.done), unit="prompt", file=sys.stderr) as bar:
             for batch in results.missing(settings.batch_size):
-                written += (
-                    batched := generate_batch(model, tokenizer, [p.text for p in batch], settings.sampling, seed=_seed(settings, batch))
-                )
+                texts = [encoded[prompt.index] for prompt in batch]
+                written += (batched := generate_batch(model, tokenizer, texts, settings.sampling, seed=_seed(settings, batch)))
                 bar.update(results.add(batch, batched))
     except KeyboardInterrupt:
         print(f"Stopped: {len(results.done)} of {len(prompts)} prompts done; the same command goes on from there.", file=sys.stderr)
@@ -103,17 +107,18 @@ def _field(file: str, index: int, line: str) -> str:
     raise UserError(f'--prompt_file: {file}, line {index + 1}: expected a JSON object with a text "prompt", got {line[:80]!r}')
 
 
-def _check_each(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> None:
-    """Read every prompt as the model will, so that no faulty one ends the run hours later."""
-    faults = []
+def _encode_each(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[int, EncodedPrompt]:
+    """Every prompt as the model will read it, by its index, so that no faulty one ends the run hours later."""
+    faults, encoded = [], {}
     for prompt in prompts:
         try:
-            encode_prompt(model, tokenizer, prompt.text, settings.max_new_tokens)
+            encoded[prompt.index] = encode_prompt(model, tokenizer, prompt.text, settings.max_new_tokens)
         except UserError as error:
             faults.append(f"line {prompt.index + 1}: {error}")
     if faults:
         more = f"\n(and {len(faults) - _NAMED} more)" if len(faults) > _NAMED else ""
         raise UserError(f"--prompt_file: {settings.prompt_file}, " + "\n".join(faults[:_NAMED]) + more)
+    return encoded
 
 
 def _seed(settings: GenerateSettings, batch: Sequence[Prompt]) -> int | None:
@@ -162,7 +167,12 @@ class Results:
             self._check_record(made_of)
             self._read()
         else:
-            _write_whole(self.record, json.dumps(made_of, indent=1) + "\n")
+            try:
+                write_text(self.record, json.dumps(made_of, indent=1) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"--output_file: {self.record} cannot be written ({error.strerror}); name a file in a folder of your own"
+                ) from error
 
     def missing(self, batch_size: int) -> Iterator[list[Prompt]]:
         """The batches that are not complete. They are always cut alike, since drawn texts depend on what is written together."""
@@ -225,13 +235,3 @@ def _entry(prompt: Prompt, one: Generated) -> dict[str, Any]:
         "tokens": len(one.token_ids),
     }
     return entry if one.cycles is None else entry | {"cycles": list(one.cycles)}
-
-
-def _write_whole(path: Path, content: str) -> None:
-    """Written aside and renamed, so that what is there is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_text(content, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"--output_file: {path} cannot be written ({error.strerror}); name a file in a folder of your own") from error

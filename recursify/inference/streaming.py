@@ -1,6 +1,6 @@
 """Text while it is written: whole characters, up to a stop string or an end token, for every row of a batch by itself.
 
-`generate` of transformers calls a stopping criterion once per new column of tokens; `Rows` is one that does all of it. Floor 1.
+`generate` of transformers calls a stopping criterion once per new column of tokens; `Rows` is one that does all of it.
 """
 
 from __future__ import annotations

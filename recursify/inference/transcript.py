@@ -1,13 +1,13 @@
-"""Conversations on disk: a JSON object of `format`, `messages` and `settings`. Floor 1."""
+"""Conversations on disk: a JSON object of `format`, `messages` and `settings`."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..utils.atomic import write_text
 
 FORMAT = "recursify-conversation/1"
 ROLES = ("system", "user", "assistant")
@@ -27,10 +27,8 @@ def save(path: str, messages: list[Message], settings: dict[str, Any]) -> Path:
         except UserError:
             raise UserError(f"{place} is there and is no saved conversation; name another file") from None
     content = json.dumps({"format": FORMAT, "messages": messages, "settings": settings}, ensure_ascii=False, indent=1) + "\n"
-    aside = place.with_name(f".{place.name}.tmp")
     try:
-        aside.write_text(content, encoding="utf-8", errors="replace")
-        os.replace(aside, place)
+        write_text(place, content)
     except OSError as error:
         raise UserError(f"{place} cannot be written ({error.strerror}); name a file in a folder that is there and yours") from error
     return place

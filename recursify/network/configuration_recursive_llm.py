@@ -21,7 +21,7 @@ transformers' caches count their slots (the convention of transformers' own recu
 the shape changes and never trusted from a file. Slots run prelude, coda, then the applications of the loop, so that every depth uses
 a prefix of the slots of a deeper one.
 
-Floor 0. One of the files that travel with the weights: imports transformers only.
+One of the files that travel with the weights: imports transformers only.
 """
 
 import copy

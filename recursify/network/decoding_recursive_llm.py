@@ -18,7 +18,7 @@
     HaltRule            q_head, the divergence between cycles, or the entropy, against a threshold
     self_speculation    the decoding loop of `generate(draft_cycles=...)`
 
-Shape letters: B batch, T tokens, D hidden size, V vocabulary. Floor 0. One of the files that travel with the weights: imports only torch
+Shape letters: B batch, T tokens, D hidden size, V vocabulary. One of the files that travel with the weights: imports only torch
 and transformers.
 """
 
@@ -309,6 +309,13 @@ class HaltRule:
         self.state: torch.Tensor | None = None  # read last, and what came of it where all of it was held at once
         self.logits: torch.Tensor | None = None
         self.log_probs: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, model: Any, criterion: str | None, threshold: float | None = None) -> "HaltRule | None":
+        """The rule of a model; None, a run at fixed depth, where the criterion is None. A base model has no head: q_head alone serves."""
+        if criterion is None:
+            return None
+        return cls(criterion, threshold, getattr(model, "lm_head", None), model.config.vocab_size)
 
     def by_head(self, halt_logit: torch.Tensor) -> torch.Tensor:
         """`[B, T]` logits of `q_head` to `[B, T]`, True where the token halts."""

@@ -7,6 +7,7 @@ brought and the head that reads states, and gives back numbers; so each one can 
     next_token_loss          of the cycles by their shares, never holding the logits of more than a chunk of tokens
     next_embedding_loss      the same for a model without a head, which predicts the next token's embedding
     losses_and_divergences   the loss of every token, and how far its prediction is from that of a teacher (distillation)
+    read_out                 the loss of some tokens and whether the guess was right: what every measurement on a text goes through
     worsening                what a cycle makes worse than the cycle before it (monotone term)
     halting_loss             how well `q_head` says which cycles later ones do not improve on
 
@@ -18,7 +19,7 @@ Units: losses of tokens and divergences are in nats per counted token, losses of
 Labels come unshifted, as Hugging Face passes them: position t is scored against the token at t + 1, and -100 marks tokens that do not
 count.
 
-Shape letters: B batch, T tokens, N counted positions, D hidden size, V vocabulary, H cycles. Floor 1. Imports torch only.
+Shape letters: B batch, T tokens, N counted positions, D hidden size, V vocabulary, H cycles.
 """
 
 from __future__ import annotations
@@ -191,6 +192,25 @@ def losses_and_divergences(
     else:
         rows = [checkpoint(_token_terms, head, references, *piece, use_reentrant=False) for piece in pieces]
     return tuple(torch.cat(rows, dim=1).view(1 + len(references), labels.shape[0], -1))
+
+
+@torch.no_grad()
+def read_out(head: Any, state: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """For measuring: the loss in nats of the tokens after N places, and whether the likeliest token is the right one; each `[N]`, float32.
+
+    Args:
+        state: What the head reads, `[B, T, D]`.
+        ids: `[B, T]`.
+        places: `[B, T - 1]`, True where the token after it is to be scored.
+    """
+    x, targets = state[:, :-1][places], ids[:, 1:][places]
+    size = _chunk(head.out_features, None)
+    losses, right = [], []
+    for piece, target in zip(x.split(size), targets.split(size), strict=True):
+        logits, loss = _logits_and_losses(head, piece, target)
+        losses.append(loss)
+        right.append((logits.argmax(dim=-1) == target).float())
+    return torch.cat(losses), torch.cat(right)
 
 
 def worsening(losses: Tensor, before: Tensor) -> Tensor:
@@ -371,10 +391,16 @@ def _loss_and_gradient(products: Tensor, targets: Tensor, share: float, room: Te
     return loss
 
 
+def _logits_and_losses(head: Any, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`[n, V]` logits in float32, and `[n]` losses of the targets; 0 where they do not count."""
+    logits = head(x).float()
+    return logits, F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+
+
 def _token_terms(head: Any, references: Sequence[Reference], x: Tensor, targets: Tensor, *others: Tensor) -> Tensor:
     """`[1 + references, n]`: loss and divergences of n positions. Recomputed in the backward pass where there are several chunks."""
-    logits = head(x).float()
-    rows = [F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")]
+    logits, losses = _logits_and_losses(head, x, targets)
+    rows = [losses]
     for reference, other in zip(references, others, strict=True):
         with torch.no_grad():
             wanted = F.log_softmax(reference.head(other.to(reference.head.weight.dtype)).float() / reference.temperature, dim=-1)

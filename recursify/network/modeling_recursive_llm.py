@@ -26,7 +26,7 @@ With all gains A, B at 0 every F sees e, so any number of cycles gives the plain
 The layers are the donor's own classes from transformers; only the way through them is ours. A layer met n times has n cache slots,
 reached through a view of the cache that adds the offset of the application, so no module changes its `layer_idx`.
 
-Shape letters: B batch, T tokens, D hidden size, V vocabulary. Floor 1. One of the files that travel with the weights: imports only
+Shape letters: B batch, T tokens, D hidden size, V vocabulary. One of the files that travel with the weights: imports only
 torch, transformers and those beside it.
 """
 
@@ -212,7 +212,6 @@ class Recursion(nn.Module):
             if backprop == "last" and cycle < H_cycles - 1:
                 with torch.no_grad():
                     z_L, z_H = self._cycle(e, z_L, z_H, block, cycle, L_cycles, gains)
-                torch.clear_autocast_cache()  # which now holds the weights' low-precision copies without their gradients
             else:
                 z_L, z_H = self._cycle(e, z_L, z_H, block, cycle, L_cycles, gains)
             yield z_H
@@ -431,8 +430,7 @@ class RecursiveModelMixin(PreTrainedModel):
         H, L = self.cycles(H_cycles, L_cycles)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if halt is not None:
-            halt_rule = HaltRule(halt, halt_threshold)
+        halt_rule = halt_rule or HaltRule.of(self, halt, halt_threshold)
         criterion = None if halt_rule is None else halt_rule.criterion
         seen = past_key_values
         if seen is not None:
@@ -826,7 +824,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         halt_threshold (`float`, *optional*):
             The criterion's own where None.
         """
-        rule = None if halt is None else HaltRule(halt, halt_threshold, self.lm_head, self.config.vocab_size)
+        rule = HaltRule.of(self, halt, halt_threshold)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,7 +1,7 @@
 """Accuracy by difficulty as a picture: what the pages of evaluations and of the demo draw alike.
 
 Accuracies come as shares and are drawn in percent. Lines of the same model at several depths are shades, from the first colour to the
-last (`shade`). Floor 2. Uses charts.py and page.py.
+last (`shade`).
 """
 
 from __future__ import annotations

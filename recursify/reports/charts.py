@@ -12,8 +12,6 @@ What cannot be drawn (NaN, infinities, absurd magnitudes) is left out, never dra
 `count_undrawable` says how many values that were.
 
 Units: pixels of the viewBox, y downwards. Text is about `FONT` pixels high.
-
-Floor 2. Imports the standard library only. Used by report.py.
 """
 
 from __future__ import annotations
@@ -168,7 +166,7 @@ def _svg(size: Size, title: str, description: str, *children: str) -> str:
 @cache
 def chart_style() -> str:
     """The style sheet of the pictures, for a page that holds some."""
-    return resources.files("recursify").joinpath("charts.css").read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath("charts.css").read_text(encoding="utf-8")
 
 
 def standalone(svg: str, margin: float = 16.0) -> str:

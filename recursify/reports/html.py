@@ -1,22 +1,20 @@
 """What all pages of results are made of: one file that asks for nothing from outside, its look, its parts, and numbers in words.
 
-    document         a whole page: style and pictures are inline, there is no script
-    write_document   the same into a file, whole or not at all
-    section, paragraph, figure, table, row, scroll, tiles    markup from text and numbers; text is escaped here
-    number, signed, plural, magnitude, visible               for reading
-
-Floor 2. Imports the standard library and charts.py.
+document         a whole page: style and pictures are inline, there is no script
+write_document   the same into a file, whole or not at all
+section, paragraph, figure, table, row, scroll, tiles    markup from text and numbers; text is escaped here
+number, signed, plural, magnitude, visible               for reading
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from ..utils.atomic import write_text
 from .charts import Size, chart_style, element, escape
 
 WIDE, NARROW = Size(820, 390), Size(360, 340)
@@ -37,28 +35,22 @@ def document(title: str, *body: str, style: str = "") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">',
         element("title", escape(title)),
-        element("style", chart_style(), style_sheet("report.css"), style),
+        element("style", chart_style(), style_sheet(__package__, "page.css"), style),
     ]
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{"".join(head)}\n</head>\n<body>\n{"".join(body)}\n</body>\n</html>\n'
 
 
 @cache
-def style_sheet(name: str) -> str:
-    """A style sheet of the package."""
-    return resources.files("recursify").joinpath(name).read_text(encoding="utf-8")
+def style_sheet(package: str, name: str) -> str:
+    """A style sheet that lies in a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def write_document(html: str, path: str | Path) -> Path:
     """Write a page to `path`, making its folder. A crash leaves the old file, never half a new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(html, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    write_text(path, html)
     return path
 
 

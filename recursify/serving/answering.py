@@ -1,9 +1,7 @@
 """The texts that answer one request, from what was asked to pieces of text.
 
-    Service   model, tokenizer and engine, and what they can do for a request
-    Answer    the texts of one request, on their way
-
-Floor 3.
+Service   model, tokenizer and engine, and what they can do for a request
+Answer    the texts of one request, on their way
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from jinja2 import TemplateError
 
 from ..errors import UserError
 from ..inference.chat_prompt import Dialogue
-from ..inference.generation import encode_prompt, end_tokens
+from ..inference.prompt import encode_prompt, end_tokens
 from ..inference.streaming import Row
 from ..network.modeling_recursive_llm import RecursiveLLM
 from .engine import Depth, Engine, Event, Job, QueueFull, Ticket, Unavailable
@@ -38,7 +36,7 @@ class Service:
     """What there is to serve.
 
     Args:
-        model, tokenizer: As `recursify.evaluation.evaluate.load_any` gives them; the model on its device.
+        model, tokenizer: As `recursify.checkpoints.loading.load_model` gives them; the model on its device.
 
     Raises:
         UserError: Depths of a plain donor, a tokenizer of another model, caches that do not fit.
@@ -130,7 +128,7 @@ class Service:
             return prompt
         try:
             # Its length is checked later, together with what is to come.
-            return encode_prompt(_Boundless(self.model), self.tokenizer, prompt)
+            return encode_prompt(_Boundless(self.model), self.tokenizer, prompt).ids
         except UserError as error:
             raise ApiError(400, str(error).removeprefix("--"), param="prompt") from None
 

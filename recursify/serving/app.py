@@ -1,4 +1,4 @@
-"""HTTP: routes, limits on what is read, errors in OpenAI's shape. Needs FastAPI. Floor 3."""
+"""HTTP: routes, limits on what is read, errors in OpenAI's shape. Needs FastAPI."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A text is let in when the cache has room for its prompt and for as many tokens as it may become; until then it waits, first come, first
 served. So a text that has begun is never thrown out again, and no manager meets a cache that is full.
 
-Everything here runs in the event loop's thread, except the managers themselves, each of which has a thread of its own. Floor 3.
+Everything here runs in the event loop's thread, except the managers themselves, each of which has a thread of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What has happened so far, in Prometheus' text format. Floor 3."""
+"""What has happened so far, in Prometheus' text format."""
 
 from __future__ import annotations
 

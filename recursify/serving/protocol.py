@@ -1,15 +1,16 @@
-"""What a body may say, and what an answer looks like, as OpenAI's API has it. Needs pydantic, which comes with FastAPI. Floor 3."""
+"""What a body may say, and what an answer looks like, as OpenAI's API has it. Needs pydantic, which comes with FastAPI."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from ..errors import short
 
 _STOPS = 16
 _SHOWN = 80  # characters of a bad value that its error repeats
@@ -156,12 +157,7 @@ def _explained(error: ValidationError) -> ApiError:
         if name in _EXPECTED:
             return ApiError(400, f"{'.'.join(where[: at + 1])}: expected {_EXPECTED[name]}", param=where[0])
     said = fault["msg"][:1].lower() + fault["msg"][1:]
-    return ApiError(400, f"{'.'.join(where)}: {said}; got {_short(fault['input'])}", param=where[0])
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    return ApiError(400, f"{'.'.join(where)}: {said}; got {short(fault['input'], _SHOWN)}", param=where[0])
 
 
 def _refuse_others(ask: Ask, kind: type[Ask]) -> None:

@@ -1,4 +1,4 @@
-"""From the flags to a server that is up, and down again. Floor 3."""
+"""From the flags to a server that is up, and down again."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def load(settings: ServeSettings) -> Service:
     Raises:
         UserError: As `run`.
     """
-    from ..evaluation.evaluate import load_any
+    from ..checkpoints.loading import load_model
     from .answering import Service
 
     device = choose_device(settings.device)
-    model, tokenizer = load_any(settings.checkpoint, settings.tokenizer_path)
+    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path)
     dtype = model.dtype if settings.dtype is None else getattr(torch, settings.dtype)
     path = Path(settings.checkpoint)
     name = settings.model_name or (path.absolute().name.removesuffix(".pt") if path.exists() else settings.checkpoint)

@@ -3,7 +3,7 @@
 transformers' batch manager samples all of a batch or none of it, from one random state, so that what one client gets would depend on
 who else is there. Here the manager always takes the largest score, and this puts noise on the scores of those who sample: the largest of
 logit + Gumbel noise is a draw from softmax(logits). The noise is a function of the text's seed, its number among the request's texts,
-the position, and the token, and of nothing else. V is the vocabulary size. Floor 3.
+the position, and the token, and of nothing else. V is the vocabulary size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
-from ..inference.generation import GREEDY_BELOW
+from ..inference.options import GREEDY_BELOW
 
 
 @dataclass(frozen=True)

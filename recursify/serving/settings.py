@@ -1,4 +1,4 @@
-"""The flags of the server. Floor 3."""
+"""The flags of the server."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..checkpoints.settings import ModelSource, TokenizerSource
 from ..errors import UserError
 from ..utils.device import choose_device
+from ..utils.options import DeviceOptions
 
 API_KEY = "RECURSIFY_API_KEY"
 
 
 @dataclass(kw_only=True)
-class ServeSettings:
+class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
     """Answer requests over HTTP, in the manner of OpenAI's API."""
 
-    checkpoint: str
-    """A .pt file with its _tokenizer folder beside it, or a folder in Hugging Face layout; a plain donor serves too, without depths."""
     depths: tuple[int | str, ...] = ()
     """Cycle counts among which a request chooses with H_cycles: 1 3 5, or 1,3,5. Each has a cache of its own. Default: the checkpoint's."""
     host: str = "127.0.0.1"
@@ -29,10 +29,6 @@ class ServeSettings:
     """Refuse requests without this key. Default: what the environment variable RECURSIFY_API_KEY holds, which other users cannot see."""
     model_name: str | None = None
     """Name that clients know the model by. Default: the checkpoint's."""
-    tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer. Default: the one saved with the checkpoint."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps. Default: cuda where there is one, else mps, else cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of weights and cache. Default: as stored."""
     cache_tokens: int | None = None

@@ -7,8 +7,6 @@
 
 The loop is the looped block and the recursion's own parameters: gains and start states. Every model is an ordinary checkpoint; one that
 was trained in embedding space keeps the donor's head, unused, and the note of its approach keeps commands from reading it through that.
-
-Floor 3.
 """
 
 from __future__ import annotations
@@ -22,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import checkpoint
-from ..checkpoints.donor import load_tokenizer, open_donor
-from ..conversion.convert import ConvertSettings, LoopSettings, Say, carry_out, resolve_plan
+from ..checkpoints.donor import open_donor
+from ..checkpoints.tokenizer import load_tokenizer
+from ..conversion.convert import carry_out, check_seq_len, resolve_plan
+from ..conversion.settings import ConvertSettings, LoopSettings, Say
 from ..errors import UserError
-from ..inference.options import is_recursive
 from ..network.losses import embedding_losses, nearest_is_next, next_embedding_loss, next_token_loss, token_losses
 from ..network.modeling_recursive_llm import RecursiveLLM
+from ..utils.models import is_recursive
 from .settings import DonorSettings, RunSettings
 
 
@@ -120,7 +120,8 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
     donor = open_donor(settings.model_name)
     tokenizer = load_tokenizer(settings.tokenizer_path or donor.name)
     loop = {field.name: getattr(settings, field.name) for field in fields(LoopSettings)}
-    wanted = ConvertSettings(qwen_model=donor.name, seq_len=settings.seq_len, **loop)
+    wanted = ConvertSettings(qwen_model=donor.name, **loop)
+    check_seq_len(donor, settings.seq_len)
     plan = resolve_plan(donor, wanted)
     torch.manual_seed(settings.seed)
     model: Any = carry_out(donor, plan, wanted).model

@@ -1,8 +1,6 @@
 """What a run prints and writes on the way. The bar goes to stderr, samples and summaries to stdout.
 
 All intervals are counted in optimizer steps, never in micro-batches.
-
-Floor 3.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import UserError
-from ..inference.generation import Sampling, generate_text
+from ..inference.generation import generate_text
+from ..inference.options import Sampling
 from .settings import RunSettings
 
 # As tqdm's own, without the rate.

@@ -11,8 +11,7 @@ Counting is by the rules of PaLM (arXiv 2204.02311, appendix B): a product of a 
 backward per token and layer, with Q = heads * head_dim, over all T positions although half of them are masked. What is computed twice to
 save memory counts twice. Norms, activations, rotary embeddings, look-ups and the optimizer are no matrix products and not counted.
 
-Units: FLOPs, bytes, tokens. Letters: T sequence length, D hidden size, V vocabulary, H cycles, L steps of z_L in a cycle. Floor 1: of
-ours it imports the configuration and the size of a chunk of logits.
+Units: FLOPs, bytes, tokens. Letters: T sequence length, D hidden size, V vocabulary, H cycles, L steps of z_L in a cycle.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..network.configuration_recursive_llm import RecursiveLLMConfig, applications
 from ..network.losses import CHUNK_ELEMENTS
+from ..network.size import Shape, parameters_by_part, shape_of
 
 LOOP = frozenset({"L_level", "recursion"})
 READOUT = frozenset({"norm", "lm_head"})
@@ -39,96 +37,6 @@ MUON_BYTES = 4
 # and what stays of logits that are few enough to be kept for the backward pass.
 _LOGIT_BYTES, _KEPT_LOGIT_BYTES = 16, 8
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a model costs anything. Every dictionary goes by part; the layers of a plain donor are the part `layers`.
-
-    Args:
-        parameters: Numbers. A tied head has none of its own.
-        matrices: Weights that every token is multiplied with; those of a tied head, too.
-        layers: Transformer layers.
-        hidden, inner, heads, keys: Widths: D, of the feed-forward, of all queries together and of all keys together.
-        norms_heads: Whether queries and keys are normalised.
-    """
-
-    parameters: dict[str, int]
-    matrices: dict[str, int]
-    layers: dict[str, int]
-    hidden: int
-    inner: int
-    heads: int
-    keys: int
-    norms_heads: bool
-    vocabulary: int
-
-
-_SHAPES: dict[str, Shape] = {}
-
-
-def shape_of(config: PreTrainedConfig) -> Shape:
-    """Counted on the very classes of the model, without storage; remembered, because a trainer asks at every micro-batch."""
-    key = config.to_json_string(use_diff=False)
-    if key not in _SHAPES:
-        _SHAPES[key] = _count(config)
-    return _SHAPES[key]
-
-
-def _count(config: Any) -> Shape:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head, tied = model.get_output_embeddings(), config.tie_word_embeddings
-    parts = _recursive_parts(model, config) if isinstance(config, RecursiveLLMConfig) else _donor_parts(model)
-    layers = {name: len(part) for name, part in parts.items() if isinstance(part, nn.ModuleList)}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return Shape(
-        parameters={**{name: _numbers(part) for name, part in parts.items()}, "lm_head": 0 if tied else _numbers(head)},
-        matrices={**{name: _numbers(parts[name], matrices=True) for name in layers}, "lm_head": head.weight.numel()},
-        layers=layers,
-        hidden=config.hidden_size,
-        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        heads=config.num_attention_heads * head_dim,
-        keys=keys * head_dim,
-        norms_heads=any("q_norm" in name for name, _ in model.named_modules()),
-        vocabulary=config.vocab_size,
-    )
-
-
-def _recursive_parts(model: Any, config: RecursiveLLMConfig) -> dict[str, nn.Module]:
-    base, first, last = model.model, config.prelude_layers, config.prelude_layers + config.L_layers
-    return {
-        "embeddings": base.embed_tokens,
-        "prelude": base.layers[:first],
-        "L_level": base.layers[first:last],
-        "coda": base.layers[last:],
-        "norm": base.norm,
-        "recursion": base.recursion,
-    }
-
-
-def _donor_parts(model: Any) -> dict[str, nn.Module]:
-    """Of any causal model of transformers: its one list of layers, its look-ups, and what is left."""
-    children = list(model.base_model.children())
-    tables = nn.ModuleDict({str(i): child for i, child in enumerate(children) if isinstance(child, nn.Embedding)})
-    layers = next(child for child in children if isinstance(child, nn.ModuleList))
-    rest = nn.ModuleDict({str(i): child for i, child in enumerate(children) if child is not layers and not isinstance(child, nn.Embedding)})
-    return {"embeddings": tables, "layers": layers, "norm": rest}
-
-
-def _numbers(part: Any, matrices: bool = False) -> int:
-    return sum(p.numel() for p in part.parameters() if p.ndim > 1 or not matrices)
-
-
-def parameters_by_part(config: PreTrainedConfig) -> dict[str, int]:
-    """Part -> number of parameters, counted on shapes without storage; a tied head counts 0."""
-    return dict(shape_of(config).parameters)
-
-
-def slot_bytes(config: PreTrainedConfig, number: int = 2) -> int:
-    """Bytes of the keys and values of one cache slot, per token of context, with numbers of `number` bytes."""
-    return 2 * shape_of(config).keys * number
 
 
 def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 At gain 0 the model is the donor exactly, but only two of the four gains get a gradient and the rest of the loop learns nothing; at a large
 gain the donor is broken before training begins. So the start is chosen on held-out text: the largest gain of a few whose cost at the
-trained depth is at most MAX_COST. Floor 3.
+trained depth is at most MAX_COST.
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
+from ..network.losses import counted
 from ..network.modeling_recursive_llm import AnchoredInjection
+from ..utils.models import is_recursive
+from .collate import Collate
+from .parallel import announce
+from .settings import DonorSettings, RunSettings
+from .supervised import Supervised
 
 CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # from the largest that there is
 MAX_COST = 0.02  # nats per token of the last cycle, over the plain pass
@@ -56,3 +64,36 @@ def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float]
         if sweep[-1][1] <= MAX_COST:
             break
     return sweep[-1][0], sweep
+
+
+def start_gains(supervised: Supervised, blocks: Any, collate: Collate, settings: RunSettings, device: torch.device) -> None:
+    """The gains that the loop starts from (see `gains`): those of the settings, else the swept ones where the model's own are all 0."""
+    model = supervised.model
+    if not is_recursive(model):
+        return
+    if settings.start_gain is not None:
+        set_gains(model, settings.start_gain)
+        return
+    if not all_zero(model):
+        return
+    if isinstance(settings, DonorSettings) and settings.starts_fresh:  # a loop that knows nothing yet has nothing to lose
+        set_gains(model, CANDIDATES[0])
+        return
+    model.to(device).eval()
+    rows = [blocks[i] for i in range(min(max(1, CALIBRATION_TOKENS // settings.seq_len), len(blocks)))]
+    batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, len(rows), settings.batch_size)]
+    scorer = Supervised(model, objective=supervised.objective)
+    gain, sweep = calibrate(model, lambda: _loss_on(scorer, batches, device))
+    (gain,) = broadcast_object_list([gain])  # of the first rank: others may round another way
+    set_gains(model, gain)
+    tried = ", ".join(f"{g:g} costs {cost:+.4f}" for g, cost in sweep)
+    why = f"the largest that costs at most {MAX_COST:g}" if sweep[-1][1] <= MAX_COST else f"the smallest; all cost more than {MAX_COST:g}"
+    announce(f"The loop starts from gain {gain:g}, {why}: {tried} (--start_gain names another)")
+
+
+@torch.no_grad()
+def _loss_on(scorer: Supervised, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
+    """The mean loss of the cycle that is read out."""
+    tokens = sum(int(counted(batch["labels"])) for batch in batches)
+    parts = [scorer(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=tokens) for batch in batches]
+    return float(sum(part["loss"] for part in parts))

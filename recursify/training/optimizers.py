@@ -5,7 +5,7 @@
     build_optimizer         adamw, muon or adamw_8bit; MuonAdamW is the second of them
     EMA                     an exponential moving average of the weights, and a way to try it on
 
-Units: steps are optimizer steps, learning rates are per step. Floor 3.
+Units: steps are optimizer steps, learning rates are per step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import UserError
-from ..inference.options import is_recursive
+from ..utils.models import is_recursive
 from .settings import RunSettings
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}

@@ -13,14 +13,13 @@ FSDP2's own mixed precision would round gains, norms and the states between the 
 
 A state as it is written knows nothing of processes: `full_state` and `full_optimizer_state` are what one process alone would have.
 Calls marked "collective" must be made by all processes, else the others wait forever.
-
-Floor 3.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..errors import UserError
-from ..inference.options import is_recursive
+from ..utils.models import is_recursive
 from .settings import RunSettings
 
 if TYPE_CHECKING:
@@ -345,3 +345,9 @@ class SpreadTraining(_Mixed):
 def read_state(path: Path) -> Any:
     """What a checkpoint's state folder holds in one file, on the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def announce(text: str) -> None:
+    """On stderr, from the first process alone."""
+    if PartialState().is_main_process:
+        print(text, file=sys.stderr)

@@ -7,7 +7,7 @@
     metrics.jsonl                      every log entry
 
 Both parts of a checkpoint are written aside, synced and renamed together, so a kill at any moment leaves the one before it; what else it
-leaves behind, the next run in that folder clears away. Floor 3.
+leaves behind, the next run in that folder clears away.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..checkpoints import checkpoint
-from ..conversion.layer_selection import ConversionPlan
 from ..errors import UserError
+from ..network.plan import ConversionPlan
 from .parallel import processes
 from .settings import RunSettings
 

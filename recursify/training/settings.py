@@ -1,10 +1,8 @@
 """The flags of training. One field is one flag; the text under it is its help, and stands here once for all scripts that have it.
 
-    TrainSettings        train_qwen_recursive.py     what RunSettings has, and where the model is
-    EmbeddingSettings    train_qwen_trm.py           what DonorSettings has, and what embedding-space training adds
-    HybridSettings       train_qwen_trm_hybrid.py    what DonorSettings has, and what hybrid training adds
-
-Floor 3.
+TrainSettings        train_qwen_recursive.py     what RunSettings has, and where the model is
+EmbeddingSettings    train_qwen_trm.py           what DonorSettings has, and what embedding-space training adds
+HybridSettings       train_qwen_trm_hybrid.py    what DonorSettings has, and what hybrid training adds
 """
 
 from __future__ import annotations
@@ -16,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from ..conversion.convert import LoopSettings
+from ..checkpoints.settings import RecursiveSource, TokenizerSource
+from ..conversion.settings import LoopSettings
 from ..data.question_sets import is_questions
-from ..data.settings import parse_mix
+from ..data.settings import DataSettings, parse_mix
 from ..errors import UserError
 from ..network.configuration_recursive_llm import GAIN_MAX
 from ..utils.device import check_seed, choose_device
+from ..utils.options import DeviceOptions
 
 GAIN_LR_RATIO = 10.0
 
@@ -40,25 +40,12 @@ STATE_FIELDS = ("optimizer", "ema_decay")
 
 
 @dataclass(kw_only=True)
-class RunSettings:
+class RunSettings(DataSettings, DeviceOptions, TokenizerSource):
     """What every training run has, whatever it trains and wherever the model comes from."""
 
     approach: ClassVar[str]  # its row of `approaches.APPROACHES`
     resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, *STATE_FIELDS)  # in which a resumed run must agree with the interrupted one
 
-    tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer. Default: the one that the model came with."""
-
-    dataset_name: str = "wikitext"
-    """Hub data set, a .txt, .jsonl, .json, .csv or .parquet file, or a folder of them; or questions, as in evaluate --questions."""
-    dataset_config_name: str | None = None
-    """Configuration of the hub data set; wikitext-2-raw-v1 for wikitext when none is named."""
-    text_column: str = "text"
-    """Column that holds the text."""
-    mix: tuple[str, ...] = ()
-    """More data sets, each as NAME=WEIGHT, where dataset_name has weight 1; passes over that are the epochs, and it alone validates."""
-    streaming: bool = False
-    """Read the text as it is needed, keeping none of it on disk. Needs max_steps or max_tokens, since nobody knows where it ends."""
     seq_len: int = 128
     """Tokens per training sequence. Documents are joined, with an end-of-text token after each, and cut to this length."""
     separate_documents: bool = False
@@ -150,8 +137,6 @@ class RunSettings:
 
     seed: int = 42
     """Seed of the order of the sequences and of everything else that is random."""
-    device: str | None = None
-    """cpu, cuda or mps. Default: cuda where there is one, else mps, else cpu."""
     bf16: bool | None = None
     """Compute in bfloat16 (the weights that are trained stay float32). Default: where the GPU has it."""
     gradient_checkpointing: bool = False
@@ -280,15 +265,9 @@ class RunSettings:
         return Path(self.output_dir)
 
 
-@dataclass(kw_only=True)
-class _FromCheckpoint:
-    checkpoint: str
-    """The model that convert wrote: a .pt file with its _tokenizer folder beside it, or a folder in Hugging Face layout."""
-
-
 # Help lists the fields of the last base first: where the model comes from, then the run.
 @dataclass(kw_only=True)
-class TrainSettings(RunSettings, _FromCheckpoint):
+class TrainSettings(RunSettings, RecursiveSource):
     """Fine-tune a recursive model on text."""
 
     approach = "full"

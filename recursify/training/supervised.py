@@ -5,7 +5,7 @@
             every cycle takes about the memory of one (docs/performance.md)
     last    all cycles but the last run without gradients (TRM); only the last is supervised
 
-Shape letters: B batch, T tokens, D hidden size, H cycles. Floor 3.
+Shape letters: B batch, T tokens, D hidden size, H cycles.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inference.options import is_recursive
 from ..network.losses import IGNORED, Reference, counted, cycle_shares, halting_loss, losses_and_divergences, worsening
+from ..utils.models import is_recursive
 from .approaches import NEXT_TOKEN, Objective
 from .settings import RunSettings
 
@@ -190,7 +190,6 @@ class Score:
             with torch.no_grad():
                 *_, z = steps()
                 last = read(z)
-            torch.clear_autocast_cache()  # which holds the weights' low-precision copies without their gradients
         plain: dict[int, Tensor] = {}
         for c, (z, state) in enumerate(states):
             if self.want.halting:

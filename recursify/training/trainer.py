@@ -1,6 +1,6 @@
 """The loop, which is that of `transformers.Trainer`: ours are the objective, the depth of each step, what is measured, and what is saved.
 
-Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps, memory in GiB. Floor 3.
+Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps, memory in GiB.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from ..checkpoints import checkpoint
 from ..errors import UserError
 from ..network.losses import counted, perplexity
+from ..utils.atomic import write_whole
 from .cost import pass_flops
 from .depth import DepthSchedule
 from .optimizers import EMA, build_optimizer, learning_rate_factor, warmup_of
@@ -38,7 +38,7 @@ from .supervised import Supervised, scored_tokens
 GIB = 2**30
 
 
-class Window:
+class MetricWindow:
     """Sums since they were last asked for: of each cycle's loss, of further terms, and the tokens that they were summed over."""
 
     def __init__(self, deepest: int):
@@ -94,13 +94,14 @@ class RecursiveTrainer(SpreadTraining, Trainer):
         self.remove_callback(PrinterCallback)
         self.settings, self.depths, self.saver = settings, depths, saver
         self.ema: EMA | None = None
-        self.window = Window(model.deepest)
+        self.window = MetricWindow(model.deepest)
         # Of the last cycle since the last validation, summed: loss, tokens.
         self.epoch_loss, self.epoch_tokens = 0.0, 0.0
         self.started = time.perf_counter()
-        self.clock = Clock()
+        self.clock = Throughput()
         self.batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
         self.cycle_losses: Tensor | None = None
+        self.flops: dict[tuple[int, int], int] = {}  # of a micro-batch, by its tokens and its depth
 
     # The objective
 
@@ -124,9 +125,11 @@ class RecursiveTrainer(SpreadTraining, Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Every application of the loop counted, and what the way back does."""
-        (teacher,) = self.model.teacher
-        config, count = self.model.model.config, inputs["input_ids"].numel()
-        return int(pass_flops(config, self.settings, count, self.depth or 1, teacher and teacher.config))
+        key = tokens, depth = inputs["input_ids"].numel(), self.depth or 1
+        if key not in self.flops:  # asked at every micro-batch
+            (teacher,) = self.model.teacher
+            self.flops[key] = int(pass_flops(self.model.model.config, self.settings, tokens, depth, teacher and teacher.config))
+        return self.flops[key]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """After the backward pass and before the optimizer: the last moment at which the weights are still good."""
@@ -147,7 +150,7 @@ class RecursiveTrainer(SpreadTraining, Trainer):
             batches = [{name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)} for batch in self.batches]
             content = {"step": step, "H_cycles": self.depth, "batches": batches, "cycle_losses": losses}
             try:
-                checkpoint.write_whole({file: lambda target: torch.save(content, target)})
+                write_whole({file: lambda target: torch.save(content, target)})
                 where = f"; the data of the step is in {file}"
             except UserError as error:
                 where = f"; the data of the step is lost ({error})"
@@ -330,7 +333,7 @@ class RecursiveTrainer(SpreadTraining, Trainer):
         return position
 
 
-class Clock:
+class Throughput:
     """Tokens per second of training: validation stops it."""
 
     def __init__(self) -> None:

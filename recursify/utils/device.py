@@ -1,4 +1,4 @@
-"""Which device to work on, and from which seed. Floor 1."""
+"""Which device to work on, and from which seed."""
 
 from __future__ import annotations
 

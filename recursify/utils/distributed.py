@@ -1,7 +1,7 @@
 """Work that several processes share: each does every N-th job, and all of them get all results, in the order of the jobs.
 
 Where a job does not depend on who does it, neither do the results, to the last digit. What is for one process alone, such as filling a
-cache that all of them read, it does while the others wait. Floor 1.
+cache that all of them read, it does while the others wait.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where and with what something was measured. Floor 0."""
+"""Where and with what something was measured."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from recursify.network.configuration_recursive_llm import from_donor
 from recursify.training.cost import step_flops
 from tests.support import tiny
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = sorted({page.PAGE, *(file for file in DOCS if "<!-- bench " in file.read_text(encoding="utf-8"))})
 Found = Callable[[Bench], Iterator[Table | Check]]

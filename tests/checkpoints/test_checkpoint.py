@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 from recursify import ConversionPlan, RecursiveLLM
 from recursify.checkpoints import checkpoint
 from recursify.checkpoints.guide_names import guide_names
+from recursify.checkpoints.model_card import LOSS_PICTURE, PLAN_PICTURE
 from recursify.errors import UserError
-from recursify.hub.model_card import LOSS_PICTURE, PLAN_PICTURE
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, tiny_donor, tiny_model

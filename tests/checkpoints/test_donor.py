@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig
 
 from recursify.checkpoints import donor as donor_module
-from recursify.checkpoints.donor import load_tokenizer, open_donor
-from recursify.conversion.convert import ConvertSettings, convert
+from recursify.checkpoints import tokenizer as tokenizer_module
+from recursify.checkpoints.donor import open_donor
+from recursify.checkpoints.tokenizer import load_tokenizer
+from recursify.conversion.convert import convert
 from recursify.conversion.convert import run as run_convert
+from recursify.conversion.settings import ConvertSettings
 from recursify.errors import UserError
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, tiny_config, tiny_donor, tiny_model
@@ -433,7 +436,7 @@ def test_tokenizers(eight: Path, broken: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model"])
 def test_any_of_these_is_a_vocabulary(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(donor_module.AutoTokenizer, "from_pretrained", lambda name: ("read from", name))
+    monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda name: ("read from", name))
     with pytest.raises(UserError, match=r"tokenizer.json is not there; .*--tokenizer_path"):
         load_tokenizer(str(tmp_path))
     (tmp_path / file).write_text("of its own kind")

@@ -8,16 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from recursify.checkpoints.guide_names import (
-    copy_attention_weights,
-    copy_mlp_weights,
-    from_guides,
-    guide_name,
-    guide_names,
-    settle,
-    to_guides,
-)
+from recursify.checkpoints.guide_names import from_guides, guide_name, guide_names, to_guides
 from recursify.conversion.layer_selection import make_plan
+from recursify.conversion.mapping import copy_attention_weights, copy_mlp_weights, settle
 from recursify.errors import UserError
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES

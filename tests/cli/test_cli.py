@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from recursify.cli import main as cli
-from recursify.conversion.convert import ConvertSettings
+from recursify.conversion.settings import ConvertSettings
 from recursify.errors import UserError
-from recursify.evaluation.evaluate import EvaluateSettings
-from recursify.inference.generation import GenerateSettings
+from recursify.evaluation.settings import EvaluateSettings
+from recursify.inference.settings import GenerateSettings
 from recursify.training.settings import TrainSettings
 
 

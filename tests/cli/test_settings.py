@@ -36,21 +36,27 @@ from recursify import (
 )
 from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
-from recursify.conversion import convert, inspection
+from recursify.conversion import convert, inspection, probe
+from recursify.conversion.settings import ConvertSettings
 from recursify.data.loading import DataSettings, load_blocks
 from recursify.demo import prose, state_tracking
 from recursify.demo import run as demo
 from recursify.errors import UserError
-from recursify.evaluation import compare
+from recursify.evaluation import compare, lm_eval_harness
 from recursify.evaluation import evaluate as evaluation
+from recursify.evaluation.settings import CompareSettings, EvaluateSettings
 from recursify.hub import export, upload
-from recursify.inference import chat, early_exit, generation
+from recursify.inference import chat, early_exit, generation, session
 from recursify.inference import prompt_file as prompts
+from recursify.inference import settings as write_settings
+from recursify.inference.options import Sampling
+from recursify.inference.settings import GenerateSettings
 from recursify.network import losses
 from recursify.serving import app, engine, running
 from recursify.serving import settings as serve_settings
 from recursify.serving.protocol import ApiError, ChatAsk, CompletionAsk, read
-from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings, fit
+from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings, fit, fitting
+from recursify.training import arguments as training_arguments
 from recursify.training import optimizers as optimizing
 from recursify.training import run as training_run
 from recursify.training import settings as training_settings
@@ -162,7 +168,7 @@ class Cases:
             asked.append(name)
             return torch.device(name or "meta")
 
-        for module in (training_run, training_settings, generation, evaluation, running, serve_settings):
+        for module in (training_run, fitting, training_settings, session, write_settings, evaluation, running, serve_settings):
             self._patch.setattr(module, "choose_device", choose)
         return asked
 
@@ -191,7 +197,7 @@ def of_donor(world: World, name: str) -> dict[str, torch.Tensor]:
 
 
 class Converting(Cases):
-    settings = convert.ConvertSettings
+    settings = ConvertSettings
     required: ClassVar = {"qwen_model": "donor"}
     usual: ClassVar = {"L_layers": 2, "H_cycles": 2, "L_cycles": 1}
 
@@ -231,7 +237,7 @@ class Converting(Cases):
         file = self._tmp / "calibration.txt"
         file.write_text(" ".join(sentences(11, 30)))
         expected = min(8, len(self._world.tokenizer(file.read_text()).input_ids) // 128)
-        windows = self._spy(convert, "_calibration_windows")
+        windows = self._spy(probe, "calibration_windows")
         said: list[str] = []
         settings = self._make(layer_selection="auto", calibration_file=str(file), output_path=str(self._tmp / "out.pt"))
         convert.run(settings, say=said.append)
@@ -341,7 +347,7 @@ class Training(Cases):
     def _launched(self, **given: Any) -> SimpleNamespace:
         """What `train` has ready when the loop is about to begin."""
         caught: list[Any] = []
-        names = ("model", "tokenizer", "train", "held", "settings")
+        names = ("model", "tokenizer", "train", "held", "settings", "device")
 
         def caught_fit(*args: Any, **kwargs: Any) -> Any:
             caught.append(SimpleNamespace(**dict(zip(names, args, strict=True)), **kwargs))
@@ -349,7 +355,7 @@ class Training(Cases):
 
         settings = self._make(**{"dataset_name": self._world.path("text"), "output_dir": str(self._tmp / "out"), **given})
         with self._patch.context() as patch, contextlib.redirect_stderr(io.StringIO()), pytest.raises(Enough):
-            patch.setattr(training_run, "fit", caught_fit)
+            patch.setattr(training_run, "fit_validated", caught_fit)
             training_run.train(settings)
         return caught[0]
 
@@ -374,7 +380,7 @@ class Training(Cases):
                 caught.append(self)
 
         with self._patch.context() as patch:
-            patch.setattr(training_run, "RecursiveTrainer", Waiting)
+            patch.setattr(fitting, "RecursiveTrainer", Waiting)
             self._fitted(**given)
         return caught[0]
 
@@ -566,7 +572,7 @@ class Training(Cases):
                 assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
                 return done
 
-        self._patch.setattr(training_run, "RecursiveTrainer", Kept)
+        self._patch.setattr(fitting, "RecursiveTrainer", Kept)
         self._fitted(max_steps=1, ema_decay=0.05)  # the first average is at most a tenth of what was before
         for average, expected in zip(trainers[0].ema.averages, trainers[0].expected, strict=True):
             torch.testing.assert_close(average, expected)
@@ -701,8 +707,8 @@ class Training(Cases):
     def fsdp(self) -> None:
         with pytest.raises(UserError, match="--fsdp: expected several processes"):
             self._fitted(fsdp=True)
-        self._patch.setattr(training_run, "check_launch", lambda *args: None)
-        sharded = self._spy(training_run, "shard", answer=0)
+        self._patch.setattr(fitting, "check_launch", lambda *args: None)
+        sharded = self._spy(fitting, "shard", answer=0)
         self._trainer(fsdp=True, enable_deep_supervision=True)
         assert [kwargs for _, kwargs, _ in sharded] == [{"reads_every_cycle": True}]
         self._trainer()
@@ -711,8 +717,8 @@ class Training(Cases):
     def deepspeed(self) -> None:
         with pytest.raises(UserError, match="--deepspeed"):
             self._fitted(deepspeed="zero.json")
-        self._patch.setattr(training_run, "check_launch", lambda *args: None)
-        arguments = self._spy(training_run, "TrainingArguments", stop=True)
+        self._patch.setattr(fitting, "check_launch", lambda *args: None)
+        arguments = self._spy(training_arguments, "TrainingArguments", stop=True)
         with pytest.raises(Enough):
             self._fitted(deepspeed="zero.json")
         assert arguments[0][1]["deepspeed"] == "zero.json"
@@ -813,10 +819,10 @@ class Hybrid(FromDonor):
     def tune_lm_head(self) -> None:
         head = self._launched(tune_lm_head=True).model
         assert head.lm_head.weight is not head.model.embed_tokens.weight and not head.config.tie_word_embeddings
-        training_run.freeze_rest(head, self._make(tune_lm_head=True))
+        fitting.freeze_rest(head, self._make(tune_lm_head=True))
         assert head.lm_head.weight.requires_grad and head.model.norm.weight.requires_grad and not embeddings(head).requires_grad
         tied = self._launched().model
-        training_run.freeze_rest(tied, self._make())
+        fitting.freeze_rest(tied, self._make())
         assert tied.lm_head.weight is tied.model.embed_tokens.weight and not tied.model.norm.weight.requires_grad
 
 
@@ -893,7 +899,7 @@ class Writing(Cases):
             blocks.append(ids)
             return SimpleNamespace(threshold=budget / ids.numel(), render=lambda: f"{criterion} at {H_cycles}")  # type: ignore[return-value]
 
-        self._patch.setattr(generation, "calibrate", found)
+        self._patch.setattr(session, "calibrate", found)
         wrote = self._wrote(halt="kl", compute_budget=budget, calibration_file=str(file), H_cycles=3, **given)
         assert "kl at 3" in wrote.err
         return wrote, blocks[0]
@@ -919,7 +925,7 @@ class Writing(Cases):
     def seed(self) -> None:
         first, other, again = (self._wrote(temperature=1.5, max_new_tokens=12, seed=seed).row for seed in (3, 4, 3))
         assert first.token_ids == again.token_ids != other.token_ids
-        sampling = generation.Sampling(temperature=1.5, max_new_tokens=12, stop=tuple(first._until.stop))
+        sampling = Sampling(temperature=1.5, max_new_tokens=12, stop=tuple(first._until.stop))
         drawn = generation.generate_text(self._world.model, self._world.tokenizer, first.prompt_ids, sampling, seed=3)
         assert drawn.token_ids == first.token_ids
 
@@ -929,10 +935,10 @@ class Writing(Cases):
 
 
 class Generating(Writing):
-    settings = generation.GenerateSettings
+    settings = GenerateSettings
 
     def _write(self, said: str, settings: Any) -> None:
-        generation.run(replace(settings, prompt=said))
+        session.run(replace(settings, prompt=said))
 
     def _flags(self, **given: Any) -> list[str]:
         values = {"checkpoint": self._world.path("model.pt"), "device": "cpu", "max_new_tokens": 4, "temperature": 0, **given}
@@ -1206,7 +1212,7 @@ class Measuring(Cases):
 
     def _tasks(self, **given: Any) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
         """What the harness is asked for, and what it is asked to check."""
-        checked = self._spy(evaluation.harness, "check", answer=0)
+        checked = self._spy(lm_eval_harness, "check", answer=0)
         asked = self._spy(evaluation, "run_tasks", answer=[])
         self._run(self._make(**{"max_windows": None, "tasks": ("one,two", "three"), **given}))
         args, kwargs, _ = asked[0]
@@ -1257,10 +1263,10 @@ class Measuring(Cases):
 
 
 class Evaluating(Measuring):
-    settings = evaluation.EvaluateSettings
+    settings = EvaluateSettings
 
     def checkpoint(self) -> None:
-        loaded = self._spy(evaluation, "load_any")
+        loaded = self._spy(evaluation, "load_model")
         assert self._measured(checkpoint=self._world.path("other.pt")).checkpoint == self._world.path("other.pt")
         assert torch.equal(embeddings(loaded[0][2][0]), of_donor(self._world, "other_donor")["model.embed_tokens.weight"])
 
@@ -1271,7 +1277,7 @@ class Evaluating(Measuring):
 
 
 class Comparing(Measuring):
-    settings = compare.CompareSettings
+    settings = CompareSettings
     required: ClassVar = {}
     again: ClassVar = ("halt", "halt_threshold", "json")
 
@@ -1290,7 +1296,7 @@ class Comparing(Measuring):
         return self._said(lambda: cli.compare(words))
 
     def checkpoints(self) -> None:
-        loaded = self._spy(evaluation, "load_any")
+        loaded = self._spy(compare, "load_model")
         self._measured(checkpoints=(self._world.path("donor"), self._world.path("other.pt")))
         assert [report.checkpoint for report in self.compared.reports] == ["donor", "other.pt"]
         for (_, _, (model, _)), name in zip(loaded, ("donor", "other_donor"), strict=True):
@@ -1338,9 +1344,9 @@ class Exporting(Cases):
         folder = Path(given.get("out", out))
         return folder, (folder / "README.md").read_text(), "\n".join(said)
 
-    def _measured(self, **given: Any) -> tuple[evaluation.EvaluateSettings, Any]:
+    def _measured(self, **given: Any) -> tuple[EvaluateSettings, Any]:
         """With a text: what was asked of `evaluate`, and what the card is given of it."""
-        asked, cards = self._spy(evaluation, "evaluate"), self._spy(export, "recursive_card")
+        asked, cards = self._spy(export, "evaluate"), self._spy(export, "recursive_card")
         shape = {"seq_len": SEQ_LEN, "cycles": (1,), "max_windows": 2, "device": "cpu"}
         self._exported(**{"dataset_name": self._world.path("text"), **shape, **given})
         return asked[0][0][2], cards[0][0][3].evaluation
@@ -1445,7 +1451,7 @@ class Showing(Cases):
     def _prose(self, **given: Any) -> TrainSettings:
         self._patch.setattr(prose, "load_documents", lambda source: SimpleNamespace(train=[], validation=[]))
         self._patch.setattr(prose, "tokenize", lambda *args: [])
-        self._patch.setattr(prose.text_losses, "measure", lambda *args: [None])
+        self._patch.setattr(prose.text_loss, "measure", lambda *args: [None])
         return self._fine_tuning(prose, **given)
 
     def _tracking(self, **given: Any) -> TrainSettings:
@@ -1497,7 +1503,7 @@ def test_every_field_has_a_case_and_every_case_a_field() -> None:
 def test_every_job_has_its_settings_here() -> None:
     """As the annotations of the command line say it: whoever adds a job adds cases."""
     source = inspect.getsource(cli)
-    written = set(re.findall(r"\w+\.(\w+Settings)\b", source))
+    written = set(re.findall(r'_(?:command|train)\("\w+", (?:\w+\.)?(\w+Settings)\b', source))
     assert written == {settings_class.__name__ for settings_class in CASES}
 
 

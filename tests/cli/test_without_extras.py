@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOT_THERE = ("datasets", "fastapi", "lm_eval", "pandas", "peft", "pyarrow", "rich", "tyro", "uvicorn")
 
 WITHOUT = f"""
@@ -28,11 +28,13 @@ PROGRAM = """
 from pathlib import Path
 
 import torch
-import recursify.halting
-from recursify import checkpoint, convert
-from recursify.donor import load_tokenizer
-from recursify.generation import Sampling, generate_text
-from recursify.text_losses import measure
+import recursify.inference.early_exit
+from recursify import convert
+from recursify.checkpoints import checkpoint
+from recursify.checkpoints.tokenizer import load_tokenizer
+from recursify.evaluation.text_loss import measure
+from recursify.inference.generation import generate_text
+from recursify.inference.options import Sampling
 from recursify.training import TrainSettings, fit
 
 donor, folder = sys.argv[1:]

@@ -17,18 +17,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from recursify import ConversionPlan, RecursiveLLM, convert
 from recursify.checkpoints import checkpoint
 from recursify.checkpoints import donor as donors_module
-from recursify.checkpoints.guide_names import Fates
 from recursify.conversion import convert as conversion
-from recursify.conversion.convert import (
-    ConvertSettings,
-    SelfCheck,
-    carry_out,
-    compare_logits,
-    compare_tensors,
-    open_donor,
-    resolve_plan,
-    run,
-)
+from recursify.conversion import probe, self_check
+from recursify.conversion.convert import carry_out, open_donor, resolve_plan, run
+from recursify.conversion.mapping import Fates
+from recursify.conversion.self_check import SelfCheck, compare_logits, compare_tensors
+from recursify.conversion.settings import ConvertSettings
+from recursify.data.calibration import calibration_windows
 from recursify.errors import UserError
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_donor, tiny_model
@@ -224,9 +219,9 @@ def test_one_number_that_differs_stops_the_conversion(piece: int, donor: str, do
 
 def test_a_file_that_holds_less_is_not_the_same() -> None:
     numbers = torch.arange(5.0)
-    assert conversion._same_bits(numbers, [numbers[:3], numbers[3:]])
+    assert self_check._same_bits(numbers, [numbers[:3], numbers[3:]])
     for pieces in ([numbers[:3]], [], [numbers[:3], numbers[2:4]], [numbers[:4], -numbers[4:]]):
-        assert not conversion._same_bits(numbers, pieces)
+        assert not self_check._same_bits(numbers, pieces)
 
 
 @pytest.mark.parametrize("name", ["old.pt", "new.pt", "new"])
@@ -520,7 +515,7 @@ def test_how_much_text_auto_reads(count: int, windows: int, tmp_path: Path) -> N
     ids = tokenizer(" ".join(sentences(5, 200)))["input_ids"][:count]
     (tmp_path / "words.txt").write_text(text := tokenizer.decode(ids))
     assert tokenizer(text)["input_ids"] == ids
-    found = conversion._calibration_windows(str(tmp_path / "words.txt"), tokenizer)
+    found = calibration_windows(str(tmp_path / "words.txt"), tokenizer, probe._PROBE_TOKENS, probe._PROBE_WINDOWS)
     assert found.shape == (windows, 128) and found.flatten().tolist() == ids[: windows * 128]
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from recursify.conversion.inspection import inspect, parameters_by_part
-from recursify.conversion.layer_selection import ConversionPlan, make_plan
+from recursify.conversion.layer_selection import make_plan
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
+from recursify.network.plan import ConversionPlan
 from tests.support.tiny import FAMILIES, tiny_config
 
 PLANS = [

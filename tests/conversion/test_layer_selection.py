@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recursify.conversion.layer_selection import SELECTIONS, ConversionPlan, candidates, make_plan, select_layers
+from recursify.conversion.layer_selection import SELECTIONS, candidates, make_plan, select_layers
 from recursify.errors import UserError
+from recursify.network.plan import ConversionPlan
 
 COUNTED = [name for name in SELECTIONS if name != "auto"]
 SIZES = [(N, K) for N in range(1, 49) for K in range(1, N + 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,6 +156,17 @@ def test_an_item_with_one_wide_state_has_none() -> None:
     item = generate("permutations", 5, 1, 0)[0]
     wide = replace(item, labels=(*item.labels[:-1], "nomadic zebra"))
     assert label_tokens(item, TOKENIZER) is not None and label_tokens(wide, TOKENIZER) is None
+
+
+def test_a_state_is_told_with_the_space_before_it_where_that_is_one_token() -> None:
+    item = generate("permutations", 5, 1, 0)[0]
+    ids = {letter: [TOKENIZER(written)["input_ids"] for written in (f" {letter}", letter)] for letter in string.ascii_letters}
+    both = [letter for letter, (spaced, bare) in ids.items() if len(spaced) == len(bare) == 1]
+    alone = [letter for letter, (spaced, bare) in ids.items() if len(spaced) == 2 and len(bare) == 1]
+    assert both and alone
+    told = label_tokens(replace(item, labels=(both[0], alone[0]) * 2 + (both[0],)), TOKENIZER)
+    assert told is not None
+    assert told[2] == [ids[both[0]][0][0], ids[alone[0]][1][0]] * 2 + [ids[both[0]][0][0]]
 
 
 def test_rows_that_are_full_to_the_last_token() -> None:

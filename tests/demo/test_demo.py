@@ -39,7 +39,8 @@ def test_the_demo_makes_a_page_and_a_checkpoint(out: Path) -> None:
 
 @pytest.mark.slow
 def test_the_numbers_in_the_page_can_be_measured_again(out: Path) -> None:
-    from recursify.evaluation.evaluate import EvaluateSettings, run
+    from recursify.evaluation.evaluate import run
+    from recursify.evaluation.settings import EvaluateSettings
 
     settings = EvaluateSettings(checkpoint=str(out / "recursive.pt"), dataset_name=str(out / "language_reference"), cycles=(1, 5))
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -64,7 +65,8 @@ def test_the_commands_in_the_page_do_the_same_one_by_one(out: Path, capsys: pyte
 
 @pytest.mark.slow
 def test_the_tracker_s_figures_are_those_of_evaluate(out: Path) -> None:
-    from recursify.evaluation.evaluate import EvaluateSettings, run
+    from recursify.evaluation.evaluate import run
+    from recursify.evaluation.settings import EvaluateSettings
 
     (asked,) = run(
         EvaluateSettings(
@@ -105,7 +107,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_a_run_that_ctrl_c_has_ended_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = FitResult(history=[], steps=1, tokens=1, seconds=1.0, eval_loss=None, best_eval_loss=None, interrupted=True)
     monkeypatch.setattr(prose, "fit", lambda *args: ended)
-    monkeypatch.setattr(prose.text_losses, "measure", lambda *args: [None])
+    monkeypatch.setattr(prose.text_loss, "measure", lambda *args: [None])
     with pytest.raises(KeyboardInterrupt):
         demo.run(demo.DemoSettings(output_dir=str(tmp_path)))
     assert not (tmp_path / "report.html").exists()

@@ -3,9 +3,7 @@
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -22,17 +20,14 @@ from recursify.demo.report import (
     TokenRow,
     findings,
     number,
-    perplexity,
     render,
     running_mean,
     signed,
     visible,
     write,
 )
-from tests.reports.test_charts import coordinates
-
-HOSTILE = '</style></svg><script src="http://bad">&amp;"\'\x00\u202e\ud800'
-VOID = {"meta", "link"}
+from recursify.network.losses import perplexity
+from tests.support.pages import HOSTILE, Page, coordinates, pictures
 
 
 def depths(*losses: float, error: float | None = 0.0123) -> tuple[DepthPoint, ...]:
@@ -67,40 +62,6 @@ def example() -> DemoReport:
         commands=("recursify convert --L_layers 4", "recursify train --seed 0"),
         limits=("A limit of this run.",),
     )
-
-
-class Page(HTMLParser):
-    """The page's tags, attributes and text; fails on tags that do not close in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.words: list[str] = []
-        self.feed(html)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.words)
-
-
-def pictures(html: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
 
 
 # The page

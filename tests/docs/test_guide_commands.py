@@ -20,16 +20,16 @@ import torch
 from transformers import Qwen2Config
 
 from recursify.cli import main as cli
-from recursify.conversion.convert import ConvertSettings
 from recursify.conversion.inspection import inspect
 from recursify.conversion.layer_selection import make_plan
+from recursify.conversion.settings import ConvertSettings
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.losses import cycle_shares, cycle_weights
 from recursify.training import TrainSettings, cost
 from tests.support import tiny
 from tests.support.hub_stand_in import HubStandIn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONVERSION, SUPERVISION = "QWEN_TO_RECURSIVE_GUIDE.md", "DEEP_SUPERVISION_GUIDE.md"
 GUIDES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in (CONVERSION, SUPERVISION)}
 SCRIPTS: dict[str, Callable[[list[str]], None]] = {

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.hub_stand_in import HubStandIn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(line: str, folder: Path, typed: str = "") -> subprocess.CompletedProcess[str]:

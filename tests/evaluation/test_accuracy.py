@@ -14,8 +14,8 @@ from recursify.data.tasks import Item, as_text, prompt
 from recursify.errors import UserError
 from recursify.evaluation import accuracy
 from recursify.evaluation.accuracy import Accuracy, QuestionsReport, ask
-from recursify.inference.generation import Sampling, generate_text
-from recursify.inference.options import Effort
+from recursify.inference.generation import generate_text
+from recursify.inference.options import Effort, Sampling
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor, tiny_model
 
 RUNS = [Effort(H_cycles=H) for H in (0, 1, 2)]
@@ -189,7 +189,7 @@ def test_labels_are_guessed_in_one_pass(states: list[Item], model: RecursiveLLM)
         for item in states:
             ids, places, targets = accuracy.label_tokens(item, TOKENIZER)  # type: ignore[misc]
             with torch.no_grad():
-                logits = model(torch.tensor([ids]), **run.arguments(model)).logits[0, places]
+                logits = model(torch.tensor([ids]), **run.generate_kwargs(model)).logits[0, places]
             by_hand.append((logits.argmax(dim=-1) == torch.tensor(targets)).tolist())
         assert rights[index].tolist() == [guesses[-1] for guesses in by_hand]
         mine = [row for row in report.rows if (row.H_cycles, row.halt) == (run.H_cycles, None if run.halt == "none" else run.halt)]

@@ -16,10 +16,11 @@ from recursify import convert
 from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
 from recursify.errors import UserError
-from recursify.evaluation import evaluate
+from recursify.evaluation import compare as comparison
 from recursify.evaluation.accuracy import Accuracy, QuestionsReport
-from recursify.evaluation.compare import CompareSettings, Comparison, Measured, compare, run, short_names
+from recursify.evaluation.compare import Comparison, Measured, compare, run, short_names
 from recursify.evaluation.evaluate import EvaluateReport, Paired
+from recursify.evaluation.settings import CompareSettings
 from recursify.evaluation.statistics import mcnemar_p, student_p
 from recursify.evaluation.text_loss import DepthLoss, PairedText, TextReport
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_model
@@ -232,7 +233,7 @@ def test_the_command_measures_both_on_the_same(folder: Path, capsys: pytest.Capt
 
 
 def test_one_model_is_in_memory_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, before = evaluate.load_any, []
+    load, before = comparison.load_model, []
 
     def load_alone(*names: Any) -> Any:
         assert all(model() is None for model in before)
@@ -240,7 +241,7 @@ def test_one_model_is_in_memory_at_a_time(folder: Path, monkeypatch: pytest.Monk
         before.append(weakref.ref(model))
         return model, tokenizer
 
-    monkeypatch.setattr(evaluate, "load_any", load_alone)
+    monkeypatch.setattr(comparison, "load_model", load_alone)
     paths = tuple(str(folder / name) for name in ("donor", "ours.pt"))
     found = run(CompareSettings(checkpoints=paths, dataset_name=str(folder / "t.txt"), seq_len=16, device="cpu", max_windows=2))
     assert len(before) == 2 and [report.checkpoint for report in found.reports] == ["donor", "ours.pt"]
@@ -254,7 +255,7 @@ def test_one_tokenizer_may_be_named_for_all(folder: Path, monkeypatch: pytest.Mo
         asked.append(names)
         raise UserError("enough")
 
-    monkeypatch.setattr(evaluate, "load_any", load)
+    monkeypatch.setattr(comparison, "load_model", load)
     with pytest.raises(UserError, match="enough"):
         run(CompareSettings(checkpoints=("x", "y"), dataset_name=str(folder / "t.txt"), tokenizer_path="words", device="cpu"))
     assert asked == [("x", "words")]

@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recursify.evaluation import cycle_stats
 from recursify.evaluation.cycle_stats import (
     Telemetry,
-    read_out,
     scored_places,
     summarise,
     summarise_halting,
@@ -21,7 +19,9 @@ from recursify.evaluation.cycle_stats import (
     sums_of_halting,
 )
 from recursify.inference import early_exit
-from tests.network.test_decoding_recursive_llm import CRITERIA, ids, middling, recursive
+from recursify.network import losses
+from recursify.network.losses import read_out
+from tests.support.early_exit import CRITERIA, ids, middling, recursive
 
 H, WINDOWS, LENGTH = 4, 5, 12
 SCORED = torch.tensor([LENGTH - 1, 4, 4, 4, 4])  # as where windows overlap
@@ -108,7 +108,7 @@ def test_few_logits_at_a_time_change_nothing(model: Any, monkeypatch: pytest.Mon
     places, state = scored_places(x, torch.tensor([39] * WINDOWS)), states_of(model, x)[-1]
     with torch.no_grad():
         whole = read_out(model.lm_head, state, x, places)
-        monkeypatch.setattr(cycle_stats, "CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1)
         pieces = read_out(model.lm_head, state, x, places)
     assert len(whole[0]) == 39 * WINDOWS and torch.allclose(whole[0], pieces[0], atol=1e-5) and torch.equal(whole[1], pieces[1])
 

@@ -18,13 +18,15 @@ from torch import distributed
 
 from recursify import RecursiveLLM, convert
 from recursify.checkpoints import checkpoint
+from recursify.checkpoints.loading import load_model
 from recursify.cli import main as cli
 from recursify.data import tasks
 from recursify.errors import UserError
-from recursify.evaluation.evaluate import EvaluateSettings, check, evaluate, evaluate_paired, load_any, run
+from recursify.evaluation.evaluate import evaluate, evaluate_paired, run
+from recursify.evaluation.settings import EvaluateSettings, question_sets
 from recursify.utils.distributed import is_first
+from tests.support.parallel_runs import launch
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_donor, tiny_model
-from tests.training.test_parallel import launch
 
 MADE = "pointers:difficulty=1-2,count=3"
 
@@ -115,7 +117,8 @@ def test_wikitext_is_measured_unless_something_else_is() -> None:
 
 
 def test_questions_are_those_of_the_test_split(model: RecursiveLLM) -> None:
-    report, paired = evaluate_paired(model, make_tiny_tokenizer(), settings(questions=(MADE, f"{MADE},seed=1"), cycles=(0, 2)), "mine")
+    asked = settings(questions=(MADE, f"{MADE},seed=1"), cycles=(0, 2))
+    report, paired = evaluate_paired(model, make_tiny_tokenizer(), asked, "mine", question_sets(asked))
     assert report.checkpoint == "mine" and report.text is None and "text" not in report.render()
     assert [part.name for part in report.questions] == [MADE, f"{MADE},seed=1"] and report.questions[0].items == 6
     assert [(row.H_cycles, row.difficulty, row.count) for row in report.questions[0].rows] == [
@@ -127,7 +130,7 @@ def test_questions_are_those_of_the_test_split(model: RecursiveLLM) -> None:
 
 def test_rights_are_of_runs_without_halting(model: RecursiveLLM, text: Path) -> None:
     asked = settings(questions=(MADE,), dataset_name=str(text), halt="kl", cycles=(1, 2))
-    report, paired = evaluate_paired(model, make_tiny_tokenizer(), asked, "mine")
+    report, paired = evaluate_paired(model, make_tiny_tokenizer(), asked, "mine", question_sets(asked))
     assert paired.rights[MADE].shape == (2, 6) and paired.text is not None and paired.text.nats.shape[0] == 2
     assert len(report.to_dict()["questions"][0]["halting"]) == 3 and f"{MADE}: 6 questions" in report.render()
 
@@ -173,11 +176,11 @@ def test_a_page_is_written(model: RecursiveLLM, text: Path, tmp_path: Path, caps
 
 def test_what_is_at_the_edge_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[Any] = []
-    monkeypatch.setattr("recursify.evaluation.evaluate.harness.check", lambda *asked: known.append(asked))
+    monkeypatch.setattr("recursify.evaluation.lm_eval_harness.check", lambda *asked: known.append(asked))
     for edge in ({"cycles": (0,)}, {"seq_len": 2, "stride": 2, "batch_size": 1}, {"stride": 1, "max_windows": 1}, {"stride": 128}):
-        check(settings(**({"seq_len": 128} | edge)))
+        settings(**({"seq_len": 128} | edge)).validate()
     assert known == []
-    check(settings(tasks=("a,b",), tasks_folder="here", max_items=1))
+    settings(tasks=("a,b",), tasks_folder="here", max_items=1).validate()
     assert known == [(("a", "b"), "here")]
 
 
@@ -274,14 +277,14 @@ def test_windows_longer_than_the_positions(model: RecursiveLLM, text: Path) -> N
 def test_a_donor_that_is_refused_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "final_logit_softcapping": 30.0}))
     with pytest.raises(UserError, match="soft-capping"):
-        load_any(str(tmp_path))
+        load_model(str(tmp_path))
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such"):
-        load_any(str(tmp_path / "nothing.pt"))
+        load_model(str(tmp_path / "nothing.pt"))
     with pytest.raises(UserError, match="no such"):
-        load_any(str(tmp_path / "nothing"))
+        load_model(str(tmp_path / "nothing"))
 
 
 # --- Several processes -------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from recursify import RecursiveLLM, convert
 from recursify.errors import UserError
 from recursify.evaluation import lm_eval_harness
 from recursify.evaluation.lm_eval_harness import TaskScore, run_tasks
-from recursify.inference.generation import Sampling, generate_text
-from recursify.inference.options import Effort
+from recursify.inference.generation import generate_text
+from recursify.inference.options import Effort, Sampling
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor, tiny_model
 
 RUNS = [Effort(H_cycles=H) for H in (0, 2)]
@@ -51,7 +51,7 @@ def choose(model: Any, question: str, run: Effort) -> int:
     for choice in CHOICES:
         ids = torch.tensor([TOKENIZER(f"{question} {choice}").input_ids])
         with torch.no_grad():
-            logs = model(ids, **run.arguments(model)).logits[0].log_softmax(dim=-1)
+            logs = model(ids, **run.generate_kwargs(model)).logits[0].log_softmax(dim=-1)
         found.append(logs[context - 1 : -1].gather(1, ids[0, context:, None]).sum().item())
     return found.index(max(found))
 

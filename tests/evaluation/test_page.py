@@ -11,8 +11,7 @@ import pytest
 
 from recursify.evaluation.page import render, write
 from recursify.reports.html import number
-from tests.demo.test_report import HOSTILE, Page, pictures
-from tests.reports.test_charts import coordinates
+from tests.support.pages import HOSTILE, Page, coordinates, pictures
 
 PIECES = ("The", " quiet", " ship", " crosses", " the", " old", " river", " .\n", "", "北", " and", " back")
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from recursify import RecursiveLLM, convert
 from recursify.data.settings import DataSettings
-from recursify.evaluation.text_loss import PairedText, Text, TextReport, measure, measure_text, open_text, standard_error, window_losses
-from recursify.evaluation.windows import Windows, mean_and_error
+from recursify.evaluation.statistics import mean_and_error, standard_error
+from recursify.evaluation.text_loss import PairedText, Text, TextReport, measure, measure_text, open_text, window_losses
+from recursify.evaluation.windows import Windows
 from recursify.inference.options import Effort
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_model
 

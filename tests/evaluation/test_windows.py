@@ -15,7 +15,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from recursify.data.loading import tokenize
-from recursify.evaluation.windows import Windows, mean_and_error, stream_bytes, token_bytes
+from recursify.evaluation.statistics import mean_and_error
+from recursify.evaluation.token_bytes import stream_bytes, token_bytes
+from recursify.evaluation.windows import Windows
 from tests.support.tiny import make_tiny_tokenizer
 
 LENGTH, TOKENS = 8, 48

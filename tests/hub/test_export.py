@@ -220,7 +220,8 @@ def test_measured_now(place: Path) -> None:
     card = (place / "out" / "README.md").read_text()
     assert "text.txt, 3 windows of 16 tokens." in card and "| 2 (the model's own) |" in card and "](loss_by_cycles.svg)" in card
     found, tokenizer = checkpoint.load(place / "out").model, AutoTokenizer.from_pretrained(place / "out", trust_remote_code=True)
-    from recursify.evaluation.evaluate import EvaluateSettings, evaluate
+    from recursify.evaluation.evaluate import evaluate
+    from recursify.evaluation.settings import EvaluateSettings
 
     asked = EvaluateSettings(checkpoint="", dataset_name="text.txt", seq_len=16, max_windows=3, cycles=(0, 2))
     text = evaluate(found, tokenizer, asked).text

@@ -20,9 +20,9 @@ from recursify.inference import chat
 from recursify.inference.chat import Chat, ChatSettings
 from recursify.inference.chat_prompt import Dialogue
 from recursify.inference.generation import generate_text
-from tests.inference.test_chat_prompt import with_template
-from tests.inference.test_prefix_cache import reading
+from tests.support.reading import reading
 from tests.support.tiny import make_tiny_tokenizer, tiny_model
+from tests.support.tokenizers import with_template
 
 SETTINGS = ChatSettings(checkpoint="x", temperature=0, max_new_tokens=6)
 HELLO = "Say something. /help lists the commands.\n"

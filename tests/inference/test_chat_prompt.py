@@ -11,20 +11,10 @@ from transformers import AutoTokenizer
 from recursify.errors import UserError
 from recursify.inference.chat_prompt import Dialogue
 from tests.support.tiny import make_qwen_tokenizer, make_tiny_tokenizer
+from tests.support.tokenizers import with_template
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "龙虾🦞"}]  # fmt: skip
-
-
-def with_template(template: str = CHATML) -> Any:
-    tokenizer = make_tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def test_the_template_of_the_tokenizer() -> None:

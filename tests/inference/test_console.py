@@ -88,8 +88,8 @@ def test_where_lines_are_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 # its lines.
 SESSIONS = """
 import os, readline, sys, time
-from recursify.console import Console, line_editing
-from recursify.generation import GenerateSettings
+from recursify.inference.console import Console, line_editing
+from recursify.inference.settings import GenerateSettings
 
 class Echo(Console):
     sign = "Say: "
@@ -157,7 +157,7 @@ def test_at_a_real_terminal(tmp_path: Path) -> None:
         "XDG_STATE_HOME": str(tmp_path / "state"),
         "TERM": "xterm",
         "LC_ALL": "C.UTF-8",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
     terminal = Terminal(textwrap.dedent(SESSIONS), environment)
     for text, answer in (("龙虾 🦞\n", "heard '龙虾 🦞'"), (up + "\n", "heard '龙虾 🦞'"), ('"""\n/one\ntwo\n"""\n', r"heard '/one\ntwo'")):

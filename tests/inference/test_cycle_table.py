@@ -15,9 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.inference.cycle_table import CycleGuess, TokenSteps, _guesses, recursive_steps, render_steps, visible
-from recursify.inference.generation import GenerateSettings, Sampling, generate_text, write_once
-from tests.inference.test_streaming import sentencepiece_like
+from recursify.inference.generation import generate_text
+from recursify.inference.options import Sampling
+from recursify.inference.session import write_once
+from recursify.inference.settings import GenerateSettings
 from tests.support.tiny import END_OF_TEXT, make_tiny_tokenizer, tiny_model
+from tests.support.tokenizers import sentencepiece_like
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 

@@ -10,7 +10,7 @@ import torch
 
 from recursify.errors import UserError
 from recursify.inference.early_exit import applications, calibrate, measure
-from tests.network.test_decoding_recursive_llm import CRITERIA, EARLIEST, NEVER, exits, ids, recursive, splitting, tokens_through
+from tests.support.early_exit import CRITERIA, EARLIEST, NEVER, exits, ids, recursive, splitting, tokens_through
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -22,25 +22,14 @@ from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.inference.cycle_table import recursive_steps
 from recursify.inference.early_exit import applications
-from recursify.inference.generation import (
-    Generated,
-    GenerateSettings,
-    Sampling,
-    calibrated,
-    check_ids,
-    encode_prompt,
-    end_tokens,
-    forgiving,
-    generate_batch,
-    generate_text,
-    load,
-    run,
-    spent,
-    write_once,
-)
+from recursify.inference.generation import Generated, generate_batch, generate_text, spent
+from recursify.inference.options import Sampling
+from recursify.inference.prompt import check_ids, encode_prompt, end_tokens
+from recursify.inference.session import calibrated, forgiving, load, run, write_once
+from recursify.inference.settings import GenerateSettings
 from recursify.utils.device import choose_device
-from tests.inference.test_streaming import sentencepiece_like
 from tests.support.tiny import END_OF_TEXT, make_tiny_tokenizer, tiny_model
+from tests.support.tokenizers import sentencepiece_like
 
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 PROMPTS = ["The old lobster", " leading space", "trailing space ", "two\nlines\n", "龙虾和🦞", "/tmp/café"]
@@ -263,12 +252,12 @@ def test_dropout_is_off_while_writing(tokenizer: Any) -> None:
 def test_special_tokens_lead_but_never_follow_the_prompt() -> None:
     tokenizer = sentencepiece_like()
     assert tokenizer("one two").input_ids[-1] == tokenizer.eos_token_id
-    ids = encode_prompt(tiny_model("llama", num_hidden_layers=1), tokenizer, "one two")
+    ids = encode_prompt(tiny_model("llama", num_hidden_layers=1), tokenizer, "one two").ids
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁one", "▁two"]
 
 
 def test_an_end_token_that_the_user_typed_stays(model: Any, tokenizer: Any) -> None:
-    assert encode_prompt(model, tokenizer, f"one{END_OF_TEXT}")[-1] == tokenizer.eos_token_id
+    assert encode_prompt(model, tokenizer, f"one{END_OF_TEXT}").ids[-1] == tokenizer.eos_token_id
 
 
 def test_training_mode_is_put_back(model: Any, tokenizer: Any) -> None:
@@ -521,7 +510,7 @@ def test_what_is_calibrated_on(
         asked.append((blocks, *rest))
         raise UserError("enough")
 
-    monkeypatch.setattr("recursify.inference.generation.calibrate", calibrate)
+    monkeypatch.setattr("recursify.inference.session.calibrate", calibrate)
     text = " ".join(f"river {number}" for number in range(words))
     (tmp_path / "like.txt").write_text(text)
     settings = GenerateSettings(checkpoint="x", halt="kl", compute_budget=0.7, H_cycles=2, calibration_file=str(tmp_path / "like.txt"))

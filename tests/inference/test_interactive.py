@@ -17,8 +17,9 @@ from recursify.checkpoints import checkpoint
 from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.inference import interactive
-from recursify.inference.generation import GenerateSettings, generate_text
+from recursify.inference.generation import generate_text
 from recursify.inference.interactive import Conversation
+from recursify.inference.settings import GenerateSettings
 from tests.support.tiny import make_tiny_tokenizer, tiny_model
 
 SETTINGS = GenerateSettings(checkpoint="x", temperature=0, max_new_tokens=6)

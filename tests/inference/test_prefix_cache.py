@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recursify.conversion.convert import convert
-from recursify.inference.generation import Sampling, generate_text
-from recursify.inference.options import Effort
+from recursify.inference.generation import generate_text
+from recursify.inference.options import Effort, Sampling
 from recursify.inference.prefix_cache import Memory
+from tests.support.reading import reading
 from tests.support.tiny import make_tiny_tokenizer, tiny_model
 
 GREEDY = Sampling(temperature=0, max_new_tokens=6)
@@ -42,17 +41,6 @@ def model(donor_folder: Path) -> Any:
 def sliding() -> Any:
     """A plain model whose layers see six tokens back."""
     return tiny_model("mistral", num_hidden_layers=2)
-
-
-@contextmanager
-def reading(model: Any) -> Iterator[list[int]]:
-    """Tokens of each pass through the embeddings."""
-    counts: list[int] = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].shape[1]))
-    try:
-        yield counts
-    finally:
-        hook.remove()
 
 
 def turn(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, memory: Memory) -> list[int]:

@@ -14,8 +14,9 @@ from recursify.checkpoints import checkpoint
 from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.inference import prompt_file
-from recursify.inference.generation import GenerateSettings, generate_text
+from recursify.inference.generation import generate_text
 from recursify.inference.prompt_file import Prompt, read_prompts
+from recursify.inference.settings import GenerateSettings
 from tests.support.tiny import make_tiny_tokenizer
 
 TEXTS = ["The old lobster", "A", "  two words ", "quiet village songs", "龙虾和🦞", "The castle\\n follows", "one"]

@@ -8,22 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from recursify.inference.streaming import Row, Rows, TextPieces, UntilStop
 from tests.support.tiny import make_qwen_tokenizer, make_tiny_tokenizer
-
-
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Llama's kind: a space is part of a word, dropped at the start of a text; unknown characters are byte tokens."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁one", "▁two", "▁three"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+from tests.support.tokenizers import sentencepiece_like
 
 
 def test_a_space_that_the_decoder_drops_at_a_start_is_kept() -> None:

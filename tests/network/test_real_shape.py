@@ -21,7 +21,7 @@ from recursify import RecursiveLLM
 from recursify.checkpoints import checkpoint
 from tests.support.tiny import make_qwen_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {
     "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
     "num_key_value_heads": 2, "max_position_embeddings": 131_072, "tie_word_embeddings": True, "eos_token_id": 151_643,

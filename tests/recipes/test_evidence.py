@@ -18,7 +18,7 @@ from recursify import RecursiveLLM
 from recursify.network.configuration_recursive_llm import from_donor
 from tests.support.tiny import tiny_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = tables.PAGES[0].read_text(encoding="utf-8")
 
 

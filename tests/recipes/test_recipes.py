@@ -13,17 +13,17 @@ from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from recursify.cli import main as cli
 from recursify.cli.recipe import NOTES
-from recursify.conversion.convert import ConvertSettings
 from recursify.conversion.layer_selection import make_plan
+from recursify.conversion.settings import ConvertSettings
 from recursify.errors import UserError
-from recursify.evaluation.evaluate import EvaluateSettings
-from recursify.inference.generation import GenerateSettings
+from recursify.evaluation.settings import EvaluateSettings
+from recursify.inference.settings import GenerateSettings
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.serving import ServeSettings
 from recursify.training import cost
 from recursify.training.settings import EmbeddingSettings, HybridSettings, TrainSettings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"), key=lambda path: path.name)
 CLASSES: dict[str, Any] = {
     "convert": ConvertSettings, "train": TrainSettings, "train_trm": EmbeddingSettings, "train_trm_hybrid": HybridSettings,
@@ -130,7 +130,7 @@ def test_the_quick_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     text = "".join(json.dumps({"text": topics[name][:4000]}) + "\n" for name in sorted(topics)[:24])
     Path("quick.jsonl").write_text(text, encoding="utf-8")
     recipe = ["--config", str(ROOT / "recipes" / "quick.yaml")]
-    cli.main(["convert", *recipe, "--qwen_model", str(ROOT / "recursify" / "demo_donor")])
+    cli.main(["convert", *recipe, "--qwen_model", str(ROOT / "recursify" / "demo" / "donors" / "prose")])
     cli.main(["train", *recipe, "--max_steps", "2", "--seq_len", "32"])
     cli.main(["evaluate", *recipe, "--seq_len", "32", "--json"])
     report = capsys.readouterr().out.splitlines()[-1]

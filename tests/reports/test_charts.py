@@ -8,13 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from recursify.reports import charts
-
-
-def coordinates(svg: ElementTree.Element) -> list[float]:
-    places = {"x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height"}
-    found = [value for node in svg.iter() for key, value in node.attrib.items() if key in places]
-    found += [value for node in svg.iter() for value in node.attrib.get("points", "").replace(",", " ").split()]
-    return [float(value) for value in found]
+from tests.support.pages import coordinates
 
 
 def test_labels_do_not_cover_each_other() -> None:

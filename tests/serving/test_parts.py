@@ -229,4 +229,5 @@ def test_a_signal_ends_the_process_well(model: Any, tmp_path: Path) -> None:
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, out, err) == (0, "stopped\n", "")
+    said = [line for line in err.splitlines() if "torchao" not in line and "_pytree.py" not in line]  # torch's own, of an optional package
+    assert (process.returncode, out, said) == (0, "stopped\n", [])

@@ -25,7 +25,7 @@ from tests.support.served import PROMPTS, Running, chatty_tokenizer, ids_of, run
 from tests.support.tiny import tiny_model
 
 DEPTHS = (1, 3, 0)
-DOCS = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from recursify.checkpoints import checkpoint
+from recursify.checkpoints.loading import load_model
 from recursify.cli import main as cli
 from recursify.errors import UserError
-from recursify.evaluation.evaluate import load_any
-from recursify.inference.generation import GenerateSettings, generate_text
-from recursify.inference.generation import load as load_to_write
+from recursify.inference.generation import generate_text
+from recursify.inference.session import load as load_to_write
+from recursify.inference.settings import GenerateSettings
 from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings, fit, train
-from recursify.training import run as training_run
+from recursify.training import gains as gains_module
 from recursify.training.approaches import APPROACHES, freeze_rest, from_donor, untied
 from recursify.training.gains import injections
 from recursify.training.saving import BEST
@@ -207,7 +208,7 @@ def test_a_loop_that_knows_something_starts_from_a_gain_that_costs_little(
         seen.append(loss())
         return 0.2, [(0.2, 0.0)]
 
-    monkeypatch.setattr(training_run, "calibrate", calibrated)
+    monkeypatch.setattr(gains_module, "calibrate", calibrated)
     held = blocks(corner, "validation")
     ids = torch.tensor([row["input_ids"] for row in held])
     for fresh in (False, True):
@@ -324,7 +325,7 @@ def test_embedding_models_refuse_to_write(corner: Path, tmp_path: Path, capsys: 
         with pytest.raises(UserError, match=rf"^{re.escape(str(form))}: {message}"):
             load_to_write(GenerateSettings(checkpoint=str(form)))
         with pytest.raises(UserError, match=message):
-            load_any(str(form))
+            load_model(str(form))
     for flags in (["--prompt", "The ship"], []):  # once, and interactively
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -339,7 +340,7 @@ def test_hybrid_models_write(tune: bool, corner: Path, tmp_path: Path) -> None:
     model, tokenizer = load_to_write(GenerateSettings(checkpoint=str(best), device="cpu"))
     assert generate_text(model, tokenizer, "The old ship", seed=0).text
     assert model.config.tie_word_embeddings is not tune
-    assert load_any(str(best))[0].config.H_cycles == 2
+    assert load_model(str(best))[0].config.H_cycles == 2
 
 
 # Going on

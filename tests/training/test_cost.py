@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from recursify.network import size
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.losses import CHUNK_ELEMENTS, Reference, losses_and_divergences, next_token_loss
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
@@ -40,7 +41,7 @@ def build(config: Any, checkpointing: bool = False, frozen: set[str] = frozenset
     """A model in training, whose attention is matrix products that torch's counter sees."""
     config._attn_implementation = "eager"
     model = CLASSES[config.model_type](config).train()
-    for name, part in cost._recursive_parts(model, config).items():
+    for name, part in size._recursive_parts(model, config).items():
         part.requires_grad_(name not in frozen)
     if checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -135,12 +136,12 @@ def test_a_plain_donor(family: str) -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     ids = torch.randint(0, 100, (B, T))
     assert cost.step_flops(config, B * T, T) == flops_of(lambda: model(ids, use_cache=False).logits.sum().backward())
-    assert sum(cost.parameters_by_part(config).values()) == sum(p.numel() for p in model.parameters())
+    assert sum(size.parameters_by_part(config).values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_it_is_palms_formula() -> None:
     config = tiny_config("llama", num_hidden_layers=3)
-    matrices = sum(cost.shape_of(config).matrices.values())
+    matrices = sum(size.shape_of(config).matrices.values())
     assert cost.step_flops(config, 1, T) == 6 * matrices + 12 * 3 * config.hidden_size * T
 
 
@@ -179,7 +180,7 @@ def test_a_teacher(chunk: int | None) -> None:
 
 def test_learning_from_the_last_cycle() -> None:
     config = config_of(H=3)
-    shape = cost.shape_of(config)
+    shape = size.shape_of(config)
     plain, full = (cost.step_flops(config, 1, T, supervised=3, self_distills=on) for on in (False, True))
     assert full - plain == 2 * 2 * shape.matrices["lm_head"]
     cycle = cost.step_flops(config, 1, T, supervised=3, self_distills=True, backprop="cycle")
@@ -294,15 +295,15 @@ def test_bytes_by_hand() -> None:
 
 def test_a_slot_by_hand() -> None:
     config = config_of("llama")  # 2 key and value heads of 8
-    assert (cost.slot_bytes(config), cost.slot_bytes(config, 4)) == (2 * 16 * 2, 2 * 16 * 4)
-    assert cost.slot_bytes(GPT2Config(n_embd=32, n_layer=2, n_head=4)) == 2 * 32 * 2  # no fewer of these than of queries
-    assert cost.slot_bytes(config_of("qwen3")) == 2 * 2 * 16 * 2  # heads of 16 in a hidden size of 32
+    assert (size.slot_bytes(config), size.slot_bytes(config, 4)) == (2 * 16 * 2, 2 * 16 * 4)
+    assert size.slot_bytes(GPT2Config(n_embd=32, n_layer=2, n_head=4)) == 2 * 32 * 2  # no fewer of these than of queries
+    assert size.slot_bytes(config_of("qwen3")) == 2 * 2 * 16 * 2  # heads of 16 in a hidden size of 32
 
 
 def test_memory_by_part() -> None:
     config = config_of()
-    count = sum(cost.parameters_by_part(config).values())
-    layers = sum(cost.shape_of(config).matrices[part] for part in ("prelude", "L_level", "coda"))
+    count = sum(size.parameters_by_part(config).values())
+    layers = sum(size.shape_of(config).matrices[part] for part in ("prelude", "L_level", "coda"))
 
     def memory(**options: Any) -> dict[str, float]:
         return cost.memory_by_part(config, B * T, **options)
@@ -312,7 +313,7 @@ def test_memory_by_part() -> None:
     states = [memory(optimizer=optimizer)["optimizer"] for optimizer in ("adamw", "muon", "adamw_8bit")]
     assert states == [8 * count, 8 * count - 4 * layers, 2 * count]
     assert memory(supervised=2, backprop="cycle")["gradients"] == 4 * count
-    assert memory(teacher_config=tiny_config("qwen2"))["teacher"] == 2 * sum(cost.parameters_by_part(tiny_config("qwen2")).values())
+    assert memory(teacher_config=tiny_config("qwen2"))["teacher"] == 2 * sum(size.parameters_by_part(tiny_config("qwen2")).values())
     assert memory()["logits"] == 16 * B * T * config.vocab_size
     assert memory(supervised=2)["logits"] == 24 * B * T * config.vocab_size  # a single chunk is kept, the first readout's beside the last
     assert memory(supervised=2, backprop="cycle")["logits"] == memory()["logits"]
@@ -334,7 +335,7 @@ def test_memory_of_several_devices() -> None:
     )
     for part in ("weights", "gradients", "optimizer"):
         assert last[part] == alone[part] / 4
-    parts, layer = cost.parameters_by_part(config), cost.shape_of(config).matrices["L_level"] / 2
+    parts, layer = size.parameters_by_part(config), size.shape_of(config).matrices["L_level"] / 2
     root = sum(parts[part] for part in ("embeddings", "L_level", "norm", "recursion", "lm_head"))
     assert last["exchange"] == 4 * (2 * root + 3 * layer)
     assert every["exchange"] - last["exchange"] == 4 * 2 * parts["coda"]  # in the root where every cycle is read out
@@ -357,7 +358,7 @@ def test_a_run_adds_up() -> None:
     found = cost.estimate(config, settings(), steps=10, world_size=2)
     assert found.tokens == 10 * 3 * 2 * 2 * 32
     assert found.flops == found.tokens * cost.step_flops(config, 1, 32, supervised=3)
-    assert found.parameters == found.trained_parameters == sum(cost.parameters_by_part(config).values())
+    assert found.parameters == found.trained_parameters == sum(size.parameters_by_part(config).values())
     assert found.memory_total == sum(found.memory.values()) == found.to_dict()["memory_total"]
     assert json.loads(json.dumps(found.to_dict()))["devices"] == 2
     text = found.render()
@@ -496,7 +497,7 @@ def test_the_curriculum_is_the_trainers() -> None:
 
 def test_approaches_train_their_parts() -> None:
     config = config_of("llama")
-    parts = cost.parameters_by_part(config)
+    parts = size.parameters_by_part(config)
     loop = parts["L_level"] + parts["recursion"]
     rows: list[tuple[dict[str, Any], int]] = [
         ({"approach": "full"}, sum(parts.values())),
@@ -521,7 +522,7 @@ def test_frozen_embeddings_are_not_trained() -> None:
 
 
 def test_the_table_in_the_documentation_is_what_its_script_prints() -> None:
-    text = (Path(__file__).resolve().parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (table,) = re.findall(r"<!-- table -->\n\n(.*?)\n<!-- end of table -->", text, re.DOTALL)
     with contextlib.redirect_stdout(io.StringIO()) as printed:

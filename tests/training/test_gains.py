@@ -9,10 +9,11 @@ import torch
 
 from recursify.errors import UserError
 from recursify.network.modeling_recursive_llm import AnchoredInjection
-from recursify.training import run as training_run
+from recursify.training import fit
+from recursify.training import gains as gains_module
 from recursify.training.gains import CALIBRATION_TOKENS, CANDIDATES, MAX_COST, all_zero, calibrate, injections, set_gains
+from tests.support.runs import SEQ_LEN, blocks, recursive, run, settings
 from tests.support.tiny import make_tiny_tokenizer
-from tests.training.test_training import SEQ_LEN, blocks, recursive, run, settings
 
 
 def gains(model: Any) -> set[float]:
@@ -125,7 +126,7 @@ class Rows(list[Any]):
 @pytest.mark.parametrize(("tokens", "rows"), [(8192, 5), (3 * SEQ_LEN, 3), (3 * SEQ_LEN - 1, 2), (1, 1)])
 def test_the_sweep_reads_so_many_tokens_of_the_held_out_text(tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And measures their loss as a mean over counted tokens, at the depth that the model is read at, whatever the batches."""
-    monkeypatch.setattr(training_run, "CALIBRATION_TOKENS", tokens)
+    monkeypatch.setattr(gains_module, "CALIBRATION_TOKENS", tokens)
     seen: list[float] = []
 
     def calibrated(model: Any, loss: Any) -> Any:
@@ -133,7 +134,7 @@ def test_the_sweep_reads_so_many_tokens_of_the_held_out_text(tokens: int, rows: 
         seen.append(loss())
         return 0.2, [(0.2, 0.0)]
 
-    monkeypatch.setattr(training_run, "calibrate", calibrated)
+    monkeypatch.setattr(gains_module, "calibrate", calibrated)
     held = Rows(blocks(5, seed=2))
     for row in held:
         row["labels"] = list(row["input_ids"])
@@ -141,7 +142,7 @@ def test_the_sweep_reads_so_many_tokens_of_the_held_out_text(tokens: int, rows: 
         row["labels"][:unseen] = [-100] * unseen
     model, reference = recursive(gain_init=0.0), recursive(gain_init=0.0)
     changes: dict[str, Any] = {"batch_size": 2, "max_steps": 1, "lr": 1e-12, "gain_lr": 1e-12, "cycle_choices": (1, 4)}
-    training_run.fit(model.train(), make_tiny_tokenizer(), blocks(4), held, settings(**changes), console=False)
+    fit(model.train(), make_tiny_tokenizer(), blocks(4), held, settings(**changes), console=False)
     assert held.asked[:rows] == list(range(rows)) and gains(model) == {0.2}
     ids, labels = (torch.tensor([row[name] for row in list(held)[:rows]]) for name in ("input_ids", "labels"))
     assert seen == [pytest.approx(reference(ids, labels=labels, H_cycles=3).loss.item(), rel=1e-5)]

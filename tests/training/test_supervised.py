@@ -16,8 +16,8 @@ from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.cost import pass_flops
 from recursify.training.settings import TrainSettings
 from recursify.training.supervised import Supervised, Supervision, backpropagate_each
+from tests.support.runs import blocks, logged, recursive, run, settings
 from tests.support.tiny import tiny_donor
-from tests.training.test_training import blocks, logged, recursive, run, settings
 
 EVERY = Supervision(every_cycle=True, weight=0.5, schedule="constant")
 

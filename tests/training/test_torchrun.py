@@ -21,8 +21,8 @@ from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
 from recursify.training import train
 from recursify.training.saving import BEST
+from tests.support.parallel_runs import launch, recursive, run, settings
 from tests.support.tiny import make_tiny_tokenizer, sentences
-from tests.training.test_parallel import launch, recursive, run, settings
 
 SUPERVISED: dict[str, Any] = {"enable_deep_supervision": True}
 WAYS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def command(folder: Path, out: str, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-SCALING = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
+SCALING = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 
 
 def documented() -> list[list[str]]:

@@ -11,7 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -20,57 +20,24 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from recursify import RecursiveLLM
 from recursify.checkpoints import checkpoint
-from recursify.conversion.convert import LoopSettings, convert
+from recursify.conversion.convert import convert
 from recursify.data.settings import DataSettings
 from recursify.errors import UserError
-from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.losses import SCHEDULES
 from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train, trainer
 from recursify.training import run as training_run
 from recursify.training.approaches import freeze_rest
+from recursify.training.arguments import computes_in_bf16, total_steps, training_arguments
+from recursify.training.collate import Collate
 from recursify.training.cost import pass_flops
 from recursify.training.depth import DepthSchedule
-from recursify.training.run import Collate, computes_in_bf16, depth_schedule, total_steps, training_arguments
+from recursify.training.fitting import depth_schedule
 from recursify.training.saving import BEST, Saver, resume_points, training_notes
 from recursify.training.supervised import Supervised, Supervision
 from tests.support import tiny
+from tests.support.runs import SEQ_LEN, blocks, logged, recursive, run, settings
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_config, tiny_donor
-
-SEQ_LEN = 16
-
-
-def recursive(seed: int = 0, **recursion: Any) -> Any:
-    """Three random layers, the middle one looped, with gains and states that matter."""
-    torch.manual_seed(seed)
-    shape = {"prelude_layers": 1, "L_layers": 1, "coda_layers": 1, "H_cycles": 3, "L_cycles": 1, "gain_init": 0.2, "state_init_std": 0.5}
-    return RecursiveLLM(from_donor(tiny_config("qwen2", num_hidden_layers=3), [0, 1, 2], **(shape | recursion)))
-
-
-def blocks(count: int, seed: int = 1) -> list[dict[str, Any]]:
-    ids = make_tiny_tokenizer()(" ".join(sentences(seed, 2 * count))).input_ids
-    return [{"input_ids": ids[i * SEQ_LEN : (i + 1) * SEQ_LEN]} for i in range(count)]
-
-
-def settings(**changes: Any) -> TrainSettings:
-    common: dict[str, Any] = {
-        "checkpoint": "in memory", "seq_len": SEQ_LEN, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "num_epochs": 1, "log_every": 1,
-        "generate_every": 0, "device": "cpu",
-    }  # fmt: skip
-    return TrainSettings(**(common | changes))
-
-
-def run(model: Any, train_blocks: Any = None, **changes: Any) -> FitResult:
-    passed_on = {name: changes.pop(name) for name in ("teacher", "saver", "callbacks") if name in changes}
-    console = changes.pop("console", False)
-    return fit(
-        model, make_tiny_tokenizer(), train_blocks or blocks(8), blocks(5, seed=2), settings(**changes), console=console, **passed_on
-    )
-
-
-def logged(result: FitResult, key: str) -> list[Any]:
-    return [entry[key] for entry in result.history if key in entry]
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:
@@ -872,7 +839,8 @@ def test_what_is_read_for_a_run(files: TrainSettings, tmp_path: Path, monkeypatc
     with pytest.raises(Read) as read:
         train(replace(files, **changes))
     source, found, seq_len, seed = read.value.args
-    assert source == DataSettings(dataset_name="some", dataset_config_name="part", text_column="prose", mix=("other=0.5",), streaming=True)
+    wanted = DataSettings(dataset_name="some", dataset_config_name="part", text_column="prose", mix=("other=0.5",), streaming=True)
+    assert {field.name: getattr(source, field.name) for field in fields(DataSettings)} == asdict(wanted)
     assert (len(found), seq_len, seed) == (tiny.VOCAB_SIZE, 24, 11)
 
 
@@ -942,7 +910,7 @@ def test_what_a_checkpoint_says_of_its_run() -> None:
 def test_the_clock_stands_still_while_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
-    clock = trainer.Clock()
+    clock = trainer.Throughput()
     clock.start(1000)
     now[0] = 102.0
     assert clock.rate(1500) == 250.0
@@ -1188,6 +1156,8 @@ def test_the_flags_that_the_guides_and_the_readme_promise() -> None:
 
 def test_every_flag_has_a_help_text() -> None:
     """Under its one declaration."""
-    source = Path(callbacks.__file__).with_name("settings.py").read_text() + inspect.getsource(LoopSettings)
-    for name in {field.name for kind in (TrainSettings, EmbeddingSettings, HybridSettings) for field in fields(kind)}:
-        assert len(re.findall(rf'^    {name}: .*\n    """\S.*"""$', source, re.MULTILINE)) == 1, name
+    kinds = TrainSettings, EmbeddingSettings, HybridSettings
+    classes = {each for kind in kinds for each in kind.__mro__ if each is not object}
+    source = "\n".join(inspect.getsource(each) for each in classes)
+    for name in {field.name for kind in kinds for field in fields(kind)}:
+        assert len(re.findall(rf'^    {name}: .*\n    """\S[^"]*"""$', source, re.MULTILINE)) == 1, name

@@ -6,10 +6,8 @@
     as_text(items[0])                     # the same with the answer, to train on
     is_right(items[0], " kitchen\\n")     # what a model wrote
 
-item.py says what an item is and how it is written as text; generated.py makes them, drawing.py draws what it makes them from;
+item.py says what an item is and how it is written as text; generated.py makes them, random_items.py draws what it makes them from;
 formats.py reads GSM8K, SVAMP, ProsQA, bAbI and SCAN from files; scoring.py judges. No model, no tokenizer and no torch is needed.
-
-Floor 1. Uses errors.py.
 """
 
 from .formats import FORMATS, read

@@ -14,8 +14,6 @@ Records are a .json list of objects, a .jsonl with one on each line, or a .parqu
 
 What a file holds is kept as it is written there, mistakes of the set included; only what the format itself puts around it is taken off,
 GSM8K's <<48/2=24>> among it.
-
-Floor 1. Uses errors.py.
 """
 
 from __future__ import annotations

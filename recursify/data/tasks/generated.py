@@ -9,12 +9,10 @@
 Everything is plain ASCII, and every symbol stands between spaces: no tokenizer can join two digits, two letters or a bracket and a word.
 Nothing is explained in the question; what letters and arrows mean is for training to teach.
 
-Of each task one item in five is for test and can be in no training set, whatever the seed, see drawing.py. What decides is the item
+Of each task one item in five is for test and can be in no training set, whatever the seed, see random_items.py. What decides is the item
 without what does not matter: the order of the numbers that are added, or of the arrows. Of a word it is the first four letters: its labels
 tell the products of all its beginnings, and so those of four letters and more are on the same side of the line as the word itself.
 (Shorter ones cannot be: a training word may begin with a test word of up to three letters.)
-
-Floor 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Random items that are the same on every machine, never twice, and for ever on one side of the line between training and test.
 
-Which side is read off the item itself, by a hash: no seed can bring a test item into training. Floor 1.
+Which side is read off the item itself, by a hash: no seed can bring a test item into training.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ blank line or line that begins with ``Question:``, since a model that knows no e
     number  The first number behind ``####``; without it, the last number of the text. Commas between groups of three digits and a
             dollar sign are dropped. Numbers are compared by value: 18, $18.00 and 18.0 are one. A hyphen is a minus sign unless a letter,
             a digit or a closing bracket is right before it: 5-3 ends in 3.
-
-Floor 1.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@
 
 A card says what was measured and what is on record, and says so where there is nothing. What comes from elsewhere (names, notes) is
 text, never markup. Folders of this machine mean nothing to others: of a path only the last name is shown. Losses are in nats per token.
-Floor 2.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from typing import Any
 
 import yaml
 
-from ..conversion.layer_selection import ConversionPlan
 from ..network.losses import perplexity
+from ..network.plan import ConversionPlan
+from ..network.size import parameters_by_part
 from ..reports.charts import Axes, Level, Line, Size, architecture_picture, line_chart, standalone
-from ..training.cost import parameters_by_part
+from .checkpoint import EMBEDDING, LOSS_PICTURE, PLAN_PICTURE
+from .repository import HUB_ID
 
-PLAN_PICTURE, LOSS_PICTURE = "plan.svg", "loss_by_cycles.svg"
-EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings, whose head means nothing
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CHART = Size(820, 390)
 _TITLE = "Loss by cycles"
 

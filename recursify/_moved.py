@@ -1,0 +1,147 @@
+"""Modules under the names that they had in 0.1.0, for one release: each import gives a DeprecationWarning and the names of the new place.
+
+    from recursify.checkpoint import load        # recursify.checkpoints.checkpoint
+    from recursify.conversion import run         # a folder now; the name is looked up in recursify.conversion.convert
+
+Delete this file, its call in `__init__.py`, and the last lines of the rooms that were modules, to end it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Old module -> where its names are now, in the order in which they are looked for.
+MOVED = {
+    "accuracy_chart": ("reports.accuracy_chart",),
+    "answers": ("evaluation.accuracy",),
+    "blocks": ("data.blocks",),
+    "charts": ("reports.charts",),
+    "chat": ("inference.chat",),
+    "checkpoint": ("checkpoints.checkpoint", "utils.atomic"),
+    "comparison": ("evaluation.compare", "evaluation.settings"),
+    "configuration_recursive_llm": ("network.configuration_recursive_llm",),
+    "console": ("inference.console",),
+    "cost": ("training.cost", "network.size"),
+    "decoding_recursive_llm": ("network.decoding_recursive_llm",),
+    "demo_text": ("demo.prose",),
+    "demo_tracking": ("demo.state_tracking",),
+    "device": ("utils.device",),
+    "dialogue": ("inference.chat_prompt",),
+    "documents": ("data.documents", "data.settings"),
+    "donor": ("checkpoints.donor", "checkpoints.tokenizer", "checkpoints.configs", "utils.files", "errors"),
+    "effort": ("inference.options", "utils.models"),
+    "evaluation_page": ("evaluation.page",),
+    "export": ("hub.export",),
+    "generation": ("inference.generation", "inference.options", "inference.settings", "inference.session", "inference.prompt"),
+    "halting": ("inference.early_exit",),
+    "harness": ("evaluation.lm_eval_harness",),
+    "inspection": ("conversion.inspection", "network.size"),
+    "interactive": ("inference.interactive",),
+    "machine": ("utils.machine",),
+    "memory": ("inference.prefix_cache",),
+    "model_card": ("checkpoints.model_card", "checkpoints.checkpoint", "checkpoints.repository"),
+    "modeling_recursive_llm": ("network.modeling_recursive_llm",),
+    "objective": ("network.losses",),
+    "page": ("reports.html",),
+    "passages": ("evaluation.token_view",),
+    "plan": ("conversion.layer_selection", "network.plan"),
+    "prompts": ("inference.prompt_file",),
+    "publishing": ("hub.upload",),
+    "question_tokens": ("data.question_rows",),
+    "questions": ("data.question_sets", "data.settings"),
+    "recipe": ("cli.recipe", "utils.typed"),
+    "report": ("demo.report", "network.losses"),
+    "report_tracking": ("demo.report_tracking",),
+    "sharing": ("utils.distributed",),
+    "significance": ("evaluation.statistics",),
+    "sources": ("data.settings",),
+    "stages": ("demo.stages",),
+    "steps": ("inference.cycle_table",),
+    "streaming": ("inference.streaming",),
+    "tables": ("data.cached_dataset",),
+    "tasks": ("data.tasks",),
+    "tasks.drawing": ("data.tasks.random_items",),
+    "tasks.formats": ("data.tasks.formats",),
+    "tasks.generated": ("data.tasks.generated",),
+    "tasks.item": ("data.tasks.item",),
+    "tasks.scoring": ("data.tasks.scoring",),
+    "telemetry": ("evaluation.cycle_stats", "network.losses"),
+    "text_losses": ("evaluation.text_loss", "evaluation.statistics"),
+    "transcript": ("inference.transcript",),
+    "weights": ("checkpoints.guide_names", "conversion.mapping"),
+    "windows": ("evaluation.windows", "evaluation.statistics", "evaluation.token_bytes"),
+}
+# Modules that are rooms now, under the same name.
+ROOMS = {
+    "cli": ("cli.main",),
+    "conversion": ("conversion.convert", "conversion.settings", "conversion.build", "conversion.self_check"),
+    "data": ("data.loading", "data.settings", "data.documents"),
+    "demo": ("demo.run",),
+    "evaluation": ("evaluation.evaluate", "evaluation.settings", "checkpoints.loading"),
+}
+RENAMED = {"load_any": "load_model", "check": "validate"}
+
+
+def lookup(old: str, places: Sequence[str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module that finds names in their new places."""
+
+    def find(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        for place in places:
+            module = importlib.import_module(f"recursify.{place}")
+            if hasattr(module, new := RENAMED.get(name, name)):
+                found = getattr(module, new)
+                own = getattr(found, "__module__", None)  # of a constant, the module that has it
+                where = own if isinstance(own, str) and own.startswith("recursify") else module.__name__
+                warnings.warn(f"recursify.{old}.{name} is {where}.{new} now", DeprecationWarning, stacklevel=2)
+                return found
+        raise AttributeError(f"module 'recursify.{old}' has no attribute {name!r}")
+
+    return find
+
+
+def names_of_room(room: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a room that was a module; what is a module in it goes before what was a name."""
+    here = Path(__file__).parent / room
+    find = lookup(room, ROOMS[room])
+
+    def find_unless_module(name: str) -> Any:
+        if (here / f"{name}.py").exists() or (here / name).exists():
+            raise AttributeError(name)
+        return find(name)
+
+    return find_unless_module
+
+
+class _OldModules:
+    """Finds and makes the modules of `MOVED`; everything else is left to Python."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, old = name.partition(".")
+        if package != "recursify" or old not in MOVED:
+            return None
+        return ModuleSpec(name, cls, is_package=old == "tasks")  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        old = module.__name__.partition(".")[2]
+        vars(module)["__getattr__"] = lookup(old, MOVED[old])
+
+
+def install() -> None:
+    """Once, at the import of the package."""
+    if _OldModules not in sys.meta_path:
+        sys.meta_path.insert(0, _OldModules)  # before an empty folder that was a package once

@@ -1,0 +1,36 @@
+"""Text that a choice is measured on before a job begins, such as a threshold of early exit or the place of the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UserError
+
+_CHARACTERS = 16  # read for each token that is wanted, which is more than any text needs
+
+
+def calibration_windows(file: str, tokenizer: PreTrainedTokenizerBase, size: int, most: int, least: int | None = None) -> torch.Tensor:
+    """`[windows, size]` token ids from the beginning of a text file.
+
+    Args:
+        size: Tokens of a window.
+        most: Windows at most.
+        least: Tokens that the text must have; `size` where None. A text with fewer than `size` is one shorter window.
+
+    Raises:
+        UserError: Not a UTF-8 text, or too short.
+    """
+    least = size if least is None else least
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--calibration_file: {file} cannot be read as text ({error}); name a UTF-8 text file") from error
+    ids = tokenizer(text[: size * most * _CHARACTERS], verbose=False)["input_ids"]
+    if len(ids) < least:
+        raise UserError(f"--calibration_file: {file} has {len(ids)} tokens; expected at least {least}")
+    size = min(size, len(ids))
+    count = min(len(ids) // size, most)
+    return torch.tensor(ids[: count * size]).view(count, size)

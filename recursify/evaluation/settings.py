@@ -1,0 +1,163 @@
+"""The flags of evaluate and compare, and what can be said of them before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from ..checkpoints.settings import ModelSource, TokenizerSource
+from ..data.question_sets import is_questions, load_questions
+from ..data.settings import TextSource
+from ..data.tasks import FORMATS, GENERATED, Item
+from ..errors import UserError
+from ..inference.options import EarlyExit
+from ..utils.options import DeviceOptions, JsonOutput
+from . import lm_eval_harness
+from .accuracy import Judge
+from .lm_eval_harness import split_names
+
+DEFAULT_TEXT = "wikitext"
+
+
+_OF_TEXT = ("dataset_config_name", "stride", "max_windows")  # settings that say nothing where no text is measured
+
+
+@dataclass(kw_only=True)
+class TextMeasurement(TextSource, DeviceOptions):
+    """Loss on a text, window by window, at several depths."""
+
+    dataset_name: str | None = None  # type: ignore[assignment]
+    """The text: wikitext, another hub data set, or a local file (.txt, .jsonl, .parquet) or folder. Its validation split is measured.
+    Default: wikitext for evaluate and compare, unless --questions or --tasks are given; for export, nothing is measured."""
+    cycles: tuple[int, ...] = ()
+    """Cycle counts to measure, e.g. --cycles 0 1 3 5. Default: 1 to twice the checkpoint's own."""
+    seq_len: int = 128
+    """Tokens per window."""
+    batch_size: int = 8
+    """Windows, questions or requests of a task per pass."""
+    max_windows: int | None = None
+    """Measure only the first so many windows."""
+
+
+@dataclass(kw_only=True)
+class MeasureSettings(TextMeasurement, EarlyExit, JsonOutput):
+    """What is measured, on what, and how.
+
+    With --halt, a run in which tokens exit early is measured, too: its loss, its layer applications, the cycles that tokens exit at, the
+    accuracy of its answers, its tasks. It has at most the checkpoint's own cycles, or the largest of --cycles.
+    """
+
+    stride: int | None = None
+    """Tokens from one window to the next. Default: seq_len, windows side by side, each of which scores all its tokens but the first. With
+    less, windows overlap and every token is scored once, with at least seq_len - stride tokens before it, at seq_len/stride the cost."""
+    questions: tuple[str, ...] = ()
+    """Question sets, e.g. --questions permutations:difficulty=4-32/4,count=200 babi:qa2_test.txt. Made: permutations, pointers, addition,
+    booleans, with difficulty, count of each, seed, group, nodes. Read from a file, or a hub data set's owner/name/path: gsm8k, svamp,
+    prosqa, babi, scan."""
+    judge: Judge = "answer"
+    """How questions are judged: by the answer that the model writes, or, for state tracking, by its likeliest token at each label's place,
+    which is one pass."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval, e.g. --tasks hellaswag,arc_easy. Needs recursify[lm_eval]."""
+    tasks_folder: str | None = None
+    """Folder with YAML tasks of one's own, for --tasks."""
+    max_items: int | None = None
+    """Of each question set ask only so many, evenly spread over it; of each task of lm-eval, the first so many."""
+    report: str | None = None
+    """Write a page with charts to this file, e.g. report.html; it needs no other file and no network."""
+
+    def validate(self) -> None:
+        """Check all that can be checked without the model.
+
+        Raises:
+            UserError: A value out of range, two that exclude each other, questions or tasks that are not there.
+        """
+        if self.seq_len < 2 or self.batch_size < 1:
+            raise UserError(f"--seq_len must be at least 2 and --batch_size at least 1, got {self.seq_len} and {self.batch_size}")
+        if self.stride is not None and not 1 <= self.stride <= self.seq_len:
+            raise UserError(f"--stride: expected 1 to the {self.seq_len} tokens of a window (--seq_len), got {self.stride}")
+        for name in ("max_windows", "max_items"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name}: expected at least 1, got {value}")
+        super().validate()
+        if any(H < 0 for H in self.cycles) or len(set(self.cycles)) < len(self.cycles):
+            raise UserError(f"--cycles: expected whole numbers of at least 0, each once, got {list(self.cycles)}")
+        self._validate_together()
+        if self.report is not None:
+            _check_page(Path(self.report))
+        question_sets(self)
+        if self.task_names:
+            lm_eval_harness.check(self.task_names, self.tasks_folder)
+
+    def _validate_together(self) -> None:
+        for name in _OF_TEXT if self.text is None else ():
+            if (value := getattr(self, name)) is not None:
+                raise UserError(
+                    f"--{name}: is about a text, and none is measured; name one with --dataset_name, or leave out --{name} {value}"
+                )
+        if self.judge != "answer" and not self.questions:
+            raise UserError(f"--judge: expected --questions with it, got {self.judge} and no --questions")
+        if self.tasks_folder is not None and not self.task_names:
+            raise UserError(f"--tasks_folder: expected --tasks with it, got {self.tasks_folder} and no --tasks")
+        if self.max_items is not None and not (self.questions or self.task_names):
+            raise UserError(f"--max_items: expected --questions or --tasks with it, got {self.max_items} and neither")
+
+    @property
+    def text(self) -> str | None:
+        """The data set that is measured; None for none."""
+        return self.dataset_name or (None if self.questions or self.tasks else DEFAULT_TEXT)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return split_names(self.tasks)
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings(MeasureSettings, TokenizerSource, ModelSource):
+    """Measure a checkpoint, or a plain donor, at several cycle counts: on text, on questions with one right answer, on tasks of lm-eval."""
+
+
+def _check_page(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--report: expected a file in a folder that exists, such as report.html, got {path}")
+
+
+def question_sets(settings: MeasureSettings) -> dict[str, list[Item]]:
+    """The items of every set that is asked for, by its name."""
+    found: dict[str, list[Item]] = {}
+    for name in settings.questions:
+        if not is_questions(name):
+            raise UserError(
+                f"--questions: expected one of {', '.join(GENERATED)}, or {', '.join(FORMATS)} with a file behind a colon, got {name!r}"
+            )
+        if name in found:
+            raise UserError(f"--questions: {name} stands there twice")
+        found[name] = _spread(load_questions(name, "test"), settings.max_items)
+    return found
+
+
+def _spread(items: list[Item], most: int | None) -> list[Item]:
+    count = len(items)
+    return items if most is None or most >= count else [items[number * count // most] for number in range(most)]
+
+
+@dataclass(kw_only=True)
+class CompareSettings(MeasureSettings, TokenizerSource):
+    """Measure several models on the same text, questions and tasks, and say how sure the differences are."""
+
+    checkpoints: tyro.conf.Positional[tuple[str, ...]]
+    """Recursive checkpoints (.pt files or folders) and plain donors (folders or hub ids), at least two. The first is what the others are
+    compared with."""
+    cycles: tuple[int, ...] = ()
+    """Cycle counts to measure beside each model's own, e.g. --cycles 0 1 3 5. Default: 1 to twice each model's own."""
+
+    def validate(self) -> None:
+        """As `MeasureSettings.validate`."""
+        paths = self.checkpoints
+        if len(paths) < 2:
+            raise UserError(f"recursify compare: expected at least two checkpoints, the baseline first, got {' '.join(paths) or 'none'}")
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise UserError(f"recursify compare: expected different checkpoints, got {twice[0]} twice")
+        super().validate()

@@ -1,0 +1,93 @@
+"""A prompt as token ids, checked against what the model can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt and its token ids, which a model was found to be able to continue."""
+
+    text: str
+    ids: list[int]
+
+
+def encode_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 0) -> EncodedPrompt:
+    """A prompt that the model can continue, as token ids.
+
+    Raises:
+        UserError: As `prompt_ids` and `check_ids`.
+    """
+    ids = prompt_ids(tokenizer, prompt)
+    check_ids(model, ids, max_new_tokens)
+    return EncodedPrompt(prompt, ids)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt, with the leading special tokens that the tokenizer itself adds, and never an end token behind.
+
+    Raises:
+        UserError: Empty prompt, or no UTF-8.
+    """
+    check_prompt(prompt)
+    ids = list(tokenizer(prompt, verbose=False).input_ids)
+    if not tokenizer.num_special_tokens_to_add():
+        bare = ids
+    else:
+        bare = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        while len(ids) > len(bare) and ids[-1] == tokenizer.eos_token_id and ids[-len(bare) :] != bare:
+            ids.pop()
+    if not bare:
+        raise UserError(f"--prompt: the tokenizer makes no token of {prompt!r}; expected some text to continue")
+    return ids
+
+
+def check_ids(model: Any, ids: Sequence[int], max_new_tokens: int = 0) -> None:
+    """Check that a model can read a prompt and write so many tokens after it.
+
+    Raises:
+        UserError: No ids, too many for the model, or ids that it does not have.
+    """
+    if not ids:
+        raise UserError("--prompt: expected some tokens to continue, got none")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if max(ids) >= vocabulary:
+        raise UserError(
+            f"--tokenizer_path: the tokenizer gives token {max(ids)}, the model knows 0 to {vocabulary - 1}: they do not belong together; "
+            "name the tokenizer that was saved with the checkpoint"
+        )
+    _check_length(len(ids), max_new_tokens, getattr(model.config, "max_position_embeddings", None))
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a text: those of the model's generation config and the tokenizer's own. Chat models have several."""
+    of_model = model.generation_config.eos_token_id
+    found = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
+    return [int(token) for token in dict.fromkeys(found) if token is not None]
+
+
+def check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise UserError(f"--prompt is empty: expected some text to continue, got {prompt!r}; leave --prompt out for the interactive mode")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"--prompt: expected UTF-8 text, got {prompt!r}, which has a stray byte at position {error.start}") from error
+
+
+def _check_length(prompt: int, new: int, positions: int | None) -> None:
+    if positions is None or prompt + new <= positions:
+        return
+    room = positions - prompt
+    cure = f"use --max_new_tokens {room} or less" if room > 0 else f"shorten the prompt to {positions - 1} tokens or less"
+    raise UserError(
+        f"--max_new_tokens: the prompt has {prompt} tokens and {new} more are asked for, {prompt + new} in all, but the model has "
+        f"{positions} positions; {cure}"
+    )

@@ -1,0 +1,120 @@
+"""What every command that writes text does around it: load the model, calibrate early exit, print the text and what it cost."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import replace
+from typing import Any, TextIO, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoints.loading import load_model
+from ..data.calibration import calibration_windows
+from ..errors import UserError
+from ..utils.device import choose_device
+from .early_exit import calibrate
+from .generation import Generated, generate_text, spent
+from .prompt import encode_prompt
+from .settings import GenerateSettings, WriteSettings
+
+AnySettings = TypeVar("AnySettings", bound="WriteSettings")
+
+
+# Of a calibration file, at most so many windows of so many tokens are read.
+_WINDOWS = 32
+_WINDOW_TOKENS = 128
+
+
+def run(settings: GenerateSettings) -> None:
+    """Continue `settings.prompt` on stdout.
+
+    Raises:
+        UserError: No prompt or a setting out of range; a checkpoint or tokenizer that cannot be read.
+    """
+    if settings.prompt is None:
+        raise UserError("--prompt: expected some text to continue, got none")
+    model, tokenizer = load(settings)
+    settings = calibrated(settings, model, tokenizer)
+    write_once(model, tokenizer, settings.prompt or "", settings, forgiving(sys.stdout), seed=settings.seed)
+
+
+def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Model, on its device and ready to write, and tokenizer.
+
+    Raises:
+        UserError: A setting out of range; a checkpoint or tokenizer that cannot be read; a model that cannot write, or not as asked.
+    """
+    settings.validate()
+    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path)
+    settings.sampling.generate_kwargs(model)  # for what it refuses
+    return model.to(choose_device(settings.device)), tokenizer
+
+
+def calibrated(settings: AnySettings, model: Any, tokenizer: PreTrainedTokenizerBase) -> AnySettings:
+    """The settings with the threshold that a compute budget means on the calibration text; unchanged where no budget is set.
+
+    What is found is told on stderr.
+
+    Raises:
+        UserError: A calibration file that cannot be read, or is too short; a budget that cannot be met.
+    """
+    if settings.compute_budget is None:
+        return settings
+    blocks = calibration_windows(settings.calibration_file or "", tokenizer, _WINDOW_TOKENS, _WINDOWS, least=2).to(model.device)
+    print("Finding the threshold on the calibration text ...", file=sys.stderr, flush=True)
+    found = calibrate(model, blocks, settings.halt, settings.compute_budget, settings.H_cycles)
+    print(found.render(), file=sys.stderr, flush=True)
+    return replace(settings, halt_threshold=found.threshold, compute_budget=None, calibration_file=None)
+
+
+def write_once(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    settings: WriteSettings,
+    out: TextIO,
+    err: TextIO | None = None,
+    **kwargs: Any,
+) -> Generated:
+    """Write prompt and continuation to `out` as the text comes, then the table of cycles where it is asked for.
+
+    Args:
+        err: Gets a line on what halting or self-speculation did; None is stderr.
+        kwargs: As in `generate_text`: seed, should_stop.
+    """
+
+    def show(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    # what is wrong is said before any text comes
+    settings.sampling.generate_kwargs(model)
+    encoded = encode_prompt(model, tokenizer, prompt, settings.max_new_tokens)
+    show(prompt)
+    try:
+        generated = generate_text(model, tokenizer, encoded, settings.sampling, on_text=show, **kwargs)
+    finally:
+        show("\n")
+    tell_after(model, tokenizer, generated, settings, out, err)
+    return generated
+
+
+def tell_after(
+    model: Any, tokenizer: PreTrainedTokenizerBase, generated: Generated, settings: WriteSettings, out: TextIO, err: TextIO | None = None
+) -> None:
+    """What follows a text: a line on what it cost to `err`, and, unless it was interrupted, the table of cycles to `out` if asked for."""
+    if line := spent(generated):
+        print(line, file=err or sys.stderr, flush=True)
+    if settings.show_recursive_steps and generated.finish_reason != "interrupted":
+        from .cycle_table import show_steps  # here: nothing else of this file needs rich
+
+        ids = generated.prompt_ids + generated.token_ids
+        show_steps(model, tokenizer, ids, len(generated.prompt_ids), settings.sampling, out)
+
+
+def forgiving(stream: TextIO) -> TextIO:
+    """The stream, told to put ? for what its encoding cannot say: a terminal without emoji must not end the text."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    return stream

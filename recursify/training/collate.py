@@ -1,0 +1,38 @@
+"""Rows of token ids as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.blocks import separate
+from ..network.losses import IGNORED
+
+if TYPE_CHECKING:
+    pass
+
+
+class Collate:
+    """Rows of equal length as one batch; the labels are those of the rows, else the tokens themselves, unshifted.
+
+    Args:
+        eos_token_id: What ends a document, where no token is to see into another one; None lets them.
+    """
+
+    def __init__(self, eos_token_id: int | None):
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = _stacked(rows, "input_ids")
+        labels = _stacked(rows, "labels") if "labels" in rows[0] else ids
+        if self.eos_token_id is None:
+            return {"input_ids": ids, "labels": labels}
+        position_ids, starts = separate(ids, self.eos_token_id)
+        return {"input_ids": ids, "labels": labels.masked_fill(starts, IGNORED), "position_ids": position_ids}
+
+
+def _stacked(rows: Sequence[dict[str, Any]], column: str) -> Tensor:
+    return torch.stack([torch.as_tensor(row[column], dtype=torch.long) for row in rows])

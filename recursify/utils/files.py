@@ -1,0 +1,24 @@
+"""Small files, read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, first_line, short
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: is not JSON ({first_line(error)}); download or copy it again") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: expected a JSON object, got {short(fields)}; download or copy it again")
+    return fields
