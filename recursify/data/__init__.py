@@ -2,7 +2,8 @@
 
 Imports `utils` and, for the label that does not count, `network`. Start with `loading.py`: `load_blocks` is what training reads. On its
 way: `settings.py` (the flags), `documents.py` (finding and reading texts), `blocks.py` (tokenise, pack, cut), `cached_dataset.py` (made
-once, kept on disk), `question_sets.py` and `question_rows.py` (questions with one right answer, from the folder tasks).
+once, kept on disk), `question_sets.py` and `question_rows.py` (questions with one right answer, from the folder tasks). `calibration.py`
+is text that a choice is measured on before a job.
 """
 
 from .._moved import names_of_room

@@ -38,6 +38,7 @@ Found = Callable[[Bench], Iterator[Table | Check]]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five minutes on two idle cores without bfloat16 of their own: it starts some twenty processes
 def test_every_case_runs_and_fills_its_page(tmp_path: Path) -> None:
     """All in one process, whose libraries take longer to load than most cases to run."""
     names = list(registry().cases)
