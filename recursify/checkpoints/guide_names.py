@@ -19,13 +19,13 @@ from ..errors import UserError
 from ..network.configuration_recursive_llm import RecursiveLLMConfig
 from ..network.modeling_recursive_llm import GUIDE_NAMES
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def guide_name(name: str, config: RecursiveLLMConfig) -> str:
     """The guides' name of one of our tensors."""
-    match = _LAYER.fullmatch(name)
+    match = LAYER.fullmatch(name)
     if match is None:
         return "inner." + name.removeprefix("model.").removeprefix("recursion.")
     index, rest = int(match[1]), match[2]
@@ -65,11 +65,12 @@ def from_guides(state: dict[str, Any], ours: Iterable[str], config: RecursiveLLM
     table = {guides: name for name, guides in guide_names(ours, config).items()}
     missing, extra = sorted(set(table) - set(state)), sorted(set(state) - set(table))
     if missing or extra:
-        raise UserError(f"{where}: model_state_dict does not match its config: {_differences(missing, extra)}")
+        raise UserError(f"{where}: model_state_dict does not match its config: {differences(missing, extra)}")
     return {table[name]: tensor for name, tensor in state.items()}
 
 
-def _differences(missing: list[str], extra: list[str], most: int = 6) -> str:
+def differences(missing: list[str], extra: list[str], most: int = 6) -> str:
+    """Names that are missing or left over, in words; the first few of each."""
     parts = [f"{len(names)} {word} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
              for word, names in (("missing", missing), ("left over", extra)) if names]  # fmt: skip
     return "; ".join(parts)

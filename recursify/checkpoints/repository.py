@@ -19,6 +19,11 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def read_config(name: str) -> dict[str, Any]:
+    """What config.json of a folder or hub repository says.
+
+    Raises:
+        UserError: Neither a folder nor a hub id, or no config.json there.
+    """
     folder = Path(name)
     check_place(name, "config.json and *.safetensors")
     if folder.is_dir():

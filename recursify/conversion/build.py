@@ -8,15 +8,13 @@ import torch
 
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import Donor
+from ..checkpoints.guide_names import EMBED, HEAD
 from ..errors import UserError
 from ..network.configuration_recursive_llm import from_donor
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..network.plan import ConversionPlan
 from .mapping import Fates, settle
 from .settings import ConvertSettings
-
-_HEAD = "lm_head.weight"
-_EMBED = "model.embed_tokens.weight"
 
 
 def recursive_config(donor: Donor, plan: ConversionPlan, settings: ConvertSettings) -> Any:
@@ -49,7 +47,7 @@ def build_model(donor: Donor, plan: ConversionPlan, config: Any) -> tuple[Recurs
         config: As `recursive_config` makes it; a tie that the donor's files contradict is undone in it.
     """
     config.tie_word_embeddings = tied = bool(config.tie_word_embeddings) and not _has_own_head(donor)
-    ours = [name for name in checkpoint.stored_names(config) if not (tied and name == _HEAD)]
+    ours = [name for name in checkpoint.stored_names(config) if not (tied and name == HEAD)]
     fates = settle(donor.tensor_names, ours, plan, tied)
     model = checkpoint.build(config, {name: donor.read(source) for name, source in fates.copied.items()}, donor.name, donor.dtype)
     model.generation_config = donor.generation_config()
@@ -58,4 +56,4 @@ def build_model(donor: Donor, plan: ConversionPlan, config: Any) -> tuple[Recurs
 
 def _has_own_head(donor: Donor) -> bool:
     """Whether the files hold a head of its own, whatever the configuration says of a tie; transformers, too, goes by the files then."""
-    return {_HEAD, _EMBED} <= set(donor.tensor_names) and not torch.equal(donor.read(_HEAD), donor.read(_EMBED))
+    return {HEAD, EMBED} <= set(donor.tensor_names) and not torch.equal(donor.read(HEAD), donor.read(EMBED))

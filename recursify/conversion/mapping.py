@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.guide_names import _HEAD, _LAYER, _differences
+from ..checkpoints.guide_names import HEAD, LAYER, differences
 from ..errors import UserError
 from ..network.modeling_recursive_llm import View
 from ..network.plan import ConversionPlan
@@ -47,13 +47,13 @@ def settle(donor_names: Iterable[str], our_names: Iterable[str], plan: Conversio
     fates, place = Fates(), {donor: ours for ours, donor in enumerate(plan.indices)}
     wanted, leftover = set(our_names), []
     for name in donor_names:
-        layer = _LAYER.fullmatch(name)
+        layer = LAYER.fullmatch(name)
         ours = name if layer is None else f"model.layers.{place.get(int(layer[1]))}.{layer[2]}"
         if _DERIVED.fullmatch(name):
             fates.dropped[name] = "a function of the configuration, recomputed"
         elif layer is not None and int(layer[1]) < plan.donor_layers and int(layer[1]) not in place:
             fates.dropped[name] = f"layer {layer[1]} is not in the plan"
-        elif name == _HEAD and tied:
+        elif name == HEAD and tied:
             fates.dropped[name] = "tied: the head is the embedding matrix"
         elif ours in wanted:
             fates.copied[ours] = name
@@ -63,7 +63,7 @@ def settle(donor_names: Iterable[str], our_names: Iterable[str], plan: Conversio
     missing = sorted(wanted - set(fates.copied) - set(fates.fresh))
     if missing or leftover:
         raise UserError(
-            f"conversion of {plan.donor}: tensors without a fate: {_differences(missing, sorted(leftover))}. "
+            f"conversion of {plan.donor}: tensors without a fate: {differences(missing, sorted(leftover))}. "
             "The donor's files do not match its config.json; each tensor must be copied, dropped with a reason, or initialised with one"
         )
     return fates
