@@ -1006,6 +1006,7 @@ class Serving(Cases):
         try:
             yield service
         finally:
+            service.engine.abandon()  # nothing runs here: what was asked for would wait for ever
             service.close()
 
     @contextlib.contextmanager
