@@ -15,7 +15,7 @@ from recursify.network.losses import HALT_MARGIN, Reference, cycle_shares, cycle
 from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.cost import pass_flops
 from recursify.training.settings import TrainSettings
-from recursify.training.supervised import Supervised, Supervision, backpropagate_each
+from recursify.training.supervised import Supervised, Supervision, backpropagate_each, scored_tokens
 from tests.support.runs import blocks, logged, recursive, run, settings
 from tests.support.tiny import tiny_donor
 
@@ -481,3 +481,9 @@ def test_divergence_of_chunks() -> None:
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert results[0][1][0, 2] == 0 and (results[0][1] >= -1e-6).all()
+
+
+def test_scored_are_the_labels_that_some_position_predicts() -> None:
+    """All but the first of a row: nothing stands before it. The second is predicted by the first."""
+    labels = torch.tensor([[5, 6, 7, 8], [5, -100, -100, 8], [5, 6, -100, -100], [5, -100, -100, -100]])
+    assert scored_tokens(labels).tolist() == [3, 1, 1, 0]
