@@ -348,7 +348,8 @@ def test_other_lines(donors: dict[str, Path], tmp_path: Path) -> None:
     assert any(line.startswith("✓ Checked against the donor itself") and "start gain" in line for line in lines)
 
 
-def test_what_is_written_is_what_was_converted(donor: str, tmp_path: Path) -> None:
+def test_what_is_written_is_what_was_converted(donor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "time", SimpleNamespace(monotonic=iter((100.0, 101.23456)).__next__))
     report = run(ConvertSettings(qwen_model=donor, L_layers=3, seq_len=64, output_path=str(tmp_path / "out")), say=lambda _: None)
     found = checkpoint.load(tmp_path / "out")
     assert found.plan == ConversionPlan(donor, LAYERS, (), (0, 4, 7), (), "uniform")
@@ -356,6 +357,7 @@ def test_what_is_written_is_what_was_converted(donor: str, tmp_path: Path) -> No
     assert found.tokenizer("the old ship")["input_ids"] == make_tiny_tokenizer()("the old ship")["input_ids"]
     assert torch.equal(found.model(token_ids()).logits, convert(donor, L_layers=3)(token_ids()).logits)
     data = json.loads(json.dumps(report.to_dict()))
+    assert data["seconds"] == 1.23
     assert data["output_path"] == str(tmp_path / "out") and data["plan"]["loop"] == [0, 4, 7] and data["check"]["plain_difference"] == 0.0
     assert data["parameters"]["total"] == sum(p.numel() for p in found.model.parameters())
 
@@ -446,14 +448,15 @@ def calibration(folder: Path, count: int = 200) -> str:
     return str(file)
 
 
-def test_auto_finds_the_block_that_bears_looping(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_finds_the_block_that_bears_looping(dtype: torch.dtype, tmp_path: Path) -> None:
     """Two layers in the middle of this donor hardly do anything, so to loop them disturbs it least."""
     model = tiny_donor("qwen2", tmp_path, num_hidden_layers=LAYERS)
     with torch.no_grad():
         for layer in (2, 3):
             model.model.layers[layer].self_attn.o_proj.weight.mul_(1e-3)
             model.model.layers[layer].mlp.down_proj.weight.mul_(1e-3)
-    model.save_pretrained(tmp_path)
+    model.to(dtype).save_pretrained(tmp_path)
     lines = lines_of(
         qwen_model=str(tmp_path),
         layer_selection="auto",

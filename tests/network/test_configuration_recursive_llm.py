@@ -220,3 +220,9 @@ def test_the_guides_widths_that_may_be_anything_else() -> None:
     config = from_guide(guide)
     assert (config.intermediate_size, config.max_position_embeddings, config.head_dim) == (46, 1, 8)
     assert from_guide({"vocab_size": 1, "hidden_size": 32, "num_attention_heads": 4}).num_key_value_heads == 4
+
+
+def test_a_file_that_names_no_type_is_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model_type: expected one of recursive_qwen2, .*, got ''"):
+        RecursiveLLMConfig.from_pretrained(tmp_path)

@@ -848,3 +848,18 @@ def test_what_speculation_refuses(kwargs: dict[str, Any], message: str) -> None:
 def test_a_model_that_drafts_for_itself_takes_no_assistant() -> None:
     with pytest.raises(ValueError, match="draft_cycles: the model is its own assistant; leave draft_cycles out, or assistant_model"):
         write(recursive(), ids(1, 4), 4, draft_cycles=1, assistant_model=recursive())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@torch.no_grad()
+def test_the_states_of_all_cycles_are_those_of_a_pass_that_halts(criterion: str) -> None:
+    """As many as cycles, also where all tokens halted before; the last of them is what the head reads."""
+    model, x = recursive(H_cycles=4), ids(2, 9)
+    for threshold, some in ((splitting(model, x, criterion), True), (ALWAYS[criterion], False), (NEVER[criterion], False)):
+        out = model(x, use_cache=False, halt=criterion, halt_threshold=threshold, output_cycle_logits=True)
+        assert (exits(out.halt_cycles) > 1) == some and len(out.cycle_logits) == len(out.halt_logits) == 4
+        assert torch.equal(out.cycle_logits[-1], out.logits)
+        never = model(x, use_cache=False, halt=criterion, halt_threshold=NEVER[criterion], output_cycle_logits=True)
+        for cycle in range(1, 5):
+            if (out.halt_cycles >= cycle).all():
+                torch.testing.assert_close(out.cycle_logits[cycle - 1], never.cycle_logits[cycle - 1])

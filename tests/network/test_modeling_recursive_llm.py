@@ -38,6 +38,7 @@ from transformers.integrations.flex_attention import WrappedFlexAttention, flex_
 
 from recursify import RecursiveLLM, RecursiveLLMConfig
 from recursify.network.configuration_recursive_llm import from_donor
+from recursify.network.modeling_recursive_llm import FAMILIES as MODELS
 from recursify.network.modeling_recursive_llm import HaltHead, Recursion
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, tiny_model
 
@@ -1104,3 +1105,29 @@ def test_auto_classes_know_every_family() -> None:
         assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
         assert type(AutoModel.from_config(model.config)) is type(model.model)
         assert isinstance(model, RecursiveLLM)
+
+
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_every_class_of_a_family_says_what_it_is(family: str) -> None:
+    """In the form of transformers' own documentation."""
+    documented = {
+        MODELS[family]: "The donor's layers, looped, with its language modeling head.\n\nThis model inherits from [`PreTrainedModel`]",
+        MODELS[family].base_class: "The donor's layers, looped, without a head.\n\nThis model inherits from [`PreTrainedModel`]",
+        MODELS[family].config_class: "A recursive model over the layers of this family: the donor's own configuration",
+    }
+    for found, text in documented.items():
+        assert str(found.__doc__).strip().startswith(text)
+    described = str(MODELS[family].config_class.__doc__)
+    assert all(f"{name} (" in described for name in ("hidden_size", "prelude_layers", "H_cycles", "gain_init", "injection"))
+
+
+def test_the_halting_head_reads_directions_down_to_the_length_that_donors_norms_read() -> None:
+    """x / sqrt(mean(x^2) + 1e-6): a state of nearly no length is no direction, in whatever type it comes."""
+    torch.manual_seed(0)
+    head = HaltHead(8)
+    nn.init.normal_(head.weight)
+    z = torch.randn(3, 8)
+    for scale in (1e3, 1.0, 1e-3, 1e-5):
+        x = z * scale
+        expected = (x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()) @ head.weight[0] + head.bias
+        torch.testing.assert_close(head(x), expected)
