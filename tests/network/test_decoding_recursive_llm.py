@@ -858,7 +858,9 @@ def test_the_states_of_all_cycles_are_those_of_a_pass_that_halts(criterion: str)
     for threshold, some in ((splitting(model, x, criterion), True), (ALWAYS[criterion], False), (NEVER[criterion], False)):
         out = model(x, use_cache=False, halt=criterion, halt_threshold=threshold, output_cycle_logits=True)
         assert (exits(out.halt_cycles) > 1) == some and len(out.cycle_logits) == len(out.halt_logits) == 4
-        assert torch.equal(out.cycle_logits[-1], out.logits)
+        rule = HaltRule.of(model, criterion, threshold)
+        states = model.model(x, use_cache=False, halt_rule=rule, output_cycle_states=True)
+        assert len(states.cycle_states) == 4 and torch.equal(states.cycle_states[-1], states.last_hidden_state)
         never = model(x, use_cache=False, halt=criterion, halt_threshold=NEVER[criterion], output_cycle_logits=True)
         for cycle in range(1, 5):
             if (out.halt_cycles >= cycle).all():
