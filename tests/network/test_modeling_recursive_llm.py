@@ -1012,6 +1012,8 @@ def test_the_guides_names_are_the_same_parameters(qwen2: RecursiveLLM) -> None:
         inner.L_level.layers[0].self_attn.wq.weight.zero_()
         inner.L_level.layers[0].mlp.w1 = nn.Linear(32, 64, bias=False)
         inner.H_init = nn.Parameter(torch.ones(32))
+        inner.L_level.layers[0].self_attn.scaling = 0.25  # what the guides have no name for
+    assert base.layers[1].self_attn.scaling == 0.25
     assert not base.layers[1].self_attn.q_proj.weight.any()
     assert base.layers[1].mlp.gate_proj is inner.L_level.layers[0].mlp.w1
     assert base.recursion.H_init.sum() == 32 and "model.recursion.H_init" in qwen2.state_dict()
