@@ -246,6 +246,7 @@ def test_cycle_logits_are_those_of_a_shorter_run(injection: str, around: int) ->
     assert_same(model.lm_head(base.cycle_states[1]), out.cycle_logits[1])
     assert base.cycle_states[-1] is base.last_hidden_state
     assert model(x).cycle_logits is None and model(x).halt_logits is None
+    assert model.model(x).cycle_states is None and model.model(x).halt_logits is None
 
 
 @settings(max_examples=50, deadline=None)
