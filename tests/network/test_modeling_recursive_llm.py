@@ -759,7 +759,7 @@ def test_depth_can_be_chosen_in_every_way(qwen2: RecursiveLLM, tmp_path: Path) -
     assert_same(qwen2(x, H_cycles=2, L_cycles=1).logits, expected)
     for wrong in ({"H_cycles": -1}, {"L_cycles": -2}, {"H_cycles": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected a whole number of at least 0, got"):
-            qwen2(x, **wrong)
+            qwen2(x, use_cache=False, **wrong)
 
 
 def test_the_call_goes_before_the_configuration_and_a_lowered_number_of_layers_before_both(qwen2: RecursiveLLM) -> None:
