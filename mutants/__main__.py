@@ -163,7 +163,7 @@ def _interval(survived: int, counted: int) -> list[float]:
     """Wilson's 95% interval of a share that was found in a sample."""
     share, n, z = survived / max(1, counted), max(1, counted), 1.96
     spread = z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
-    return [(share + z * z / (2 * n) + sign * spread) / (1 + z * z / n) for sign in (-1, 1)]
+    return [max(0.0, (share + z * z / (2 * n) + sign * spread) / (1 + z * z / n)) for sign in (-1, 1)]
 
 
 def _where() -> dict[str, str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,12 +15,13 @@ import torch
 from torch.nn import functional as F
 
 from recursify.network.losses import HALT_MARGIN, Reference, cycle_shares, cycle_weights, losses_and_divergences
+from recursify.training import supervised as module
 from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.cost import pass_flops
 from recursify.training.settings import TrainSettings
 from recursify.training.supervised import Supervised, Supervision, backpropagate_each, scored_tokens
 from tests.support.runs import blocks, logged, recursive, run, settings
-from tests.support.tiny import tiny_donor
+from tests.support.tiny import tiny_donor, tiny_model
 
 EVERY = Supervision(every_cycle=True, weight=0.5, schedule="constant")
 
@@ -125,6 +129,27 @@ def test_last_is_autograd_on_the_last_cycle(L_cycles: int, checkpointed: bool) -
     found = gradients(model, Supervised(model, Supervision(backprop="last"))(ids, ids)["loss"])
     assert_same(found, expected)
     assert not any(name.endswith("_init") for name in found)
+
+
+def test_autocast_keeps_no_copies_of_weights_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It remembers a copy of each weight in its own type until the context ends, which may be that of a whole run."""
+    stood_in, made = module._stand_ins, list[Any]()
+
+    @contextmanager
+    def watched(model: Any) -> Iterator[Any]:
+        with stood_in(model) as found:
+            made.extend(weakref.ref(parameter) for parameter in found.values())
+            yield found
+
+    monkeypatch.setattr(module, "_stand_ins", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        Supervised(recursive(), replace(EVERY, backprop="cycle"))(batch(), batch())["loss"].backward()
+        gc.collect()
+        assert len(made) > 20 and not any(parameter() is not None for parameter in made)
+
+
+def test_a_plain_model_is_read_out_at_its_one_cycle() -> None:
+    assert Supervised(tiny_model("qwen2")).main_cycle == 1 and Supervised(recursive(H_cycles=2)).main_cycle == 2
 
 
 @pytest.mark.parametrize("backprop", ["cycle", "last"])
