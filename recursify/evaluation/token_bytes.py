@@ -41,7 +41,7 @@ def stream_bytes(documents: Dataset, tokenizer: PreTrainedTokenizerBase, tokens:
 
 
 def _of_document(text: str, ids: np.ndarray, table: np.ndarray, spaced: np.ndarray) -> np.ndarray:
-    sizes, size = table[ids], len(text.encode("utf-8", errors="replace"))
+    sizes, size = table[ids], len(text.encode("utf-8"))
     written = np.flatnonzero(sizes)
     if len(written) and sizes.sum() == size + 1 and spaced[ids[written[0]]]:
         sizes[written[0]] -= 1

@@ -54,7 +54,7 @@ def test_every_depth_equals_a_run_at_that_depth(model: RecursiveLLM, blocks: Dat
 
 
 def test_means_errors_and_costs(model: RecursiveLLM, blocks: Dataset) -> None:
-    losses = window_losses(model, blocks, (1, 2))
+    losses = window_losses(model, blocks, cycles=(1, 2))
     for row, values, H in zip(measure(model, blocks, (1, 2), batch_size=2), losses, (1, 2), strict=True):
         assert row.H_cycles == H
         assert row.loss == pytest.approx(values.mean().item())
