@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import open_donor
 from ..checkpoints.tokenizer import load_tokenizer
-from ..conversion.convert import carry_out, check_seq_len, resolve_plan
+from ..conversion.convert import convert_tensors, check_seq_len, resolve_plan
 from ..conversion.settings import ConvertSettings, LoopSettings, Say
 from ..errors import UserError
 from ..network.losses import embedding_losses, nearest_is_next, next_embedding_loss, next_token_loss, token_losses
@@ -124,7 +124,7 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
     check_seq_len(donor, settings.seq_len)
     plan = resolve_plan(donor, wanted)
     torch.manual_seed(settings.seed)
-    model: Any = carry_out(donor, plan, wanted).model
+    model: Any = convert_tensors(donor, plan, wanted).model
     start = "fresh" if settings.starts_fresh else f"layers {list(plan.loop)}"
     say(f"{settings.approach} approach: {len(plan.loop)} looped layers ({start}) learn between what stays as it is in {donor.name}")
     if settings.starts_fresh:

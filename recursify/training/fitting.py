@@ -26,7 +26,7 @@ from .gains import start_gains
 from .parallel import check_launch, shard
 from .saving import BEST, METRICS, Saver, state_folder
 from .settings import RunSettings
-from .supervised import Supervised, Supervision
+from .supervised import LossModule, Supervision
 from .trainer import RecursiveTrainer
 
 
@@ -117,7 +117,7 @@ def fit_validated(
     model.float()
     depths = depth_schedule(model.config, settings, total)
     deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
-    supervised = Supervised(model, Supervision.of(settings), approach.objective, deepest, _ready(teacher, settings, device))
+    supervised = LossModule(model, Supervision.of(settings), approach.objective, deepest, _ready(teacher, settings, device))
     collate = Collate(tokenizer.eos_token_id if settings.separates else None)
     if resume_from is None:
         start_gains(supervised, eval_blocks, collate, settings, device)
@@ -134,7 +134,7 @@ def fit_validated(
     bar, save_steps = ProgressBar(), SaveSteps(settings.save_every if saver else 0)
     stop = StopOnSignal(save_steps if saver else None, trainer.any_rank)
     shown = _console(trainer, tokenizer, bar) if console else []
-    for callback in (*shown, *_keepers(trainer, quiet=not console), save_steps, *callbacks, stop):
+    for callback in (*shown, *_saving_callbacks(trainer, quiet=not console), save_steps, *callbacks, stop):
         trainer.add_callback(callback)
     try:
         with stop.listening():
@@ -155,7 +155,7 @@ def _console(trainer: RecursiveTrainer, tokenizer: PreTrainedTokenizerBase, bar:
     return [*([bar] if trainer.is_world_process_zero() else []), *samples]
 
 
-def _keepers(trainer: RecursiveTrainer, quiet: bool) -> list[TrainerCallback]:
+def _saving_callbacks(trainer: RecursiveTrainer, quiet: bool) -> list[TrainerCallback]:
     """What measures, writes down and keeps, and so decides what is the best."""
     settings, saver = trainer.settings, trainer.saver
     for callback in trainer.callback_handler.callbacks:  # TensorBoard's files go beside the others, unless its own variable says where

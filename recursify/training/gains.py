@@ -21,7 +21,7 @@ from ..utils.models import is_recursive
 from .collate import Collate
 from .parallel import announce
 from .settings import DonorSettings, RunSettings
-from .supervised import Supervised
+from .supervised import LossModule
 
 CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # from the largest that there is
 MAX_COST = 0.02  # nats per token of the last cycle, over the plain pass
@@ -66,7 +66,7 @@ def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float]
     return sweep[-1][0], sweep
 
 
-def start_gains(supervised: Supervised, blocks: Any, collate: Collate, settings: RunSettings, device: torch.device) -> None:
+def start_gains(supervised: LossModule, blocks: Any, collate: Collate, settings: RunSettings, device: torch.device) -> None:
     """The gains that the loop starts from (see `gains`): those of the settings, else the swept ones where the model's own are all 0."""
     model = supervised.model
     if not is_recursive(model):
@@ -82,7 +82,7 @@ def start_gains(supervised: Supervised, blocks: Any, collate: Collate, settings:
     model.to(device).eval()
     rows = [blocks[i] for i in range(min(max(1, CALIBRATION_TOKENS // settings.seq_len), len(blocks)))]
     batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, len(rows), settings.batch_size)]
-    scorer = Supervised(model, objective=supervised.objective)
+    scorer = LossModule(model, objective=supervised.objective)
     gain, sweep = calibrate(model, lambda: _loss_on(scorer, batches, device))
     (gain,) = broadcast_object_list([gain])  # of the first rank: others may round another way
     set_gains(model, gain)
@@ -92,7 +92,7 @@ def start_gains(supervised: Supervised, blocks: Any, collate: Collate, settings:
 
 
 @torch.no_grad()
-def _loss_on(scorer: Supervised, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
+def _loss_on(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
     """The mean loss of the cycle that is read out."""
     tokens = sum(int(counted(batch["labels"])) for batch in batches)
     parts = [scorer(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=tokens) for batch in batches]

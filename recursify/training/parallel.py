@@ -232,7 +232,7 @@ def _unmarked(root: nn.Module) -> Iterator[None]:
             setattr(module, _MARK, mark)
 
 
-def check_spread(prepared: Any, settings: RunSettings) -> None:
+def check_sharding(prepared: Any, settings: RunSettings) -> None:
     """Whether what the flags ask for has happened to the model that the Trainer has prepared.
 
     Raises:
@@ -314,7 +314,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-class SpreadTraining(_Mixed):
+class ShardedTrainerMixin(_Mixed):
     """What a Trainer needs for a model that `shard` has spread, before `Trainer` among the bases. Without one it changes nothing."""
 
     @contextmanager

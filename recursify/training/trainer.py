@@ -30,10 +30,10 @@ from ..utils.atomic import write_whole
 from .cost import pass_flops
 from .depth import DepthSchedule
 from .optimizers import EMA, build_optimizer, learning_rate_factor, warmup_of
-from .parallel import SpreadTraining, check_spread, full_optimizer_state, full_state, gathered, load_full_state, part_like, read_state
+from .parallel import ShardedTrainerMixin, check_sharding, full_optimizer_state, full_state, gathered, load_full_state, part_like, read_state
 from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, read_json, training_notes
 from .settings import RunSettings
-from .supervised import Supervised, scored_tokens
+from .supervised import LossModule, scored_tokens
 
 GIB = 2**30
 
@@ -49,7 +49,7 @@ class MetricWindow:
         """One micro-batch.
 
         Args:
-            outputs: Of `Supervised`, divided by `scale` tokens.
+            outputs: Of `LossModule`, divided by `scale` tokens.
             tokens: Those that count, on this rank.
         """
         found, scored = outputs["cycle_losses"] * scale, outputs["scored"] * tokens
@@ -74,16 +74,16 @@ class MetricWindow:
         return means, last, tokens
 
 
-class RecursiveTrainer(SpreadTraining, Trainer):
+class RecursiveTrainer(ShardedTrainerMixin, Trainer):
     """`Trainer` with our objective, parameter groups and depths, a validation loss per token, and checkpoints in our form."""
 
     loss_is_scaled_for_ga = True
-    model: Any  # a Supervised
+    model: Any  # a LossModule
     optimizer: Any
 
     def __init__(
         self,
-        model: Supervised,
+        model: LossModule,
         args: TrainingArguments,
         settings: RunSettings,
         depths: DepthSchedule | None,
@@ -178,7 +178,7 @@ class RecursiveTrainer(SpreadTraining, Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        check_spread(model, self.settings)
+        check_sharding(model, self.settings)
         if self.settings.ema_decay:
             self.ema = EMA([p for p in self.model.parameters() if p.requires_grad], self.settings.ema_decay)
             if resume_from_checkpoint is not None:

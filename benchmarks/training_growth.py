@@ -12,7 +12,7 @@ import torch
 
 from recursify.network.size import parameters_by_part
 from recursify.training.cost import step_flops
-from recursify.training.supervised import Supervised, Supervision
+from recursify.training.supervised import LossModule, Supervision
 
 from .case import Bench, Check, Table, case
 from .ceilings import ceilings
@@ -51,7 +51,7 @@ class Step:
         donor = shape.config(layers=point.L_layers, vocabulary=point.V)
         self.config = recursive_config(donor, L_layers=point.L_layers, H_cycles=point.H, L_cycles=point.L)
         model = build(self.config, device).train()
-        self.supervised = Supervised(model, Supervision(every_cycle=point.every_cycle, backprop="full"))
+        self.supervised = LossModule(model, Supervision(every_cycle=point.every_cycle, backprop="full"))
         self.ids = tokens(self.config, point.batch, point.T, device)
 
     def run(self) -> None:

@@ -66,7 +66,7 @@ class Supervision:
         return bool(self.distill or self.self_distill or self.monotone or self.halting)
 
 
-class Supervised(nn.Module):
+class LossModule(nn.Module):
     """The one module that training sees, so that whatever wraps a model for it (DDP, FSDP) wraps the pass to the loss.
 
     It has no `config` on purpose: the Trainer would write `use_cache = False` into it, and every saved model would generate without a
@@ -122,7 +122,7 @@ class Supervised(nn.Module):
             state = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
             return score.outputs(score.cycle(0, state, None))
         base = self.model.base_model
-        e, block, read = base.open_loop(input_ids, position_ids)
+        e, block, read = base.begin_pass(input_ids, position_ids)
 
         def losses(e: Tensor) -> Iterator[Tensor]:
             return score.cycles(lambda: base.recursion.steps(e, block, H, self.model.config.L_cycles, self.supervision.backprop), read)
@@ -144,7 +144,7 @@ class Supervised(nn.Module):
         if not is_recursive(self.model):
             return [self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state]
         base = self.model.base_model
-        e, block, read = base.open_loop(input_ids, position_ids)
+        e, block, read = base.begin_pass(input_ids, position_ids)
         return [read(z_H) for z_H in base.recursion.steps(e, block, self.deepest, self.model.config.L_cycles)]
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class Supervised(nn.Module):
 class Score:
     """One batch, cycle by cycle."""
 
-    def __init__(self, owner: Supervised, labels: Tensor, num_items: Any, H: int, references: list[Reference]):
+    def __init__(self, owner: LossModule, labels: Tensor, num_items: Any, H: int, references: list[Reference]):
         self.owner, self.want, self.objective, self.labels = owner, owner.supervision, owner.objective, labels
         self.items = torch.as_tensor(counted(labels) if num_items is None else num_items, device=labels.device).clamp(min=1)
         self.H, self.shares, self.references = H, self.want.shares(H), references
@@ -262,17 +262,17 @@ def backpropagate_each(losses: Callable[[Tensor], Iterator[Tensor]], e: Tensor, 
     """
     leaf = e.detach().requires_grad_(e.requires_grad)
     total = torch.zeros((), device=e.device)
-    with _stand_ins(model) as stand_ins:
+    with _shadow_parameters(model) as stand_ins:
         for loss in losses(leaf):
             loss.backward()
             total = total + loss.detach()
     torch.clear_autocast_cache()  # which holds copies of the stand-ins
     originals, leaves = [*stand_ins, e], [*stand_ins.values(), leaf]
-    return _Found.apply(total, [each.grad for each in leaves], *originals)
+    return _PrecomputedGrad.apply(total, [each.grad for each in leaves], *originals)
 
 
 @contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+def _shadow_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     """Inside, the trained parameters of a model are others over the same numbers, so that gradients add up, in place, where nobody waits
     for them. Gives parameter -> stand-in."""
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
@@ -288,7 +288,7 @@ def _stand_ins(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
             module._parameters[name] = p
 
 
-class _Found(torch.autograd.Function):
+class _PrecomputedGrad(torch.autograd.Function):
     """A value whose gradients are known already."""
 
     @staticmethod

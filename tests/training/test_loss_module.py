@@ -19,7 +19,7 @@ from recursify.training import supervised as module
 from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.cost import pass_flops
 from recursify.training.settings import TrainSettings
-from recursify.training.supervised import Supervised, Supervision, backpropagate_each, scored_tokens
+from recursify.training.supervised import LossModule, Supervision, backpropagate_each, scored_tokens
 from tests.support.runs import blocks, logged, recursive, run, settings
 from tests.support.tiny import tiny_donor, tiny_model
 
@@ -49,7 +49,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def by_hand(model: Any, ids: torch.Tensor, shares: list[float], detach: Callable[[int], bool] = lambda cycle: False) -> torch.Tensor:
     """The loop written out, with transformers' own loss; `detach(c)` cuts the graph before cycle c."""
     base, config = model.model, model.config
-    e, block, read = base.open_loop(ids)
+    e, block, read = base.begin_pass(ids)
     recursion = base.recursion
     z_L, z_H, n, total = e + recursion.L_init, e + recursion.H_init, 0, torch.zeros(())
     for cycle in range(config.H_cycles):
@@ -74,22 +74,22 @@ def test_deep_supervision_reaches_every_cycle() -> None:
     """The loss of each cycle alone has a gradient at the loop and at what feeds it, and the logged losses are those of the model."""
     model, ids = recursive(), batch()
     expected = [model(ids, labels=ids, H_cycles=H).loss.item() for H in (1, 2, 3)]
-    outputs = Supervised(model, EVERY)(ids, ids)
+    outputs = LossModule(model, EVERY)(ids, ids)
     assert outputs["cycle_losses"].tolist() == pytest.approx(expected, rel=1e-6) and outputs["scored"].tolist() == [1.0] * 3
     shares = cycle_shares("constant", 0.5, 3)
     assert outputs["loss"].item() == pytest.approx(sum(s * loss for s, loss in zip(shares, expected, strict=True)), rel=1e-6)
     for H in (1, 2, 3):
-        found = gradients(model, Supervised(model)(ids, ids, H_cycles=H)["loss"])
+        found = gradients(model, LossModule(model)(ids, ids, H_cycles=H)["loss"])
         parts = [name for name in found if "layers.1" in name or "inject_H" in name or "H_init" in name]
         assert len(parts) > 10 and all(found[name].abs().max() > 0 for name in parts)
 
 
 def test_without_deep_supervision_only_the_last_cycle_counts() -> None:
     model, ids = recursive(), batch()
-    outputs = Supervised(model)(ids, ids)
+    outputs = LossModule(model)(ids, ids)
     assert outputs["cycle_losses"].tolist() == pytest.approx([0, 0, model(ids, labels=ids).loss.item()], rel=1e-6)
     assert outputs["scored"].tolist() == [0, 0, 1] and outputs["loss"].item() == outputs["cycle_losses"][2].item()
-    shallow = Supervised(model)(ids, ids, H_cycles=2)
+    shallow = LossModule(model)(ids, ids, H_cycles=2)
     assert shallow["scored"].tolist() == [0, 1, 0]
     assert shallow["loss"].item() == pytest.approx(model(ids, labels=ids, H_cycles=2).loss.item(), rel=1e-6)
 
@@ -101,7 +101,7 @@ def test_full_is_plain_autograd(L_cycles: int, checkpointed: bool) -> None:
     expected = gradients(model, by_hand(model, ids, cycle_shares("constant", 0.5, 3)))
     if checkpointed:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    assert_same(gradients(model, Supervised(model, EVERY)(ids, ids)["loss"]), expected)
+    assert_same(gradients(model, LossModule(model, EVERY)(ids, ids)["loss"]), expected)
 
 
 @pytest.mark.parametrize("L_cycles", [0, 1, 2])
@@ -113,9 +113,9 @@ def test_cycle_is_autograd_on_the_detached_graph(L_cycles: int, checkpointed: bo
     if checkpointed:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     supervision = Supervision(every_cycle=True, schedule="constant", backprop="cycle")
-    found = gradients(model, Supervised(model, supervision)(ids, ids)["loss"])
+    found = gradients(model, LossModule(model, supervision)(ids, ids)["loss"])
     assert_same(found, expected)
-    full = gradients(model, Supervised(model, EVERY)(ids, ids)["loss"])
+    full = gradients(model, LossModule(model, EVERY)(ids, ids)["loss"])
     assert not torch.allclose(found["model.recursion.H_init"], full["model.recursion.H_init"], rtol=1e-3)
 
 
@@ -126,7 +126,7 @@ def test_last_is_autograd_on_the_last_cycle(L_cycles: int, checkpointed: bool) -
     expected = gradients(model, by_hand(model, ids, [0.0, 0.0, 1.0], detach=lambda cycle: True))
     if checkpointed:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    found = gradients(model, Supervised(model, Supervision(backprop="last"))(ids, ids)["loss"])
+    found = gradients(model, LossModule(model, Supervision(backprop="last"))(ids, ids)["loss"])
     assert_same(found, expected)
     assert not any(name.endswith("_init") for name in found)
 
@@ -157,9 +157,9 @@ def test_gradients_under_bfloat16_autocast(backprop: str) -> None:
     """Weights are cast once and the copy is kept: one that was made without gradients, or whose graph is gone, must not be used."""
     supervision = Supervision(every_cycle=backprop == "cycle", schedule="constant", backprop=backprop, self_distill=0.0)
     model, ids = as_trained(recursive(), backprop=backprop, enable_deep_supervision=backprop == "cycle"), batch()
-    expected = gradients(model, Supervised(model, supervision)(ids, ids)["loss"])
+    expected = gradients(model, LossModule(model, supervision)(ids, ids)["loss"])
     with torch.autocast("cpu", torch.bfloat16):
-        loss = Supervised(model, supervision)(ids, ids)["loss"]
+        loss = LossModule(model, supervision)(ids, ids)["loss"]
     found = gradients(model, loss)
     for name, gradient in expected.items():
         assert F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.95, name
@@ -170,13 +170,13 @@ def test_self_distillation_is_the_same_in_both_ways() -> None:
     ids = batch()
     terms = {"every_cycle": True, "schedule": "constant", "self_distill": 0.7, "temperature": 2.0, "monotone": 0.3}
     model = recursive()
-    full, cycle = (Supervised(model, Supervision(backprop=way, **terms))(ids, ids) for way in ("full", "cycle"))  # type: ignore[arg-type]
+    full, cycle = (LossModule(model, Supervision(backprop=way, **terms))(ids, ids) for way in ("full", "cycle"))  # type: ignore[arg-type]
     assert cycle["loss"].item() == pytest.approx(full["loss"].item(), rel=1e-6)
     assert {name: value.item() for name, value in cycle["terms"].items()} == pytest.approx(
         {name: value.item() for name, value in full["terms"].items()}, rel=1e-5
     )
     with torch.autocast("cpu", torch.bfloat16):
-        loss = Supervised(model, Supervision(backprop="cycle", **terms))(ids, ids)["loss"]  # type: ignore[arg-type]
+        loss = LossModule(model, Supervision(backprop="cycle", **terms))(ids, ids)["loss"]  # type: ignore[arg-type]
     assert all(gradient.abs().max() > 0 for gradient in gradients(model, loss).values())
 
 
@@ -187,7 +187,7 @@ def test_every_term_by_hand() -> None:
     want = Supervision(
         every_cycle=True, schedule="linear_decay", weight=0.5, distill=0.4, temperature=2.0, self_distill=0.3, monotone=0.2, halting=0.1
     )
-    found = Supervised(model, want, teacher=teacher)(ids, ids)
+    found = LossModule(model, want, teacher=teacher)(ids, ids)
 
     outputs = model(ids, output_cycle_logits=True)
     logits = [row[:, :-1].log_softmax(-1) for row in outputs.cycle_logits]
@@ -312,7 +312,7 @@ def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
         enable_deep_supervision=True, deep_supervision_schedule="early_decay", deep_supervision_weight=0.6, distill_temperature=2.0,
         backprop=backprop, **EACH_TERM[terms],
     )  # fmt: skip
-    supervised = Supervised(model, Supervision.of(want), teacher=teacher if want.distill_weight else None)
+    supervised = LossModule(model, Supervision.of(want), teacher=teacher if want.distill_weight else None)
     found = supervised(ids, labels)
     cycles, expected, total = naive(model, teacher, ids, labels, want)
     asked = {"all": set(EACH_TERM) - {"all", "none"}, "none": set[str]()}.get(terms, {terms})
@@ -338,7 +338,7 @@ def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
 def test_distillation_of_the_last_cycle_alone() -> None:
     model, teacher, (ids, labels) = recursive(), tiny_donor("qwen2", num_hidden_layers=2), unequal()
     want = settings(distill_weight=0.7, distill_temperature=3.0)
-    found = Supervised(model, Supervision.of(want), teacher=teacher)(ids, labels)
+    found = LossModule(model, Supervision.of(want), teacher=teacher)(ids, labels)
     cycles, expected, total = naive(model, teacher, ids, labels, want)
     assert found["loss"].item() == pytest.approx(total, rel=1e-5) and found["cycle_losses"].tolist() == pytest.approx(
         [0, 0, cycles[2]], rel=1e-5
@@ -371,7 +371,7 @@ def test_nothing_that_counts_is_no_loss() -> None:
     model, teacher, ids = about_to_halt(recursive()), tiny_donor("qwen2", num_hidden_layers=1), batch()
     want = settings(enable_deep_supervision=True, **EACH_TERM["all"])
     for supervision in (Supervision.of(want), EVERY):
-        found = Supervised(model, supervision, teacher=teacher)(ids, torch.full_like(ids, -100))
+        found = LossModule(model, supervision, teacher=teacher)(ids, torch.full_like(ids, -100))
         assert found["loss"].item() == 0 and found["cycle_losses"].tolist() == [0, 0, 0]
         assert all(value.item() == 0 for value in found["terms"].values())
 
@@ -389,7 +389,7 @@ def test_hits_are_counted_at_the_cycle_that_is_read_out() -> None:
     labels = ids.clone()
     labels[0, 1:], labels[1, 1:8] = nearest[2][0], nearest[2][1, :7]
     hits = [(each == labels[:, 1:]).sum(1).tolist() for each in nearest]
-    found = Supervised(model, objective=NEXT_EMBEDDING, deepest=5).row_sums(ids, labels)
+    found = LossModule(model, objective=NEXT_EMBEDDING, deepest=5).row_sums(ids, labels)
     assert found.shape == (3, 6) and found[:, 5].tolist() == hits[2] and len({tuple(each) for each in (hits[0], hits[2], hits[4])}) == 3
 
 
@@ -404,7 +404,7 @@ def test_positions_reach_teacher_and_plain_models(kind: str) -> None:
     positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
     labels = ids.clone()
     labels[:, 6] = -100
-    supervised = Supervised(model, Supervision(distill=1.0), teacher=teacher)
+    supervised = LossModule(model, Supervision(distill=1.0), teacher=teacher)
     packed, mixed = supervised(ids, labels, positions), supervised(ids, labels)
     alone = [supervised(part, part, num_items_in_batch=14) for part in (ids[:, :6], ids[:, 6:])]
     for found in ((packed["loss"], packed["terms"]["distill"], packed["cycle_losses"][-1]),):
@@ -420,8 +420,8 @@ def test_the_halting_term_changes_nothing_but_the_halting_head(backprop: str) ->
     ids, plain, halting = batch(), recursive(), recursive()
     halting.model.recursion.q_head.requires_grad_(True)
     way = Supervision(every_cycle=True, schedule="constant", backprop=backprop)
-    expected = gradients(plain, Supervised(plain, way)(ids, ids)["loss"])
-    found = gradients(halting, Supervised(halting, replace(way, halting=1.0))(ids, ids)["loss"])
+    expected = gradients(plain, LossModule(plain, way)(ids, ids)["loss"])
+    found = gradients(halting, LossModule(halting, replace(way, halting=1.0))(ids, ids)["loss"])
     heads = {name for name in found if "q_head" in name}
     assert len(heads) == 2 and all(found.pop(name).abs().max() > 0 for name in heads)
     assert_same(found, expected)
@@ -429,14 +429,14 @@ def test_the_halting_term_changes_nothing_but_the_halting_head(backprop: str) ->
 
 def test_the_teacher_is_no_part_of_the_model() -> None:
     model, teacher = recursive(), tiny_donor("qwen2", num_hidden_layers=2)
-    supervised = Supervised(model, Supervision(distill=1.0), teacher=teacher)
+    supervised = LossModule(model, Supervision(distill=1.0), teacher=teacher)
     assert not any("teacher" in name for name in supervised.state_dict())
     assert {id(p) for p in supervised.parameters()} == {id(p) for p in model.parameters()}
 
 
 def test_a_teacher_that_is_the_model_teaches_nothing() -> None:
     model, ids = recursive(), batch()
-    loss = Supervised(model, Supervision(distill=1.0, temperature=3.0), teacher=model)(ids, ids)
+    loss = LossModule(model, Supervision(distill=1.0, temperature=3.0), teacher=model)(ids, ids)
     assert loss["terms"]["distill"].item() == pytest.approx(0.0, abs=1e-5)
 
 
@@ -475,7 +475,7 @@ def test_no_loss_sees_the_graph_of_another() -> None:
 def test_a_frozen_prelude_gets_no_gradient_and_asks_for_none() -> None:
     model, ids = recursive(freeze_embeddings=True), batch()
     model.model.layers[0].requires_grad_(False)
-    found = gradients(model, Supervised(model, Supervision(every_cycle=True, backprop="cycle"))(ids, ids)["loss"])
+    found = gradients(model, LossModule(model, Supervision(every_cycle=True, backprop="cycle"))(ids, ids)["loss"])
     assert not any("layers.0" in name for name in found)
 
 
@@ -485,10 +485,10 @@ def test_positions_reach_the_model() -> None:
     positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
     labels = ids.clone()
     labels[:, 6] = -100
-    packed = Supervised(model).row_sums(ids, labels, positions)
-    alone = sum(Supervised(model).row_sums(part, part) for part in (ids[:, :6], ids[:, 6:]))
+    packed = LossModule(model).row_sums(ids, labels, positions)
+    alone = sum(LossModule(model).row_sums(part, part) for part in (ids[:, :6], ids[:, 6:]))
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
-    loss = Supervised(model)(ids, labels, positions)["cycle_losses"][2] * 14
+    loss = LossModule(model)(ids, labels, positions)["cycle_losses"][2] * 14
     torch.testing.assert_close(loss, packed[0, 2], rtol=1e-5, atol=1e-5)
 
 
