@@ -11,8 +11,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from recursify.network.decoding_recursive_llm import RecursiveCache
+from recursify.training.loss_module import LossModule, Supervision
 from recursify.training.optimizers import build_optimizer
-from recursify.training.supervised import Supervised, Supervision
 
 from .case import Bench, Check, Table, case
 from .measure import say, seconds
@@ -64,7 +64,7 @@ def training_step(way: Way, batch: Batch, bench: Bench) -> Callable[[], Any]:
     """A step as `fit` makes it, without its loader and log."""
     model = build(recursive_config(bench.pick(TOY, HALF_B, HALF_B).config(), **way.loop), bench.device).train()
     settings = settings_of(way, batch, bench.device, 1)
-    supervised, optimizer = Supervised(model, Supervision.of(settings)), build_optimizer(model, settings)
+    supervised, optimizer = LossModule(model, Supervision.of(settings)), build_optimizer(model, settings)
     ids = tokens(model.config, batch.rows, batch.length, bench.device)
 
     def step() -> None:

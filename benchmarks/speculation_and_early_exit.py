@@ -60,7 +60,7 @@ def speculation(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[s
         batches = prompts.split(min(rows, len(prompts)))
         choice = {"do_sample": True, "temperature": 0.7, "top_k": 0} if sample else {}
         for k in depths:
-            say(f"shortcuts: self-speculation, {rows} rows, {'sampled' if sample else 'greedy'}, {k} cycles")
+            say(f"speculation_and_early_exit: self-speculation, {rows} rows, {'sampled' if sample else 'greedy'}, {k} cycles")
             yield _speculate(model, batches, new, k, choice, bench)
 
 
@@ -102,7 +102,7 @@ def halting(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, 
     full = measure_halting(model, second, "q_head")
     new = bench.pick(4, 48, 48)
     for criterion in HALT_CRITERIA:
-        say(f"shortcuts: halting by {criterion}")
+        say(f"speculation_and_early_exit: halting by {criterion}")
         threshold = affordable(model, first, criterion, full_points=bench.size != "quick")
         found = asdict(measure_halting(model, second, criterion, threshold))
         plain: list[float] = []
@@ -166,7 +166,7 @@ def _rough(device: torch.device, dtype: torch.dtype) -> Any:
     return build(config, device, dtype).eval()
 
 
-@case("shortcuts", "Self-speculation and halting")
+@case("speculation_and_early_exit", "Self-speculation and halting")
 def measure(bench: Bench) -> Iterator[Table | Check]:
     """On the donor that ships, made recursive (prelude 3, loop 2, coda 3, H 3, L 1) and fine-tuned on the language reference that CPython
     carries, its halting head as well; prompts and text of topics that it was not trained on. Both sides write in turn. Halting: the
@@ -174,7 +174,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     other half. "equal" counts tokens up to the first difference.
     """
     train, held = (windows.to(bench.device) for windows in text())
-    say("shortcuts: training the model")
+    say("speculation_and_early_exit: training the model")
     model = trained(train, held, bench.pick(2, 60, 60), bench.device)
     drafts = list(speculation(model, held, bench))
     yield Table("Self-speculation", drafts)

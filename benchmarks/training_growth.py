@@ -12,7 +12,7 @@ import torch
 
 from recursify.network.size import parameters_by_part
 from recursify.training.cost import step_flops
-from recursify.training.supervised import LossModule, Supervision
+from recursify.training.loss_module import LossModule, Supervision
 
 from .case import Bench, Check, Table, case
 from .ceilings import ceilings
@@ -81,7 +81,7 @@ def series(base: Point, variable: str, factors: Sequence[int]) -> list[Point]:
 
 def grow(name: str, variable: str, points: list[Point], shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
     """A row: the points of one variable, in turn."""
-    say(f"growth: {name}")
+    say(f"training_growth: {name}")
     steps = {str(asdict(point)[variable]): Step(point, shape, device) for point in points}
     sides: dict[str, Callable[[], None]] = {value: step.run for value, step in steps.items()}
     # on a CPU a first round is no slower than noise, which the median of three takes care of
@@ -102,7 +102,7 @@ def grow(name: str, variable: str, points: list[Point], shape: Shape, device: to
     }
 
 
-@case("growth", "How the cost of a training step grows")
+@case("training_growth", "How the cost of a training step grows")
 def measure(bench: Bench) -> Iterator[Table | Check]:
     """A forward and backward pass of training, back through all cycles, without an optimizer, of a compact model in the widths of
     Qwen2-0.5B. From one base every variable grows by itself; the points of a variable take turns, and of each the median of the rounds

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from recipes.demo_donor import hardware, train_tokenizer
 from recursify.data.question_rows import question_rows
 from recursify.data.tasks import as_text, generate
-from recursify.evaluation.accuracy import ask
-from recursify.inference.options import Effort
+from recursify.evaluation.accuracy import evaluate_questions
+from recursify.inference.options import DecodingOptions
 from recursify.training import TrainSettings, fit
 
 LETTERS = 8
@@ -76,7 +76,9 @@ def pretrain(model: Any, tokenizer: PreTrainedTokenizerBase, args: argparse.Name
 def shares(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """Right states by letter, of the model as it ships, on words that begin as no word of the training does."""
     items = generate("permutations", 2 * LETTERS, ASKED, 0, split="test")
-    report, _ = ask(Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, "permutations", items, [Effort()], "labels")
+    report, _ = evaluate_questions(
+        Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, "permutations", items, [DecodingOptions()], "labels"
+    )
     return {f"right at letter {row.difficulty}": f"{row.accuracy:.1%}" for row in report.rows if row.difficulty is not None}
 
 

@@ -86,7 +86,31 @@ ROOMS = {
     "demo": ("demo.run",),
     "evaluation": ("evaluation.evaluate", "evaluation.settings", "checkpoints.loading"),
 }
-RENAMED = {"load_any": "load_model", "check": "validate"}
+RENAMED = {
+    "Ask": "BaseRequest",
+    "ChatAsk": "ChatRequest",
+    "CompletionAsk": "CompletionRequest",
+    "Effort": "DecodingOptions",
+    "Fates": "TensorMapping",
+    "Memory": "PrefixCache",
+    "SpreadTraining": "ShardedTrainerMixin",
+    "Supervised": "LossModule",
+    "Telemetry": "CycleStats",
+    "ask": "evaluate_questions",
+    "carry_out": "convert_tensors",
+    "check": "validate",
+    "check_spread": "check_sharding",
+    "forgiving": "replace_unencodable",
+    "in_turns": "map_jobs",
+    "load_any": "load_model",
+    "need_head": "require_head",
+    "settle": "match_tensors",
+    "spent": "decoding_stats",
+    "tell_after": "print_stats",
+    "told": "accuracy_by_length",
+    "whole": "raise_if_interrupted",
+    "written": "format_p",
+}
 
 
 def lookup(old: str, places: Sequence[str]) -> Callable[[str], Any]:
@@ -97,7 +121,8 @@ def lookup(old: str, places: Sequence[str]) -> Callable[[str], Any]:
             raise AttributeError(name)
         for place in places:
             module = importlib.import_module(f"recursify.{place}")
-            if hasattr(module, new := RENAMED.get(name, name)):
+            new = name if hasattr(module, name) else RENAMED.get(name, name)
+            if hasattr(module, new):
                 found = getattr(module, new)
                 own = getattr(found, "__module__", None)  # of a constant, the module that has it
                 where = own if isinstance(own, str) and own.startswith("recursify") else module.__name__

@@ -44,6 +44,22 @@ def test_an_old_name_is_the_new_one_and_says_where_it_is(old: str, name: str, pl
         assert getattr(module, name) is new
 
 
+@pytest.mark.parametrize(
+    ("old", "name", "place", "new"),
+    [
+        ("effort", "Effort", "inference.options", "DecodingOptions"),
+        ("memory", "Memory", "inference.prefix_cache", "PrefixCache"),
+        ("answers", "ask", "evaluation.accuracy", "evaluate_questions"),
+        ("sharing", "in_turns", "utils.distributed", "map_jobs"),
+        ("evaluation", "load_any", "checkpoints.loading", "load_model"),
+    ],
+)
+def test_a_renamed_thing_is_found_by_its_old_name(old: str, name: str, place: str, new: str) -> None:
+    module = importlib.import_module(f"recursify.{old}")
+    with pytest.warns(DeprecationWarning, match=rf"recursify\.{old}\.{name} is recursify\.{place}\.{new} now"):
+        assert getattr(module, name) is getattr(importlib.import_module(f"recursify.{place}"), new)
+
+
 @pytest.mark.parametrize("place", sorted({place for places in (_moved.MOVED | _moved.ROOMS).values() for place in places}))
 def test_every_new_place_is_there(place: str) -> None:
     importlib.import_module(f"recursify.{place}")

@@ -25,8 +25,8 @@ from recipes.evidence.study import Figures, Row, Size, Study, small_model
 from recursify.data.question_rows import question_rows
 from recursify.data.tasks import Item, as_text, read
 from recursify.errors import UserError
-from recursify.evaluation.accuracy import ask
-from recursify.inference.options import Effort
+from recursify.evaluation.accuracy import evaluate_questions
+from recursify.inference.options import DecodingOptions
 from recursify.training import TrainSettings, fit
 
 EASY = 12  # actions
@@ -80,12 +80,12 @@ def study(size: Size) -> Study:
 
 def measure(count: int, model: Any, tokenizer: Any, depths: Any) -> Figures:
     """Share of commands whose actions are written right, all of them, at every depth."""
-    runs = [Effort(H_cycles=H) for H in depths] or [Effort()]
+    runs = [DecodingOptions(H_cycles=H) for H in depths] or [DecodingOptions()]
     asked = commands("test")
     found: Figures = {"donor" if run.H_cycles is None else str(run.H_cycles): {} for run in runs}
     for low, high in BINS:
         items = [item for item in asked if low <= item.difficulty <= high][:count]
-        report, _ = ask(model, tokenizer, "scan", items, runs, batch_size=40)
+        report, _ = evaluate_questions(model, tokenizer, "scan", items, runs, batch_size=40)
         for row in report.rows:
             if row.difficulty is None:
                 found["donor" if row.H_cycles is None else str(row.H_cycles)][f"{low}-{high}"] = round(row.accuracy, 4)

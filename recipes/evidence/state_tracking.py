@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from recipes.evidence.study import Figures, Row, Size, Study, small_model
 from recursify.data.question_rows import question_rows
 from recursify.data.tasks import Item, generate
-from recursify.evaluation.accuracy import ask
-from recursify.inference.options import Effort
+from recursify.evaluation.accuracy import evaluate_questions
+from recursify.inference.options import DecodingOptions
 from recursify.training import TrainSettings, fit
 
 SHORT, LONG, ASKED = 8, 16, 24  # letters
@@ -103,8 +103,8 @@ def study(size: Size) -> Study:
 
 def shares(model: Any, tokenizer: Any, items: list[Item], depths: Any) -> Figures:
     """Share of right states at every letter, at every depth."""
-    runs = [Effort(H_cycles=H) for H in depths] or [Effort()]
-    report, _ = ask(model, tokenizer, "permutations", items, runs, "labels", batch_size=100)
+    runs = [DecodingOptions(H_cycles=H) for H in depths] or [DecodingOptions()]
+    report, _ = evaluate_questions(model, tokenizer, "permutations", items, runs, "labels", batch_size=100)
     found: Figures = {}
     for row in report.rows:
         if row.difficulty in SHOWN:

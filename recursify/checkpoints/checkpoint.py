@@ -124,7 +124,7 @@ def need_tokenizer(found: Checkpoint, path: str | Path) -> PreTrainedTokenizerBa
     return found.tokenizer
 
 
-def need_head(found: Checkpoint, path: str | Path) -> None:
+def require_head(found: Checkpoint, path: str | Path) -> None:
     """Refuse a checkpoint whose head was never trained with the rest.
 
     Raises:

@@ -35,6 +35,6 @@ def load_model(name: str | Path, tokenizer_path: str | None = None) -> tuple[Any
     name = str(name)
     if is_recursive_checkpoint(name):
         found = checkpoint.load(name, tokenizer_path=tokenizer_path)
-        checkpoint.need_head(found, name)
+        checkpoint.require_head(found, name)
         return found.model, checkpoint.need_tokenizer(found, name)
     return open_donor(name).load(), load_tokenizer(tokenizer_path or name)

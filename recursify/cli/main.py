@@ -99,7 +99,7 @@ def evaluate(argv: Argv = None) -> None:
     from ..evaluation.settings import EvaluateSettings
 
     def job(settings: EvaluateSettings) -> None:
-        _tell_measured(evaluation.run(settings), settings)
+        _print_measured(evaluation.run(settings), settings)
 
     _command("evaluate", EvaluateSettings, job, argv)
 
@@ -110,7 +110,7 @@ def compare(argv: Argv = None) -> None:
     from ..evaluation.settings import CompareSettings
 
     def job(settings: CompareSettings) -> None:
-        _tell_measured(comparison.run(settings), settings)
+        _print_measured(comparison.run(settings), settings)
 
     _command("compare", CompareSettings, job, argv)
 
@@ -253,7 +253,7 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _tell_measured(report: Any, settings: MeasureSettings) -> None:
+def _print_measured(report: Any, settings: MeasureSettings) -> None:
     """Figures and page, from one of several processes."""
     from ..evaluation import page as evaluation_page
     from ..utils import distributed

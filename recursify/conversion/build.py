@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..network.configuration_recursive_llm import from_donor
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..network.plan import ConversionPlan
-from .mapping import Fates, settle
+from .mapping import TensorMapping, match_tensors
 from .settings import ConvertSettings
 
 
@@ -40,7 +40,7 @@ def recursive_config(donor: Donor, plan: ConversionPlan, settings: ConvertSettin
         raise UserError(f"--{error}") from error
 
 
-def build_model(donor: Donor, plan: ConversionPlan, config: Any) -> tuple[RecursiveLLM, Fates]:
+def build_model(donor: Donor, plan: ConversionPlan, config: Any) -> tuple[RecursiveLLM, TensorMapping]:
     """The model, around the donor's tensors in the type in which transformers loads the donor, and where each tensor went.
 
     Args:
@@ -48,7 +48,7 @@ def build_model(donor: Donor, plan: ConversionPlan, config: Any) -> tuple[Recurs
     """
     config.tie_word_embeddings = tied = bool(config.tie_word_embeddings) and not _has_own_head(donor)
     ours = [name for name in checkpoint.stored_names(config) if not (tied and name == HEAD)]
-    fates = settle(donor.tensor_names, ours, plan, tied)
+    fates = match_tensors(donor.tensor_names, ours, plan, tied)
     model = checkpoint.build(config, {name: donor.read(source) for name, source in fates.copied.items()}, donor.name, donor.dtype)
     model.generation_config = donor.generation_config()
     return model, fates

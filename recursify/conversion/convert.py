@@ -3,8 +3,8 @@
     convert(...)    the Python door: donor in, model out
     run(settings)   what `recursify convert` does: the same, with a report, into a file or a folder
 
-Nothing is believed on faith. Every tensor has a fate (`mapping.settle`), every copied tensor is compared with the donor's file, and the
-finished model is run against the same layers in transformers' own class.
+Every donor tensor is copied or left out by name, and every one of ours has a source (`mapping.match_tensors`); every copied tensor is
+compared with the donor's file, and the finished model is run against the same layers in transformers' own class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..network.plan import ConversionPlan
 from .build import build_model, recursive_config
 from .inspection import Inspection, inspect
 from .layer_selection import candidates, make_plan
-from .mapping import Fates
+from .mapping import TensorMapping
 from .probe import probe
 from .self_check import SelfCheck, compare_logits, compare_tensors, plain_twin
 from .settings import ConvertSettings, Say
@@ -38,7 +38,7 @@ class Conversion:
 
     model: RecursiveLLM
     plan: ConversionPlan
-    fates: Fates
+    fates: TensorMapping
     check: SelfCheck
 
 
@@ -74,7 +74,7 @@ def convert(
         calibration_file=calibration_file,
     )  # fmt: skip
     found = open_donor(donor)
-    return carry_out(found, resolve_plan(found, settings), settings).model
+    return convert_tensors(found, resolve_plan(found, settings), settings).model
 
 
 def resolve_plan(donor: Donor, settings: ConvertSettings, say: Say = lambda _: None) -> ConversionPlan:
@@ -112,7 +112,7 @@ def _auto_candidates(donor: Donor, settings: ConvertSettings) -> Sequence[Conver
     return candidates(donor.name, donor.config.num_hidden_layers, settings.L_layers)
 
 
-def carry_out(
+def convert_tensors(
     donor: Donor,
     plan: ConversionPlan,
     settings: ConvertSettings,
@@ -183,7 +183,7 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     def save(model: RecursiveLLM, checked: Callable[[], Any]) -> None:
         checkpoint.save(settings.output_path, model, tokenizer, plan, notes, approve=checked)
 
-    done = carry_out(donor, plan, settings, say, save)
+    done = convert_tensors(donor, plan, settings, say, save)
     check = done.check
     say(f"✓ Checked against {check.reference}: {check.tensors_compared} tensors equal, {_verdict(check)}")
     say(f"✓ Saved to {settings.output_path}")

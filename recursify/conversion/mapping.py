@@ -19,7 +19,7 @@ _DERIVED = re.compile(r".*rotary_emb\.inv_freq")
 
 
 @dataclass
-class Fates:
+class TensorMapping:
     """What becomes of every tensor of a conversion.
 
     Args:
@@ -33,7 +33,7 @@ class Fates:
     fresh: dict[str, str] = field(default_factory=dict)
 
 
-def settle(donor_names: Iterable[str], our_names: Iterable[str], plan: ConversionPlan, tied: bool) -> Fates:
+def match_tensors(donor_names: Iterable[str], our_names: Iterable[str], plan: ConversionPlan, tied: bool) -> TensorMapping:
     """Give every tensor a fate, in both directions.
 
     Args:
@@ -44,7 +44,7 @@ def settle(donor_names: Iterable[str], our_names: Iterable[str], plan: Conversio
     Raises:
         UserError: A donor tensor that nobody wants, or a tensor of ours that nobody fills, by name.
     """
-    fates, place = Fates(), {donor: ours for ours, donor in enumerate(plan.indices)}
+    fates, place = TensorMapping(), {donor: ours for ours, donor in enumerate(plan.indices)}
     wanted, leftover = set(our_names), []
     for name in donor_names:
         layer = LAYER.fullmatch(name)

@@ -15,7 +15,7 @@ from ..checkpoints.donor import Donor
 from ..errors import UserError
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..network.plan import ConversionPlan
-from .mapping import Fates
+from .mapping import TensorMapping
 
 _COMPARED_TOKENS = 4  # a few: they must be equal bit by bit, and each of the passes reads all weights
 
@@ -45,7 +45,7 @@ class SelfCheck:
         }
 
 
-def compare_tensors(donor: Donor, fates: Fates, model: RecursiveLLM) -> None:
+def compare_tensors(donor: Donor, fates: TensorMapping, model: RecursiveLLM) -> None:
     """Compare every copied tensor with its file, read anew.
 
     Raises:
@@ -57,7 +57,7 @@ def compare_tensors(donor: Donor, fates: Fates, model: RecursiveLLM) -> None:
             raise RuntimeError(f"{ours} differs from {source} of {donor.name} after conversion")
 
 
-def compare_logits(donor: Donor, plan: ConversionPlan, fates: Fates, model: RecursiveLLM, twin: Any) -> SelfCheck:
+def compare_logits(donor: Donor, plan: ConversionPlan, fates: TensorMapping, model: RecursiveLLM, twin: Any) -> SelfCheck:
     """Compare the logits of a plain pass, and of every cycle, with transformers' own class over the same layers.
 
     Args:

@@ -69,10 +69,10 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> report.DemoReport:
     with clock.stage("measure the donor as it is"):
         as_is = text_loss.measure(donor, held)[0]
     with clock.stage("fine-tune the recursive model"):
-        fitted = whole(fit(model, tokenizer, blocks, held, train))
+        fitted = raise_if_interrupted(fit(model, tokenizer, blocks, held, train))
     checkpoint.save(out / "recursive.pt", model, tokenizer, found.plan, {**found.notes, "trained_on": "pydoc_data.topics"})
     with clock.stage("fine-tune the donor on the same tokens"):
-        tuned = whole(fit(donor, tokenizer, blocks, held, train))
+        tuned = raise_if_interrupted(fit(donor, tokenizer, blocks, held, train))
     with clock.stage("measure every depth"):
         losses, tuned_losses = (text_loss.window_losses(m, held, DEPTHS) for m in (model, donor))
     with clock.stage("write text"):
@@ -85,7 +85,7 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> report.DemoReport:
     )  # fmt: skip
 
 
-def whole(fitted: FitResult) -> FitResult:
+def raise_if_interrupted(fitted: FitResult) -> FitResult:
     """A run that Ctrl-C has ended has nothing to show."""
     if fitted.interrupted:
         raise KeyboardInterrupt

@@ -19,11 +19,11 @@ from ..conversion import convert as conversion
 from ..data.loading import DataSettings, load_blocks
 from ..data.question_sets import load_questions
 from ..data.tasks import Item
-from ..evaluation.accuracy import ask
-from ..inference.options import Effort
+from ..evaluation.accuracy import evaluate_questions
+from ..inference.options import DecodingOptions
 from ..network.configuration_recursive_llm import GAIN_MAX
 from ..training import TrainSettings, fit
-from .prose import whole
+from .prose import raise_if_interrupted
 from .report_tracking import Share, Tracker, Tracking, finding, shown_lengths
 from .stages import Clock
 
@@ -66,17 +66,17 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:
         words = load_blocks(DataSettings(dataset_name=train.dataset_name), tokenizer, train.seq_len, seed)
         held = words.validation.select(range(min(train.batch_size, len(words.validation))))
         items = load_questions(ASKED_SET, "test")
-        (as_is,) = told(donor, tokenizer, items, (None,))
+        (as_is,) = accuracy_by_length(donor, tokenizer, items, (None,))
     with clock.stage("fine-tune the recursive tracker"):
-        fitted = whole(fit(model, tokenizer, words.train, held, train))
+        fitted = raise_if_interrupted(fit(model, tokenizer, words.train, held, train))
     checkpoint.save(out / "tracker.pt", model, tokenizer, found.plan, {**found.notes, "trained_on": train.dataset_name})
     with clock.stage("fine-tune the tracker itself for the same time"):
         pace = seconds_per_step(copy.deepcopy(donor), tokenizer, words.train, held, train)
         longer = replace(train, **of_a_donor(max(1, round(fitted.seconds / pace))))
-        tuned = whole(fit(donor, tokenizer, words.train, held, longer))
+        tuned = raise_if_interrupted(fit(donor, tokenizer, words.train, held, longer))
     with clock.stage("ask both about words of every length"):
-        depths = told(model, tokenizer, items, DEPTHS)
-        (after,) = told(donor, tokenizer, items, (None,))
+        depths = accuracy_by_length(model, tokenizer, items, DEPTHS)
+        (after,) = accuracy_by_length(donor, tokenizer, items, (None,))
     return Tracking(
         states=len(set(items[0].labels) | {label for item in items for label in item.labels}),
         words=len(items),
@@ -116,14 +116,15 @@ def of_a_donor(steps: int) -> dict[str, Any]:
 def seconds_per_step(donor: Any, tokenizer: Any, blocks: Any, held: Any, train: TrainSettings) -> float:
     """How long a step of the donor takes; it is spoilt by that."""
     probe = replace(train, **of_a_donor(PACE_STEPS), log_every=PACE_STEPS // 2)  # the first half is slower: nothing is warm yet
-    logged = [entry for entry in whole(fit(donor, tokenizer, blocks, held, probe, console=False)).history if "loss" in entry]
+    fitted = raise_if_interrupted(fit(donor, tokenizer, blocks, held, probe, console=False))
+    logged = [entry for entry in fitted.history if "loss" in entry]
     return train.batch_size * train.seq_len / float(logged[-1]["tokens_per_second"])
 
 
-def told(model: Any, tokenizer: Any, items: list[Item], depths: tuple[int | None, ...]) -> list[tuple[Share, ...]]:
+def accuracy_by_length(model: Any, tokenizer: Any, items: list[Item], depths: tuple[int | None, ...]) -> list[tuple[Share, ...]]:
     """Right guesses after each letter, at each depth."""
-    runs = [Effort(H_cycles=H) for H in depths]
-    found, _ = ask(model, tokenizer, "permutations", items, runs, "labels", batch_size=100)
+    runs = [DecodingOptions(H_cycles=H) for H in depths]
+    found, _ = evaluate_questions(model, tokenizer, "permutations", items, runs, "labels", batch_size=100)
     by_depth: dict[int | None, list[Share]] = {H: [] for H in depths}
     for line in found.rows:
         if line.difficulty is not None:

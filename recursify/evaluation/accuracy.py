@@ -1,7 +1,7 @@
 """How many questions a model answers right, by difficulty and by cycle count; for a recursive model or a plain donor.
 
-    runs = [Effort(H_cycles=H) for H in (1, 2, 3)]
-    report, rights = ask(model, tokenizer, "permutations:difficulty=4-32/4", items, runs)
+    runs = [DecodingOptions(H_cycles=H) for H in (1, 2, 3)]
+    report, rights = evaluate_questions(model, tokenizer, "permutations:difficulty=4-32/4", items, runs)
 
 Two judges. `answer`: the model reads the question and writes, greedily, one token more than the longest answer of the set takes; the text
 ends at an end token or a new line - where the items come with worked steps, at a blank line or the next question - and `tasks.is_right`
@@ -26,10 +26,10 @@ from ..data.question_rows import label_tokens
 from ..data.tasks import Item, as_text, is_right, prompt
 from ..errors import UserError
 from ..inference.generation import generate_batch
-from ..inference.options import Effort, Sampling
+from ..inference.options import DecodingOptions, Sampling
 from ..inference.prompt import prompt_ids
 from ..network.losses import read_out
-from ..utils.distributed import in_turns
+from ..utils.distributed import map_jobs
 from ..utils.models import evaluating
 from .statistics import mean_and_error
 from .text_loss import states_at
@@ -112,12 +112,12 @@ def _percent(row: Accuracy) -> str:
     return f"{100 * row.accuracy:.1f}{error}"
 
 
-def ask(
+def evaluate_questions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     items: Sequence[Item],
-    runs: Sequence[Effort],
+    runs: Sequence[DecodingOptions],
     judge: Judge = "answer",
     *,
     batch_size: int = 8,
@@ -129,7 +129,7 @@ def ask(
     Args:
         name: Of the set, for report and messages.
         items: At least one.
-        runs: Each one's cycles and halting; for a plain donor one `Effort()`.
+        runs: Each one's cycles and halting; for a plain donor one `DecodingOptions()`.
 
     Returns:
         The report, and `[runs, items]` whether the answer itself is right: of labels, the last one.
@@ -147,7 +147,7 @@ def ask(
     return QuestionsReport(name, judge, len(items), rows), torch.tensor([[guesses[-1] for guesses in run] for run in found])
 
 
-def _accuracies(run: Effort, guesses: Sequence[Sequence[bool]], difficulties: Sequence[Sequence[int]]) -> list[Accuracy]:
+def _accuracies(run: DecodingOptions, guesses: Sequence[Sequence[bool]], difficulties: Sequence[Sequence[int]]) -> list[Accuracy]:
     """Of all difficulties together, then of each; `guesses` and `difficulties` have a list for every item."""
     rows = []
     for wanted in (None, *sorted({difficulty for each in difficulties for difficulty in each})):
@@ -187,7 +187,7 @@ def _check_positions(model: Any, name: str, tokens: int) -> None:
 
 
 def _written(
-    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item], runs: Sequence[Effort], batch_size: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item], runs: Sequence[DecodingOptions], batch_size: int
 ) -> list[list[list[bool]]]:
     """`[runs][items][1]`."""
     lengths = [len(prompt_ids(tokenizer, prompt(item))) for item in items]
@@ -208,14 +208,14 @@ def _written(
             found.append([[is_right(item, written.text)] for item, written in zip(asked, texts, strict=True)])
         return found
 
-    return _in_order(batches, in_turns(batches, answer))
+    return _in_order(batches, map_jobs(batches, answer))
 
 
 # Judged by the labels
 
 
 def _told(
-    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item], runs: Sequence[Effort], batch_size: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item], runs: Sequence[DecodingOptions], batch_size: int
 ) -> list[list[list[bool]]]:
     """`[runs][items][labels]`."""
     labelled = [_labelled(item, tokenizer, name) for item in items]
@@ -230,7 +230,7 @@ def _told(
             rights = [read_out(model.get_output_embeddings(), state, targets, places)[1].bool() for state in _states(model, ids, runs)]
         return [[part.tolist() for part in right.split(counts)] for right in rights]
 
-    return _in_order(batches, in_turns(batches, guess))
+    return _in_order(batches, map_jobs(batches, guess))
 
 
 def _labelled(item: Item, tokenizer: PreTrainedTokenizerBase, name: str) -> Labelled:
@@ -255,11 +255,11 @@ def _as_batch(rows: Sequence[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
     return batch, targets, places[:, :-1]
 
 
-def _states(model: Any, ids: Tensor, runs: Sequence[Effort]) -> list[Tensor]:
+def _states(model: Any, ids: Tensor, runs: Sequence[DecodingOptions]) -> list[Tensor]:
     """What the head reads in each run, `[B, T, D]`; those without halting are one pass."""
     plain = iter(states_at(model, ids, depths) if (depths := [run.H_cycles for run in runs if run.criterion is None]) else [])
     return [next(plain) if run.criterion is None else _halted(model, ids, run) for run in runs]
 
 
-def _halted(model: Any, ids: Tensor, run: Effort) -> Tensor:
+def _halted(model: Any, ids: Tensor, run: DecodingOptions) -> Tensor:
     return model.model(ids, H_cycles=run.H_cycles, use_cache=False, halt_rule=run.rule(model)).last_hidden_state

@@ -24,7 +24,7 @@ from ..data.tasks import Item
 from ..network.modeling_recursive_llm import RecursiveLLM
 from .evaluate import EvaluateReport, Paired, evaluate_paired, join_processes
 from .settings import CompareSettings, question_sets
-from .statistics import mcnemar_p, mean_and_error, student_p, written
+from .statistics import format_p, mcnemar_p, mean_and_error, student_p
 
 
 class Measured(NamedTuple):
@@ -137,7 +137,7 @@ class Comparison:
 
 def _text_line(line: TextDifference, width: int) -> str:
     error = "-" if line.standard_error is None else f"{line.standard_error:.4f}"
-    figures = f"{line.loss:>8.4f}  {line.baseline_loss:>8.4f}  {line.difference:>+10.4f}  {error:>7}  {written(line.p):>7}"
+    figures = f"{line.loss:>8.4f}  {line.baseline_loss:>8.4f}  {line.difference:>+10.4f}  {error:>7}  {format_p(line.p):>7}"
     return f"{line.model:<{width}}  {_cycles(line.H_cycles):>8}  {figures}"
 
 
@@ -149,7 +149,7 @@ def _question_head(width: int) -> str:
 def _question_line(line: QuestionDifference, width: int) -> str:
     which = "all" if line.difficulty is None else str(line.difficulty)
     shares = f"{100 * line.accuracy:>6.1f}  {100 * line.baseline_accuracy:>8.1f}  {100 * line.difference:>+10.1f}"
-    split = f"{line.model_only:>7}  {line.baseline_only:>13}  {written(line.p):>7}"
+    split = f"{line.model_only:>7}  {line.baseline_only:>13}  {format_p(line.p):>7}"
     head = f"{line.model:<{width}}  {_cycles(line.H_cycles):>8}  {which:>10}  {line.count:>6,}"
     return f"{head}  {shares}  {100 * line.standard_error:>5.1f}  {split}"
 

@@ -91,7 +91,7 @@ class Halting:
 
 
 @dataclass(frozen=True)
-class Telemetry:
+class CycleStats:
     """Depth telemetry of a recursive model on a text, from one pass at the deepest count.
 
     Args:
@@ -192,7 +192,7 @@ def sums_of_halting(model: Any, ids: Tensor, places: Tensor, criterion: str, thr
     return {name: per_window(values, places) for name, values in rows.items()}
 
 
-def summarise(sums: Sums, tokens: Tensor, per_piece: int, halting: Halting | None = None) -> Telemetry:
+def summarise(sums: Sums, tokens: Tensor, per_piece: int, halting: Halting | None = None) -> CycleStats:
     """The figures of all windows.
 
     Args:
@@ -213,7 +213,7 @@ def summarise(sums: Sums, tokens: Tensor, per_piece: int, halting: Halting | Non
     gain, error = mean_and_error(nats[0] - nats[-1], tokens, per_piece)
     corrected, spoilt = (share(row) for row in sums["first_to_last"])
     losses, right = [share(row) for row in nats], [share(row) for row in sums["right"]]
-    return Telemetry(H, losses, right, gain, error if H > 1 else None, corrected, spoilt, steps, halting)
+    return CycleStats(H, losses, right, gain, error if H > 1 else None, corrected, spoilt, steps, halting)
 
 
 def summarise_halting(

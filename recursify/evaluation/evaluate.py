@@ -22,12 +22,12 @@ from ..checkpoints.loading import load_model
 from ..data.settings import TextSource
 from ..data.tasks import Item
 from ..errors import UserError
-from ..inference.options import Effort
+from ..inference.options import DecodingOptions
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..utils.device import choose_device
 from ..utils.distributed import is_first
 from . import lm_eval_harness
-from .accuracy import QuestionsReport, ask
+from .accuracy import QuestionsReport, evaluate_questions
 from .lm_eval_harness import TaskScore, run_tasks
 from .settings import EvaluateSettings, MeasureSettings, question_sets
 from .text_loss import PairedText, Text, TextReport, measure_text, open_text
@@ -124,7 +124,7 @@ def evaluate_paired(
     own = model.config.H_cycles if isinstance(model, RecursiveLLM) else None
     depths: list[int | None] = [None] if own is None else [*(settings.cycles or range(1, 2 * own + 1) or (0,))]
     halting = _halting(model, settings)
-    runs = [*(Effort(H_cycles=H) for H in depths), *([] if halting is None else [halting])]
+    runs = [*(DecodingOptions(H_cycles=H) for H in depths), *([] if halting is None else [halting])]
     model.to(choose_device(settings.device))
     text, paired_text, passages = None, None, []
     if settings.text is not None:
@@ -133,23 +133,23 @@ def evaluate_paired(
         passages = _passages(model, tokenizer, opened, depths) if settings.report is not None and is_first() else []
     questions, rights = [], {}
     for asked, items in sets.items():
-        answered, right = ask(model, tokenizer, asked, items, runs, settings.judge, batch_size=settings.batch_size)
+        answered, right = evaluate_questions(model, tokenizer, asked, items, runs, settings.judge, batch_size=settings.batch_size)
         questions.append(answered)
         rights[asked] = right[: len(depths)]
     scores = _scores(model, tokenizer, settings, runs) if settings.task_names else []
     return EvaluateReport(name, own, text, questions, scores, passages), Paired(depths, paired_text, rights)
 
 
-def _scores(model: Any, tokenizer: Any, settings: MeasureSettings, runs: Sequence[Effort]) -> list[TaskScore]:
+def _scores(model: Any, tokenizer: Any, settings: MeasureSettings, runs: Sequence[DecodingOptions]) -> list[TaskScore]:
     shape: dict[str, Any] = {"batch_size": settings.batch_size, "max_items": settings.max_items}
     return run_tasks(model, tokenizer, settings.task_names, runs, folder=settings.tasks_folder, **shape)
 
 
-def _halting(model: Any, settings: MeasureSettings) -> Effort | None:
+def _halting(model: Any, settings: MeasureSettings) -> DecodingOptions | None:
     """The run in which tokens halt, with its cycles at most; None where none was asked for."""
     if settings.criterion is None:
         return None
-    effort = Effort(H_cycles=max(settings.cycles, default=None), halt=settings.halt, halt_threshold=settings.halt_threshold)
+    effort = DecodingOptions(H_cycles=max(settings.cycles, default=None), halt=settings.halt, halt_threshold=settings.halt_threshold)
     effort.generate_kwargs(model)  # refuses what the model cannot do
     return effort.settled(model)
 

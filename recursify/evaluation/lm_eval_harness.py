@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-eval, run by the harness itself around a model at every cycle count.
 
-    rows = run_tasks(model, tokenizer, ["hellaswag"], [Effort(H_cycles=H) for H in (1, 2, 3)])
+    rows = run_tasks(model, tokenizer, ["hellaswag"], [DecodingOptions(H_cycles=H) for H in (1, 2, 3)])
 
 What a task is, and how it is scored, is the harness's; only the depth of each pass is ours. Its package is `recursify[lm_eval]`. A folder
 of YAML files adds tasks of one's own; those need no network where their data needs none.
@@ -26,8 +26,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..inference.options import Effort
-from ..utils.distributed import in_turns
+from ..inference.options import DecodingOptions
+from ..utils.distributed import map_jobs
 from ..utils.models import evaluating
 from .accuracy import column
 
@@ -113,7 +113,7 @@ def run_tasks(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
-    runs: Sequence[Effort],
+    runs: Sequence[DecodingOptions],
     *,
     folder: str | None = None,
     batch_size: int = 8,
@@ -125,7 +125,7 @@ def run_tasks(
 
     Args:
         tasks: Names of tasks, groups and tags.
-        runs: Each one's cycles and halting; for a plain donor one `Effort()`.
+        runs: Each one's cycles and halting; for a plain donor one `DecodingOptions()`.
         folder: With YAML tasks of one's own.
         max_items: Measure only the first so many documents of each task.
 
@@ -136,12 +136,12 @@ def run_tasks(
     manager = _manager(tuple(tasks), folder)
     jobs = [(task, run) for task in tasks for run in runs]
 
-    def score(job: tuple[str, Effort]) -> list[TaskScore]:
+    def score(job: tuple[str, DecodingOptions]) -> list[TaskScore]:
         task, run = job
         with _alone(), evaluating(model), contextlib.redirect_stdout(sys.stderr):
             return _scores(_evaluate(_at_depth(model, tokenizer, run, batch_size), task, manager, max_items), run)
 
-    return [found for scores in in_turns(jobs, score) for found in scores]
+    return [found for scores in map_jobs(jobs, score) for found in scores]
 
 
 def _evaluate(wrapped: Any, task: str, manager: Any, max_items: int | None) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _evaluate(wrapped: Any, task: str, manager: Any, max_items: int | None) -> d
     return results["results"]
 
 
-def _scores(results: dict[str, Any], run: Effort) -> list[TaskScore]:
+def _scores(results: dict[str, Any], run: DecodingOptions) -> list[TaskScore]:
     found = []
     for task, figures in results.items():
         for key, value in figures.items():
@@ -182,7 +182,7 @@ def _alone() -> Iterator[None]:
             os.environ["LOCAL_RANK"] = rank
 
 
-def _at_depth(model: Any, tokenizer: PreTrainedTokenizerBase, run: Effort, batch_size: int) -> Any:
+def _at_depth(model: Any, tokenizer: PreTrainedTokenizerBase, run: DecodingOptions, batch_size: int) -> Any:
     """The harness's own wrapper of a transformers model, each pass at the depth of the run."""
     from lm_eval.models.huggingface import HFLM
 

@@ -35,7 +35,7 @@ from ..reports.html import (
     visible,
     write_document,
 )
-from .statistics import written
+from .statistics import format_p
 
 Report = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
@@ -231,14 +231,14 @@ def _differences(report: Report) -> str:
 
 
 def _text_difference(line: Mapping[str, Any]) -> str:
-    figures = [signed(line["difference"]), number(line["standard_error"]), written(line["p"])]
+    figures = [signed(line["difference"]), number(line["standard_error"]), format_p(line["p"])]
     return row(line["model"], [_count(line["H_cycles"]), *figures, _verdict(line, less_is_better=True)])
 
 
 def _question_difference(line: Mapping[str, Any]) -> str:
     which = "all" if line["difficulty"] is None else str(line["difficulty"])
     figures = [_points(line["difference"]), number(100 * line["standard_error"], 1)]
-    figures += [str(line["model_only"]), str(line["baseline_only"]), written(line["p"])]
+    figures += [str(line["model_only"]), str(line["baseline_only"]), format_p(line["p"])]
     cells = [_count(line["H_cycles"]), which, *figures, _verdict(line, less_is_better=False)]
     return row(line["model"], cells, "trained" if line["difficulty"] is None else None)
 

@@ -52,7 +52,7 @@ def mcnemar_p(ours: int, theirs: int) -> float:
     return min(1.0, 2 * tail / 2**count)
 
 
-def written(p: float | None) -> str:
+def format_p(p: float | None) -> str:
     """A p for reading; a dash where it is not known."""
     return "-" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 

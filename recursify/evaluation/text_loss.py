@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.settings import TextSource
-from ..inference.options import Effort
+from ..inference.options import DecodingOptions
 from ..network.losses import perplexity, read_out
 from ..network.modeling_recursive_llm import RecursiveLLM
-from ..utils.distributed import in_turns, one_process_first
+from ..utils.distributed import map_jobs, one_process_first
 from ..utils.models import evaluating
-from .cycle_stats import Sums, Telemetry, per_window, scored_places, summarise_halting, sums_of_cycles, sums_of_halting
+from .cycle_stats import CycleStats, Sums, per_window, scored_places, summarise_halting, sums_of_cycles, sums_of_halting
 from .cycle_stats import summarise as summarise_cycles
 from .statistics import mean_and_error, standard_error
 from .token_bytes import stream_bytes
@@ -185,7 +185,7 @@ class TextReport:
     stride: int
     scored_tokens: int
     scored_bytes: int
-    telemetry: Telemetry | None = None
+    telemetry: CycleStats | None = None
 
     def to_dict(self) -> dict[str, Any]:
         telemetry = None if self.telemetry is None else self.telemetry.to_dict()
@@ -251,7 +251,7 @@ def open_text(
 
 
 def measure_text(
-    model: Any, text: Text, depths: Sequence[int | None], halting: Effort | None = None, *, batch_size: int = 8
+    model: Any, text: Text, depths: Sequence[int | None], halting: DecodingOptions | None = None, *, batch_size: int = 8
 ) -> tuple[TextReport, PairedText]:
     """Measure a model on a text, and what its cycles do to it.
 
@@ -261,7 +261,7 @@ def measure_text(
     """
     windows, tokens = text.windows, text.tokens
     with evaluating(model), torch.no_grad():
-        parts = in_turns(
+        parts = map_jobs(
             range(0, len(windows), batch_size), lambda first: _read(model, *_batch(model, windows, first, batch_size), depths, halting)
         )
     sums = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
@@ -278,7 +278,7 @@ def measure_text(
     return report, PairedText(sums["asked"], tokens, windows.per_piece, text.key(), text.bytes_scored)
 
 
-def _rule(model: Any, halting: Effort) -> tuple[str, float | None, int]:
+def _rule(model: Any, halting: DecodingOptions) -> tuple[str, float | None, int]:
     """Criterion, threshold, and cycles at most."""
     return halting.halt, halting.halt_threshold, halting.cycles(model)
 
@@ -288,7 +288,7 @@ def _row(model: Any, H_cycles: int | None, nats: Tensor, text: Text) -> DepthLos
     return DepthLoss(H_cycles, *mean_and_error(nats, text.tokens, text.windows.per_piece), _cost(model, H_cycles), bits)
 
 
-def _read(model: Any, ids: Tensor, places: Tensor, depths: Sequence[int | None], halting: Effort | None) -> Sums:
+def _read(model: Any, ids: Tensor, places: Tensor, depths: Sequence[int | None], halting: DecodingOptions | None) -> Sums:
     """All that is to be known of every window of a batch, `[rows, B]` each: `asked`, the summed loss at every depth, and for a recursive
     model what `sums_of_cycles` gives of all cycles up to the deepest, and `sums_of_halting`."""
     deepest = max((H for H in depths if H is not None), default=0)

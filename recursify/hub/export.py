@@ -97,14 +97,14 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
     found = checkpoint.load(settings.checkpoint, tokenizer_path=settings.tokenizer_path)
     tokenizer = checkpoint.need_tokenizer(found, settings.checkpoint)
     if settings.donor:
-        checkpoint.need_head(found, settings.checkpoint)
+        checkpoint.require_head(found, settings.checkpoint)
     model = _in_dtype(found.model, settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"✓ Loaded {model.config.model_type}: {parameters:,} parameters, {_name(model.dtype)}")
     if measured is not None:
         _check_evaluation(measured, model.config)
     elif settings.dataset_name is not None:
-        checkpoint.need_head(found, settings.checkpoint)
+        checkpoint.require_head(found, settings.checkpoint)
         measured = _measure(model, tokenizer, settings)
         say(f"✓ Measured on {measured.windows} windows of {measured.seq_len} tokens of {measured.dataset}")
     extras = Extras(

@@ -12,8 +12,8 @@ from ..errors import UserError
 from .chat_prompt import Dialogue
 from .console import Command, Console, line_editing
 from .generation import Generated, generate_text
-from .prefix_cache import Memory
-from .session import calibrated, forgiving, load, tell_after
+from .prefix_cache import PrefixCache
+from .session import calibrated, load, print_stats, replace_unencodable
 from .settings import WriteSettings
 from .transcript import Message
 
@@ -36,7 +36,7 @@ def run(settings: ChatSettings) -> None:
     """
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
-    forgiving(sys.stdout)
+    replace_unencodable(sys.stdout)
     with line_editing():
         Chat(model, tokenizer, settings, sign="You: " if sys.stdin.isatty() else "").run()
 
@@ -53,7 +53,7 @@ class Chat(Console):
         super().__init__(*args, **kwargs)
         self.sign = sign
         self.dialogue = Dialogue(self.tokenizer)
-        self.memory = Memory()
+        self.memory = PrefixCache()
         system = getattr(self.settings, "system", None)
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
@@ -99,7 +99,7 @@ class Chat(Console):
         self._after(generated, cut=room < self.settings.max_new_tokens)
 
     def _after(self, generated: Generated, cut: bool) -> None:
-        tell_after(self.model, self.tokenizer, generated, self.settings, self.out, self.err)
+        print_stats(self.model, self.tokenizer, generated, self.settings, self.out, self.err)
         if cut and generated.finish_reason == "length":
             self.say("(the conversation has filled the model's positions; /reset begins a new one)", self.err)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..utils.models import evaluating, is_recursive
-from .options import Effort, Halt
+from .options import DecodingOptions, Halt
 from .streaming import UNFINISHED
 
 # Of the table of cycles, roomiest first: terminal cells at which a token is cut, and whether ranks are shown.
@@ -83,7 +83,7 @@ def recursive_steps(
         raise UserError(f"--show_recursive_steps: expected a recursive model, got a {type(model).__name__}, which has no cycles")
     if prompt_length < 1:
         raise ValueError(f"prompt_length: expected at least 1 (nothing stands before the first token), got {prompt_length}")
-    effort = Effort(H_cycles=H_cycles, halt=halt, halt_threshold=halt_threshold)
+    effort = DecodingOptions(H_cycles=H_cycles, halt=halt, halt_threshold=halt_threshold)
     batch = torch.tensor([list(ids)], device=model.device)
     written = batch[0, prompt_length:]
     if not len(written):
@@ -147,7 +147,9 @@ def render_steps(steps: Sequence[TokenSteps], tokenizer: PreTrainedTokenizerBase
     return "\n".join(_painted(line) for line in lines) if color else "\n".join(lines)
 
 
-def show_steps(model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt_length: int, effort: Effort, out: TextIO) -> None:
+def show_steps(
+    model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt_length: int, effort: DecodingOptions, out: TextIO
+) -> None:
     """Write the table of a text to `out`: as wide as the terminal, in colour where it has any."""
     steps = recursive_steps(model, ids, prompt_length, effort.H_cycles, halt=effort.halt, halt_threshold=effort.halt_threshold)
     terminal = out.isatty()

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from ..utils.models import evaluating
 from .early_exit import applications
 from .options import WHERE_A_DONOR_HAS_IT, Sampling
-from .prefix_cache import Memory
+from .prefix_cache import PrefixCache
 from .prompt import EncodedPrompt, check_ids, encode_prompt, end_tokens
 from .streaming import Finish, Row, Rows
 
@@ -62,7 +62,7 @@ def generate_text(
     seed: int | None = None,
     on_text: Callable[[str], object] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    memory: Memory | None = None,
+    memory: PrefixCache | None = None,
     ends: Sequence[int] = (),
 ) -> Generated:
     """Continue a prompt.
@@ -181,7 +181,7 @@ def _spent_on(model: Any, cycles: list[int], computed: list[int], sampling: Samp
     return {"cycles": tuple(cycles), "of_cycles": of, "applications": cost, "plain_applications": plain}
 
 
-def spent(*generated: Generated) -> str:
+def decoding_stats(*generated: Generated) -> str:
     """What halting or self-speculation did for these texts together, in a line; empty where neither was on."""
     cycles = [cycle for one in generated for cycle in one.cycles or ()]
     if cycles:

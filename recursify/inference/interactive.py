@@ -6,7 +6,7 @@ import sys
 import threading
 
 from .console import Console, line_editing
-from .session import calibrated, forgiving, load, write_once
+from .session import calibrated, load, replace_unencodable, write_once
 from .settings import GenerateSettings
 
 
@@ -18,7 +18,7 @@ def run(settings: GenerateSettings) -> None:
     """
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
-    forgiving(sys.stdout)
+    replace_unencodable(sys.stdout)
     with line_editing():
         Conversation(model, tokenizer, settings).run()
 

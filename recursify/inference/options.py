@@ -63,7 +63,7 @@ class EarlyExit:
 
 
 @dataclass(kw_only=True)
-class Effort(EarlyExit):
+class DecodingOptions(EarlyExit):
     """How much depth a run spends; None leaves the choice to the model."""
 
     H_cycles: int | None = None
@@ -100,7 +100,7 @@ class Effort(EarlyExit):
         Raises:
             UserError: A model without cycles, drafts that are not shallower than the run, a `q_head` that was never trained.
         """
-        own = {field.name: field.default for field in fields(Effort)}
+        own = {field.name: field.default for field in fields(DecodingOptions)}
         asked = {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
         if self.draft_cycles is None:
             asked.pop("draft_tokens", None)
@@ -134,14 +134,14 @@ class Effort(EarlyExit):
         """Cycles of a run of this recursive model."""
         return int(model.config.H_cycles if self.H_cycles is None else self.H_cycles)
 
-    def settled(self, model: Any) -> Effort:
+    def settled(self, model: Any) -> DecodingOptions:
         """The effort alone, with the model's own cycles where none are asked for: equal for runs that can share a cache."""
-        alone = Effort(**{field.name: getattr(self, field.name) for field in fields(Effort)})
+        alone = DecodingOptions(**{field.name: getattr(self, field.name) for field in fields(DecodingOptions)})
         return replace(alone, H_cycles=alone.cycles(model)) if is_recursive(model) else alone
 
 
 @dataclass(kw_only=True)
-class Sampling(Effort):
+class Sampling(DecodingOptions):
     """How the next token is chosen, from which depth, and where the text ends."""
 
     max_new_tokens: int = 100

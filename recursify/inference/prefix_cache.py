@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .options import Effort
+from .options import DecodingOptions
 
 
-class Memory:
+class PrefixCache:
     """What one conversation with one model has left in its cache, kept from call to call.
 
     A prompt that begins with what is remembered goes on from there; where it differs, the cache is cut back to what the two share. Another
@@ -27,9 +27,9 @@ class Memory:
         self.cache: Any = None
         self.ids: list[int] = []
         self.model: Any = None
-        self.effort: Effort | None = None
+        self.effort: DecodingOptions | None = None
 
-    def recall(self, model: Any, ids: Sequence[int], effort: Effort) -> Any:
+    def recall(self, model: Any, ids: Sequence[int], effort: DecodingOptions) -> Any:
         """The cache of the longest beginning of `ids` that is remembered, at least one token short of them; None where there is none.
 
         It is forgotten here until `keep` brings it back: a run that breaks off leaves it half-written.
@@ -48,7 +48,7 @@ class Memory:
                 return None
         return cache
 
-    def keep(self, model: Any, ids: Sequence[int], effort: Effort, cache: Any) -> None:
+    def keep(self, model: Any, ids: Sequence[int], effort: DecodingOptions, cache: Any) -> None:
         """Remember the cache of a run.
 
         Args:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..utils.atomic import write_text
-from .generation import Generated, generate_batch, spent
+from .generation import Generated, decoding_stats, generate_batch
 from .options import Sampling
 from .prompt import EncodedPrompt, encode_prompt
 from .session import calibrated, load
@@ -66,7 +66,7 @@ def run(settings: GenerateSettings) -> None:
     except KeyboardInterrupt:
         print(f"Stopped: {len(results.done)} of {len(prompts)} prompts done; the same command goes on from there.", file=sys.stderr)
         raise
-    if line := spent(*written):
+    if line := decoding_stats(*written):
         print(line, file=sys.stderr)
     print(f"✓ {len(prompts)} prompts continued, in {output}")
 

@@ -14,7 +14,7 @@ from ..data.calibration import calibration_windows
 from ..errors import UserError
 from ..utils.device import choose_device
 from .early_exit import calibrate
-from .generation import Generated, generate_text, spent
+from .generation import Generated, decoding_stats, generate_text
 from .prompt import encode_prompt
 from .settings import GenerateSettings, WriteSettings
 
@@ -36,7 +36,7 @@ def run(settings: GenerateSettings) -> None:
         raise UserError("--prompt: expected some text to continue, got none")
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
-    write_once(model, tokenizer, settings.prompt or "", settings, forgiving(sys.stdout), seed=settings.seed)
+    write_once(model, tokenizer, settings.prompt or "", settings, replace_unencodable(sys.stdout), seed=settings.seed)
 
 
 def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -96,15 +96,15 @@ def write_once(
         generated = generate_text(model, tokenizer, encoded, settings.sampling, on_text=show, **kwargs)
     finally:
         show("\n")
-    tell_after(model, tokenizer, generated, settings, out, err)
+    print_stats(model, tokenizer, generated, settings, out, err)
     return generated
 
 
-def tell_after(
+def print_stats(
     model: Any, tokenizer: PreTrainedTokenizerBase, generated: Generated, settings: WriteSettings, out: TextIO, err: TextIO | None = None
 ) -> None:
     """What follows a text: a line on what it cost to `err`, and, unless it was interrupted, the table of cycles to `out` if asked for."""
-    if line := spent(generated):
+    if line := decoding_stats(generated):
         print(line, file=err or sys.stderr, flush=True)
     if settings.show_recursive_steps and generated.finish_reason != "interrupted":
         from .cycle_table import show_steps  # here: nothing else of this file needs rich
@@ -113,7 +113,7 @@ def tell_after(
         show_steps(model, tokenizer, ids, len(generated.prompt_ids), settings.sampling, out)
 
 
-def forgiving(stream: TextIO) -> TextIO:
+def replace_unencodable(stream: TextIO) -> TextIO:
     """The stream, told to put ? for what its encoding cannot say: a terminal without emoji must not end the text."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")

@@ -35,12 +35,12 @@ class TextPieces(BaseStreamer):
         if self.prompt_comes:  # `generate` puts the prompt first
             self.prompt_comes, self.done = False, len(self.window)
         else:
-            self._hand_on(last=False)
+            self._emit(last=False)
 
     def end(self) -> None:
-        self._hand_on(last=True)
+        self._emit(last=True)
 
-    def _hand_on(self, last: bool) -> None:
+    def _emit(self, last: bool) -> None:
         text = self._decode(self.window)
         if text.endswith(UNFINISHED) and not last:
             return
@@ -114,7 +114,7 @@ class Row:
         self.token_ids: list[int] = []
         self.texts: list[str] = []
         self.finish: Finish | None = None  # None while the text goes on
-        self._until = UntilStop(stop, self._hand_on)
+        self._until = UntilStop(stop, self._emit)
         self._pieces = TextPieces(tokenizer, self._until.put)
         self._pieces.put(torch.tensor(self.prompt_ids))
 
@@ -140,7 +140,7 @@ class Row:
             self._until.end()
             self.finish = "stop" if self._until.met else finish
 
-    def _hand_on(self, piece: str) -> None:
+    def _emit(self, piece: str) -> None:
         self.texts.append(piece)
         if self.on_text is not None:
             self.on_text(piece)

@@ -205,7 +205,7 @@ class CacheSlots(Cache):
         return getattr(self.cache, name)
 
 
-class PeekSlots(CacheSlots):
+class ScratchSlots(CacheSlots):
     """As `CacheSlots`, but what is written is forgotten: for what a later application or readout of the same pass writes again."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:

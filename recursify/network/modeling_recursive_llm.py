@@ -86,8 +86,8 @@ from .decoding_recursive_llm import (
     HaltingSlots,
     HaltRule,
     PagedCacheSlots,
-    PeekSlots,
     RecursiveCache,
+    ScratchSlots,
     ShiftedInstances,
     claim_cache,
     self_speculation,
@@ -284,7 +284,7 @@ class ForwardPass:
         slots: Any = HaltingSlots(self._readout_slots(cycle), self.kept, -1, self.halted)
         return self._run(x, self.P + self.K, self.C, -self.K, slots)
 
-    def leave_no_hole(self, cycles: int) -> None:
+    def fill_skipped_slots(self, cycles: int) -> None:
         """No further cycle is computed after so many: the slots of deeper ones take the keys and values of the last."""
         for n in range(cycles * self.steps, self.applications):
             self._fill(self._loop_slots(n), n % self.steps, range(self.P, self.P + self.K))
@@ -310,7 +310,7 @@ class ForwardPass:
         return self._slots(self.C + n * self.K)
 
     def _slots(self, offset: int, peek: bool = False) -> CacheSlots | None:
-        return None if self.cache is None else PeekSlots(self.cache, offset) if peek else CacheSlots(self.cache, offset)
+        return None if self.cache is None else ScratchSlots(self.cache, offset) if peek else CacheSlots(self.cache, offset)
 
     def _run(self, x: torch.Tensor, first: int, count: int, offset: int, slots: CacheSlots | None) -> torch.Tensor:
         kwargs = dict(self.shared)
@@ -503,7 +503,7 @@ class RecursiveModelMixin(PreTrainedModel):
                 going = going & ~(rule.by_readout(states[-1]) if rule.reads_logits else rule.by_head(halts[-1]))
                 one_pass.halted = real & ~going  # padding goes on, as it would without halting, but nobody waits for it
             if cycle == H or not going.any():
-                one_pass.leave_no_hole(cycle)
+                one_pass.fill_skipped_slots(cycle)
                 break
         if last is None:
             last = self.norm(one_pass.coda(chosen))
@@ -559,7 +559,7 @@ class RecursiveModelMixin(PreTrainedModel):
         z_H = self.recursion.advance(drafted.e, states, one_pass.block, range(k, depth[0]), depth[1])[1]
         return self.norm(one_pass.coda(z_H))
 
-    def open_loop(
+    def begin_pass(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
         """A pass without a cache, left open at the loop, for training that goes through it its own way.

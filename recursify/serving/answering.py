@@ -23,7 +23,7 @@ from ..inference.streaming import Row
 from ..network.modeling_recursive_llm import RecursiveLLM
 from .engine import Depth, Engine, Event, Job, QueueFull, Ticket, Unavailable
 from .metrics import Labels, Metrics, labelled
-from .protocol import ApiError, Ask, ChatAsk, CompletionAsk
+from .protocol import ApiError, BaseRequest, ChatRequest, CompletionRequest
 from .sampling import Choice
 from .settings import ServeSettings
 
@@ -62,7 +62,7 @@ class Service:
     def depths(self) -> list[int]:
         return [depth for depth in self.engine.batchers if depth is not None]
 
-    async def answer(self, ask: Ask) -> Answer:
+    async def answer(self, ask: BaseRequest) -> Answer:
         """Begin to answer.
 
         Raises:
@@ -72,7 +72,7 @@ class Service:
         if ask.model is not None and ask.model != self.name:
             raise ApiError(404, f"model: there is no {ask.model[:80]!r} here, only {self.name!r}", param="model", code="model_not_found")
         n = ask.n or 1
-        count = n * (len(ask.prompts) if isinstance(ask, CompletionAsk) else 1)
+        count = n * (len(ask.prompts) if isinstance(ask, CompletionRequest) else 1)
         most = self.settings.max_choices
         if count > most:
             raise ApiError(400, f"n: {count} texts are asked for; this server writes at most {most} for one request", param="n")
@@ -114,11 +114,11 @@ class Service:
             raise ApiError(400, f"H_cycles: {has}; got {wanted}", param="H_cycles", code="unknown_depth")
         return wanted
 
-    def _read(self, ask: Ask) -> list[list[int]]:
+    def _read(self, ask: BaseRequest) -> list[list[int]]:
         """Token ids of every prompt. Runs in the thread of the tokenizer."""
-        if isinstance(ask, ChatAsk):
+        if isinstance(ask, ChatRequest):
             return [self._read_chat(ask)]
-        assert isinstance(ask, CompletionAsk)
+        assert isinstance(ask, CompletionRequest)
         return [self._read_prompt(prompt) for prompt in ask.prompts]
 
     def _read_prompt(self, prompt: str | list[int]) -> list[int]:
@@ -128,11 +128,11 @@ class Service:
             return prompt
         try:
             # Its length is checked later, together with what is to come.
-            return encode_prompt(_Boundless(self.model), self.tokenizer, prompt).ids
+            return encode_prompt(_NoMemoryLimit(self.model), self.tokenizer, prompt).ids
         except UserError as error:
             raise ApiError(400, str(error).removeprefix("--"), param="prompt") from None
 
-    def _read_chat(self, ask: ChatAsk) -> list[int]:
+    def _read_chat(self, ask: ChatRequest) -> list[int]:
         if not self.tokenizer.chat_template:
             raise ApiError(
                 400, f"messages: {self.name!r} has no chat template; use /v1/completions", param="messages", code="no_chat_template"
@@ -146,7 +146,7 @@ class Service:
             raise ApiError(400, "messages: the model's chat template makes nothing of them", param="messages")
         return list(ids)
 
-    def _jobs(self, ask: Ask, prompts: list[list[int]], n: int) -> list[Job]:
+    def _jobs(self, ask: BaseRequest, prompts: list[list[int]], n: int) -> list[Job]:
         """One for each text, in the order of the choices."""
         seed = secrets.randbits(64) if ask.seed is None else ask.seed
         temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, ask.top_p or 1.0
@@ -156,17 +156,17 @@ class Service:
             jobs += [Job(prompt, limit, Choice(temperature, top_p, seed, len(jobs) + i)) for i in range(n)]
         return jobs
 
-    def _limit(self, ask: Ask, prompt: int) -> int:
+    def _limit(self, ask: BaseRequest, prompt: int) -> int:
         """How many tokens may follow a prompt of so many."""
         room, most = self.longest - prompt, self.settings.max_completion_tokens
-        param = "messages" if isinstance(ask, ChatAsk) else "prompt"
+        param = "messages" if isinstance(ask, ChatRequest) else "prompt"
         if room < 1:
             raise ApiError(
                 400, f"{param}: has {prompt} tokens; prompt and answer together have room for {self.longest}", param=param,
                 code="context_length_exceeded",
             )  # fmt: skip
         if ask.limit is None:
-            return min(room, most if isinstance(ask, ChatAsk) else min(most, _COMPLETION_TOKENS))
+            return min(room, most if isinstance(ask, ChatRequest) else min(most, _COMPLETION_TOKENS))
         name, wanted = ask.limit
         if wanted > most:
             raise ApiError(400, f"{name}: at most {most} on this server, got {wanted}", param=name)
@@ -268,7 +268,7 @@ def _depths(model: Any, settings: ServeSettings) -> tuple[int, ...]:
     return ()
 
 
-class _Boundless:
+class _NoMemoryLimit:
     """A model for `encode_prompt`, whose words on length speak of flags."""
 
     def __init__(self, model: Any):

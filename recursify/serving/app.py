@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from .answering import Answer, Service
-from .protocol import ApiError, ChatAsk, ChatShape, CompletionAsk, CompletionShape, Shape, read, usage
+from .protocol import ApiError, ChatRequest, ChatShape, CompletionRequest, CompletionShape, Shape, read, usage
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,14 +21,14 @@ Send = Callable[[Message], Awaitable[None]]
 
 _GONE = 499  # not sent, counted: the client went before its answer
 _KINDS: dict[str, tuple[type[Any], type[Shape]]] = {
-    "/v1/completions": (CompletionAsk, CompletionShape),
-    "/v1/chat/completions": (ChatAsk, ChatShape),
+    "/v1/completions": (CompletionRequest, CompletionShape),
+    "/v1/chat/completions": (ChatRequest, ChatShape),
 }
 _ROUTES = (*_KINDS, "/v1/models", "/health", "/metrics")
 _DRAIN_SECONDS = 2.0  # that a body which is too long may go on, so that its sender gets to reading why
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client went away."""
 
 
@@ -86,7 +86,7 @@ def _generating(service: Service, ask_kind: type[Any], shape_kind: type[Shape]) 
                     answer.close()
         except TimeoutError:
             raise _too_slow(service) from None
-        except Gone:
+        except ClientDisconnected:
             return Response(status_code=_GONE)
 
     return generate
@@ -120,7 +120,7 @@ class EventStream(Response):
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
             await _unless_gone(receive, self._send_all(send))
-        except Gone:
+        except ClientDisconnected:
             scope["recursify.status"] = _GONE
         finally:
             self.answer.close()
@@ -158,13 +158,13 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
     """The result of `work`, which is cancelled when the client goes.
 
     Raises:
-        Gone: It went.
+        ClientDisconnected: It went.
     """
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone
+            raise ClientDisconnected
         return task.result()
     finally:
         task.cancel()
@@ -182,7 +182,7 @@ async def _body(request: Request, most: int) -> bytes:
 
     Raises:
         ApiError: 413.
-        Gone: The client left off.
+        ClientDisconnected: The client left off.
     """
     parts: list[bytes] = []
     length, give_up = 0, float("inf")
@@ -190,7 +190,7 @@ async def _body(request: Request, most: int) -> bytes:
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise Gone
+            raise ClientDisconnected
         part = message.get("body", b"")
         length += len(part)
         if length <= most:

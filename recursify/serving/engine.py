@@ -20,7 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 from ..errors import UserError
-from .sampling import Choice, EachItsOwn
+from .sampling import Choice, PerRequestSampling
 
 Depth = int | None  # None is a plain donor, which has one depth and no name for it
 _PAGE = 32  # tokens in a block of the cache
@@ -91,7 +91,7 @@ class Batcher:
                 auto_switch_to_flash=False,
             ),
         )
-        self.manager.logit_processor = EachItsOwn()
+        self.manager.logit_processor = PerRequestSampling()
         self.manager.output_router = self.router = _Router(self._take)
         self.manager.warmup()  # makes the cache now, where an error can still be told
         self.cache = self.manager.batch_processor.cache
@@ -146,7 +146,7 @@ class Batcher:
     def submit(self, job: Job, tell: Callable[[Event], None]) -> Ticket:
         ticket = Ticket(job, self._needs(job), tell)
         self.waiting.append(ticket)
-        self._let_in()
+        self._admit()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -157,7 +157,7 @@ class Batcher:
             self.manager.cancel_request(ticket.id)
         elif ticket in self.waiting:
             self.waiting.remove(ticket)
-        self._let_in()
+        self._admit()
 
     def abandon(self, error: Exception) -> None:
         """Tell everybody that nothing more comes."""
@@ -181,7 +181,7 @@ class Batcher:
         """What a text of so many tokens takes of the cache, at most."""
         return sum(-(-kind.needs_new_blocks("", 0, tokens) // kind.blocks_per_sector) for kind in self.cache.cache_allocators.values())
 
-    def _let_in(self) -> None:
+    def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_running and self.held + self.waiting[0].sectors <= self.cache.num_sectors:
             ticket = self.waiting.popleft()
             job = ticket.job
@@ -208,7 +208,7 @@ class Batcher:
                 del self.running[ticket.id]
                 self.held -= ticket.sectors
                 ticket.tell(None if output.error is None else Unavailable(output.error))
-        self._let_in()
+        self._admit()
 
 
 class _Router(OutputRouter):

@@ -64,7 +64,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
-class Ask(_Strict):
+class BaseRequest(_Strict):
     """What completions and chats have in common. None is the default, as for a field that is left out."""
 
     model: str | None = None
@@ -94,7 +94,7 @@ class Ask(_Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionAsk(Ask):
+class CompletionRequest(BaseRequest):
     prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
 
     @property
@@ -118,11 +118,11 @@ class Message(_Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class ChatAsk(Ask):
+class ChatRequest(BaseRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
 
 
-def read(kind: type[Ask], body: bytes) -> Any:
+def read(kind: type[BaseRequest], body: bytes) -> Any:
     """A body as `kind`.
 
     Raises:
@@ -160,7 +160,7 @@ def _explained(error: ValidationError) -> ApiError:
     return ApiError(400, f"{'.'.join(where)}: {said}; got {short(fault['input'], _SHOWN)}", param=where[0])
 
 
-def _refuse_others(ask: Ask, kind: type[Ask]) -> None:
+def _refuse_others(ask: BaseRequest, kind: type[BaseRequest]) -> None:
     """Fields beyond those of `kind`: harmless, at a value that asks for nothing, or refused."""
     for name, value in (ask.model_extra or {}).items():
         if name in _HARMLESS or (name in _NEUTRAL and (value is None or value in _NEUTRAL[name])):

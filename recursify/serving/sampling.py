@@ -45,7 +45,7 @@ class Choice:
         return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little", signed=True)
 
 
-class EachItsOwn(ContinuousBatchingLogitsProcessorList):
+class PerRequestSampling(ContinuousBatchingLogitsProcessorList):
     """In the place of the manager's list of logits processors; a request brings `choice=Choice(...)`.
 
     Keeps the choices of the batch that is on its way in Python, so the manager must not run ahead nor replay a graph.

@@ -4,7 +4,7 @@
     train(HybridSettings(model_name="Qwen/Qwen2-0.5B"))           # the same from a donor; EmbeddingSettings, too
     fit(model, tokenizer, train_blocks, eval_blocks, settings)    # the same loop on a model in memory; a plain donor, too
 
-Imports `conversion`, `inference` (for samples), `data`, `checkpoints` and `network`. Start with `supervised.py`: the loss of a batch over
+Imports `conversion`, `inference` (for samples), `data`, `checkpoints` and `network`. Start with `loss_module.py`: the loss of a batch over
 the cycles, and the ways back through them. Around it: `settings.py` (the flags), `approaches.py` (the guides' three approaches as one
 table), `run.py` (from files to files), `fitting.py` (in memory), `trainer.py`, `callbacks.py`, `saving.py`, `parallel.py`, `optimizers.py`,
 `depth.py`, `gains.py`, `collate.py`, `arguments.py` (our flags as TrainingArguments), `cost.py` (FLOPs and memory, for --dry_run).

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import open_donor
 from ..checkpoints.tokenizer import load_tokenizer
-from ..conversion.convert import convert_tensors, check_seq_len, resolve_plan
+from ..conversion.convert import check_seq_len, convert_tensors, resolve_plan
 from ..conversion.settings import ConvertSettings, LoopSettings, Say
 from ..errors import UserError
 from ..network.losses import embedding_losses, nearest_is_next, next_embedding_loss, next_token_loss, token_losses

@@ -23,10 +23,10 @@ from .callbacks import AfterOptimizer, EarlyStopping, MetricsFile, ProgressBar, 
 from .collate import Collate
 from .depth import DepthSchedule
 from .gains import start_gains
+from .loss_module import LossModule, Supervision
 from .parallel import check_launch, shard
 from .saving import BEST, METRICS, Saver, state_folder
 from .settings import RunSettings
-from .supervised import LossModule, Supervision
 from .trainer import RecursiveTrainer
 
 

@@ -19,9 +19,9 @@ from ..network.losses import counted
 from ..network.modeling_recursive_llm import AnchoredInjection
 from ..utils.models import is_recursive
 from .collate import Collate
+from .loss_module import LossModule
 from .parallel import announce
 from .settings import DonorSettings, RunSettings
-from .supervised import LossModule
 
 CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # from the largest that there is
 MAX_COST = 0.02  # nats per token of the last cycle, over the plain pass

@@ -29,11 +29,20 @@ from ..network.losses import counted, perplexity
 from ..utils.atomic import write_whole
 from .cost import pass_flops
 from .depth import DepthSchedule
+from .loss_module import LossModule, scored_tokens
 from .optimizers import EMA, build_optimizer, learning_rate_factor, warmup_of
-from .parallel import ShardedTrainerMixin, check_sharding, full_optimizer_state, full_state, gathered, load_full_state, part_like, read_state
+from .parallel import (
+    ShardedTrainerMixin,
+    check_sharding,
+    full_optimizer_state,
+    full_state,
+    gathered,
+    load_full_state,
+    part_like,
+    read_state,
+)
 from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, read_json, training_notes
 from .settings import RunSettings
-from .supervised import LossModule, scored_tokens
 
 GIB = 2**30
 

@@ -22,7 +22,7 @@ def is_first() -> bool:
     return not _several() or distributed.get_rank() == 0
 
 
-def in_turns(jobs: Sequence[Job], do: Callable[[Job], Result]) -> list[Result]:
+def map_jobs(jobs: Sequence[Job], do: Callable[[Job], Result]) -> list[Result]:
     """The result of every job; where there are several processes, all of them must call this with the same jobs."""
     rank, count = (distributed.get_rank(), distributed.get_world_size()) if _several() else (0, 1)
     mine = [do(job) for job in jobs[rank::count]]

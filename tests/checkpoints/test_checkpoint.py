@@ -376,10 +376,10 @@ def test_a_tokenizer_that_is_named_goes_before_the_checkpoints_own(form: str, mo
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_of_embedding_space_writes_no_text(form: str, model: RecursiveLLM, saved: Path) -> None:
-    checkpoint.need_head(checkpoint.load(saved / form), "x")
+    checkpoint.require_head(checkpoint.load(saved / form), "x")
     checkpoint.save(saved / form, model, None, None, {"approach": "embedding"})
     with pytest.raises(UserError, match=r"x: was trained in embedding space"):
-        checkpoint.need_head(checkpoint.load(saved / form), "x")
+        checkpoint.require_head(checkpoint.load(saved / form), "x")
 
 
 @pytest.mark.parametrize("form", FORMS)

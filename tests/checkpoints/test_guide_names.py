@@ -10,7 +10,7 @@ import torch
 
 from recursify.checkpoints.guide_names import from_guides, guide_name, guide_names, to_guides
 from recursify.conversion.layer_selection import make_plan
-from recursify.conversion.mapping import copy_attention_weights, copy_mlp_weights, settle
+from recursify.conversion.mapping import copy_attention_weights, copy_mlp_weights, match_tensors
 from recursify.errors import UserError
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
@@ -42,7 +42,7 @@ def our_names(family: str) -> list[str]:
 
 def settled(family: str, donor: Any = None, ours: Any = None) -> Any:
     tied = bool(recursive(family).config.tie_word_embeddings)
-    return settle(donor_names(family) if donor is None else donor, our_names(family) if ours is None else ours, PLAN, tied)
+    return match_tensors(donor_names(family) if donor is None else donor, our_names(family) if ours is None else ours, PLAN, tied)
 
 
 def resolve(root: Any, path: str) -> Any:
@@ -126,7 +126,7 @@ def test_six_names_of_each_kind_are_enough() -> None:
 def test_a_head_that_is_not_tied_is_copied() -> None:
     assert settled("llama").copied["lm_head.weight"] == "lm_head.weight"
     with pytest.raises(UserError, match=r"1 left over \(lm_head.weight\)"):  # ours has no place for it, and it is not said to be tied
-        settle([*donor_names("qwen2"), "lm_head.weight"], our_names("qwen2"), PLAN, tied=False)
+        match_tensors([*donor_names("qwen2"), "lm_head.weight"], our_names("qwen2"), PLAN, tied=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

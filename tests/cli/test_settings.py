@@ -54,7 +54,7 @@ from recursify.inference.settings import GenerateSettings
 from recursify.network import losses
 from recursify.serving import app, engine, running
 from recursify.serving import settings as serve_settings
-from recursify.serving.protocol import ApiError, ChatAsk, CompletionAsk, read
+from recursify.serving.protocol import ApiError, ChatRequest, CompletionRequest, read
 from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings, fit, fitting
 from recursify.training import arguments as training_arguments
 from recursify.training import optimizers as optimizing
@@ -1099,13 +1099,13 @@ class Serving(Cases):
         return str(caught.value.body["error"]["message"])
 
     def max_completion_tokens(self) -> None:
-        ask = read(CompletionAsk, b'{"prompt": "a", "max_tokens": 8}')
+        ask = read(CompletionRequest, b'{"prompt": "a", "max_tokens": 8}')
         assert self._refused(ask, max_completion_tokens=7) == "max_tokens: at most 7 on this server, got 8"
         with self._service(max_completion_tokens=7) as service:
-            assert service._limit(read(ChatAsk, b'{"messages": [{"role": "user", "content": "a"}]}'), 3) == 7
+            assert service._limit(read(ChatRequest, b'{"messages": [{"role": "user", "content": "a"}]}'), 3) == 7
 
     def max_choices(self) -> None:
-        ask = read(CompletionAsk, b'{"prompt": ["a", "b"], "n": 2}')
+        ask = read(CompletionRequest, b'{"prompt": ["a", "b"], "n": 2}')
         assert "4 texts are asked for; this server writes at most 3" in self._refused(ask, max_choices=3)
 
     def max_body_bytes(self) -> None:

@@ -19,8 +19,8 @@ from recursify.checkpoints import checkpoint
 from recursify.checkpoints import donor as donors_module
 from recursify.conversion import convert as conversion
 from recursify.conversion import probe, self_check
-from recursify.conversion.convert import carry_out, open_donor, resolve_plan, run
-from recursify.conversion.mapping import Fates
+from recursify.conversion.convert import convert_tensors, open_donor, resolve_plan, run
+from recursify.conversion.mapping import TensorMapping
 from recursify.conversion.self_check import SelfCheck, compare_logits, compare_tensors
 from recursify.conversion.settings import ConvertSettings
 from recursify.data.calibration import calibration_windows
@@ -116,7 +116,7 @@ def test_exact(family: str, plan: str, dtype: torch.dtype, donors: dict[str, Pat
 def test_the_check_itself_is_part_of_the_result(donor: str) -> None:
     found = open_donor(donor)
     settings = ConvertSettings(qwen_model=donor, keep_donor=True, L_layers=3)
-    done = carry_out(found, resolve_plan(found, settings), settings)
+    done = convert_tensors(found, resolve_plan(found, settings), settings)
     assert done.check.reference == "the donor itself"
     assert done.check.plain_difference == 0.0 and done.check.cycle_differences == (0.0, 0.0, 0.0)
     assert done.check.tensors_compared == len(done.fates.copied) == len(found.tensor_names)
@@ -135,7 +135,7 @@ def test_a_fault_of_ours_is_found(donor: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(checkpoint, "build", swapped)
     with pytest.raises(RuntimeError, match=r"model.layers.0.input_layernorm.weight differs from model.layers.0.input_layernorm.weight of"):
-        carry_out(found, plan, settings)
+        convert_tensors(found, plan, settings)
 
     def written_over(*args: Any) -> RecursiveLLM:
         model = build(*args)
@@ -144,7 +144,7 @@ def test_a_fault_of_ours_is_found(donor: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(checkpoint, "build", written_over)
     with pytest.raises(RuntimeError, match=r"model.layers.1.mlp.up_proj.weight differs from model.layers.3.mlp.up_proj.weight of"):
-        carry_out(open_donor(donor), plan, settings)
+        convert_tensors(open_donor(donor), plan, settings)
 
     def bent(*args: Any) -> RecursiveLLM:
         model = build(*args)
@@ -153,7 +153,7 @@ def test_a_fault_of_ours_is_found(donor: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(checkpoint, "build", bent)
     with pytest.raises(RuntimeError, match=r"a plain pass differs from Qwen2ForCausalLM over layers \[0, 3, 5, 7\] by \d"):
-        carry_out(found, plan, settings)
+        convert_tensors(found, plan, settings)
 
 
 class Planted:
@@ -172,7 +172,7 @@ class Planted:
 def done(donor: str) -> Any:
     """A conversion whose start gain is not 0, so that every cycle says something else. Read only."""
     found, settings = open_donor(donor), ConvertSettings(qwen_model=donor, gain=0.3)
-    return found, carry_out(found, resolve_plan(found, settings), settings)
+    return found, convert_tensors(found, resolve_plan(found, settings), settings)
 
 
 @pytest.mark.parametrize("by", [0.25, -0.25])
@@ -206,7 +206,7 @@ def test_one_number_that_differs_stops_the_conversion(piece: int, donor: str, do
     monkeypatch.setattr(donors_module, "_PIECE", piece)
     found, result = open_donor(donor), done[1]
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.2.self_attn.k_proj.bias"):
-        one = Fates(copied={name: result.fates.copied[name]})
+        one = TensorMapping(copied={name: result.fates.copied[name]})
         flat = result.model.state_dict()[name].flatten()
         for place in (0, len(flat) // 2, len(flat) - 1):
             was = flat[place].item()
@@ -261,7 +261,7 @@ def test_every_setting_reaches_the_model(donor: str) -> None:
 
 def test_start_gain(donor: str) -> None:
     found, settings = open_donor(donor), ConvertSettings(qwen_model=donor, gain=0.2)
-    done = carry_out(found, resolve_plan(found, settings), settings)
+    done = convert_tensors(found, resolve_plan(found, settings), settings)
     A, B = done.model.model.recursion.inject_H.gains(torch.float32)
     assert torch.allclose(A, torch.full_like(A, 0.2)) and torch.allclose(B, A)
     assert done.check.plain_difference == 0.0 and min(done.check.cycle_differences) > 0

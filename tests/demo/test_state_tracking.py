@@ -28,7 +28,7 @@ def test_the_tracker_knows_short_words_and_is_lost_in_long_ones() -> None:
     items = load_questions(f"permutations:difficulty={state_tracking.TRAINED},count=200", "test")
     tokenizer = AutoTokenizer.from_pretrained(state_tracking.tracker_folder())
     donor = open_donor(str(state_tracking.tracker_folder())).load(dtype=torch.float32)
-    (shares,) = state_tracking.told(donor, tokenizer, items, (None,))
+    (shares,) = state_tracking.accuracy_by_length(donor, tokenizer, items, (None,))
     assert [share.letters for share in shares] == list(range(1, state_tracking.TRAINED + 1))
     assert min(share.accuracy for share in shares[:4]) > 0.95
     assert max(share.accuracy for share in shares[-2:]) < 0.5

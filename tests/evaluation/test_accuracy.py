@@ -13,13 +13,13 @@ from recursify import RecursiveLLM, convert
 from recursify.data.tasks import Item, as_text, prompt
 from recursify.errors import UserError
 from recursify.evaluation import accuracy
-from recursify.evaluation.accuracy import Accuracy, QuestionsReport, ask
+from recursify.evaluation.accuracy import Accuracy, QuestionsReport, evaluate_questions
 from recursify.inference.generation import generate_text
-from recursify.inference.options import Effort, Sampling
+from recursify.inference.options import DecodingOptions, Sampling
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor, tiny_model
 
-RUNS = [Effort(H_cycles=H) for H in (0, 1, 2)]
-HALTED = Effort(H_cycles=2, halt="entropy", halt_threshold=2.0)
+RUNS = [DecodingOptions(H_cycles=H) for H in (0, 1, 2)]
+HALTED = DecodingOptions(H_cycles=2, halt="entropy", halt_threshold=2.0)
 TOKENIZER = make_tiny_tokenizer()
 
 
@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> RecursiveLLM:
     return model
 
 
-def written(model: Any, item: Item, new: int, run: Effort) -> str:
+def written(model: Any, item: Item, new: int, run: DecodingOptions) -> str:
     sampling = Sampling(H_cycles=run.H_cycles, halt=run.halt, halt_threshold=run.halt_threshold, max_new_tokens=new, temperature=0)
     return generate_text(model, TOKENIZER, prompt(item), sampling).text
 
@@ -53,7 +53,7 @@ def test_batches_are_judged_as_one_by_one(model: RecursiveLLM, monkeypatch: pyte
     monkeypatch.setattr(accuracy, "is_right", lambda item, text: sum(text.encode()) % 2 == 0)
     items = [Item(f"{'the ship ' * (number % 3)}crosses {number}", "a river", 1 + number % 2) for number in range(7)]
     runs = [*RUNS, HALTED]
-    report, rights = ask(model, TOKENIZER, "some", items, runs, batch_size=3)
+    report, rights = evaluate_questions(model, TOKENIZER, "some", items, runs, batch_size=3)
     new = 1 + len(TOKENIZER(" a river").input_ids)
     assert rights.tolist() == [[sum(written(model, item, new, run).split("\n")[0].encode()) % 2 == 0 for item in items] for run in runs]
     assert len({tuple(right) for right in rights.tolist()}) > 2
@@ -65,7 +65,7 @@ def test_batches_are_judged_as_one_by_one(model: RecursiveLLM, monkeypatch: pyte
 
 
 def test_a_plain_donor_has_one_run() -> None:
-    report, rights = ask(tiny_model("llama"), TOKENIZER, "some", [Item("a ship", "river", 1)], [Effort()])
+    report, rights = evaluate_questions(tiny_model("llama"), TOKENIZER, "some", [Item("a ship", "river", 1)], [DecodingOptions()])
     assert rights.shape == (1, 1) and report.items == 1
     assert [(row.H_cycles, row.difficulty, row.count, row.standard_error) for row in report.rows] == [
         (None, None, 1, None),
@@ -88,7 +88,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *texts: str) -> list[Sampling]:
 
 def test_an_answer_that_goes_on_is_another_one(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = pretend(monkeypatch, " river bridge")
-    report, _ = ask(model, TOKENIZER, "some", [Item("a ship", "river", 1)], RUNS[:1])
+    report, _ = evaluate_questions(model, TOKENIZER, "some", [Item("a ship", "river", 1)], RUNS[:1])
     assert report.rows[0].right == 0
     assert asked[0].max_new_tokens == 1 + len(TOKENIZER(" river").input_ids) and asked[0].temperature == 0 and asked[0].stop == ("\n",)
 
@@ -96,7 +96,7 @@ def test_an_answer_that_goes_on_is_another_one(model: RecursiveLLM, monkeypatch:
 def test_worked_steps_may_take_lines(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = pretend(monkeypatch, " 2 and 3\nmake 5\n#### 5")
     item = Item("2 + 3", "5", 2, "number", "2 and 3\nmake 5")
-    report, _ = ask(model, TOKENIZER, "some", [item], RUNS[:1])
+    report, _ = evaluate_questions(model, TOKENIZER, "some", [item], RUNS[:1])
     assert report.rows[0].right == 1 and "\n" not in asked[0].stop and "\nQuestion:" in asked[0].stop
     assert asked[0].max_new_tokens == 1 + len(TOKENIZER(as_text(item, with_steps=True)[len(prompt(item)) :]).input_ids)
 
@@ -104,7 +104,7 @@ def test_worked_steps_may_take_lines(model: RecursiveLLM, monkeypatch: pytest.Mo
 def test_the_table(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "river", "ship", "river", "song")
     items = [Item(f"{number} ship", "river", difficulty) for number, difficulty in enumerate((4, 4, 16, 16))]
-    report, _ = ask(model, TOKENIZER, "rivers", items, [*RUNS, HALTED])
+    report, _ = evaluate_questions(model, TOKENIZER, "rivers", items, [*RUNS, HALTED])
     title, _, head, *lines = report.lines()
     assert title.startswith("rivers: 4 questions") and head.split() == [
         "difficulty", "count", *(word for H in "012" for word in ("H_cycles", H)), "<=", "2,", "entropy",
@@ -118,7 +118,7 @@ def test_the_table(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_runs_with_halting_stand_by_themselves_in_json(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "river")
-    found = ask(model, TOKENIZER, "rivers", [Item("a ship", "river", 4)], [*RUNS, HALTED])[0].to_dict()
+    found = evaluate_questions(model, TOKENIZER, "rivers", [Item("a ship", "river", 4)], [*RUNS, HALTED])[0].to_dict()
     assert {key: found[key] for key in ("name", "judge", "items")} == {"name": "rivers", "judge": "answer", "items": 1}
     assert [row["H_cycles"] for row in found["rows"]] == [0, 0, 1, 1, 2, 2] and {row["halt"] for row in found["rows"]} == {None}
     assert found["halting"][1] == {
@@ -130,19 +130,19 @@ def test_more_than_the_positions(model: RecursiveLLM) -> None:
     items = [Item("ship " * 600, "river", 9)]
     for judge in ("answer", "labels"):
         with pytest.raises(UserError, match="--questions long: the longest question takes .* tokens .* the model has 512 positions"):
-            ask(model, TOKENIZER, "long", [replace(items[0], labels=(" ",))], RUNS, judge)  # type: ignore[arg-type]
+            evaluate_questions(model, TOKENIZER, "long", [replace(items[0], labels=(" ",))], RUNS, judge)  # type: ignore[arg-type]
 
 
 def test_an_answer_may_be_as_long_as_the_longest_of_the_set(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = pretend(monkeypatch, "x", "x", "x")
     answered = ["river", "river bridge castle", "a ship"]
-    ask(model, TOKENIZER, "some", [Item("a ship", answer, 1) for answer in answered], RUNS[:1])
+    evaluate_questions(model, TOKENIZER, "some", [Item("a ship", answer, 1) for answer in answered], RUNS[:1])
     assert asked[0].max_new_tokens == 1 + max(len(TOKENIZER(f" {answer}").input_ids) for answer in answered)
 
 
 def test_one_item_with_steps_is_enough_for_answers_of_several_lines(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = pretend(monkeypatch, "x", "x")
-    ask(model, TOKENIZER, "some", [Item("2 + 3", "5", 1, "number"), Item("2 + 3", "5", 2, "number", "2 and 3")], RUNS[:1])
+    evaluate_questions(model, TOKENIZER, "some", [Item("2 + 3", "5", 1, "number"), Item("2 + 3", "5", 2, "number", "2 and 3")], RUNS[:1])
     assert asked[0].stop == ("\n\n", "\nQuestion:")
 
 
@@ -156,10 +156,10 @@ def test_as_many_tokens_as_there_are_positions(judge: Any, monkeypatch: pytest.M
         donor = tiny_model("llama", num_hidden_layers=1)
         donor.config.max_position_embeddings = positions
         if positions == tokens:
-            ask(donor, TOKENIZER, "some", [item], [Effort()], judge)
+            evaluate_questions(donor, TOKENIZER, "some", [item], [DecodingOptions()], judge)
         else:
             with pytest.raises(UserError, match=f"takes {tokens} tokens .* the model has {positions} positions"):
-                ask(donor, TOKENIZER, "some", [item], [Effort()], judge)
+                evaluate_questions(donor, TOKENIZER, "some", [item], [DecodingOptions()], judge)
 
 
 # --- Judged by the labels ----------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def states(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> list[Item]:
 
 
 def test_labels_are_guessed_in_one_pass(states: list[Item], model: RecursiveLLM) -> None:
-    report, rights = ask(model, TOKENIZER, "states", states, [*RUNS, HALTED], "labels", batch_size=3)
+    report, rights = evaluate_questions(model, TOKENIZER, "states", states, [*RUNS, HALTED], "labels", batch_size=3)
     assert report.judge == "labels" and "every label" in report.lines()[0]
     for index, run in enumerate([*RUNS, HALTED]):
         by_hand = []
@@ -201,7 +201,7 @@ def test_labels_are_guessed_in_one_pass(states: list[Item], model: RecursiveLLM)
 
 def test_labels_of_one_question_are_not_independent(states: list[Item], model: RecursiveLLM) -> None:
     """The error is that of a ratio of sums over questions, not of a share of labels."""
-    row = ask(model, TOKENIZER, "states", states, [RUNS[1]], "labels")[0].rows[0]
+    row = evaluate_questions(model, TOKENIZER, "states", states, [RUNS[1]], "labels")[0].rows[0]
     right, count = torch.tensor([2.0, 1, 2, 2]), torch.tensor([4.0, 2, 3, 4])
     off = right - 7 / 13 * count
     assert row.accuracy == 7 / 13 and row.standard_error == pytest.approx(math.sqrt(4 / 3 * off.square().sum().item()) / 13)
@@ -211,7 +211,10 @@ def test_labels_with_halting_are_guessed_at_the_depth_of_the_run(
     states: list[Item], model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other than the model's own, by a threshold that never halts, and one that always does."""
-    never, always = Effort(H_cycles=3, halt="entropy", halt_threshold=0.0), Effort(H_cycles=3, halt="entropy", halt_threshold=1e9)
+    never, always = (
+        DecodingOptions(H_cycles=3, halt="entropy", halt_threshold=0.0),
+        DecodingOptions(H_cycles=3, halt="entropy", halt_threshold=1e9),
+    )
     real = accuracy.label_tokens
 
     def told(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
@@ -220,8 +223,8 @@ def test_labels_with_halting_are_guessed_at_the_depth_of_the_run(
             return ids, places, model(torch.tensor([ids]), H_cycles=3).logits[0, places].argmax(dim=-1).tolist()
 
     monkeypatch.setattr(accuracy, "label_tokens", told)
-    runs = [never, Effort(H_cycles=3), Effort(H_cycles=2), always, Effort(H_cycles=1)]
-    right = [row.right for row in ask(model, TOKENIZER, "states", states, runs, "labels")[0].rows if row.difficulty is None]
+    runs = [never, DecodingOptions(H_cycles=3), DecodingOptions(H_cycles=2), always, DecodingOptions(H_cycles=1)]
+    right = [row.right for row in evaluate_questions(model, TOKENIZER, "states", states, runs, "labels")[0].rows if row.difficulty is None]
     assert right[0] == right[1] == 13 > right[2] and right[3] == right[4] < 13
 
 
@@ -238,10 +241,10 @@ def test_dropout_is_off_while_guessing(states: list[Item], monkeypatch: pytest.M
     tokens = [told(item, TOKENIZER) for item in states]
     monkeypatch.setattr(accuracy, "label_tokens", lambda item, tokenizer: tokens[states.index(item)])
     donor.train()
-    assert ask(donor, TOKENIZER, "states", states, [Effort()], "labels")[0].rows[0].right == 13 and donor.training
+    assert evaluate_questions(donor, TOKENIZER, "states", states, [DecodingOptions()], "labels")[0].rows[0].right == 13 and donor.training
 
 
 @pytest.mark.parametrize(("labels", "of"), [((), "questions without labels"), (("A1", "B2"), "labels such as 'B2'")])
 def test_labels_that_cannot_be_guessed(labels: tuple[str, ...], of: str, model: RecursiveLLM) -> None:
     with pytest.raises(UserError, match=f"--judge labels: expected labels of one token each.*; things has {of}; use --judge answer"):
-        ask(model, TOKENIZER, "things", [Item("a b", "B2", 2, labels=labels)], RUNS, "labels")
+        evaluate_questions(model, TOKENIZER, "things", [Item("a b", "B2", 2, labels=labels)], RUNS, "labels")

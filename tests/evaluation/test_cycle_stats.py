@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from recursify.evaluation.cycle_stats import (
-    Telemetry,
+    CycleStats,
     scored_places,
     summarise,
     summarise_halting,
@@ -194,7 +194,7 @@ def test_two_cycles_are_one_line(model: Any, x: torch.Tensor) -> None:
 
 def test_json_has_it_all(model: Any, x: torch.Tensor) -> None:
     sums = found(model, x) | sums_of_halting(model, x, scored_places(x, SCORED), "q_head", None, H)
-    report: Telemetry = summarise(sums, SCORED, 1, summarise_halting(sums, SCORED, 1, model.config, "q_head", None, H))
+    report: CycleStats = summarise(sums, SCORED, 1, summarise_halting(sums, SCORED, 1, model.config, "q_head", None, H))
     read = json.loads(json.dumps(report.to_dict()))
     assert read["loop_gain"] == report.loop_gain and [step["gain"] for step in read["steps"]] == [step.gain for step in report.steps]
     assert read["halting"]["cycles"].keys() == {"1", "2", "3", "4"}

@@ -139,11 +139,11 @@ def test_rights_are_of_runs_without_halting(model: RecursiveLLM, text: Path) -> 
 def test_fewer_questions_are_spread_over_the_set(most: int | None, numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tasks.Item] = []
 
-    def ask(model: Any, tokenizer: Any, name: str, items: list[tasks.Item], runs: Any, judge: str, **kwargs: Any) -> Any:
+    def evaluate_questions(model: Any, tokenizer: Any, name: str, items: list[tasks.Item], runs: Any, judge: str, **kwargs: Any) -> Any:
         asked.extend(items)
         return None, torch.ones(1, len(items))
 
-    monkeypatch.setattr("recursify.evaluation.evaluate.ask", ask)
+    monkeypatch.setattr("recursify.evaluation.evaluate.evaluate_questions", evaluate_questions)
     measure(tiny_model("llama"), questions=(MADE,), max_items=most)
     every = [item for difficulty in (1, 2) for item in tasks.generate("pointers", difficulty, 3, 0, split="test")]
     assert asked == [every[number] for number in numbers]

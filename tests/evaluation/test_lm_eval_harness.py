@@ -16,11 +16,11 @@ from recursify.errors import UserError
 from recursify.evaluation import lm_eval_harness
 from recursify.evaluation.lm_eval_harness import TaskScore, run_tasks
 from recursify.inference.generation import generate_text
-from recursify.inference.options import Effort, Sampling
+from recursify.inference.options import DecodingOptions, Sampling
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor, tiny_model
 
-RUNS = [Effort(H_cycles=H) for H in (0, 2)]
-HALTED = Effort(H_cycles=2, halt="entropy", halt_threshold=2.0)
+RUNS = [DecodingOptions(H_cycles=H) for H in (0, 2)]
+HALTED = DecodingOptions(H_cycles=2, halt="entropy", halt_threshold=2.0)
 TOKENIZER = make_tiny_tokenizer()
 QUESTIONS = [f"The ship {words}" for words in ("crosses the", "near the old", "builds a", "under the small", "follows", "describes no")]
 CHOICES = ["river", "castle", "engine", "village", "song"]
@@ -45,7 +45,7 @@ def task(folder: Path, name: str, rows: list[dict[str, Any]], *lines: str) -> No
     (folder / f"{name}.yaml").write_text("\n".join([*common, 'doc_to_text: "{{question}}"', *lines]))
 
 
-def choose(model: Any, question: str, run: Effort) -> int:
+def choose(model: Any, question: str, run: DecodingOptions) -> int:
     """The choice that the model finds likeliest."""
     context, found = len(TOKENIZER(question).input_ids), []
     for choice in CHOICES:
@@ -76,7 +76,7 @@ def test_choices_are_made_at_every_depth(model: RecursiveLLM, tmp_path: Path) ->
     first, _, head, line = lm_eval_harness.lines(found)
     assert "lm-eval" in first and head.split()[:4] == ["task", "metric", "H_cycles", "0"] and "0.8333 +-0.1667" in line
     assert run_tasks(model, TOKENIZER, ["ships"], RUNS[1:], folder=str(tmp_path), max_items=1)[0].value == 0
-    assert run_tasks(tiny_model("llama"), TOKENIZER, ["ships"], [Effort()], folder=str(tmp_path), max_items=1)[0].H_cycles is None
+    assert run_tasks(tiny_model("llama"), TOKENIZER, ["ships"], [DecodingOptions()], folder=str(tmp_path), max_items=1)[0].H_cycles is None
 
 
 def test_text_is_written_at_every_depth(model: RecursiveLLM, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recursify.evaluation.statistics import mcnemar_p, student_p, written
+from recursify.evaluation.statistics import format_p, mcnemar_p, student_p
 
 
 @pytest.mark.parametrize(
@@ -64,5 +64,5 @@ def test_mcnemar_of_many() -> None:
 
 
 def test_for_reading() -> None:
-    assert [written(p) for p in (None, 0.00001, 0.0123, 1.0)] == ["-", "<0.0001", "0.0123", "1.0000"]
-    assert [written(p) for p in (0.0001, 0.0005, 0.00009999)] == ["0.0001", "0.0005", "<0.0001"]
+    assert [format_p(p) for p in (None, 0.00001, 0.0123, 1.0)] == ["-", "<0.0001", "0.0123", "1.0000"]
+    assert [format_p(p) for p in (0.0001, 0.0005, 0.00009999)] == ["0.0001", "0.0005", "<0.0001"]

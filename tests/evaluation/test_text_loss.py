@@ -17,7 +17,7 @@ from recursify.data.settings import DataSettings
 from recursify.evaluation.statistics import mean_and_error, standard_error
 from recursify.evaluation.text_loss import PairedText, Text, TextReport, measure, measure_text, open_text, window_losses
 from recursify.evaluation.windows import Windows
-from recursify.inference.options import Effort
+from recursify.inference.options import DecodingOptions
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_model
 
 
@@ -117,7 +117,9 @@ def opened(text: Path, **changes: Any) -> Text:
     return open_text(DataSettings(dataset_name=str(text)), make_tiny_tokenizer(), **({"seq_len": 16} | changes))
 
 
-def read(model: Any, text: Path, *depths: int | None, halting: Effort | None = None, batch_size: int = 8, **windows: Any) -> TextReport:
+def read(
+    model: Any, text: Path, *depths: int | None, halting: DecodingOptions | None = None, batch_size: int = 8, **windows: Any
+) -> TextReport:
     return measure_text(model, opened(text, **windows), depths, halting, batch_size=batch_size)[0]
 
 
@@ -177,7 +179,7 @@ def test_without_cycles_there_is_nothing_to_tell(model: RecursiveLLM, text: Path
 
 @pytest.mark.parametrize("most", [2, 3])
 def test_halting_goes_no_deeper_than_asked(most: int, model: RecursiveLLM, text: Path) -> None:
-    report = read(model, text, 1, 2, 3, stride=8, halting=Effort(H_cycles=most, halt="entropy", halt_threshold=1.0))
+    report = read(model, text, 1, 2, 3, stride=8, halting=DecodingOptions(H_cycles=most, halt="entropy", halt_threshold=1.0))
     assert report.telemetry is not None and report.telemetry.halting is not None
     halting, full = report.telemetry.halting, report.telemetry.losses[most - 1]
     assert halting.H_cycles == most and list(halting.cycles) == list(range(1, most + 1))
@@ -186,13 +188,13 @@ def test_halting_goes_no_deeper_than_asked(most: int, model: RecursiveLLM, text:
 
 
 def test_a_threshold_that_never_halts_is_the_plain_run(model: RecursiveLLM, text: Path) -> None:
-    report = read(model, text, 1, 2, stride=8, halting=Effort(H_cycles=2, halt="entropy", halt_threshold=0.0))
+    report = read(model, text, 1, 2, stride=8, halting=DecodingOptions(H_cycles=2, halt="entropy", halt_threshold=0.0))
     assert report.telemetry is not None and report.telemetry.halting is not None
     assert report.telemetry.halting.extra_loss == pytest.approx(0, abs=1e-6) and report.telemetry.halting.cycles[2] == 1.0
 
 
 def test_the_report_as_json(model: RecursiveLLM, text: Path) -> None:
-    report = read(model, text, 1, 2, stride=8, halting=Effort(H_cycles=2, halt="kl"))
+    report = read(model, text, 1, 2, stride=8, halting=DecodingOptions(H_cycles=2, halt="kl"))
     found = json.loads(json.dumps(report.to_dict()))
     assert {"dataset", "windows", "seq_len", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
     assert found["rows"][0].keys() == {"H_cycles", "loss", "standard_error", "layer_applications", "bits_per_byte", "perplexity"}
@@ -215,7 +217,7 @@ def test_what_a_comparison_needs_is_what_the_report_is_made_of(model: RecursiveL
 
 def test_errors_take_overlapping_windows_together(model: RecursiveLLM, text: Path) -> None:
     """In every figure: of a depth, of a step, of the whole way, of halting."""
-    halting = Effort(H_cycles=2, halt="entropy", halt_threshold=0.0)  # never halts
+    halting = DecodingOptions(H_cycles=2, halt="entropy", halt_threshold=0.0)  # never halts
     report, found = measure_text(model, opened(text, stride=5), [1, 2], halting)
     assert report.telemetry is not None and report.telemetry.halting is not None
     wanted = [mean_and_error(row, found.tokens, 4)[1] for row in found.nats]

@@ -22,10 +22,10 @@ from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.inference.cycle_table import recursive_steps
 from recursify.inference.early_exit import applications
-from recursify.inference.generation import Generated, generate_batch, generate_text, spent
+from recursify.inference.generation import Generated, decoding_stats, generate_batch, generate_text
 from recursify.inference.options import Sampling
 from recursify.inference.prompt import check_ids, encode_prompt, end_tokens
-from recursify.inference.session import calibrated, forgiving, load, run, write_once
+from recursify.inference.session import calibrated, load, replace_unencodable, run, write_once
 from recursify.inference.settings import GenerateSettings
 from recursify.utils.device import choose_device
 from tests.support.tiny import END_OF_TEXT, make_tiny_tokenizer, tiny_model
@@ -397,12 +397,12 @@ def test_halting_tells_at_which_cycle_each_token_was_ready(donor_folder: Path, t
     assert len(set(got.cycles)) > 1  # or this test shows nothing
     assert got.applications == sum(1 + cycle * 4 for cycle in got.cycles)  # a prelude of one layer, a loop of two applied twice
     assert got.plain_applications == 12 * 13
-    assert spent(got).startswith(f"halting: {sum(got.cycles) / 12:.1f} of 3 cycles per token, ")
+    assert decoding_stats(got).startswith(f"halting: {sum(got.cycles) / 12:.1f} of 3 cycles per token, ")
 
 
 def test_halting_that_costs_more_than_it_saves_is_told(model: Any, tokenizer: Any) -> None:
     got = generate_text(model, tokenizer, "The", replace(GREEDY, halt="kl", halt_threshold=0.0))  # never halts, and looks at each cycle
-    assert spent(got) == "halting: 3.0 of 3 cycles per token, 14% more layer applications than without halting"
+    assert decoding_stats(got) == "halting: 3.0 of 3 cycles per token, 14% more layer applications than without halting"
     assert generate_text(model, tokenizer, "The", GREEDY).token_ids == got.token_ids
 
 
@@ -429,14 +429,17 @@ def test_self_speculation_writes_the_same_and_tells_what_was_accepted(model: Any
     assert (got.text, got.token_ids, got.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
     assert "".join(pieces) == got.text
     assert got.drafted is not None and got.accepted is not None and 0 <= got.accepted <= got.drafted
-    assert spent(got) == f"self-speculation: {got.accepted} of {got.drafted} drafted tokens accepted ({got.accepted / got.drafted:.0%})"
+    assert (
+        decoding_stats(got)
+        == f"self-speculation: {got.accepted} of {got.drafted} drafted tokens accepted ({got.accepted / got.drafted:.0%})"
+    )
 
 
 def test_self_speculation_in_a_batch_counts_once(model: Any, tokenizer: Any) -> None:
     batch = generate_batch(model, tokenizer, LONG_AND_SHORT, replace(GREEDY, draft_cycles=1))
     assert [one.text for one in batch] == [one.text for one in generate_batch(model, tokenizer, LONG_AND_SHORT, GREEDY)]
     assert [one.drafted for one in batch[1:]] == [0, 0, 0]
-    assert f" of {batch[0].drafted} drafted" in spent(*batch)
+    assert f" of {batch[0].drafted} drafted" in decoding_stats(*batch)
 
 
 def told(cycles: tuple[int, ...], applications: int, plain: int) -> Generated:
@@ -444,11 +447,14 @@ def told(cycles: tuple[int, ...], applications: int, plain: int) -> Generated:
 
 
 def test_several_texts_are_told_together() -> None:
-    assert spent(told((1, 2), 6, 20), told((4, 4, 4), 24, 30)) == "halting: 3.0 of 4 cycles per token, 40% of layer applications saved"
-    assert spent(told((4,), 10, 10)) == "halting: 4.0 of 4 cycles per token, 0% of layer applications saved"
-    assert spent(told((4,), 15, 10)) == "halting: 4.0 of 4 cycles per token, 50% more layer applications than without halting"
+    assert (
+        decoding_stats(told((1, 2), 6, 20), told((4, 4, 4), 24, 30))
+        == "halting: 3.0 of 4 cycles per token, 40% of layer applications saved"
+    )
+    assert decoding_stats(told((4,), 10, 10)) == "halting: 4.0 of 4 cycles per token, 0% of layer applications saved"
+    assert decoding_stats(told((4,), 15, 10)) == "halting: 4.0 of 4 cycles per token, 50% more layer applications than without halting"
     drafts = [Generated("", "", [1], [1], "length", drafted=drafted, accepted=accepted) for drafted, accepted in ((8, 4), (2, 2), (0, 0))]
-    assert spent(*drafts) == "self-speculation: 6 of 10 drafted tokens accepted (60%)"
+    assert decoding_stats(*drafts) == "self-speculation: 6 of 10 drafted tokens accepted (60%)"
 
 
 def test_halting_is_told_against_the_cycles_of_the_run(model: Any, tokenizer: Any) -> None:
@@ -476,7 +482,7 @@ def test_the_table_is_of_the_text_and_not_of_an_interrupted_one(model: Any, toke
 def test_nothing_is_told_of_a_plain_run(model: Any, tokenizer: Any) -> None:
     got = generate_text(model, tokenizer, "The", GREEDY)
     assert (got.cycles, got.applications, got.drafted, got.accepted) == (None, None, None, None)
-    assert spent(got) == spent() == ""
+    assert decoding_stats(got) == decoding_stats() == ""
 
 
 def test_what_it_cost_is_told_beside_the_text(model: Any, tokenizer: Any) -> None:
@@ -681,5 +687,5 @@ def test_run_writes_to_stdout_and_nothing_else_there(
 
 def test_a_terminal_without_a_character_does_not_end_the_text() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    print("🦞", file=forgiving(stream), flush=True)
+    print("🦞", file=replace_unencodable(stream), flush=True)
     assert stream.buffer.getvalue() == b"?\n"

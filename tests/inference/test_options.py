@@ -11,7 +11,7 @@ import torch
 
 from recursify.conversion.convert import convert
 from recursify.errors import UserError
-from recursify.inference.options import Effort, Sampling
+from recursify.inference.options import DecodingOptions, Sampling
 from recursify.utils.models import evaluating, is_recursive
 from tests.support.tiny import tiny_model
 
@@ -44,7 +44,7 @@ def donor() -> Any:
 )
 def test_what_makes_no_sense_is_refused(effort: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        Effort(**effort).validate()
+        DecodingOptions(**effort).validate()
     assert message in str(error.value)
 
 
@@ -65,65 +65,73 @@ def test_what_makes_no_sense_is_refused(effort: dict[str, Any], message: str) ->
     ],
 )
 def test_what_makes_sense_passes(effort: dict[str, Any]) -> None:
-    Effort(**effort).validate()
+    DecodingOptions(**effort).validate()
 
 
 def test_only_what_is_asked_for_reaches_the_model(model: Any) -> None:
-    assert Effort().generate_kwargs(model) == Effort(draft_tokens=7).generate_kwargs(model) == {}
-    assert Effort(H_cycles=2, cache_policy="last", halt="kl", halt_threshold=0.1).generate_kwargs(model) == {
+    assert DecodingOptions().generate_kwargs(model) == DecodingOptions(draft_tokens=7).generate_kwargs(model) == {}
+    assert DecodingOptions(H_cycles=2, cache_policy="last", halt="kl", halt_threshold=0.1).generate_kwargs(model) == {
         "H_cycles": 2, "cache_policy": "last", "halt": "kl", "halt_threshold": 0.1,
     }  # fmt: skip
-    assert Effort(draft_cycles=0).generate_kwargs(model) == {"draft_cycles": 0, "draft_tokens": 16}
-    assert Effort(draft_cycles=1, draft_tokens=7).generate_kwargs(model) == {"draft_cycles": 1, "draft_tokens": 7}
-    assert Effort(H_cycles=0).generate_kwargs(model) == {"H_cycles": 0}
-    assert Effort(halt="kl", halt_threshold=0.0).generate_kwargs(model) == {"halt": "kl", "halt_threshold": 0.0}
+    assert DecodingOptions(draft_cycles=0).generate_kwargs(model) == {"draft_cycles": 0, "draft_tokens": 16}
+    assert DecodingOptions(draft_cycles=1, draft_tokens=7).generate_kwargs(model) == {"draft_cycles": 1, "draft_tokens": 7}
+    assert DecodingOptions(H_cycles=0).generate_kwargs(model) == {"H_cycles": 0}
+    assert DecodingOptions(halt="kl", halt_threshold=0.0).generate_kwargs(model) == {"halt": "kl", "halt_threshold": 0.0}
 
 
 @pytest.mark.parametrize("name_and_value", [("H_cycles", 2), ("cache_policy", "last"), ("halt", "kl"), ("draft_cycles", 1)])
 def test_a_plain_model_has_nothing_to_choose(donor: Any, name_and_value: tuple[str, Any]) -> None:
     name, value = name_and_value
-    assert Effort().generate_kwargs(donor) == {}
+    assert DecodingOptions().generate_kwargs(donor) == {}
     with pytest.raises(
         UserError, match=f"--{name}: expected a recursive model, got a Qwen2ForCausalLM, which has no cycles; leave --{name}"
     ):
-        Effort(**{name: value}).generate_kwargs(donor)
+        DecodingOptions(**{name: value}).generate_kwargs(donor)
 
 
 def test_drafts_are_shallower_than_the_run(model: Any) -> None:
-    assert Effort(draft_cycles=2).generate_kwargs(model)["draft_cycles"] == 2
-    assert Effort(draft_cycles=3, H_cycles=4).generate_kwargs(model)["draft_cycles"] == 3
-    for effort, cycles in ((Effort(draft_cycles=3), 3), (Effort(draft_cycles=1, H_cycles=1), 1), (Effort(draft_cycles=0, H_cycles=0), 0)):
+    assert DecodingOptions(draft_cycles=2).generate_kwargs(model)["draft_cycles"] == 2
+    assert DecodingOptions(draft_cycles=3, H_cycles=4).generate_kwargs(model)["draft_cycles"] == 3
+    for effort, cycles in (
+        (DecodingOptions(draft_cycles=3), 3),
+        (DecodingOptions(draft_cycles=1, H_cycles=1), 1),
+        (DecodingOptions(draft_cycles=0, H_cycles=0), 0),
+    ):
         with pytest.raises(UserError, match=f"--draft_cycles: expected fewer than the {cycles} cycles of the run"):
             effort.generate_kwargs(model)
 
 
 def test_a_plain_pass_cannot_halt(model: Any) -> None:
     with pytest.raises(UserError, match="--halt: expected a run of at least 1 cycle, got --halt kl with 0 cycles"):
-        Effort(halt="kl", H_cycles=0).generate_kwargs(model)
+        DecodingOptions(halt="kl", H_cycles=0).generate_kwargs(model)
 
 
 def test_a_head_that_was_never_trained_cannot_say_when_to_stop(model: Any) -> None:
     bias = model.base_model.recursion.q_head.bias
     with pytest.raises(UserError, match="--halting_weight") as error:
-        Effort(halt="q_head").generate_kwargs(model)
+        DecodingOptions(halt="q_head").generate_kwargs(model)
     assert "--halt kl" in str(error.value)
     with torch.no_grad():
         bias.fill_(0.01)
     try:
-        assert Effort(halt="q_head").generate_kwargs(model) == {"halt": "q_head"}
+        assert DecodingOptions(halt="q_head").generate_kwargs(model) == {"halt": "q_head"}
     finally:
         with torch.no_grad():
             bias.zero_()
 
 
 def test_runs_that_can_share_a_cache_are_equal_when_settled(model: Any, donor: Any) -> None:
-    assert Effort().settled(model) == Effort(H_cycles=3).settled(model) != Effort(H_cycles=2).settled(model)
-    assert Effort().settled(donor) == Effort()
-    assert Effort(H_cycles=0).settled(model).H_cycles == 0 and Effort(H_cycles=0).cycles(model) == 0 and Effort().cycles(model) == 3
+    assert DecodingOptions().settled(model) == DecodingOptions(H_cycles=3).settled(model) != DecodingOptions(H_cycles=2).settled(model)
+    assert DecodingOptions().settled(donor) == DecodingOptions()
+    assert (
+        DecodingOptions(H_cycles=0).settled(model).H_cycles == 0
+        and DecodingOptions(H_cycles=0).cycles(model) == 0
+        and DecodingOptions().cycles(model) == 3
+    )
     asked = {"cache_policy": "last", "halt": "kl", "halt_threshold": 0.2, "draft_cycles": 1, "draft_tokens": 3}
-    assert Effort(**asked).settled(model) == Effort(H_cycles=3, **asked)
-    assert type(Sampling(halt="kl", temperature=0.3).settled(model)) is Effort
-    assert Sampling(halt="kl", temperature=0.3).settled(model) == Effort(H_cycles=3, halt="kl")
+    assert DecodingOptions(**asked).settled(model) == DecodingOptions(H_cycles=3, **asked)
+    assert type(Sampling(halt="kl", temperature=0.3).settled(model)) is DecodingOptions
+    assert Sampling(halt="kl", temperature=0.3).settled(model) == DecodingOptions(H_cycles=3, halt="kl")
 
 
 def test_which_models_are_recursive(model: Any, donor: Any) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from recursify.conversion.convert import convert
 from recursify.inference.generation import generate_text
-from recursify.inference.options import Effort, Sampling
-from recursify.inference.prefix_cache import Memory
+from recursify.inference.options import DecodingOptions, Sampling
+from recursify.inference.prefix_cache import PrefixCache
 from tests.support.reading import reading
 from tests.support.tiny import make_tiny_tokenizer, tiny_model
 
@@ -43,7 +43,7 @@ def sliding() -> Any:
     return tiny_model("mistral", num_hidden_layers=2)
 
 
-def turn(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, memory: Memory) -> list[int]:
+def turn(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, memory: PrefixCache) -> list[int]:
     """Continue, check against a run without memory, and return the whole."""
     expected = generate_text(model, tokenizer, ids, sampling)
     got = generate_text(model, tokenizer, ids, sampling, memory=memory)
@@ -81,7 +81,7 @@ class Length:
     ],
 )
 def test_what_is_recalled_is_the_common_beginning_short_of_the_last_token(asked: list[int], shared: int | None, cuts: int) -> None:
-    memory, model, effort, cache = Memory(), object(), Effort(), Length(5)
+    memory, model, effort, cache = PrefixCache(), object(), DecodingOptions(), Length(5)
     memory.keep(model, [1, 2, 3, 4, 5, 7], effort, cache)  # 7 was written and never read
     assert memory.ids == [1, 2, 3, 4, 5]
     found = memory.recall(model, asked, effort)
@@ -94,19 +94,19 @@ def test_what_is_recalled_is_the_common_beginning_short_of_the_last_token(asked:
 
 def test_only_the_same_model_and_effort_recall_and_only_what_can_be_cut_back_is_cut() -> None:
     model, ids = object(), [1, 2, 3, 4, 5]
-    for other, effort in ((object(), Effort()), (model, Effort(H_cycles=2)), (model, Effort(draft_cycles=1))):
-        memory = Memory()
-        memory.keep(model, ids, Effort(), Length(5))
+    for other, effort in ((object(), DecodingOptions()), (model, DecodingOptions(H_cycles=2)), (model, DecodingOptions(draft_cycles=1))):
+        memory = PrefixCache()
+        memory.keep(model, ids, DecodingOptions(), Length(5))
         assert memory.recall(other, [*ids, 6], effort) is None and memory.cache is None
-    memory = Memory()
-    memory.keep(model, ids, Effort(), Length(5, least=3))
-    assert memory.recall(model, [1, 2, 3, 9], Effort()) is None
-    memory.keep(model, ids, Effort(), Length(5, least=3))
-    assert memory.recall(model, [*ids, 6], Effort()).length == 5
+    memory = PrefixCache()
+    memory.keep(model, ids, DecodingOptions(), Length(5, least=3))
+    assert memory.recall(model, [1, 2, 3, 9], DecodingOptions()) is None
+    memory.keep(model, ids, DecodingOptions(), Length(5, least=3))
+    assert memory.recall(model, [*ids, 6], DecodingOptions()).length == 5
 
 
 def test_a_turn_reads_only_what_is_new(model: Any, tokenizer: Any) -> None:
-    memory = Memory()
+    memory = PrefixCache()
     first = tokenizer("The old lobster follows the river").input_ids
     whole = turn(model, tokenizer, first, GREEDY, memory)
     more = tokenizer(" near the castle").input_ids
@@ -117,7 +117,7 @@ def test_a_turn_reads_only_what_is_new(model: Any, tokenizer: Any) -> None:
 
 
 def test_the_same_prompt_again_reads_its_last_token(model: Any, tokenizer: Any) -> None:
-    memory = Memory()
+    memory = PrefixCache()
     ids = tokenizer("The old lobster").input_ids
     turn(model, tokenizer, ids, GREEDY, memory)
     with reading(model) as counts:
@@ -128,7 +128,7 @@ def test_the_same_prompt_again_reads_its_last_token(model: Any, tokenizer: Any) 
 @settings(max_examples=15, deadline=None)
 @given(turns=st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(1, 300), min_size=1, max_size=6)), min_size=1, max_size=4))
 def test_the_text_is_the_same_wherever_prompts_part(model: Any, tokenizer: Any, turns: list[tuple[int, list[int]]]) -> None:
-    memory, whole = Memory(), [5, 6, 7]
+    memory, whole = PrefixCache(), [5, 6, 7]
     for kept, new in turns:
         whole = turn(model, tokenizer, whole[: max(1, kept)] + new, GREEDY, memory)
 
@@ -138,7 +138,7 @@ OTHERS = {"depth": {"H_cycles": 2}, "policy": {"cache_policy": "last"}, "halting
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_another_effort_reads_everything_again(model: Any, tokenizer: Any, other: dict[str, Any]) -> None:
-    memory = Memory()
+    memory = PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, GREEDY, memory)
     changed = Sampling(temperature=0, max_new_tokens=6, **other)
     expected = generate_text(model, tokenizer, whole, changed)
@@ -149,7 +149,7 @@ def test_another_effort_reads_everything_again(model: Any, tokenizer: Any, other
 
 @pytest.mark.parametrize("effort", [{"draft_cycles": 1}, {"draft_cycles": 0}, {"H_cycles": 0}])
 def test_every_effort_has_its_memory(model: Any, tokenizer: Any, effort: dict[str, Any]) -> None:
-    sampling, memory = Sampling(temperature=0, max_new_tokens=6, **effort), Memory()
+    sampling, memory = Sampling(temperature=0, max_new_tokens=6, **effort), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
     whole = turn(model, tokenizer, [*whole, 70, 71, 72], sampling, memory)
     whole = turn(model, tokenizer, [*whole[:-4], 75], sampling, memory)
@@ -160,7 +160,7 @@ def test_every_effort_has_its_memory(model: Any, tokenizer: Any, effort: dict[st
 
 def test_halting_has_its_memory(donor_folder: Path, tokenizer: Any) -> None:
     model = seeded(donor_folder)
-    sampling, memory = Sampling(temperature=0, max_new_tokens=12, halt="entropy", halt_threshold=5.6), Memory()
+    sampling, memory = Sampling(temperature=0, max_new_tokens=12, halt="entropy", halt_threshold=5.6), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
     assert len(set(memory.cache.cycles_used.flatten().tolist())) > 1  # or this test shows nothing
     whole = turn(model, tokenizer, [*whole, 70, 71, 72], sampling, memory)
@@ -172,7 +172,7 @@ def test_halting_has_its_memory(donor_folder: Path, tokenizer: Any) -> None:
 
 def test_the_last_policy_has_its_memory(model: Any, tokenizer: Any) -> None:
     """What is read at once sees each other at every cycle and what was read before at its last, so here the turns make the text."""
-    sampling, memory = Sampling(temperature=0, max_new_tokens=6, cache_policy="last"), Memory()
+    sampling, memory = Sampling(temperature=0, max_new_tokens=6, cache_policy="last"), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
     with reading(model) as counts:
         generate_text(model, tokenizer, [*whole, 70, 71], sampling, memory=memory)
@@ -180,13 +180,13 @@ def test_the_last_policy_has_its_memory(model: Any, tokenizer: Any) -> None:
 
 
 def test_another_model_shares_nothing(model: Any, sliding: Any, tokenizer: Any) -> None:
-    memory = Memory()
+    memory = PrefixCache()
     whole = turn(model, tokenizer, [5, 6, 7], GREEDY, memory)
     turn(sliding, tokenizer, whole, GREEDY, memory)
 
 
 def test_a_window_that_has_slid_goes_on_but_not_back(sliding: Any, tokenizer: Any) -> None:
-    memory = Memory()
+    memory = PrefixCache()
     whole = turn(sliding, tokenizer, [5, 6, 7, 8, 9, 10, 11, 12], GREEDY, memory)
     with reading(sliding) as counts:
         generate_text(sliding, tokenizer, [*whole, 70], GREEDY, memory=memory)
@@ -199,7 +199,7 @@ def test_a_window_that_has_slid_goes_on_but_not_back(sliding: Any, tokenizer: An
 
 
 def test_a_run_that_breaks_off_is_forgotten(model: Any, tokenizer: Any) -> None:
-    memory = Memory()
+    memory = PrefixCache()
     whole = turn(model, tokenizer, [5, 6, 7], GREEDY, memory)
 
     def fail(piece: str) -> None:
@@ -211,7 +211,7 @@ def test_a_run_that_breaks_off_is_forgotten(model: Any, tokenizer: Any) -> None:
 
 
 def test_what_was_stopped_is_remembered(model: Any, tokenizer: Any) -> None:
-    memory = Memory()
+    memory = PrefixCache()
     stops = iter([False, True])
     got = generate_text(model, tokenizer, [5, 6, 7], GREEDY, should_stop=lambda: next(stops), memory=memory)
     with reading(model) as counts:
@@ -220,7 +220,7 @@ def test_what_was_stopped_is_remembered(model: Any, tokenizer: Any) -> None:
 
 
 def test_forgetting(model: Any, tokenizer: Any) -> None:
-    memory = Memory()
+    memory = PrefixCache()
     whole = turn(model, tokenizer, [5, 6, 7], GREEDY, memory)
     memory.forget()
     with reading(model) as counts:
@@ -229,7 +229,7 @@ def test_forgetting(model: Any, tokenizer: Any) -> None:
 
 
 def test_the_random_state_is_not_needed_to_remember(model: Any, tokenizer: Any) -> None:
-    drawn, memory = Sampling(temperature=1.0, max_new_tokens=6), Memory()
+    drawn, memory = Sampling(temperature=1.0, max_new_tokens=6), PrefixCache()
     first = generate_text(model, tokenizer, [5, 6, 7], drawn, seed=1, memory=memory)
     again = [5, 6, 7, *first.token_ids, 70]
     state = torch.get_rng_state()

@@ -25,7 +25,7 @@ from recursify.serving import ServeSettings, run
 from recursify.serving.engine import Batcher, at_depth
 from recursify.serving.metrics import Metrics, labelled
 from recursify.serving.running import Stop
-from recursify.serving.sampling import Choice, EachItsOwn, choose, gumbel
+from recursify.serving.sampling import Choice, PerRequestSampling, choose, gumbel
 from tests.support.served import PROMPTS, ids_of, speaking_model
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor
 
@@ -85,7 +85,7 @@ def test_greedy_rows_and_rows_of_nobody_stay_as_they_are() -> None:
         return SimpleNamespace(state=state, has_new_token=new)
 
     hot = Choice(temperature=1.0, seed=3)
-    sampler = EachItsOwn()
+    sampler = PerRequestSampling()
     # the second is still read, so that its logits are not there: those of the third are in the second row
     sampler.prepare_tensor_args([request(Choice(), True), request(hot, False), request(hot, True)], torch.empty(0))
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))

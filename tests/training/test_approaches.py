@@ -24,9 +24,9 @@ from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings,
 from recursify.training import gains as gains_module
 from recursify.training.approaches import APPROACHES, freeze_rest, from_donor, untied
 from recursify.training.gains import injections
+from recursify.training.loss_module import LossModule, Supervision
 from recursify.training.saving import BEST
 from recursify.training.settings import DonorSettings
-from recursify.training.supervised import Supervised, Supervision
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_donor
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -216,7 +216,7 @@ def test_a_loop_that_knows_something_starts_from_a_gain_that_costs_little(
         wanted = settings(approach, corner, lr=1e-12, gain_lr=1e-12, max_steps=1, enable_deep_supervision=False, **(flags | own))
         found: Any = from_donor(wanted)
         objective = APPROACHES[approach].objective
-        expected = Supervised(found.model, objective=objective)(ids, ids)["loss"].item()
+        expected = LossModule(found.model, objective=objective)(ids, ids)["loss"].item()
         fit(found.model, found.tokenizer, held, held, wanted, console=False)
         gains = {round(gain, 4) for module in injections(found.model) for part in module.gains(torch.float32) for gain in part.tolist()}
         assert gains == {0.45 if fresh else 0.2}
@@ -252,7 +252,7 @@ def test_the_embedding_loss_is_the_cosine_of_the_state_itself(corner: Path) -> N
     model: Any = from_donor(wanted).model
     batch, seen = torch.tensor([row["input_ids"] for row in blocks(corner, "train")[:3]]), []
     model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    outputs = Supervised(model, Supervision(every_cycle=True, schedule="constant"), APPROACHES["embedding"].objective)(batch, batch)
+    outputs = LossModule(model, Supervision(every_cycle=True, schedule="constant"), APPROACHES["embedding"].objective)(batch, batch)
     targets = model.model.embed_tokens(batch[:, 1:])
     expected = [(1 - F.cosine_similarity(z_H[:, :-1], targets, dim=-1)).mean().item() for z_H in seen]
     assert outputs["cycle_losses"].tolist() == pytest.approx(expected, rel=1e-5) and len(expected) == 2

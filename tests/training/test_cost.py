@@ -51,7 +51,7 @@ def build(config: Any, checkpointing: bool = False, frozen: set[str] = frozenset
 def learn(model: Any, supervised: int, backprop: str = "full", loss: Callable[..., Any] | None = None) -> None:
     """One forward and backward pass that reads out the last `supervised` cycles."""
     ids = torch.randint(0, 100, (B, T))
-    e, block, read = model.model.open_loop(ids)
+    e, block, read = model.model.begin_pass(ids)
     cycles = list(model.model.recursion.steps(e, block, model.config.H_cycles, model.config.L_cycles, backprop))
     states = [read(z) for z in cycles[-supervised:]]
     score = loss or (lambda states, ids, head: sum(F.cross_entropy(head(state).flatten(0, 1), ids.flatten()) for state in states))

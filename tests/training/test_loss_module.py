@@ -18,8 +18,8 @@ from recursify.network.losses import HALT_MARGIN, Reference, cycle_shares, cycle
 from recursify.training import supervised as module
 from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.cost import pass_flops
+from recursify.training.loss_module import LossModule, Supervision, backpropagate_each, scored_tokens
 from recursify.training.settings import TrainSettings
-from recursify.training.supervised import LossModule, Supervision, backpropagate_each, scored_tokens
 from tests.support.runs import blocks, logged, recursive, run, settings
 from tests.support.tiny import tiny_donor, tiny_model
 

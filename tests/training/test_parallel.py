@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recursify.checkpoints import checkpoint
 from recursify.errors import UserError
 from recursify.network import losses
+from recursify.training.loss_module import LossModule, Supervision
 from recursify.training.parallel import (
     check_launch,
-    check_spread,
+    check_sharding,
     describe_launch,
     full_optimizer_state,
     full_state,
@@ -34,7 +35,6 @@ from recursify.training.parallel import (
     load_full_state,
     shard,
 )
-from recursify.training.supervised import Supervised, Supervision
 from tests.support.parallel_runs import PATIENCE, SAVED, SEQ_LEN, STEPS, launch, recursive, run, settings
 from tests.support.tiny import VOCAB_SIZE, tiny_model
 
@@ -67,15 +67,15 @@ class Communication(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def supervised(model: Any, every_cycle: bool) -> Supervised:
-    return Supervised(model, Supervision(every_cycle=every_cycle))
+def supervised(model: Any, every_cycle: bool) -> LossModule:
+    return LossModule(model, Supervision(every_cycle=every_cycle))
 
 
-def gradients(model: Supervised, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: LossModule, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return counted_gradients(model, rows)[0]
 
 
-def counted_gradients(model: Supervised, rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], Counter[str]]:
+def counted_gradients(model: LossModule, rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], Counter[str]]:
     """Whole gradients, and what both ways through the model have sent."""
     with Communication() as sent:
         model(rows, rows)["loss"].backward()
@@ -302,7 +302,7 @@ def test_a_deeper_pass_sends_no_more(every_cycle: bool, checkpointing: bool, fou
 def test_each_layer_of_a_plain_donor_is_a_unit(found: list[dict[str, Any]]) -> None:
     plain = found[0]["plain"]
     assert plain["difference"] < 1e-5 and plain["reduced"] == 4
-    assert plain["units"] == ["FSDPSupervised"] + ["FSDPLlamaDecoderLayer"] * 3
+    assert plain["units"] == ["FSDPLossModule"] + ["FSDPLlamaDecoderLayer"] * 3
 
 
 @pytest.mark.slow
@@ -423,11 +423,11 @@ def test_a_file_that_is_not_deepspeeds_is_refused(content: str, message: str, tm
 
 def test_a_model_that_is_not_spread_as_asked_for_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(1, 1)
-    check_spread(model, settings())
+    check_sharding(model, settings())
     with pytest.raises(RuntimeError, match="the model is not sharded: Linear"):
-        check_spread(model, settings(fsdp=True))
+        check_sharding(model, settings(fsdp=True))
     with pytest.raises(RuntimeError, match="the model is not DeepSpeed's: Linear"):
-        check_spread(model, settings(deepspeed="ds.json"))
+        check_sharding(model, settings(deepspeed="ds.json"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="2 processes train models that know nothing of each other: Linear"):
-        check_spread(model, settings())
+        check_sharding(model, settings())

@@ -34,8 +34,8 @@ from recursify.cli import main as cli
 from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.training import TrainSettings, fit, saving
+from recursify.training.loss_module import LossModule
 from recursify.training.saving import BEST, Saver, make_folder, resume_points, state_folder
-from recursify.training.supervised import Supervised
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_donor
 
 SEQ_LEN = 32
@@ -178,19 +178,19 @@ def with_files_of(limit: int, do: str, args: list[Any]) -> None:
 
 def poisoned(step: int, *argv: str) -> None:
     """The loss of a micro-batch is not a number."""
-    own, calls = Supervised.forward, []
+    own, calls = LossModule.forward, []
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = own(self, *args, **kwargs)
         calls.append(None)
         return outputs | ({"loss": outputs["loss"] * float("nan")} if len(calls) == step else {})
 
-    Supervised.forward = forward  # type: ignore[method-assign]
+    LossModule.forward = forward  # type: ignore[method-assign]
     command(*argv)
 
 
 def signalled_in_validation(number: int, *argv: str) -> None:
-    own, calls = Supervised.row_sums, []
+    own, calls = LossModule.row_sums, []
 
     def row_sums(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
@@ -198,7 +198,7 @@ def signalled_in_validation(number: int, *argv: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return own(*args, **kwargs)
 
-    Supervised.row_sums = row_sums  # type: ignore[method-assign]
+    LossModule.row_sums = row_sums  # type: ignore[method-assign]
     command(*argv)
 
 
@@ -674,13 +674,13 @@ def test_a_step_with_a_loss_that_is_not_a_number_is_not_taken(corner: Path, tmp_
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
-    own = Supervised.forward
+    own = LossModule.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = own(self, *args, **kwargs)
         return outputs | ({"loss": outputs["loss"] * torch.inf} if len(seen) == 2 else {})
 
-    monkeypatch.setattr(Supervised, "forward", forward)
+    monkeypatch.setattr(LossModule, "forward", forward)
     saver = Saver(tmp_path, make_tiny_tokenizer(), torch.float32)
     settings = TrainSettings(checkpoint="in memory", seq_len=SEQ_LEN, lr=1e-3, warmup_steps=0, generate_every=0, device="cpu")
     with pytest.raises(UserError, match=r"step 3: the gradient's norm is (nan|inf).*The step was not taken; the data of the step is in"):

@@ -33,8 +33,8 @@ from recursify.training.collate import Collate
 from recursify.training.cost import pass_flops
 from recursify.training.depth import DepthSchedule
 from recursify.training.fitting import depth_schedule
+from recursify.training.loss_module import LossModule, Supervision
 from recursify.training.saving import BEST, Saver, resume_points, training_notes
-from recursify.training.supervised import Supervised, Supervision
 from tests.support import tiny
 from tests.support.runs import SEQ_LEN, blocks, logged, recursive, run, settings
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_config, tiny_donor
@@ -281,8 +281,8 @@ def test_train_leaves_what_the_guide_says(files: TrainSettings, capsys: pytest.C
 def test_the_best_is_the_lowest_not_the_last(
     files: TrainSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    luck, own = iter([1.0, 0.5, 2.0, math.nan]), Supervised.row_sums
-    monkeypatch.setattr(Supervised, "row_sums", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
+    luck, own = iter([1.0, 0.5, 2.0, math.nan]), LossModule.row_sums
+    monkeypatch.setattr(LossModule, "row_sums", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
     result = train(replace(files, num_epochs=4, save_every=0))
     held = logged(result.fit, "eval_loss")
     assert held.index(min(held[:3])) == 1 and math.isnan(held[3]) and result.fit.best_eval_loss == held[1]
@@ -443,8 +443,8 @@ def test_validation_does_not_change_the_run() -> None:
 
 def test_early_stopping(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Two validations in a row without a lower loss; one that is not a number is none."""
-    luck, own = iter([1.0, 0.5, math.nan, 0.4, 2.0, 2.0, 0.1]), Supervised.row_sums
-    monkeypatch.setattr(Supervised, "row_sums", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
+    luck, own = iter([1.0, 0.5, math.nan, 0.4, 2.0, 2.0, 0.1]), LossModule.row_sums
+    monkeypatch.setattr(LossModule, "row_sums", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
     result = run(recursive(), num_epochs=5, eval_every=1, early_stopping_patience=2, eval_batch_size=8)
     assert evaluations(result) == [1, 2, 3, 4, 5, 6] and result.steps == 6
     assert "has not fallen for 2 validations: stopping" in capsys.readouterr().err
@@ -522,7 +522,7 @@ def test_documents_apart_equal_documents_alone(backprop: str) -> None:
         model = recursive()
         freeze_rest(model, settings(backprop=backprop, enable_deep_supervision=backprop != "last"))
         batch = Collate(eos)([{"input_ids": packed[0]}]) if one else {"input_ids": alone, "labels": labels}
-        outputs = Supervised(model, supervision)(**batch)
+        outputs = LossModule(model, supervision)(**batch)
         outputs["loss"].backward()
         gradients.append((outputs["cycle_losses"], {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
     torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=1e-5, atol=1e-6)
@@ -741,21 +741,21 @@ def test_depth_schedules_by_default() -> None:
 
 def test_what_a_validation_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 where the run computes in it, in evaluation mode; and what the steps before it lost is logged with it."""
-    modes, own = [], Supervised.row_sums
+    modes, own = [], LossModule.row_sums
 
     def spy(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         modes.append(self.training)
         return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(Supervised, "row_sums", spy)
+    monkeypatch.setattr(LossModule, "row_sums", spy)
     model = recursive()
     result = run(model, train_blocks=blocks(20), bf16=True, lr=1e-12, gain_lr=1e-12, log_every=100, eval_every=2)
     assert modes and not any(modes)
     held = torch.tensor([row["input_ids"] for row in blocks(5, seed=2)])
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = own(Supervised(model), held, held)[:, 2].sum().item() / 75
+        rounded = own(LossModule(model), held, held)[:, 2].sum().item() / 75
     assert result.eval_loss == pytest.approx(rounded, rel=1e-5)
-    assert result.eval_loss != pytest.approx(own(Supervised(model), held, held)[:, 2].sum().item() / 75, rel=1e-5)
+    assert result.eval_loss != pytest.approx(own(LossModule(model), held, held)[:, 2].sum().item() / 75, rel=1e-5)
     assert [entry["step"] for entry in result.history if "loss" in entry] == [1, 2, 4, 5] and evaluations(result) == [2, 4, 5]
 
 
@@ -766,7 +766,7 @@ def test_documents_are_kept_apart_where_that_is_asked_for() -> None:
     losses = {}
     for apart in (False, True):
         batch = Collate(0 if apart else None)(rows)
-        losses[apart] = Supervised(recursive())(**batch)["loss"].item()
+        losses[apart] = LossModule(recursive())(**batch)["loss"].item()
         result = run(recursive(), rows, separate_documents=apart, gradient_checkpointing=apart, max_steps=1)
         assert logged(result, "loss") == [pytest.approx(losses[apart], rel=1e-5)]
     assert losses[True] != pytest.approx(losses[False], rel=1e-3)
@@ -778,14 +778,14 @@ def test_layers_are_checkpointed_where_that_is_asked_for() -> None:
 
 def test_a_gradient_that_overflows_is_not_stepped_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its norm is infinite, though it is a number; and where nothing is saved, nothing is said of a file."""
-    model, own = recursive(), Supervised.forward
+    model, own = recursive(), LossModule.forward
     watch = Watch(model)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = own(self, *args, **kwargs)
         return outputs | ({"loss": outputs["loss"] * 1e30} if watch.weights else {})
 
-    monkeypatch.setattr(Supervised, "forward", forward)
+    monkeypatch.setattr(LossModule, "forward", forward)
     with pytest.raises(UserError, match=r"^step 2: the gradient's norm is inf. The step was not taken. Go on from the last checkpoint"):
         run(model, callbacks=[watch], gradient_checkpointing=True)
     assert not model.training and not model.is_gradient_checkpointing

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from torch import distributed
 
-from recursify.utils.distributed import in_turns, is_first
+from recursify.utils.distributed import is_first, map_jobs
 
 
 def test_alone() -> None:
-    assert is_first() and in_turns(range(5), lambda job: job * job) == [0, 1, 4, 9, 16] and in_turns([], str) == []
+    assert is_first() and map_jobs(range(5), lambda job: job * job) == [0, 1, 4, 9, 16] and map_jobs([], str) == []
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
@@ -27,5 +27,5 @@ def test_every_process_gets_all_results_in_the_order_of_the_jobs(count: int, mon
     for name, value in (("is_initialized", lambda: True), ("get_world_size", lambda: count), ("get_rank", lambda: 1)):
         monkeypatch.setattr(distributed, name, value)
     monkeypatch.setattr(distributed, "all_gather_object", gather)
-    assert in_turns(range(5), lambda job: job * job) == [0, 1, 4, 9, 16]
+    assert map_jobs(range(5), lambda job: job * job) == [0, 1, 4, 9, 16]
     assert not is_first() and done == [[job * job for job in range(1, 5, count)]]
