@@ -9,7 +9,6 @@ called: text is generated without the weight of the training stack.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -182,12 +181,6 @@ def _train(name: str, settings_class: type[RunSettings], argv: Argv) -> None:
     _command(name, settings_class, job, argv)
 
 
-@dataclasses.dataclass(kw_only=True)
-class _FromFile:
-    config: str | None = None
-    """A recipe: a YAML file with a section for this job, whose keys are the flags below. What is given here goes before what is in it."""
-
-
 def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settings:
     """Flags as settings, over those of the recipe that `--config` names.
 
@@ -197,21 +190,15 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
     Raises:
         UserError: As `read_section`.
     """
-    import tyro
+    from . import flags
 
     words = list(sys.argv[1:] if argv is None else argv)
     prog = None if argv is None else f"recursify {job}"
-    options: dict[str, Any] = {"prog": prog, "args": words, "use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
     if job not in JOB_SECTIONS:
-        return tyro.cli(settings_class, **options)
-    # Help lists the fields of the last base first.
-    with_file = dataclasses.make_dataclass(settings_class.__name__, (), bases=(settings_class, _FromFile), kw_only=True)
-    with_file.__doc__ = settings_class.__doc__
+        return flags.parse(settings_class, words, job, prog)
     file = _config_file(words)
     values = {} if file is None else read_section(file, job, settings_class)
-    values |= {field.name: tyro.MISSING for field in dataclasses.fields(with_file) if _is_required(field) and field.name not in values}
-    parsed = tyro.cli(with_file, default=with_file(**values), **options)
-    return settings_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(settings_class)})  # type: ignore[arg-type]
+    return flags.parse(settings_class, words, job, prog, values, recipe=True)
 
 
 def _config_file(words: Sequence[str]) -> str | None:
@@ -223,10 +210,6 @@ def _config_file(words: Sequence[str]) -> str | None:
         elif word.startswith("--config="):
             file = word.removeprefix("--config=")
     return file
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:

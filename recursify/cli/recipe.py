@@ -42,7 +42,7 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
     values = {}
     for name, value in section.items():
         try:
-            values[name] = typed(value, hints[name])
+            values[name] = typed(value, hints[name], text=True)
         except TypeError as error:
             raise UserError(f"--config: {path}: {job}: {name}: expected {error}, got {value!r}") from None
     return values

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import get_type_hints
+
+from ..errors import UserError
+from .typed import typed
 
 
 @dataclass(kw_only=True)
-class DeviceOptions:
-    """What a job runs on."""
+class Options:
+    """What all settings are: fields of the types that they declare, wherever the values come from."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            try:
+                setattr(self, field.name, typed(value, hints[field.name]))
+            except TypeError as error:
+                raise UserError(f"--{field.name}: expected {error}, got {value!r}") from None
+
+
+@dataclass(kw_only=True)
+class DeviceOptions(Options):
+    """Hardware"""
 
     device: str | None = None
     """cpu, cuda, cuda:1 or mps. Default: cuda where there is one, else mps, else cpu."""
 
 
 @dataclass(kw_only=True)
-class JsonOutput:
-    """How the result of a job is printed."""
+class JsonOutput(Options):
+    """Output"""
 
     json: bool = False
     """Print the result as one JSON object on stdout; everything else goes to stderr."""

@@ -15,7 +15,7 @@ from recursify._moved import MOVED
 ROOT = Path(__file__).resolve().parents[2]
 # The log and the changelog tell what was, under the names that it had.
 PAGES = sorted(
-    path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/**/README.md")] if ".venv" not in path.parts
+    path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/**/README.md")] if not {".venv", ".venv-oldest"} & set(path.parts)
 )
 FOLDERS = ("recursify", "recipes", "benchmarks", "models", "mutants")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.name != "_moved.py")  # which tells old names
@@ -37,7 +37,7 @@ def exists(name: str, beside: Path) -> bool:
 
 def tracked(kept: list[Path] = []) -> list[Path]:  # noqa: B006 - remembered on purpose
     if not kept:
-        kept += [path for path in ROOT.rglob("*") if not {".git", ".venv", "runs"} & set(path.relative_to(ROOT).parts)]
+        kept += [path for path in ROOT.rglob("*") if not {".git", ".venv", ".venv-oldest", "runs"} & set(path.relative_to(ROOT).parts)]
     return kept
 
 

@@ -1,0 +1,141 @@
+"""Flags from the settings class of a job: every field is one flag, each class that declares fields is a group of `--help`.
+
+The text under a field is its help. transformers' names stand beside ours where they differ (`ALIASES`). What is of another type is
+refused in the words that recipes and Python give (`utils.typed`).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import textwrap
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from ..utils.typed import WORDS
+
+Settings = TypeVar("Settings")
+
+# Field -> what transformers' TrainingArguments, or trl, call it.
+ALIASES = {
+    "batch_size": "per_device_train_batch_size",
+    "checkpoint": "model_name_or_path",
+    "compile": "torch_compile",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "eval_every": "eval_steps",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "keep_last": "save_total_limit",
+    "log_every": "logging_steps",
+    "lr": "learning_rate",
+    "lr_schedule": "lr_scheduler_type",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "resume": "resume_from_checkpoint",
+    "save_every": "save_steps",
+    "seq_len": "max_length",
+}
+
+
+def parse(
+    settings_class: type[Settings],
+    words: Sequence[str],
+    job: str,
+    prog: str | None,
+    defaults: Mapping[str, Any] | None = None,
+    recipe: bool = False,
+) -> Settings:
+    """Words of a command line as settings.
+
+    Args:
+        job: The title of the group of what the class itself declares.
+        prog: How the command is called; None is the name of the program.
+        defaults: Values that go before the class's own defaults: those of a recipe.
+        recipe: The command has `--config`, which whoever calls has read.
+
+    Raises:
+        SystemExit: Help was asked for (status 0), or the words are no flags of this class (status 2, after a message).
+    """
+    groups = _groups(settings_class, job, defaults or {})
+    flags: list[Any] = [("config", Annotated[str | None, tyro.conf.arg(help=_CONFIG)], None)] if recipe else []
+    for title, fields in groups.items():
+        group: Any = dataclasses.make_dataclass("Group", fields, kw_only=True)
+        group.__doc__ = ""
+        flags.append((_key(title), Annotated[group, tyro.conf.arg(name=title, prefix_name=False)]))
+    form: Any = dataclasses.make_dataclass("Flags", flags, kw_only=True)
+    form.__doc__ = settings_class.__doc__
+    options: dict[str, Any] = {"prog": prog, "args": list(words), "use_underscores": True}
+    with _REGISTRY:
+        parsed = tyro.cli(form, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes), **options)
+    return settings_class(**{name: getattr(getattr(parsed, _key(title)), name) for title, fields in groups.items() for name, *_ in fields})
+
+
+_CONFIG = "A recipe: a YAML file with a section for this command, whose keys are the flags below. Flags given here override it."
+
+
+def _key(title: str) -> str:
+    return "group_" + "".join(c if c.isalnum() else "_" for c in title)
+
+
+def _groups(settings_class: type, job: str, defaults: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Title -> fields as `dataclasses.make_dataclass` takes them; the bases' groups first, as their fields are."""
+    hints = get_type_hints(settings_class, include_extras=True)
+    groups: dict[str, list[Any]] = {}
+    for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
+        owner = next(base for base in settings_class.__mro__ if field.name in vars(base).get("__annotations__", {}))
+        title = job if owner is settings_class else inspect.getdoc(owner).splitlines()[0].rstrip(".")  # type: ignore[union-attr]
+        text = help_of(owner)[field.name]
+        own_name = (f"--{field.name}",) if field.name in ALIASES else None  # as an alias of its alias it is listed first
+        flag = tyro.conf.arg(
+            name=ALIASES.get(field.name), aliases=own_name, help=text, help_behavior_hint="" if "Default:" in text else None
+        )
+        hint = Annotated[hints[field.name], flag]  # type: ignore[valid-type]
+        own = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+        if field.name in defaults:
+            own = dataclasses.field(default=defaults[field.name])
+        groups.setdefault(title, []).append((field.name, hint, own))
+    return groups
+
+
+@functools.cache
+def help_of(owner: type) -> dict[str, str]:
+    """The texts that stand under the fields which a class itself declares."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    found = {}
+    for field, text in itertools.pairwise(tree.body):  # type: ignore[attr-defined]
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return found
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+def _simple(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """int, float and text, each also where it may be None: shown by its own name, and refused in the words of recipes and Python."""
+    choices = [each for each in get_args(info.type) or (info.type,) if each is not type(None)]
+    if len(choices) != 1 or choices[0] not in (int, float, str) or get_origin(info.type) not in (None, Union, UnionType):
+        return None
+    kind, optional = choices[0], type(None) in get_args(info.type)
+
+    def read(words: list[str]) -> Any:
+        if optional and words[0] == "None":
+            return None
+        try:
+            return kind(words[0])
+        except ValueError:
+            raise ValueError(f"expected {WORDS[kind]}, got {words[0]!r}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar=kind.__name__.upper(), instance_from_str=read, str_from_instance=lambda value: [str(value)],
+        is_instance=lambda value: isinstance(value, kind) or (optional and value is None),
+    )  # fmt: skip
+
+
+_REGISTRY.primitive_rule(_simple)
