@@ -15,7 +15,9 @@ from recursify._moved import MOVED
 ROOT = Path(__file__).resolve().parents[2]
 # The log and the changelog tell what was, under the names that it had.
 PAGES = sorted(
-    path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/**/README.md")] if not {".venv", ".venv-oldest"} & set(path.parts)
+    path
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/**/README.md")]
+    if not {".venv", ".venv-oldest"} & set(path.parts)
 )
 FOLDERS = ("recursify", "recipes", "benchmarks", "models", "mutants")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.name != "_moved.py")  # which tells old names

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from recursify.network.losses import HALT_MARGIN, Reference, cycle_shares, cycle_weights, losses_and_divergences
-from recursify.training import supervised as module
+from recursify.training import loss_module as module
 from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.cost import pass_flops
 from recursify.training.loss_module import LossModule, Supervision, backpropagate_each, scored_tokens
@@ -133,7 +133,7 @@ def test_last_is_autograd_on_the_last_cycle(L_cycles: int, checkpointed: bool) -
 
 def test_autocast_keeps_no_copies_of_weights_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """It remembers a copy of each weight in its own type until the context ends, which may be that of a whole run."""
-    stood_in, made = module._stand_ins, list[Any]()
+    stood_in, made = module._shadow_parameters, list[Any]()
 
     @contextmanager
     def watched(model: Any) -> Iterator[Any]:
@@ -141,15 +141,15 @@ def test_autocast_keeps_no_copies_of_weights_that_are_gone(monkeypatch: pytest.M
             made.extend(weakref.ref(parameter) for parameter in found.values())
             yield found
 
-    monkeypatch.setattr(module, "_stand_ins", watched)
+    monkeypatch.setattr(module, "_shadow_parameters", watched)
     with torch.autocast("cpu", torch.bfloat16):
-        Supervised(recursive(), replace(EVERY, backprop="cycle"))(batch(), batch())["loss"].backward()
+        LossModule(recursive(), replace(EVERY, backprop="cycle"))(batch(), batch())["loss"].backward()
         gc.collect()
         assert len(made) > 20 and not any(parameter() is not None for parameter in made)
 
 
 def test_a_plain_model_is_read_out_at_its_one_cycle() -> None:
-    assert Supervised(tiny_model("qwen2")).main_cycle == 1 and Supervised(recursive(H_cycles=2)).main_cycle == 2
+    assert LossModule(tiny_model("qwen2")).main_cycle == 1 and LossModule(recursive(H_cycles=2)).main_cycle == 2
 
 
 @pytest.mark.parametrize("backprop", ["cycle", "last"])
