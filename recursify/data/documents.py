@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.utils import httpx
 
 from ..errors import UserError
+from ..utils.http import httpx
 from .cached_dataset import bars_on_terminals_only, make_table
 from .question_sets import is_questions
 from .settings import HELD_OUT_SEED, HELD_OUT_SHARE, TextSource

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, httpx
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from ..errors import UserError
+from ..utils.http import httpx
 from .settings import HELD_OUT_SEED, HELD_OUT_SHARE
 from .tasks import FORMATS, GENERATED, Item, generate, read
 

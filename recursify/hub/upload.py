@@ -12,9 +12,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, first_line
+from ..utils.http import httpx
 
 # What an older upload may have left that would be read in place of the new files, or with them.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py", "*.svg", "*.jinja", "recursify.json"]
