@@ -4,13 +4,17 @@ BIN := .venv/bin
 # Each stamp is remade when what it installs has changed.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint mutants evidence bench bench-gpu clean
+.PHONY: demo test test-oldest lint docs mutants evidence bench bench-gpu clean
 
 demo: .venv/.installed
 	$(BIN)/recursify demo
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest
+
+# The same suite with the oldest versions that pyproject.toml allows, in an environment of its own.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -47,5 +51,10 @@ evidence: .venv/.installed
 	$(INSTALL) -e ".[test]"
 	touch $@
 
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs

@@ -24,7 +24,6 @@ from .sampling import Choice, PerRequestSampling
 
 Depth = int | None  # None is a plain donor, which has one depth and no name for it
 _PAGE = 32  # tokens in a block of the cache
-_PAGE_SIZE = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # its name before transformers 5.19
 
 
 class Unavailable(Exception):
@@ -81,7 +80,7 @@ class Batcher:
         self.manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=self.ends),
             ContinuousBatchingConfig(
-                **{_PAGE_SIZE: _PAGE},
+                page_size=_PAGE,
                 num_blocks=-(-cache_tokens // _PAGE),
                 max_batch_tokens=batch_tokens,
                 max_requests_per_batch=max_running,

@@ -18,8 +18,8 @@ Choice = Literal["adamw", "muon"]
 @pytest.mark.parametrize(
     ("value", "hint", "expected"),
     [
-        (3, int, 3), (np.int64(3), int, 3), (2, float, 2.0), (np.float32(0.5), float, 0.5), (True, bool, True), ("a", str, "a"),
-        (Path("a/b"), str, "a/b"), ([1, 2], tuple[int, ...], (1, 2)), ((1, 2), tuple[float, ...], (1.0, 2.0)), (None, int | None, None),
+        (3, int, 3), (np.int64(3), int, 3), (2, float, 2), (np.float32(0.5), float, 0.5), (True, bool, True), ("a", str, "a"),
+        (Path("a/b"), str, "a/b"), ([1, 2], tuple[int, ...], (1, 2)), ((1, 2.5), tuple[float, ...], (1, 2.5)), (None, int | None, None),
         (3, int | None, 3), ("muon", Choice, "muon"), ("muon", Choice | None, "muon"), ([], tuple[str, ...], ()),
     ],
 )  # fmt: skip
