@@ -1,4 +1,5 @@
-"""Flags from the settings class of a job: every field is one flag, each class that declares fields is a group of `--help`.
+"""Flags from the settings class of a job: every field is one flag, each class that declares fields is a group of `--help`,
+titled by what its docstring says before the colon.
 
 The text under a field is its help. transformers' names stand beside ours where they differ (`ALIASES`). What is of another type is
 refused in the words that recipes and Python give (`utils.typed`).
@@ -89,7 +90,7 @@ def _groups(settings_class: type, job: str, defaults: Mapping[str, Any]) -> dict
     groups: dict[str, list[Any]] = {}
     for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
         owner = next(base for base in settings_class.__mro__ if field.name in vars(base).get("__annotations__", {}))
-        title = job if owner is settings_class else inspect.getdoc(owner).splitlines()[0].rstrip(".")  # type: ignore[union-attr]
+        title = job if owner is settings_class else str(inspect.getdoc(owner)).partition(":")[0]
         text = help_of(owner)[field.name]
         own_name = (f"--{field.name}",) if field.name in ALIASES else None  # as an alias of its alias it is listed first
         flag = tyro.conf.arg(

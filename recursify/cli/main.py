@@ -9,6 +9,7 @@ called: text is generated without the weight of the training stack.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -204,7 +205,7 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
 def _config_file(words: Sequence[str]) -> str | None:
     """What `--config` says; a missing value is left to the parser of all flags."""
     file = None
-    for word, following in zip(words, (*words[1:], None), strict=True):
+    for word, following in itertools.pairwise([*words, None]):
         if word == "--config":
             file = following
         elif word.startswith("--config="):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checkpoints.settings import TokenizerSource
-from ..utils.options import JsonOutput
+from ..utils.options import JsonOutput, Options
 
 Say = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
-class LoopSettings:
-    """The shape of the loop: flags of every job that makes one."""
+class LoopSettings(Options):
+    """Loop: its shape, for every job that makes one."""
 
     L_layers: int = 4
     """Layers in the looped block."""

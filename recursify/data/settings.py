@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import UserError
+from ..utils.options import Options
 
 # What is set aside for validation where a data set has no split for it.
 HELD_OUT_SHARE = 0.05
@@ -14,8 +15,8 @@ HELD_OUT_SEED = 0
 
 
 @dataclass(kw_only=True)
-class TextSource:
-    """A data set of text."""
+class TextSource(Options):
+    """Data: a data set of text."""
 
     dataset_name: str = "wikitext"
     """Hub data set (wikitext means Salesforce/wikitext), or a local .txt, .jsonl, .json, .csv or .parquet file, or a folder of them; or a
@@ -30,7 +31,7 @@ class TextSource:
 
 @dataclass(kw_only=True)
 class DataSettings(TextSource):
-    """What is trained on: a data set, with others mixed in, read from a table on disk or as a stream."""
+    """Data: a data set, with others mixed in, read from a table on disk or as a stream."""
 
     mix: tuple[str, ...] = ()
     """More data sets to train on, each as NAME=WEIGHT: WEIGHT times as many blocks as dataset_name gives, repeated where there are

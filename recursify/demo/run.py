@@ -12,12 +12,13 @@ from pathlib import Path
 from ..errors import UserError
 from ..utils.device import check_seed
 from ..utils.machine import machine, versions
+from ..utils.options import Options
 from . import prose, report, state_tracking
 from .stages import Clock
 
 
 @dataclass(kw_only=True)
-class DemoSettings:
+class DemoSettings(Options):
     """Convert the small donors that ship, fine-tune, measure beside the donors at several cycle counts, and write a report."""
 
     output_dir: str = "runs/demo"

@@ -26,7 +26,7 @@ _OF_TEXT = ("dataset_config_name", "stride", "max_windows")  # settings that say
 
 @dataclass(kw_only=True)
 class TextMeasurement(TextSource, DeviceOptions):
-    """Loss on a text, window by window, at several depths."""
+    """Text and depths: what loss is measured on, and at which cycle counts."""
 
     dataset_name: str | None = None  # type: ignore[assignment]
     """The text: wikitext, another hub data set, or a local file (.txt, .jsonl, .parquet) or folder. Its validation split is measured.
@@ -43,7 +43,7 @@ class TextMeasurement(TextSource, DeviceOptions):
 
 @dataclass(kw_only=True)
 class MeasureSettings(TextMeasurement, EarlyExit, JsonOutput):
-    """What is measured, on what, and how.
+    """Measurement: what is measured beside the loss on a text, and how.
 
     With --halt, a run in which tokens exit early is measured, too: its loss, its layer applications, the cycles that tokens exit at, the
     accuracy of its answers, its tasks. It has at most the checkpoint's own cycles, or the largest of --cycles.

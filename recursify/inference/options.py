@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from ..errors import UserError
 from ..network.decoding_recursive_llm import HaltRule
 from ..utils.models import is_recursive
+from ..utils.options import Options
 
 # Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
 GREEDY_BELOW = 1e-5
@@ -27,8 +28,8 @@ Halt = Literal["none", "q_head", "kl", "entropy"]
 
 
 @dataclass(kw_only=True)
-class EarlyExit:
-    """When a token leaves the loop before the last cycle."""
+class EarlyExit(Options):
+    """Early exit: when a token leaves the loop before the last cycle."""
 
     halt: Halt = "none"
     """Let each token stop at the cycle at which it is ready: as q_head has learnt, when a cycle changes little (kl), or when the next token
@@ -64,7 +65,7 @@ class EarlyExit:
 
 @dataclass(kw_only=True)
 class DecodingOptions(EarlyExit):
-    """How much depth a run spends; None leaves the choice to the model."""
+    """Depth and KV cache: how much depth a run spends; None leaves the choice to the model."""
 
     H_cycles: int | None = None
     """Cycles per token; 0 is one plain pass. Default: the checkpoint's."""
@@ -142,7 +143,7 @@ class DecodingOptions(EarlyExit):
 
 @dataclass(kw_only=True)
 class Sampling(DecodingOptions):
-    """How the next token is chosen, from which depth, and where the text ends."""
+    """Sampling: how the next token is chosen, from which depth, and where the text ends."""
 
     max_new_tokens: int = 100
     """Write at most so many tokens; an end token ends the text earlier."""

@@ -14,7 +14,7 @@ from .prompt import check_prompt
 
 @dataclass(kw_only=True)
 class WriteSettings(DeviceOptions, Sampling, TokenizerSource, ModelSource):
-    """What all ways of writing text share."""
+    """Text generation: what all commands that generate text share."""
 
     compute_budget: float | None = None
     """Find the halt_threshold that spends this share of the layer applications, e.g. 0.6, on the text of calibration_file."""

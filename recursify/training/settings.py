@@ -21,7 +21,7 @@ from ..data.settings import DataSettings, parse_mix
 from ..errors import UserError
 from ..network.configuration_recursive_llm import GAIN_MAX
 from ..utils.device import check_seed, choose_device
-from ..utils.options import DeviceOptions
+from ..utils.options import DeviceOptions, Options
 
 GAIN_LR_RATIO = 10.0
 
@@ -41,7 +41,7 @@ STATE_FIELDS = ("optimizer", "ema_decay")
 
 @dataclass(kw_only=True)
 class RunSettings(DataSettings, DeviceOptions, TokenizerSource):
-    """What every training run has, whatever it trains and wherever the model comes from."""
+    """Training: what every run has, whatever it trains and wherever the model comes from."""
 
     approach: ClassVar[str]  # its row of `approaches.APPROACHES`
     resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, *STATE_FIELDS)  # in which a resumed run must agree with the interrupted one
@@ -278,14 +278,16 @@ class TrainSettings(RunSettings, RecursiveSource):
 
 
 @dataclass(kw_only=True)
-class _FromDonor:
+class _FromDonor(Options):
+    """Model and tokenizer: the donor."""
+
     model_name: str = "Qwen/Qwen2-0.5B"
     """The donor: a hub id, or a folder with config.json and safetensors."""
 
 
 @dataclass(kw_only=True)
 class DonorSettings(RunSettings, LoopSettings, _FromDonor):
-    """What the approaches have that start at a donor, whose embeddings they freeze, and train the loop alone."""
+    """Loop: the approaches that start at a donor, whose embeddings they freeze, and train the loop alone."""
 
     resume_fields: ClassVar[tuple[str, ...]] = (*RunSettings.resume_fields, "model_name", "L_layers", "H_cycles", "L_cycles")
 

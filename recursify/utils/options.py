@@ -25,7 +25,7 @@ class Options:
 
 @dataclass(kw_only=True)
 class DeviceOptions(Options):
-    """Hardware"""
+    """Hardware: what a job runs on."""
 
     device: str | None = None
     """cpu, cuda, cuda:1 or mps. Default: cuda where there is one, else mps, else cpu."""
@@ -33,7 +33,7 @@ class DeviceOptions(Options):
 
 @dataclass(kw_only=True)
 class JsonOutput(Options):
-    """Output"""
+    """Output: how the result of a job is printed."""
 
     json: bool = False
     """Print the result as one JSON object on stdout; everything else goes to stderr."""

@@ -182,9 +182,7 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_transformers_that_is_too_old_for_the_server_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("transformers.__version__", "5.18.2")
-    with pytest.raises(
-        UserError, match=r"transformers 5\.18\.2: expected at least 5\.19 for the server, .*recursify\[serve\]"
-    ):
+    with pytest.raises(UserError, match=r"transformers 5\.18\.2: expected at least 5\.19 for the server, .*recursify\[serve\]"):
         run(ServeSettings(checkpoint=str(tmp_path)))
 
 

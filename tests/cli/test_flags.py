@@ -1,0 +1,154 @@
+"""Flags of all commands: groups of the help, transformers' names, and one rule for types wherever a value comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from recursify.checkpoints.settings import ModelSource
+from recursify.cli import flags, main
+from recursify.conversion.inspection import InspectSettings
+from recursify.conversion.settings import ConvertSettings
+from recursify.demo.run import DemoSettings
+from recursify.errors import UserError
+from recursify.evaluation.settings import CompareSettings, EvaluateSettings
+from recursify.hub.export import ExportSettings
+from recursify.inference.chat import ChatSettings
+from recursify.inference.options import DecodingOptions, Sampling
+from recursify.inference.settings import GenerateSettings
+from recursify.serving import ServeSettings
+from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings
+from recursify.utils.options import Options
+
+COMMANDS: dict[str, Any] = {
+    "convert": ConvertSettings, "train": TrainSettings, "train_trm": EmbeddingSettings, "train_trm_hybrid": HybridSettings,
+    "generate": GenerateSettings, "chat": ChatSettings, "serve": ServeSettings, "evaluate": EvaluateSettings, "compare": CompareSettings,
+    "inspect": InspectSettings, "export": ExportSettings, "demo": DemoSettings,
+}  # fmt: skip
+# The least that each needs, from Python and from the command line.
+NEEDED: dict[str, dict[str, Any]] = {name: {"checkpoint": "x"} for name in ("train", "generate", "chat", "serve", "evaluate", "inspect")}
+NEEDED |= {"export": {"checkpoint": "x", "out": "out"}, "compare": {"checkpoints": ("x", "y")}}
+WORDS = dict.fromkeys(NEEDED, "--checkpoint x") | {"export": "out --checkpoint x", "compare": "x y"}
+EVERY = [(name, field.name) for name, settings in COMMANDS.items() for field in dataclasses.fields(settings)]
+
+
+def parse(name: str, words: str = "", before: str | None = None) -> Any:
+    return main.parse(name, COMMANDS[name], f"{WORDS.get(name, '') if before is None else before} {words}".split())
+
+
+def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main.parse(name, COMMANDS[name], ["--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_the_command_line_gives_is_what_python_gives(name: str) -> None:
+    assert parse(name) == COMMANDS[name](**NEEDED.get(name, {}))
+
+
+ALIASED = [(name, field) for name, field in EVERY if field in flags.ALIASES]
+
+
+@pytest.mark.parametrize(("name", "field"), ALIASED)
+def test_transformers_names_are_accepted(name: str, field: str) -> None:
+    hint = str(get_type_hints(COMMANDS[name])[field])
+    fits = {"bool": "", "int": "5", "float": "0.5", "cosine": "cosine", "muon": "muon", "str": "y"}
+    value = next(value for part, value in fits.items() if part in hint)
+    before = WORDS.get(name, "").replace("--checkpoint x", "" if field == "checkpoint" else "--checkpoint x")
+    ours, theirs = (parse(name, f"--{flag} {value}", before) for flag in (field, flags.ALIASES[field]))
+    assert ours == theirs and getattr(ours, field) != getattr(COMMANDS[name](**NEEDED.get(name, {})), field)
+
+
+def test_every_alias_of_a_training_is_one_of_training_arguments() -> None:
+    from transformers import TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(flags.ALIASES.values()) - known == {"model_name_or_path", "max_length"}  # trl's
+    assert {field for _, field in ALIASED} == set(flags.ALIASES)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_a_group_for_each_subject_and_every_flag_once(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(name, capsys)
+    parts = re.split(r"^ (\S.*?) *\n -{10,} *\n", text, flags=re.MULTILINE)
+    titles, groups = parts[1::2], parts[2::2]
+    assert len(titles) == len(set(titles)) and all(len(title) < 50 and "(" not in title for title in titles)
+    own = [field for field in dataclasses.fields(COMMANDS[name]) if field.name in vars(COMMANDS[name]).get("__annotations__", {})]
+    assert "options" in titles and (f"{name} options" in titles) == any("Positional" not in str(field.type) for field in own)
+    for field in dataclasses.fields(COMMANDS[name]):
+        if "Positional" not in str(field.type):
+            assert [bool(re.search(rf"^  --{field.name}(?=[ ,])", group, re.MULTILINE)) for group in groups].count(True) == 1
+            assert flags.ALIASES.get(field.name, field.name) in text
+
+
+@pytest.mark.parametrize(("name", "field"), EVERY)
+def test_every_field_says_what_it_does(name: str, field: str) -> None:
+    owner = next(base for base in COMMANDS[name].__mro__ if field in vars(base).get("__annotations__", {}))
+    assert re.match(r"[\w\".#-].{8,}[.\"]$", flags.help_of(owner)[field], re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "field"), EVERY)
+def test_a_value_of_another_type_is_refused_from_python(name: str, field: str) -> None:
+    assert issubclass(COMMANDS[name], Options)
+    with pytest.raises(UserError, match=rf"^--{field}: expected .*, got <object"):
+        COMMANDS[name](**NEEDED.get(name, {}) | {field: object()})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 2.5}, "--batch_size: expected a whole number, got 2.5"),
+        ({"enable_deep_supervision": "no"}, "--enable_deep_supervision: expected true or false, got 'no'"),
+        ({"lr": "1e-3"}, "--lr: expected a number, got '1e-3'"),
+        ({"cycle_choices": "1 2"}, "--cycle_choices: expected a list, got '1 2'"),
+        ({"optimizer": "sgd"}, "--optimizer: expected one of adamw, muon, adamw_8bit, got 'sgd'"),
+    ],
+)
+def test_wrong_types_from_python(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        TrainSettings(checkpoint="x", **values)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(TrainSettings(checkpoint="x"), **values)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("batch_size", "2.5", "a whole number"),
+        ("lr", "fast", "a number"),
+        ("max_steps", "many", "a whole number"),
+        ("gain_lr", "x", "a number"),
+    ],
+)
+def test_the_command_line_and_recipes_say_it_in_the_same_words(
+    flag: str, value: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("train", f"--{flag} {value}")
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert stop.value.code == 2 and f"expected {expected}, got '{value}'" in said and f"--{flag}" in said
+    (tmp_path / "recipe.yaml").write_text(f"train: {{{flag}: {value}}}", encoding="utf-8")
+    with pytest.raises(UserError, match=f"train: {flag}: expected {expected}, got"):
+        parse("train", f"--config {tmp_path / 'recipe.yaml'}")
+
+
+def test_what_is_like_a_type_is_taken() -> None:
+    import numpy as np
+
+    found = ModelSource(checkpoint=Path("some") / "model.pt")  # type: ignore[arg-type]
+    assert found.checkpoint == "some/model.pt"
+    sampling = Sampling(max_new_tokens=np.int64(5), temperature=1, stop=["a"])  # type: ignore[arg-type]
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.stop) == (5, 1, ("a",)) and type(sampling.max_new_tokens) is int
+    assert DecodingOptions(H_cycles=None).H_cycles is None
+
+
+def test_a_recipe_is_under_the_flags(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("train: {checkpoint: a.pt, lr: 1e-5, num_epochs: 7, cycle_choices: [1, 2]}", encoding="utf-8")
+    found = main.parse("train", TrainSettings, ["--config", str(tmp_path / "recipe.yaml"), "--num_train_epochs", "2"])
+    assert found == TrainSettings(checkpoint="a.pt", lr=1e-5, num_epochs=2, cycle_choices=(1, 2))
