@@ -15,7 +15,7 @@ import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -44,13 +44,28 @@ ALIASES = {
 }
 
 
+CONFIG = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="A recipe: a YAML file with a section for this command, whose keys are the flags below. Flags given here override it."
+    ),
+]
+APPROACH = Annotated[
+    Literal["full", "hybrid", "embedding"],
+    tyro.conf.arg(
+        help="What is trained. full: all of a converted checkpoint. hybrid: the loop alone, between a donor's frozen embeddings and head. "
+        "embedding: the loop alone, to predict the embedding of the next token; it cannot generate. --help after it shows its flags."
+    ),
+]
+
+
 def parse(
     settings_class: type[Settings],
     words: Sequence[str],
     job: str,
     prog: str | None,
     defaults: Mapping[str, Any] | None = None,
-    recipe: bool = False,
+    extra: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Settings:
     """Words of a command line as settings.
 
@@ -58,13 +73,13 @@ def parse(
         job: The title of the group of what the class itself declares.
         prog: How the command is called; None is the name of the program.
         defaults: Values that go before the class's own defaults: those of a recipe.
-        recipe: The command has `--config`, which whoever calls has read.
+        extra: Flag -> its default and type, of flags that whoever calls has read already.
 
     Raises:
         SystemExit: Help was asked for (status 0), or the words are no flags of this class (status 2, after a message).
     """
     groups = _groups(settings_class, job, defaults or {})
-    flags: list[Any] = [("config", Annotated[str | None, tyro.conf.arg(help=_CONFIG)], None)] if recipe else []
+    flags: list[Any] = [(name, hint, default) for name, (default, hint) in (extra or {}).items()]
     for title, fields in groups.items():
         group: Any = dataclasses.make_dataclass("Group", fields, kw_only=True)
         group.__doc__ = ""
@@ -75,9 +90,6 @@ def parse(
     with _REGISTRY:
         parsed = tyro.cli(form, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes), **options)
     return settings_class(**{name: getattr(getattr(parsed, _key(title)), name) for title, fields in groups.items() for name, *_ in fields})
-
-
-_CONFIG = "A recipe: a YAML file with a section for this command, whose keys are the flags below. Flags given here override it."
 
 
 def _key(title: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
-from .recipe import JOB_SECTIONS, read_section
+from .recipe import JOB_SECTIONS, read_approach, read_section
 
 if TYPE_CHECKING:
     from ..evaluation.settings import MeasureSettings
@@ -43,7 +43,7 @@ def convert(argv: Argv = None) -> None:
 
 
 def train(argv: Argv = None) -> None:
-    """Fine-tune a recursive model."""
+    """Fine-tune a recursive model, or, by --approach, the loop alone between a donor's frozen parts."""
     from .. import training
 
     _train("train", training.TrainSettings, argv)
@@ -186,6 +186,7 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
     """Flags as settings, over those of the recipe that `--config` names.
 
     Args:
+        settings_class: Of `train`, that of its default approach; `--approach`, or the recipe, may choose another.
         argv: None when a script of the guides was called by its own name; its flags are then in `sys.argv`.
 
     Raises:
@@ -197,20 +198,37 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
     prog = None if argv is None else f"recursify {job}"
     if job not in JOB_SECTIONS:
         return flags.parse(settings_class, words, job, prog)
-    file = _config_file(words)
-    values = {} if file is None else read_section(file, job, settings_class)
-    return flags.parse(settings_class, words, job, prog, values, recipe=True)
+    file = _value_of("--config", words)
+    extra = {"config": (None, flags.CONFIG)}
+    values: dict[str, Any] = {}
+    if job == "train":
+        approach = _value_of("--approach", words) or (read_approach(file) if file else None) or settings_class.approach  # type: ignore[attr-defined]
+        settings_class = _settings_of(approach)
+        extra |= {"approach": (approach, flags.APPROACH)}
+    if file is not None:
+        values = read_section(file, job, settings_class)
+    return flags.parse(settings_class, words, job, prog, values, extra)
 
 
-def _config_file(words: Sequence[str]) -> str | None:
-    """What `--config` says; a missing value is left to the parser of all flags."""
-    file = None
+def _settings_of(approach: str) -> Any:
+    """What an approach of training can be told."""
+    from ..training import EmbeddingSettings, HybridSettings, TrainSettings
+
+    known = {found.approach: found for found in (TrainSettings, HybridSettings, EmbeddingSettings)}
+    if approach not in known:
+        raise UserError(f"--approach: expected one of {', '.join(known)}, got {approach!r}")
+    return known[approach]
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
+    """What the last such flag says; a missing value is left to the parser of all flags."""
+    value = None
     for word, following in itertools.pairwise([*words, None]):
-        if word == "--config":
-            file = following
-        elif word.startswith("--config="):
-            file = word.removeprefix("--config=")
-    return file
+        if word == flag:
+            value = following
+        elif word is not None and word.startswith(f"{flag}="):
+            value = word.removeprefix(f"{flag}=")
+    return value
 
 
 def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:

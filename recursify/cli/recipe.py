@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..utils.typed import typed
 
 JOB_SECTIONS = ("convert", "train", "train_trm", "train_trm_hybrid", "evaluate", "compare", "generate", "chat", "serve", "export")
+APPROACHES = ("full", "hybrid", "embedding")  # of training
 NOTES = ("about", "cost")  # sections that no job reads
 
 
@@ -37,6 +38,7 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
     section = {} if sections[job] is None else sections[job]
     if not isinstance(section, dict):
         raise UserError(f"--config: {path}: expected flags and their values under {job!r}, got {section!r}")
+    section = {name: value for name, value in section.items() if job != "train" or name != "approach"}
     hints = {field.name: get_type_hints(settings_class)[field.name] for field in dataclasses.fields(settings_class)}
     _known(path, f"key under {job!r}", section, hints)
     values = {}
@@ -46,6 +48,19 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
         except TypeError as error:
             raise UserError(f"--config: {path}: {job}: {name}: expected {error}, got {value!r}") from None
     return values
+
+
+def read_approach(path: str | Path) -> str | None:
+    """The approach that the section `train` of a recipe names, if it does.
+
+    Raises:
+        UserError: A file that cannot be read or is no YAML, or no such approach.
+    """
+    section = _read_yaml(path).get("train")
+    approach = section.get("approach") if isinstance(section, dict) else None
+    if approach not in (None, *APPROACHES):
+        raise UserError(f"--config: {path}: train: approach: expected one of {', '.join(APPROACHES)}, got {approach!r}")
+    return approach
 
 
 def _read_yaml(path: str | Path) -> dict[Any, Any]:

@@ -409,3 +409,41 @@ def test_the_flags_of_both_scripts() -> None:
         assert shared <= set(vars(made)) and all(vars(made)[name] == vars(TrainSettings(checkpoint="x"))[name] for name in shared)
     assert EmbeddingSettings().starts_fresh and not HybridSettings().starts_fresh
     assert not HybridSettings().tune_lm_head
+
+
+@pytest.mark.parametrize("approach", ["hybrid", "embedding"])
+def test_one_command_has_the_approaches_of_the_scripts(approach: str, corner: Path, tmp_path: Path) -> None:
+    """`train --approach`, a recipe that names it, and the guides' script write the same weights, bit for bit."""
+    flags = (
+        f"--model_name {corner / 'tied'} --L_layers 1 --H_cycles 2 --L_cycles 1 --dataset_name {corner / 'text'} --seq_len 32 --device cpu "
+        "--max_steps 2 --generate_every 0 --save_every 0 --output_dir"
+    )
+    script = {"hybrid": cli.train_trm_hybrid, "embedding": cli.train_trm}[approach]
+    (tmp_path / "recipe.yaml").write_text(f"train: {{approach: {approach}, lr: 1e-3}}", encoding="utf-8")
+    runs = (
+        (script, ["--lr", "1e-3"]),
+        (cli.train, ["--approach", approach, "--lr", "1e-3"]),
+        (cli.train, [f"--approach={approach}", "--learning_rate", "1e-3"]),
+        (cli.train, ["--config", str(tmp_path / "recipe.yaml")]),
+    )
+    found = []
+    for number, (command, words) in enumerate(runs):
+        command([*words, *flags.split(), str(tmp_path / str(number))])
+        found.append(torch.load(tmp_path / str(number) / BEST, weights_only=True)["model_state_dict"])
+    for other in found[1:]:
+        assert other.keys() == found[0].keys() and all(torch.equal(other[name], found[0][name]) for name in other)
+    assert torch.load(tmp_path / "1" / BEST, weights_only=True)["notes"]["approach"] == approach
+
+
+def test_flags_of_another_approach_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def said(*words: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cli.train(list(words))
+        assert stop.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "--tune_lm_head" in said("--checkpoint", "x.pt", "--tune_lm_head")
+    assert "--checkpoint" in said("--approach", "hybrid", "--checkpoint", "x.pt")
+    assert "--approach: expected one of full, hybrid, embedding, got 'half'" in said("--approach", "half")
+    (tmp_path / "recipe.yaml").write_text("train: {approach: half}", encoding="utf-8")
+    assert "train: approach: expected one of full, hybrid, embedding, got 'half'" in said("--config", str(tmp_path / "recipe.yaml"))
