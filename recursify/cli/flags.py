@@ -20,29 +20,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ..utils.options import ALIASES
 from ..utils.typed import WORDS
 
 Settings = TypeVar("Settings")
-
-# Field -> what transformers' TrainingArguments, or trl, call it.
-ALIASES = {
-    "batch_size": "per_device_train_batch_size",
-    "checkpoint": "model_name_or_path",
-    "compile": "torch_compile",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "eval_every": "eval_steps",
-    "grad_accum_steps": "gradient_accumulation_steps",
-    "keep_last": "save_total_limit",
-    "log_every": "logging_steps",
-    "lr": "learning_rate",
-    "lr_schedule": "lr_scheduler_type",
-    "num_epochs": "num_train_epochs",
-    "optimizer": "optim",
-    "resume": "resume_from_checkpoint",
-    "save_every": "save_steps",
-    "seq_len": "max_length",
-}
-
 
 CONFIG = Annotated[
     str | None,
@@ -100,7 +81,7 @@ def _groups(settings_class: type, job: str, defaults: Mapping[str, Any]) -> dict
     """Title -> fields as `dataclasses.make_dataclass` takes them; the bases' groups first, as their fields are."""
     hints = get_type_hints(settings_class, include_extras=True)
     groups: dict[str, list[Any]] = {}
-    for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
+    for field in dataclasses.fields(settings_class):
         owner = next(base for base in settings_class.__mro__ if field.name in vars(base).get("__annotations__", {}))
         title = job if owner is settings_class else str(inspect.getdoc(owner)).partition(":")[0]
         text = help_of(owner)[field.name]
@@ -108,8 +89,9 @@ def _groups(settings_class: type, job: str, defaults: Mapping[str, Any]) -> dict
         flag = tyro.conf.arg(
             name=ALIASES.get(field.name), aliases=own_name, help=text, help_behavior_hint="" if "Default:" in text else None
         )
-        hint = Annotated[hints[field.name], flag]  # type: ignore[valid-type]
-        own = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+        kind: Any = hints[field.name]
+        hint: Any = Annotated[kind, flag]
+        own = dataclasses.field(default=field.default, default_factory=field.default_factory)
         if field.name in defaults:
             own = dataclasses.field(default=defaults[field.name])
         groups.setdefault(title, []).append((field.name, hint, own))

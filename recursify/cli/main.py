@@ -199,7 +199,7 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
     if job not in JOB_SECTIONS:
         return flags.parse(settings_class, words, job, prog)
     file = _value_of("--config", words)
-    extra = {"config": (None, flags.CONFIG)}
+    extra: dict[str, tuple[Any, Any]] = {"config": (None, flags.CONFIG)}
     values: dict[str, Any] = {}
     if job == "train":
         approach = _value_of("--approach", words) or (read_approach(file) if file else None) or settings_class.approach  # type: ignore[attr-defined]

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..errors import UserError
+from ..utils.options import ALIASES
 from .parallel import processes
 from .saving import Saver
-from .settings import RunSettings
-
-if TYPE_CHECKING:
-    pass
+from .settings import FitSettings, RunSettings
 
 
-def training_arguments(settings: RunSettings, device: torch.device, saver: Saver | None) -> TrainingArguments:
-    """Our settings in the words of transformers. What is not named here is decided by `RecursiveTrainer`.
+def training_arguments(settings: RunSettings, device: torch.device, saver: Saver | None, validates: bool = True) -> TrainingArguments:
+    """Our settings in the words of transformers. What is not named here is decided by `CycleTrainer`.
+
+    Args:
+        validates: Whether there is something to validate on.
 
     Raises:
         UserError: A second GPU, bfloat16 on a device without it, or an unknown tracker or one that is not installed.
@@ -40,7 +42,7 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
         logging_steps=settings.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        eval_strategy="epoch",
+        eval_strategy="epoch" if validates else "no",
         save_strategy="no",  # SaveSteps asks instead
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -57,6 +59,47 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
     if args.n_gpu > 1:
         args._n_gpu = 1  # else the Trainer splits every batch over all GPUs with DataParallel, which is slower than one of them
     return args
+
+
+# TrainingArguments that decide nothing of a run of ours, which validates at each epoch in any case.
+_NO_MATTER = {
+    "dataloader_pin_memory", "disable_tqdm", "do_eval", "do_predict", "do_train", "eval_strategy", "log_level", "logging_dir",
+    "logging_first_step", "run_name",
+}  # fmt: skip
+_VALUES = {  # theirs -> ours
+    "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_torch_8bit": "adamw_8bit"},
+    "lr_scheduler_type": {"warmup_stable_decay": "wsd"},
+    "use_cpu": {True: "cpu"},
+    "save_strategy": {"no": 0},
+}
+
+
+def from_training_arguments(args: Any) -> FitSettings:
+    """transformers' TrainingArguments as our settings; what is left at its default there is left at ours.
+
+    Raises:
+        UserError: No TrainingArguments, or one of them has no counterpart here.
+    """
+    if not isinstance(args, TrainingArguments):
+        raise UserError(f"args: expected FitSettings, or transformers' TrainingArguments, got {type(args).__name__}")
+    ours = {field.name for field in fields(FitSettings)}
+    names = {theirs: name for name, theirs in ALIASES.items() if name in ours} | {name: name for name in ours}
+    names |= {"use_cpu": "device", "save_strategy": "save_every"}
+    usual = TrainingArguments(output_dir=args.output_dir)
+    given = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init and field.name not in _NO_MATTER}
+    given = {name: value for name, value in given.items() if name == "output_dir" or value != getattr(usual, name)}
+    if other := sorted(name for name, value in given.items() if name not in names or (name == "save_strategy" and value != "no")):
+        raise UserError(f"args: {', '.join(other)}: no counterpart here; give FitSettings, whose fields `recursify train --help` explains")
+    return FitSettings(**{names[name]: _as_ours(name, value) for name, value in given.items()})
+
+
+def _as_ours(name: str, value: Any) -> Any:
+    value = getattr(value, "value", value)
+    if name in _VALUES:
+        return _VALUES[name].get(value, value)
+    if name == "num_train_epochs" and value == int(value):
+        return int(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def computes_in_bf16(settings: RunSettings, device: torch.device) -> bool:

@@ -6,28 +6,30 @@ Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in token
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from ..checkpoints import checkpoint
 from ..errors import UserError
 from ..utils.device import choose_device
 from .approaches import APPROACHES, freeze_rest
-from .arguments import total_steps, training_arguments
+from .arguments import from_training_arguments, total_steps, training_arguments
 from .callbacks import AfterOptimizer, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
 from .collate import Collate
 from .depth import DepthSchedule
 from .gains import start_gains
 from .loss_module import LossModule, Supervision
 from .parallel import check_launch, shard
-from .saving import BEST, METRICS, Saver, state_folder
+from .saving import BEST, METRICS, Saver, make_folder, resume_points, state_folder
 from .settings import RunSettings
-from .trainer import RecursiveTrainer
+from .trainer import CycleTrainer
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,130 @@ class FitResult:
     interrupted: bool = False
 
 
+class RecursiveTrainer(CycleTrainer):
+    """transformers' Trainer for a recursive model: a loss at every cycle, the depth of each step, exact checkpoints.
+
+        trainer = RecursiveTrainer(
+            model=model, args=FitSettings(lr=1e-4), train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
+        )
+        trainer.train()
+        trainer.save_model("out")
+
+    `fit` and `recursify train` are this trainer, too.
+
+    Args:
+        model: A recursive model, or any causal language model of transformers for comparison. It is changed in place: to float32, on the
+            device of the settings, and what the approach does not train is frozen.
+        args: `FitSettings`, or those of another approach; their fields are the flags of `recursify train`. Or transformers'
+            TrainingArguments, of which what has no counterpart here is refused.
+        train_dataset: Rows with `input_ids`, all of one length, and `labels` where not every token counts; or with a column `text`, which
+            is tokenized and packed into blocks of `seq_len`. A stream of rows with `input_ids` trains, too.
+        eval_dataset: Likewise; None validates nothing, and so keeps no best checkpoint.
+        processing_class: The tokenizer.
+        data_collator: Rows to a batch of `input_ids`, `labels` and, where documents are kept apart, `position_ids`.
+        callbacks: As of the Trainer.
+        teacher: The causal model that `distill_weight` distills from.
+        saver: Where checkpoints and metrics.jsonl go. Default: `output_dir` of the settings. None writes nothing at all.
+        resuming: Whether the model has the weights of the checkpoint already that `train(resume_from_checkpoint=)` continues.
+        console: Whether to show the bar, samples and summaries.
+
+    Raises:
+        UserError: A setting out of range or one that the model or the machine cannot serve; rows that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: RunSettings | TrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] | None = None,
+        callbacks: Iterable[TrainerCallback] = (),
+        *,
+        teacher: Any = None,
+        saver: Saver | Literal["output_dir"] | None = "output_dir",
+        resuming: bool = False,
+        console: bool = True,
+    ):
+        settings = args if isinstance(args, RunSettings) else from_training_arguments(args)
+        settings.validate()
+        settings.validate_model(model.config)
+        device = choose_device(settings.device)
+        check_launch(settings, device)
+        if saver == "output_dir":
+            saver = _own_saver(model, settings, processing_class)
+        train_dataset, eval_dataset = (rows_of(each, settings, processing_class) for each in (train_dataset, eval_dataset))
+        total = total_steps(train_dataset, settings)
+        arguments = training_arguments(
+            settings, device, saver, validates=eval_dataset is not None
+        )  # several processes find each other here
+        freeze_rest(model, settings)
+        model.float()
+        depths = depth_schedule(model.config, settings, total)
+        deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
+        module = LossModule(
+            model, Supervision.of(settings), APPROACHES[settings.approach].objective, deepest, _ready(teacher, settings, device)
+        )
+        collate = data_collator or Collate(_separator(settings, processing_class))
+        if not resuming:
+            start_gains(module, train_dataset if eval_dataset is None else eval_dataset, collate, settings, device)
+        if settings.gradient_checkpointing:
+            _checkpoint_layers(model)
+        if settings.compile:
+            compile_layers(model)
+        if settings.fsdp:
+            shard(module, device, reads_every_cycle=settings.enable_deep_supervision)
+        super().__init__(
+            module,
+            arguments,
+            settings,
+            depths,
+            saver,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collate,
+            processing_class=processing_class,
+        )
+        self.resuming = resuming
+        self.bar, save_steps = ProgressBar(), SaveSteps(settings.save_every if saver else 0)
+        self.stop = StopOnSignal(save_steps if saver else None, self.any_rank)
+        shown = _console(self, processing_class, self.bar) if console else []
+        for callback in (*shown, *_saving_callbacks(self, quiet=not console), save_steps, *callbacks, self.stop):
+            self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None) -> Any:
+        """Train; the model is left in evaluation mode, with `fsdp` each process has its share of it.
+
+        Args:
+            resume_from_checkpoint: A checkpoint_step_N.pt that a run like this one wrote; True is the newest in `output_dir`.
+
+        Raises:
+            UserError: A loss that is not a number, or no such checkpoint.
+        """
+        model, point = self.model.model, _point(resume_from_checkpoint, self.settings)
+        if point is not None and not self.resuming:
+            model.load_state_dict(checkpoint.load(point).model.state_dict())
+        state = None if point is None else str(state_folder(point))
+        try:
+            with self.stop.listening():
+                return super().train(state, trial, ignore_keys_for_eval)
+        finally:
+            self.bar.close()
+            _keep_all(model)
+            uncompile_layers(model)
+            model.eval()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model, or its moving average where the run has one, in either form of a checkpoint: a folder, or a `.pt` file."""
+        saver = self.saver or _own_saver(self.model.model, self.settings, self.processing_class)
+        with self.shown():
+            if self.args.should_save:
+                saver.save(
+                    Path(output_dir or self.settings.folder / "model"), self.model.model, step=self.state.global_step, **self.notes()
+                )
+
+
 def fit(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,91 +197,77 @@ def fit(
     console: bool = True,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> FitResult:
-    """Train a model in memory.
+    """Train a model in memory with `RecursiveTrainer`, which says what the arguments are, and return what the run did.
 
     Args:
-        model: A recursive model, or any causal language model of transformers for comparison. It is changed in place: to float32, on the
-            device of the settings, what the approach does not train is frozen, and it is left in evaluation mode; with `fsdp` each
-            process is left with its share of it.
-        train_blocks, eval_blocks: Tables (or lists) of rows with `input_ids`, all of one length; a stream of them to train on, too.
-        settings: Their class chooses the approach. Those that name files, donors and data sets are not looked at.
-        teacher: The causal model that `distill_weight` means.
+        model: As of `RecursiveTrainer`; so are train_blocks and eval_blocks (its datasets), settings (its args) and teacher.
+        tokenizer: Its processing_class.
         saver: Where checkpoints and metrics.jsonl go; None writes nothing at all.
         resume_from: A checkpoint_step_N.pt that a run like this one wrote, whose weights `model` holds already.
         console: Whether to show the bar, samples and summaries.
 
     Raises:
-        UserError: A setting out of range or one that the model or the machine cannot serve; a loss that is not a number.
+        UserError: As of `RecursiveTrainer` and its `train`.
     """
-    settings.validate()
-    settings.validate_model(model.config)
-    device = choose_device(settings.device)
-    check_launch(settings, device)
-    chosen: dict[str, Any] = {"teacher": teacher, "saver": saver, "resume_from": resume_from, "console": console, "callbacks": callbacks}
-    return fit_validated(model, tokenizer, train_blocks, eval_blocks, settings, device, **chosen)
-
-
-def fit_validated(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    train_blocks: Any,
-    eval_blocks: Any,
-    settings: RunSettings,
-    device: torch.device,
-    *,
-    teacher: Any = None,
-    saver: Saver | None = None,
-    resume_from: Path | None = None,
-    console: bool = True,
-    callbacks: Iterable[TrainerCallback] = (),
-) -> FitResult:
-    """As `fit`, for settings that were checked, by themselves and against the model and the machine; a device of theirs."""
-    approach = APPROACHES[settings.approach]
-    total = total_steps(train_blocks, settings)
-    args = training_arguments(settings, device, saver)  # this is where several processes find each other
-    freeze_rest(model, settings)
-    model.float()
-    depths = depth_schedule(model.config, settings, total)
-    deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
-    supervised = LossModule(model, Supervision.of(settings), approach.objective, deepest, _ready(teacher, settings, device))
-    collate = Collate(tokenizer.eos_token_id if settings.separates else None)
-    if resume_from is None:
-        start_gains(supervised, eval_blocks, collate, settings, device)
-    if settings.gradient_checkpointing:
-        _checkpoint_layers(model)
-    if settings.compile:
-        compile_layers(model)
-    if settings.fsdp:
-        shard(supervised, device, reads_every_cycle=settings.enable_deep_supervision)
-
     trainer = RecursiveTrainer(
-        supervised, args, settings, depths, saver, train_dataset=train_blocks, eval_dataset=eval_blocks, data_collator=collate
-    )
-    bar, save_steps = ProgressBar(), SaveSteps(settings.save_every if saver else 0)
-    stop = StopOnSignal(save_steps if saver else None, trainer.any_rank)
-    shown = _console(trainer, tokenizer, bar) if console else []
-    for callback in (*shown, *_saving_callbacks(trainer, quiet=not console), save_steps, *callbacks, stop):
-        trainer.add_callback(callback)
-    try:
-        with stop.listening():
-            trainer.train(resume_from_checkpoint=None if resume_from is None else str(state_folder(resume_from)))
-    finally:
-        bar.close()
-        _keep_all(model)
-        uncompile_layers(model)
-        model.eval()
-    return result_of(trainer.state, interrupted=stop.stopped)
+        model, settings, train_blocks, eval_blocks, tokenizer, callbacks=callbacks, teacher=teacher, saver=saver,
+        resuming=resume_from is not None, console=console,
+    )  # fmt: skip
+    trainer.train(resume_from)
+    return result_of(trainer.state, interrupted=trainer.stop.stopped)
 
 
-def _console(trainer: RecursiveTrainer, tokenizer: PreTrainedTokenizerBase, bar: ProgressBar) -> list[TrainerCallback]:
+def rows_of(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
+    """Rows with `input_ids`; a table of texts is tokenized and packed into blocks.
+
+    Raises:
+        UserError: Neither, or no tokenizer for a text.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if dataset is None or not columns or "input_ids" in columns:
+        return dataset
+    if "text" not in columns:
+        raise UserError(f"train_dataset: expected rows with input_ids, or with text, got the columns {', '.join(columns)}")
+    if tokenizer is None:
+        raise UserError("processing_class: expected the tokenizer of the model, which rows of text need, got None")
+    from ..data.loading import tokenize  # here: rows of tokens need no library for data sets
+
+    return tokenize(dataset, tokenizer, settings.seq_len)
+
+
+def _point(named: Any, settings: RunSettings) -> Path | None:
+    if not named:
+        return None
+    points = resume_points(settings.folder) if named is True else [Path(named)]
+    if not points or not state_folder(points[0]).is_dir():
+        expected = f"a checkpoint_step_N.pt with its _state folder in {settings.folder}" if named is True else "one with a _state folder"
+        raise UserError(f"resume_from_checkpoint: expected {expected}, got {'none' if named is True else named}")
+    return points[0]
+
+
+def _separator(settings: RunSettings, tokenizer: Any) -> int | None:
+    """The token that ends a document, where documents are kept apart."""
+    if not settings.separates:
+        return None
+    if tokenizer is None:
+        raise UserError("processing_class: expected the tokenizer of the model, which separate_documents needs, got None")
+    return int(tokenizer.eos_token_id)
+
+
+def _own_saver(model: Any, settings: RunSettings, tokenizer: Any) -> Saver:
+    make_folder(settings.folder)
+    return Saver(settings.folder, tokenizer, model.dtype, None, {"approach": settings.approach}, settings.keep_last)
+
+
+def _console(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, bar: ProgressBar) -> list[TrainerCallback]:
     """What a run shows on its way."""
     settings, model = trainer.settings, trainer.model.model
-    shows_text = settings.generate_every and APPROACHES[settings.approach].writes
+    shows_text = settings.generate_every and tokenizer is not None and APPROACHES[settings.approach].writes
     samples = [Samples(model, tokenizer, settings, trainer.shown)] if shows_text else []
     return [*([bar] if trainer.is_world_process_zero() else []), *samples]
 
 
-def _saving_callbacks(trainer: RecursiveTrainer, quiet: bool) -> list[TrainerCallback]:
+def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallback]:
     """What measures, writes down and keeps, and so decides what is the best."""
     settings, saver = trainer.settings, trainer.saver
     for callback in trainer.callback_handler.callbacks:  # TensorBoard's files go beside the others, unless its own variable says where
@@ -218,7 +330,7 @@ def uncompile_layers(model: Any) -> None:
         layer._compiled_call_impl = None
 
 
-def _save_best(trainer: RecursiveTrainer) -> Path | None:
+def _save_best(trainer: CycleTrainer) -> Path | None:
     """All ranks take part; the first one writes."""
     saver = trainer.saver
     if saver is None:

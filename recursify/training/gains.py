@@ -18,7 +18,6 @@ from torch import Tensor
 from ..network.losses import counted
 from ..network.modeling_recursive_llm import AnchoredInjection
 from ..utils.models import is_recursive
-from .collate import Collate
 from .loss_module import LossModule
 from .parallel import announce
 from .settings import DonorSettings, RunSettings
@@ -66,7 +65,9 @@ def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float]
     return sweep[-1][0], sweep
 
 
-def start_gains(supervised: LossModule, blocks: Any, collate: Collate, settings: RunSettings, device: torch.device) -> None:
+def start_gains(
+    supervised: LossModule, blocks: Any, collate: Callable[[Any], dict[str, Tensor]], settings: RunSettings, device: torch.device
+) -> None:
     """The gains that the loop starts from (see `gains`): those of the settings, else the swept ones where the model's own are all 0."""
     model = supervised.model
     if not is_recursive(model):

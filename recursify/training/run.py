@@ -26,7 +26,7 @@ from ..utils.device import choose_device
 from .approaches import from_donor
 from .arguments import computes_in_bf16, total_steps
 from .cost import estimate
-from .fitting import FitResult, fit_validated, result_of
+from .fitting import FitResult, fit, result_of
 from .optimizers import warmup_of
 from .parallel import announce, check_launch, describe_launch, processes
 from .saving import BEST, RUN, STATE, Saver, make_folder, read_json, resume_points, state_folder, step_of
@@ -92,9 +92,7 @@ def train(settings: RunSettings) -> TrainResult:
     saver = Saver(
         settings.folder, tokenizer, found.model.dtype, found.plan, {**found.notes, "approach": settings.approach}, settings.keep_last
     )
-    result = fit_validated(
-        found.model, tokenizer, blocks.train, blocks.validation, settings, device, teacher=teacher, saver=saver, resume_from=point
-    )
+    result = fit(found.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)
     if result.interrupted:
         announce(f"Interrupted and saved at step {result.steps}; the same command with --resume goes on from there")
     return TrainResult(best if result.best_eval_loss is not None else None, result)

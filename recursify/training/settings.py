@@ -1,6 +1,7 @@
 """The flags of training. One field is one flag; the text under it is its help, and stands here once for all scripts that have it.
 
-TrainSettings        train_qwen_recursive.py     what RunSettings has, and where the model is
+FitSettings          `fit`, RecursiveTrainer     what RunSettings has: the model is in memory
+TrainSettings        train_qwen_recursive.py     the same, and where the model is
 EmbeddingSettings    train_qwen_trm.py           what DonorSettings has, and what embedding-space training adds
 HybridSettings       train_qwen_trm_hybrid.py    what DonorSettings has, and what hybrid training adds
 """
@@ -245,7 +246,7 @@ class RunSettings(DataSettings, DeviceOptions, TokenizerSource):
     @property
     def source(self) -> str:
         """Where the model comes from."""
-        raise NotImplementedError
+        return "the model"
 
     @property
     def separates(self) -> bool:
@@ -265,12 +266,17 @@ class RunSettings(DataSettings, DeviceOptions, TokenizerSource):
         return Path(self.output_dir)
 
 
-# Help lists the fields of the last base first: where the model comes from, then the run.
 @dataclass(kw_only=True)
-class TrainSettings(RunSettings, RecursiveSource):
-    """Fine-tune a recursive model on text."""
+class FitSettings(RunSettings):
+    """Training of a model in memory: all of it, by its next-token loss."""
 
     approach = "full"
+
+
+# Help lists the fields of the last base first: where the model comes from, then the run.
+@dataclass(kw_only=True)
+class TrainSettings(FitSettings, RecursiveSource):
+    """Fine-tune a recursive model on text."""
 
     @property
     def source(self) -> str:

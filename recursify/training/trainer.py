@@ -83,7 +83,7 @@ class MetricWindow:
         return means, last, tokens
 
 
-class RecursiveTrainer(ShardedTrainerMixin, Trainer):
+class CycleTrainer(ShardedTrainerMixin, Trainer):
     """`Trainer` with our objective, parameter groups and depths, a validation loss per token, and checkpoints in our form."""
 
     loss_is_scaled_for_ga = True

@@ -8,6 +8,25 @@ from typing import get_type_hints
 from ..errors import UserError
 from .typed import typed
 
+# Field -> what transformers' TrainingArguments, or trl, call it.
+ALIASES = {
+    "batch_size": "per_device_train_batch_size",
+    "checkpoint": "model_name_or_path",
+    "compile": "torch_compile",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "eval_every": "eval_steps",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "keep_last": "save_total_limit",
+    "log_every": "logging_steps",
+    "lr": "learning_rate",
+    "lr_schedule": "lr_scheduler_type",
+    "num_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "resume": "resume_from_checkpoint",
+    "save_every": "save_steps",
+    "seq_len": "max_length",
+}
+
 
 @dataclass(kw_only=True)
 class Options:

@@ -61,9 +61,9 @@ from recursify.training import optimizers as optimizing
 from recursify.training import run as training_run
 from recursify.training import settings as training_settings
 from recursify.training.approaches import from_donor
+from recursify.training.fitting import RecursiveTrainer
 from recursify.training.gains import injections
 from recursify.training.saving import BEST
-from recursify.training.trainer import RecursiveTrainer
 from tests.support.tiny import END_OF_TEXT, make_tiny_tokenizer, sentences, tiny_donor
 
 SEQ_LEN, MARK = 16, "<|mark|>"
@@ -347,7 +347,7 @@ class Training(Cases):
     def _launched(self, **given: Any) -> SimpleNamespace:
         """What `train` has ready when the loop is about to begin."""
         caught: list[Any] = []
-        names = ("model", "tokenizer", "train", "held", "settings", "device")
+        names = ("model", "tokenizer", "train", "held", "settings")
 
         def caught_fit(*args: Any, **kwargs: Any) -> Any:
             caught.append(SimpleNamespace(**dict(zip(names, args, strict=True)), **kwargs))
@@ -355,7 +355,7 @@ class Training(Cases):
 
         settings = self._make(**{"dataset_name": self._world.path("text"), "output_dir": str(self._tmp / "out"), **given})
         with self._patch.context() as patch, contextlib.redirect_stderr(io.StringIO()), pytest.raises(Enough):
-            patch.setattr(training_run, "fit_validated", caught_fit)
+            patch.setattr(training_run, "fit", caught_fit)
             training_run.train(settings)
         return caught[0]
 
@@ -1195,7 +1195,7 @@ class Measuring(Cases):
         self._patch.setattr(torch.nn.Embedding, "forward", lambda table, ids: sizes.append(len(ids)) or hook(table, ids))
         self._measured(batch_size=2)
         assert set(sizes) == {2, 1}
-        batches = self._spy(evaluation, "ask")
+        batches = self._spy(evaluation, "evaluate_questions")
         self._asked(batch_size=3)
         assert batches[0][1]["batch_size"] == 3
         assert self._tasks(batch_size=3)[1]["batch_size"] == 3
@@ -1457,7 +1457,7 @@ class Showing(Cases):
 
     def _tracking(self, **given: Any) -> TrainSettings:
         self._patch.setattr(prose, "run", lambda *args: None)
-        self._patch.setattr(state_tracking, "told", lambda *args: [()])
+        self._patch.setattr(state_tracking, "accuracy_by_length", lambda *args: [()])
         return self._fine_tuning(state_tracking, **{"tracking_steps": 2, **given})
 
     def _fine_tuning(self, module: Any, **given: Any) -> TrainSettings:

@@ -45,7 +45,7 @@ def test_a_donor_is_trained_like_the_recursive_model_but_for_the_loop() -> None:
 def test_a_tracking_run_that_ctrl_c_has_ended_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = FitResult(history=[], steps=1, tokens=1, seconds=1.0, eval_loss=None, best_eval_loss=None, interrupted=True)
     monkeypatch.setattr(state_tracking, "fit", lambda *args: ended)
-    monkeypatch.setattr(state_tracking, "told", lambda *args: [()])
+    monkeypatch.setattr(state_tracking, "accuracy_by_length", lambda *args: [()])
     with pytest.raises(KeyboardInterrupt):
         state_tracking.run(tmp_path, 1, 0, state_tracking.Clock())
     assert not (tmp_path / "tracker.pt").exists()
