@@ -7,6 +7,7 @@ user's caches. Subprocesses inherit it through ``os.environ``.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -34,6 +35,15 @@ os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 def pytest_unconfigure() -> None:
     _HUB.close()
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def shown_messages() -> None:
+    """What the package logs goes to stderr, as in every command, and to pytest's `caplog`."""
+    from recursify.utils.log import log_to_stderr  # here: the faults of `make mutants` act on what is imported after the collection
+
+    log_to_stderr()
+    logging.getLogger("recursify").propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -235,6 +235,9 @@ def _command(name: str, settings_class: type[Settings], job: Callable[[Settings]
     """Parse flags into settings and run the job; bad input ends with status 2 and one message."""
     from transformers.utils import logging as transformers_logging
 
+    from ..utils.log import log_to_stderr
+
+    log_to_stderr()
     try:
         settings = parse(name, settings_class, argv)
         transformers_logging.disable_progress_bar()  # bars of milliseconds; the jobs show their own where one has to wait

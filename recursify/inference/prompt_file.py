@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from .options import Sampling
 from .prompt import EncodedPrompt, encode_prompt
 from .session import calibrated, load
 from .settings import GenerateSettings
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "recursify-prompts/1"
 _NAMED = 3  # so many faulty lines are named, and the others counted
@@ -64,10 +67,10 @@ def run(settings: GenerateSettings) -> None:
                 written += (batched := generate_batch(model, tokenizer, texts, settings.sampling, seed=_seed(settings, batch)))
                 bar.update(results.add(batch, batched))
     except KeyboardInterrupt:
-        print(f"Stopped: {len(results.done)} of {len(prompts)} prompts done; the same command goes on from there.", file=sys.stderr)
+        logger.info("Stopped: %d of %d prompts done; the same command goes on from there.", len(results.done), len(prompts))
         raise
     if line := decoding_stats(*written):
-        print(line, file=sys.stderr)
+        logger.info("%s", line)
     print(f"✓ {len(prompts)} prompts continued, in {output}")
 
 

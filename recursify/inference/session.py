@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from dataclasses import replace
 from typing import Any, TextIO, TypeVar
@@ -17,6 +18,8 @@ from .early_exit import calibrate
 from .generation import Generated, decoding_stats, generate_text
 from .prompt import encode_prompt
 from .settings import GenerateSettings, WriteSettings
+
+logger = logging.getLogger(__name__)
 
 AnySettings = TypeVar("AnySettings", bound="WriteSettings")
 
@@ -62,9 +65,9 @@ def calibrated(settings: AnySettings, model: Any, tokenizer: PreTrainedTokenizer
     if settings.compute_budget is None:
         return settings
     blocks = calibration_windows(settings.calibration_file or "", tokenizer, _WINDOW_TOKENS, _WINDOWS, least=2).to(model.device)
-    print("Finding the threshold on the calibration text ...", file=sys.stderr, flush=True)
+    logger.info("Finding the threshold on the calibration text ...")
     found = calibrate(model, blocks, settings.halt, settings.compute_budget, settings.H_cycles)
-    print(found.render(), file=sys.stderr, flush=True)
+    logger.info("%s", found.render())
     return replace(settings, halt_threshold=found.threshold, compute_budget=None, calibration_file=None)
 
 

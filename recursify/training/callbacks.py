@@ -6,6 +6,7 @@ All intervals are counted in optimizer steps, never in micro-batches.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import sys
@@ -23,6 +24,8 @@ from ..errors import UserError
 from ..inference.generation import generate_text
 from ..inference.options import Sampling
 from .settings import RunSettings
+
+logger = logging.getLogger(__name__)
 
 # As tqdm's own, without the rate.
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -136,7 +139,7 @@ class EarlyStopping(TrainerCallback):
         if len(losses) - 1 - best >= self.patience:
             control.should_training_stop = True
             if state.is_world_process_zero:
-                print(f"\nThe validation loss has not fallen for {self.patience} validations: stopping.", file=sys.stderr)
+                logger.info("\nThe validation loss has not fallen for %d validations: stopping.", self.patience)
 
 
 class Summary(TrainerCallback):
@@ -223,7 +226,7 @@ class StopOnSignal(TrainerCallback):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nStopping after this step; Ctrl-C again stops at once and saves nothing.", file=sys.stderr)
+        logger.info("\nStopping after this step; Ctrl-C again stops at once and saves nothing.")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.asked = self.agree(self.asked)

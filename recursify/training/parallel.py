@@ -18,8 +18,8 @@ Calls marked "collective" must be made by all processes, else the others wait fo
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 else:
     _Mixed = object
 
+logger = logging.getLogger(__name__)
 _MARK = "_is_fsdp_managed_module"  # torch's, on every module whose weights are sharded
 
 
@@ -348,6 +349,6 @@ def read_state(path: Path) -> Any:
 
 
 def announce(text: str) -> None:
-    """On stderr, from the first process alone."""
+    """A line of the log, from the first process alone."""
     if PartialState().is_main_process:
-        print(text, file=sys.stderr)
+        logger.info("%s", text)

@@ -55,7 +55,7 @@ def _simple(value: Any, hint: Any, text: bool) -> Any:
         return int(value)
     if hint is float and not isinstance(value, bool):
         if isinstance(value, numbers.Real):
-            return value if isinstance(value, int) else float(value)
+            return value if isinstance(value, int) and not text else float(value)
         if text and isinstance(value, str):
             try:
                 return float(value)
