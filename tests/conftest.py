@@ -69,7 +69,7 @@ def full_hub(donor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Hu
 @pytest.fixture
 def hub(full_hub: HubStandIn) -> Iterator[HubStandIn]:
     """The filled stand-in hub with an empty list of requests. What a test adds is taken off again after it."""
-    repos = dict(full_hub.repos)
+    repos, tokens = dict(full_hub.repos), dict(full_hub.tokens)
     full_hub.clear()
     yield full_hub
-    full_hub.repos, full_hub.down = repos, False
+    full_hub.repos, full_hub.tokens, full_hub.down = repos, tokens, False

@@ -3,8 +3,11 @@
     X.pt + X_tokenizer/   {format, config, plan, notes, generation_config, model_state_dict} with the guides' names, beside its tokenizer
     a folder              the Hugging Face layout; loads through AutoModelForCausalLM, also without recursify installed
 
-Both are written aside and renamed, so what is there is whole. `.pt` files are read with `weights_only=True` and nothing else: a pickle that
-carries code is refused. Derived fields of a configuration are recomputed, never trusted.
+How a model was made (donor, plan, training summary) is `config.conversion`; `config.json` holds it as it is, a `.pt` file as `plan` and
+`notes`. Folders of version 0.1.0 hold it in a file of its own, RECORD.
+
+Both forms are written to a temporary place and renamed, so a checkpoint is complete or absent. `.pt` files are read with
+`weights_only=True`; a pickle that contains code is refused. Derived fields of a configuration are recomputed.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import pickle
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,78 +32,91 @@ from transformers.utils import logging as transformers_logging
 from ..errors import UserError, first_line
 from ..network.configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
 from ..network.modeling_recursive_llm import FAMILIES, RecursiveLLM
-from ..network.plan import ConversionPlan
+from ..network.plan import ConversionPlan, conversion_record, notes_of, plan_of
 from ..utils.atomic import write_whole
 from ..utils.files import read_json
 from .configs import CONFIG_FAULTS, generation_config, reason
 from .guide_names import from_guides, to_guides
-from .repository import HUB_ID
+from .repository import HUB_ID, check_revision
 from .tokenizer import load_tokenizer
 
 FORMAT = "recursify/1"
-RECORD = "recursify.json"  # in a folder: what a .pt holds beside config and weights
-# What a save replaces in a folder that is there already. Anything else in it is somebody's, and stays.
+RECORD = "recursify.json"  # plan and notes in folders of version 0.1.0
+# A save replaces files with these suffixes in an existing folder, and keeps all others.
 _WRITTEN = (".json", ".safetensors", ".py", ".md", ".jinja")
 PLAN_PICTURE, LOSS_PICTURE = _PICTURES = "plan.svg", "loss_by_cycles.svg"
-EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings, whose head means nothing
-# In a folder beside a .pt only these and what the new tokenizer writes: left from another tokenizer, they would be read with the new one.
+EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings and has no trained head
+# Files of an older tokenizer that a save removes from the folder beside a .pt: they would be read together with the new one.
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "tokenizer.model",
 )  # fmt: skip
-_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # from the hub; code and pictures stay there
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # downloaded from the hub: neither code nor pictures
 MAX_SHARD_SIZE = "5GB"
 
 
 @dataclass
 class Checkpoint:
-    """What a path holds.
+    """A model and its tokenizer.
 
     Args:
         model: On the CPU, in the stored dtype, in evaluation mode.
-        tokenizer: None where the path has none.
-        plan: How it was converted, None for a model that was never converted.
-        notes: What else its maker wrote down: donor, package version, a training summary. JSON types.
+        tokenizer: None where the checkpoint has none.
     """
 
     model: RecursiveLLM
     tokenizer: PreTrainedTokenizerBase | None
-    plan: ConversionPlan | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> ConversionPlan | None:
+        """How the model was converted; None where that is not recorded."""
+        return plan_of(self.model.config)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """The rest of the conversion record, such as donor, revision and a training summary. JSON types."""
+        return notes_of(self.model.config)
 
 
 def tokenizer_folder(path: str | Path) -> Path:
-    """Where the tokenizer of a checkpoint is: `X_tokenizer/` beside `X.pt`, the folder itself otherwise."""
+    """Folder of a checkpoint's tokenizer: `X_tokenizer/` beside `X.pt`, otherwise the folder itself."""
     path = Path(path)
     return path.with_name(path.stem + "_tokenizer") if is_file_form(path) else path
 
 
 def is_file_form(path: str | Path) -> bool:
+    """Whether a path names the `.pt` form."""
     return Path(path).suffix == ".pt"
 
 
-def load(path: str | Path, *, tokenizer_path: str | None = None, **overrides: Any) -> Checkpoint:
+def load(
+    path: str | Path, *, tokenizer_path: str | None = None, revision: str | None = None, token: str | None = None, **overrides: Any
+) -> Checkpoint:
     """Read a checkpoint of either form, or a folder of that form on the hub.
 
     Args:
-        tokenizer_path: A tokenizer from elsewhere, instead of the checkpoint's own.
+        path: A path or hub id.
+        tokenizer_path: Folder or hub id of another tokenizer than the checkpoint's own.
+        revision, token: Of the hub, as `from_pretrained` takes them.
         overrides: Fields of the configuration, such as `H_cycles=5`.
 
     Raises:
-        UserError: Missing, not ours, truncated, a pickle with code in it, or a field that is unknown or out of range.
+        UserError: Missing, not a recursive model, truncated, a pickle with code in it, a field that is unknown or out of range, or a
+            revision of a path.
     """
-    path = _fetched(path)
+    check_revision(str(path), revision)
+    path = _local(path, revision, token)
     found = _load_folder(path, overrides) if path.is_dir() else _load_file(path, overrides)
     folder = tokenizer_folder(path)
     if tokenizer_path is not None:
-        found.tokenizer = load_tokenizer(tokenizer_path)
+        found.tokenizer = load_tokenizer(tokenizer_path, token=token)
     elif (folder / "tokenizer_config.json").is_file():
         found.tokenizer = load_tokenizer(str(folder))
     return found
 
 
-def _fetched(name: str | Path) -> Path:
-    """The file or folder itself; of a hub id the hub's snapshot, code left out."""
+def _local(name: str | Path, revision: str | None, token: str | None) -> Path:
+    """The path itself, or a downloaded snapshot of a hub id, without code."""
     path = Path(name)
     if path.exists():
         return path
@@ -108,16 +124,16 @@ def _fetched(name: str | Path) -> Path:
     if is_file_form(path) or not HUB_ID.fullmatch(str(name)):
         raise UserError(expected)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=_FETCHED))
-    except Exception as error:  # of the hub's client or of the network's, with no base in common
+        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=_FETCHED))
+    except Exception as error:  # errors of the hub's client and of the network have no common base
         raise UserError(f"{expected}; the hub does not have it or cannot be reached ({first_line(error)})") from error
 
 
 def need_tokenizer(found: Checkpoint, path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint that must have one.
+    """The tokenizer of a checkpoint.
 
     Raises:
-        UserError: It has none.
+        UserError: The checkpoint has none.
     """
     if found.tokenizer is None:
         raise UserError(f"{path}: no tokenizer in {tokenizer_folder(path)}; name one with --tokenizer_path")
@@ -125,15 +141,15 @@ def need_tokenizer(found: Checkpoint, path: str | Path) -> PreTrainedTokenizerBa
 
 
 def require_head(found: Checkpoint, path: str | Path) -> None:
-    """Refuse a checkpoint whose head was never trained with the rest.
+    """Check that a checkpoint has a trained head.
 
     Raises:
         UserError: It was trained in embedding space.
     """
     if found.notes.get("approach") == EMBEDDING:
         raise UserError(
-            f"{path}: was trained in embedding space, so it predicts embeddings and has no head that could say which token comes next; "
-            "for a model that writes text use train_qwen_recursive.py or train_qwen_trm_hybrid.py"
+            f"{path}: was trained in embedding space: it predicts embeddings and has no head that predicts tokens, so it cannot generate; "
+            "for a model that generates text use train_qwen_recursive.py or train_qwen_trm_hybrid.py"
         )
 
 
@@ -147,21 +163,23 @@ def save(
     beside: Mapping[Path, Callable[[Path], Any]] | None = None,
     approve: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Write a checkpoint, whole or not at all; the suffix `.pt` chooses the form.
+    """Write a checkpoint atomically; the suffix `.pt` chooses the form.
 
     Args:
-        dtype: Type of the stored weights; the model's own where None.
-        beside: What else to write, path -> writer: all of it is there afterwards, or nothing has changed. It gets its places last, so
-            that a kill leaves none of it beside weights to which it does not belong.
-        approve: Called when all is written, and before anything is where it belongs: what it raises leaves everything as it was.
+        plan, notes: The conversion record of the stored model; that of the model in memory where both are None.
+        dtype: Dtype of the stored weights; the model's own where None.
+        beside: Further files and folders to write, path -> writer. All are written, or nothing changes. They are renamed last, so a
+            killed process never leaves them beside weights that they do not belong to.
+        approve: Called after everything is written and before anything is renamed; an exception in it leaves everything unchanged.
 
     Raises:
-        UserError: The folder above is missing or not writable, or the disk is full.
+        UserError: The parent folder is missing or not writable, or the disk is full.
     """
     path = Path(path)
     check_writable(path)
     stored = dtype or model.dtype
-    notes = notes or {}
+    if plan is None and notes is None:
+        plan, notes = plan_of(model.config), notes_of(model.config)
     writers: dict[Path, Callable[[Path], Any]] = {}
     if is_file_form(path):
         if tokenizer is not None:
@@ -171,25 +189,25 @@ def save(
             "format": FORMAT,
             "config": _config_dict(model, stored),
             "plan": None if plan is None else plan.to_dict(),
-            "notes": notes,
+            "notes": notes or {},
             "generation_config": model.generation_config.to_diff_dict(),
             "model_state_dict": to_guides(stored_state(model, stored), config),
         }
         writers[path] = lambda target: _write_pt(content, target)
     else:
-        writers[path] = lambda folder: write_folder(folder, model, tokenizer, plan, notes, stored)
+        writers[path] = lambda folder: write_folder(folder, model, tokenizer, plan, notes or {}, stored)
     writers |= beside or {}
     folders = {
-        each: _is_tokenizers if each == tokenizer_folder(path) != path else is_replaced for each in writers if not is_file_form(each)
+        each: _is_tokenizer_file if each == tokenizer_folder(path) != path else is_replaced for each in writers if not is_file_form(each)
     }
     write_whole(writers, folders, approve)
 
 
 def check_writable(path: str | Path) -> None:
-    """Whether an output path could be written, before hours are spent on what goes there.
+    """Check that an output path can be written, before the work begins.
 
     Raises:
-        UserError: Its folder is missing or not writable, or what stands there already is not a recursive model.
+        UserError: Its folder is missing or not writable, or the path holds something other than a recursive model.
     """
     path = Path(path)
     parent = path.absolute().parent
@@ -214,11 +232,11 @@ def _check_replaceable(path: Path) -> None:
         raise UserError(f"{str(path)!r}: is the folder you are in, or one above it; expected the name of a .pt file or of a new folder")
     elif path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; expected a new folder, or a name that ends in .pt")
-    elif path.is_dir() and any(path.iterdir()) and not _holds_ours(path):
+    elif path.is_dir() and any(path.iterdir()) and not _holds_recursive_model(path):
         raise UserError(f"{path}: is a folder with other things in it; expected a new or empty one, or one that holds a recursive model")
 
 
-def _holds_ours(folder: Path) -> bool:
+def _holds_recursive_model(folder: Path) -> bool:
     try:
         return read_json(folder / "config.json").get("model_type") in CONFIGS
     except UserError:
@@ -233,13 +251,14 @@ def _load_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
             raise TypeError("config, model_state_dict, notes and generation_config must be dicts")
         if not all(isinstance(tensor, torch.Tensor) for tensor in stored.values()):
             raise TypeError("model_state_dict must hold tensors")
-        plan = content["plan"] and ConversionPlan.from_dict(content["plan"])
+        record = conversion_record(content["plan"] and ConversionPlan.from_dict(content["plan"]), notes)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: a part of this checkpoint is missing or damaged ({error!r}); make it again with convert") from error
     config = _read_config(fields, overrides, str(path))
+    config.conversion = record
     model = build(config, from_guides(stored, stored_names(config), config, str(path)), str(path))
     model.generation_config = generation_config(generation)
-    return Checkpoint(model, None, plan, notes)
+    return Checkpoint(model, None)
 
 
 def _read_pt(path: Path) -> dict[str, Any]:
@@ -266,11 +285,8 @@ def _load_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json in this folder; expected a folder that convert or train wrote")
     config = _read_config(read_json(path / "config.json"), overrides, str(path))
-    record = read_json(path / RECORD) if (path / RECORD).is_file() else {"plan": None, "notes": {}}
-    try:
-        plan, notes = record["plan"] and ConversionPlan.from_dict(record["plan"]), record["notes"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / RECORD}: missing parts or damaged ({error!r}); delete it to load the model without its plan") from error
+    if config.conversion is None and (path / RECORD).is_file():
+        config.conversion = _read_record(path / RECORD)
     try:
         with quiet():
             model, info = FAMILIES[config.model_type].from_pretrained(path, config=config, use_safetensors=True, output_loading_info=True)
@@ -279,15 +295,24 @@ def _load_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
         raise UserError(
             f"{path}: its weights are missing, truncated or corrupt ({first_line(error)}); copy it again or make it again with convert"
         ) from error
-    _nothing_lost([*info["missing_keys"], *info["unexpected_keys"]], str(path))
-    return Checkpoint(model, None, plan, notes)
+    _check_complete([*info["missing_keys"], *info["unexpected_keys"]], str(path))
+    return Checkpoint(model, None)
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The conversion record of a folder of version 0.1.0."""
+    record = read_json(path)
+    try:
+        return conversion_record(record["plan"] and ConversionPlan.from_dict(record["plan"]), record["notes"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: missing parts or damaged ({error!r}); delete it to load the model without its plan") from error
 
 
 def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
     """The configuration in a file, with overrides.
 
     Raises:
-        UserError: Not one of ours, a value out of range, or a name that looks like a misspelt field of ours.
+        UserError: Not of a recursive model, a value out of range, or a name that looks like a misspelt field.
     """
     if not isinstance(fields, dict) or fields.get("model_type") not in CONFIGS:
         given = fields.get("model_type") if isinstance(fields, dict) else fields
@@ -296,13 +321,14 @@ def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
     merged = {**fields, **overrides}
     for name in set(merged) - set(config_class.__dataclass_fields__):
         close = difflib.get_close_matches(name, RecursiveLLMConfig.__dataclass_fields__, n=1, cutoff=0.8)
-        if close and close[0][:2].lower() == name[:2].lower():  # a donor may bring fields of its own, such as n_layers
+        if close and close[0][:2].lower() == name[:2].lower():  # a donor may have similar fields of its own, such as n_layers
             raise UserError(f"{where}: unknown field {name} in its config; did you mean {close[0]}?")
     try:
         config = config_class.from_dict(fields)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f"dtype: expected a type of torch such as bfloat16, got {config.dtype!r}")
         stored_names(config)
+        plan_of(config)
     except CONFIG_FAULTS as error:
         raise UserError(f"{where}: its config is damaged: {reason(error)}; copy it again or make it again with convert") from error
     try:
@@ -312,15 +338,15 @@ def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
 
 
 def build(config: Any, state: dict[str, torch.Tensor], where: str, dtype: torch.dtype | None = None) -> RecursiveLLM:
-    """A model of `config` around the tensors of `state`, under our names; parameters of the recursion that are not there start fresh.
+    """A model of `config` around the tensors of `state`, under transformers' names. Missing parameters of the recursion are initialised.
 
-    The tensors become the parameters: nothing is copied. Donor layers are never filled with random values in silence.
+    The tensors become the parameters without a copy. A missing donor tensor is an error.
 
     Args:
-        dtype: Type of the parameters; that of the first tensor where None. Tensors of another type are converted, which copies them.
+        dtype: Dtype of the parameters; that of the first tensor where None. Tensors of another dtype are converted, which copies them.
 
     Raises:
-        UserError: A shape that the configuration does not have, or a tensor outside the recursion that is missing.
+        UserError: A shape that does not match the configuration, or a missing tensor outside the recursion.
     """
     dtype = dtype or next(iter(state.values())).dtype
     family = FAMILIES[config.model_type]
@@ -331,12 +357,12 @@ def build(config: Any, state: dict[str, torch.Tensor], where: str, dtype: torch.
         _check_shapes(config, {name: [*tensor.shape] for name, tensor in state.items()}, where)
         raise UserError(f"{where}: {first_line(error)}") from error
     fresh = {name for name in info["missing_keys"] if name.startswith("model.recursion.")}
-    _nothing_lost([*(set(info["missing_keys"]) - fresh), *info["unexpected_keys"]], where)
+    _check_complete([*(set(info["missing_keys"]) - fresh), *info["unexpected_keys"]], where)
     return model.eval()
 
 
 def _check_shapes(config: Any, found: dict[str, list[int]], where: str) -> None:
-    """Raise a UserError that names tensors of another shape than the configuration's, where there are any."""
+    """Raise a UserError that names the tensors whose shape differs from that of the configuration, if any."""
     with torch.device("meta"):
         wanted = {name: [*tensor.shape] for name, tensor in FAMILIES[config.model_type](config).state_dict().items()}
     differ = [f"{name} (expected {wanted[name]}, got {shape})" for name, shape in found.items() if wanted.get(name, shape) != shape]
@@ -357,14 +383,14 @@ def _shapes_in(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-def _nothing_lost(names: list[str], where: str) -> None:
+def _check_complete(names: list[str], where: str) -> None:
     if names:
         raise UserError(f"{where}: tensors missing or left over: {', '.join(sorted(names))}; the weights do not match their config")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, and its table of fresh parameters: what is missing is judged here."""
+    """Switch off transformers' progress bars and its table of missing parameters, which are checked here."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -377,7 +403,7 @@ def quiet() -> Iterator[None]:
 
 
 def stored_names(config: Any) -> list[str]:
-    """Our names of all tensors of a model of this configuration, without building it: on the meta device."""
+    """transformers' names of all tensors of a model of this configuration, from a model on the meta device."""
     with torch.device("meta"):
         return list(FAMILIES[config.model_type](config).state_dict())
 
@@ -394,13 +420,15 @@ def stored_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _config_dict(model: RecursiveLLM, dtype: torch.dtype) -> dict[str, Any]:
-    fields = json.loads(model.config.to_json_string(use_diff=False))  # JSON types, whatever the configuration holds
-    fields.pop("_name_or_path", None)  # where it was loaded from, which is nobody's business elsewhere
+    """The configuration as a `.pt` file holds it: plan and notes have their own places there."""
+    fields = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("conversion", "_name_or_path"):  # the latter is a path of this machine
+        fields.pop(name, None)
     return {**fields, "dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
 
 
 def _write_pt(content: dict[str, Any], target: Path) -> None:
-    with open(target, "wb") as file:  # from a file of Python's, a full disk raises an OSError
+    with open(target, "wb") as file:  # torch.save to an open file raises an OSError when the disk is full
         torch.save(content, file)
 
 
@@ -415,30 +443,30 @@ def write_folder(
     card: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write the folder form into a folder that exists and is empty; `write_whole` makes it whole or nothing.
+    """Write the folder form into an existing empty folder; `write_whole` makes that atomic.
 
     Args:
-        dtype: Type of the stored weights.
-        card: The README.md; one from what is known here where None.
-        max_shard_size: Weights of more than that are divided into several files, as transformers does it.
+        plan, notes: The conversion record to store, in place of the one in `model.config`.
+        dtype: Dtype of the stored weights.
+        card: The README.md; made from model and record where None.
+        max_shard_size: Larger weights are divided into several files, as by transformers.
     """
-    from .model_card import recursive_card  # here: who reads checkpoints draws nothing
+    from .model_card import recursive_card  # not needed to read checkpoints
 
     with quiet():
         model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
-    fields = read_json(folder / "config.json")  # which states the type of the model in memory
-    (folder / "config.json").write_text(json.dumps({**fields, "dtype": str(dtype).removeprefix("torch.")}, indent=2, sort_keys=True) + "\n")
+    fields = read_json(folder / "config.json")  # with dtype and record of the model in memory
+    fields |= {"dtype": str(dtype).removeprefix("torch."), "conversion": conversion_record(plan, notes)}
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    record = {"format": FORMAT, "plan": None if plan is None else plan.to_dict(), "notes": notes}
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     (folder / "README.md").write_text(card or recursive_card(model, plan, notes), encoding="utf-8")
 
 
 def is_replaced(entry: Path) -> bool:
-    """Whether a save of ours replaces an entry of a folder that is there already; anything else in it is somebody's, and stays."""
+    """Whether saving into an existing folder replaces this entry; other entries are kept."""
     return entry.suffix in _WRITTEN or entry.name in _PICTURES
 
 
-def _is_tokenizers(entry: Path) -> bool:
+def _is_tokenizer_file(entry: Path) -> bool:
     return entry.name in _TOKENIZER

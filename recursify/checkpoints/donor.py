@@ -1,7 +1,7 @@
 """The donor: a pretrained causal language model in a folder or on the hub, read without building it.
 
-Opening a donor reads only its config.json. What we cannot carry is refused there, by feature and field. Tensors are read one by one
-from safetensors, and only files that hold a wanted tensor are fetched or opened.
+Opening a donor reads only its config.json, and refuses unsupported features by name and field. Tensors are read one by one from
+safetensors; only files that hold a wanted tensor are fetched or opened.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+from transformers.utils import extract_commit_hash
 
 from ..errors import UserError, first_line, short
 from ..network.configuration_recursive_llm import CONFIGS, PREFIX, from_donor
 from ..utils.files import read_json
 from .configs import CONFIG_FAULTS, generation_config, reason
 from .repository import file_exists, find_file, read_config, require_file
+from .tokenizer import load_tokenizer
 
 FAMILIES = tuple(model_type.removeprefix(PREFIX) for model_type in CONFIGS)
 _SUPPORTED = f"Supported: {', '.join(FAMILIES)} (Qwen2.5 is qwen2)"
@@ -35,7 +38,7 @@ _PIECE = 2**22  # bytes read at a time where a whole tensor is not wanted
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Features that a donor's own forward or layers would lose in ours, by the field that switches them on.
+# Features of a donor that the recursive model does not implement, by the field that switches them on.
 _REFUSED = {
     "quantization_config": "quantised weights",
     "num_experts": "mixture of experts",
@@ -55,16 +58,22 @@ _REFUSED = {
 
 
 class Donor:
-    """A donor that was found and is supported; `config` is its own configuration."""
+    """A supported donor; `config` is its own configuration, `hub` the revision and token that its files are read with."""
 
-    def __init__(self, name: str, config: PreTrainedConfig):
-        self.name, self.config = name, config
+    def __init__(self, name: str, config: PreTrainedConfig, **hub: Any):
+        self.name, self.config, self.hub = name, config, hub
         self._where: dict[str, str] | None = None
         self._open: dict[str, Any] = {}
 
     @property
+    def origin(self) -> dict[str, str]:
+        """Name of the donor and, for a hub id, its commit: what a converted model records."""
+        commit = None if os.path.isdir(self.name) else extract_commit_hash(find_file(self.name, "config.json", **self.hub), None)
+        return {"donor": self.name} | ({"revision": commit} if commit else {})
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Type in which transformers loads the donor: what its configuration states, else that of its first tensor."""
+        """The dtype in which transformers loads the donor: that of its configuration, else that of its first tensor."""
         stated = self.config.dtype
         return stated if isinstance(stated, torch.dtype) else self.read(self.tensor_names[0]).dtype
 
@@ -74,11 +83,11 @@ class Donor:
         return list(self._files())
 
     def check_weights(self) -> None:
-        """Raise a UserError where there are no weights, or an index that is damaged. Of single files the header is read."""
+        """Raise a UserError where weights are missing or the index is damaged. Of a single file only the header is read."""
         self._files()
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, from the one file that holds it: a view of that file, private to this process, read when it is used.
+        """One tensor, as a private memory-mapped view of the file that holds it.
 
         Raises:
             UserError: The file is truncated or corrupt, or the tensor is quantised.
@@ -93,10 +102,10 @@ class Donor:
         return tensor
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The elements of a tensor in order, as its file has them now, in pieces of at most `_PIECE` bytes, each in the memory of
-        the one before: `read` gives out views of one mapping, which somebody may have written into since."""
+        """The elements of a tensor in order, read anew from its file in pieces of at most `_PIECE` bytes; each piece reuses the memory of
+        the one before. (The views that `read` returns may have been written to since.)"""
         file, dtype = self._files()[name], self.read(name).dtype
-        with open(require_file(self.name, file), "rb") as stream:
+        with open(require_file(self.name, file, **self.hub), "rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
             first, last = json.loads(stream.read(header))[name]["data_offsets"]
             stream.seek(8 + header + first)
@@ -107,39 +116,42 @@ class Donor:
                 yield torch.frombuffer(piece, dtype=dtype)
 
     def generation_config(self) -> GenerationConfig:
-        """What the donor says about generation; from its configuration where it has no file for that.
+        """The donor's generation config; derived from its configuration where there is no generation_config.json.
 
         Raises:
             UserError: generation_config.json is not a JSON object.
         """
-        path = find_file(self.name, "generation_config.json")
+        path = find_file(self.name, "generation_config.json", **self.hub)
         return GenerationConfig.from_model_config(self.config) if path is None else generation_config(read_json(Path(path)))
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
-        """The donor itself, as transformers builds it.
+        """The donor itself, as a transformers model.
+
+        Args:
+            kwargs: For `from_pretrained`.
 
         Raises:
-            UserError: Its files are missing, truncated or corrupt, or do not fit its configuration.
+            UserError: Files are missing, truncated or corrupt, or do not match the configuration.
         """
         try:
-            return AutoModelForCausalLM.from_pretrained(self.name, **kwargs)
+            return AutoModelForCausalLM.from_pretrained(self.name, **self.hub, **kwargs)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{self.name}: transformers cannot load it ({first_line(error)}); download or copy it again") from error
 
     def _files(self) -> dict[str, str]:
         """Tensor name -> file name."""
         if self._where is None:
-            if find_file(self.name, _SINGLE) is not None:
+            if find_file(self.name, _SINGLE, **self.hub) is not None:
                 self._where = {name: _SINGLE for name in self._handle(_SINGLE).keys()}  # noqa: SIM118 - a safetensors handle, not a dict
-            elif (index := find_file(self.name, _INDEX)) is not None:
+            elif (index := find_file(self.name, _INDEX, **self.hub)) is not None:
                 self._where = _weight_map(index, self.name)
             else:
-                raise _no_weights(self.name)
+                raise _no_weights(self.name, self.hub)
         return self._where
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            path = require_file(self.name, file)
+            path = require_file(self.name, file, **self.hub)
             try:
                 self._open[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -147,16 +159,18 @@ class Donor:
         return self._open[file]
 
 
-def open_donor(name: str) -> Donor:
-    """Find a donor and check that every feature of it is one that we carry. Reads config.json and nothing else.
+def open_donor(name: str, *, revision: str | None = None, token: str | None = None) -> Donor:
+    """Find a donor and check that all its features are supported. Reads config.json only.
 
     Args:
         name: A hub id, or a folder.
+        revision, token: Of the hub, as `from_pretrained` takes them.
 
     Raises:
-        UserError: Not there, no config.json, or a feature that we would lose.
+        UserError: Not found, no config.json, an unsupported feature, or a revision of a folder.
     """
-    fields = read_config(name)
+    hub = {"revision": revision, "token": token}
+    fields = read_config(name, **hub)
     for field, feature in _REFUSED.items():
         if fields.get(field) not in (None, False, 0, {}, []):
             found = f"{field} = {short(fields[field])}"
@@ -166,23 +180,32 @@ def open_donor(name: str) -> Donor:
         hint = "it is a recursive model already" if already else "this model type is not supported"
         raise UserError(f"{name}: {hint} (config.json: model_type = {fields.get('model_type')!r}). {_SUPPORTED}")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **hub)
         _check_builds(config)
     except CONFIG_FAULTS as error:
         raise UserError(
             f"{name}: config.json is not a valid {fields['model_type']} configuration: {reason(error)}; download or copy it again"
         ) from error
-    return Donor(name, config)
+    return Donor(name, config, **hub)
+
+
+def donor_tokenizer(donor: Donor, tokenizer_path: str | None = None) -> PreTrainedTokenizerBase:
+    """The donor's tokenizer, or the one that `tokenizer_path` names.
+
+    Raises:
+        UserError: No tokenizer there.
+    """
+    return load_tokenizer(tokenizer_path, token=donor.hub.get("token")) if tokenizer_path else load_tokenizer(donor.name, **donor.hub)
 
 
 def _check_builds(config: PreTrainedConfig) -> None:
-    """Raise what the donor's own class, or ours, raises over a damaged configuration. Without weights: on the meta device."""
+    """Build the donor's class and the recursive one on the meta device, which raises over a damaged configuration."""
     if not isinstance(config.dtype, torch.dtype | None):
         raise ValueError(f"dtype: expected a type of torch such as bfloat16, got {config.dtype!r}")
     count = config.num_hidden_layers
     from_donor(config, [*range(count)], L_layers=count)
     with torch.device("meta"):
-        AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it writes into what it is given
+        AutoModelForCausalLM.from_config(copy.deepcopy(config))  # from_config writes into its argument
 
 
 def _weight_map(index: str, name: str) -> dict[str, str]:
@@ -192,15 +215,15 @@ def _weight_map(index: str, name: str) -> dict[str, str]:
     return found
 
 
-def _no_weights(name: str) -> UserError:
-    pickled = next((file for file in ("pytorch_model.bin", "pytorch_model.bin.index.json") if file_exists(name, file)), None)
+def _no_weights(name: str, hub: dict[str, Any]) -> UserError:
+    pickled = next((file for file in ("pytorch_model.bin", "pytorch_model.bin.index.json") if file_exists(name, file, **hub)), None)
     if pickled is not None:
         return UserError(
             f"{name}: has {pickled} only, a pickle that can run code; expected safetensors. Convert it once: "
             f'AutoModelForCausalLM.from_pretrained("{name}").save_pretrained("a_folder"), then name that folder'
         )
     if not os.path.isdir(name):
-        require_file(name, _SINGLE)
+        require_file(name, _SINGLE, **hub)
     return UserError(f"{name}: no {_SINGLE} and no {_INDEX}; expected a donor with its weights as safetensors")
 
 

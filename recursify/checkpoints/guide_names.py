@@ -1,12 +1,12 @@
-"""Names of tensors: donor to ours, ours to the guides', and the law that none is lost on the way.
+"""Translate between transformers' names of tensors and those of the guides.
 
-Three namings of one tensor, for layer 10 of a donor that became layer 1 of the loop behind two prelude layers:
+The names of one tensor, for layer 10 of a donor that is layer 1 of the loop after two prelude layers:
 
-    donor    model.layers.10.self_attn.q_proj.weight
-    ours     model.layers.3.self_attn.q_proj.weight          transformers' names, as PEFT and quantisers expect them
-    guides'  inner.L_level.layers.1.self_attn.wq.weight      in `.pt` files, and as attributes of `model.inner`
+    donor            model.layers.10.self_attn.q_proj.weight
+    recursive model  model.layers.3.self_attn.q_proj.weight          transformers' names, as PEFT and quantisers expect them
+    guides           inner.L_level.layers.1.self_attn.wq.weight      in `.pt` files, and as attributes of `model.inner`
 
-The table of names is GUIDE_NAMES beside the model; everything here is derived from it.
+The table is GUIDE_NAMES in modeling_recursive_llm.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def guide_name(name: str, config: RecursiveLLMConfig) -> str:
-    """The guides' name of one of our tensors."""
+    """The guides' name of a tensor."""
     match = LAYER.fullmatch(name)
     if match is None:
         return "inner." + name.removeprefix("model.").removeprefix("recursion.")
@@ -39,30 +39,30 @@ def guide_name(name: str, config: RecursiveLLMConfig) -> str:
 
 
 def guide_names(names: Iterable[str], config: RecursiveLLMConfig) -> dict[str, str]:
-    """Our name -> the guides', one to one."""
+    """transformers' name -> the guides' name, one to one."""
     table = {name: guide_name(name, config) for name in names}
-    assert len(set(table.values())) == len(table), "two tensors of ours share one of the guides' names"
+    assert len(set(table.values())) == len(table), "two tensors have the same name in the guides"
     return table
 
 
 def to_guides(state: dict[str, Any], config: RecursiveLLMConfig) -> dict[str, Any]:
-    """A state dict under the guides' names; the same tensors."""
+    """A state dict with the guides' names and the same tensors."""
     table = guide_names(state, config)
     return {table[name]: tensor for name, tensor in state.items()}
 
 
-def from_guides(state: dict[str, Any], ours: Iterable[str], config: RecursiveLLMConfig, where: str) -> dict[str, Any]:
+def from_guides(state: dict[str, Any], names: Iterable[str], config: RecursiveLLMConfig, where: str) -> dict[str, Any]:
     """The inverse of `to_guides`.
 
     Args:
         state: As read from a file.
-        ours: Every name of ours that the model has.
+        names: transformers' names of all tensors of the model.
         where: The file, for the message.
 
     Raises:
-        UserError: Names missing or left over.
+        UserError: Missing or unexpected names.
     """
-    table = {guides: name for name, guides in guide_names(ours, config).items()}
+    table = {guides: name for name, guides in guide_names(names, config).items()}
     missing, extra = sorted(set(table) - set(state)), sorted(set(state) - set(table))
     if missing or extra:
         raise UserError(f"{where}: model_state_dict does not match its config: {differences(missing, extra)}")
@@ -70,7 +70,7 @@ def from_guides(state: dict[str, Any], ours: Iterable[str], config: RecursiveLLM
 
 
 def differences(missing: list[str], extra: list[str], most: int = 6) -> str:
-    """Names that are missing or left over, in words; the first few of each."""
+    """A description of missing and unexpected names, with the first few of each."""
     parts = [f"{len(names)} {word} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
              for word, names in (("missing", missing), ("left over", extra)) if names]  # fmt: skip
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""The one way to open a model by name: recursive or plain, a file, a folder or a hub id."""
+"""Open a model by name: recursive or plain; a file, a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -10,31 +10,39 @@ from transformers import PreTrainedTokenizerBase
 
 from ..network.configuration_recursive_llm import CONFIGS
 from . import checkpoint
-from .donor import open_donor
-from .repository import read_config
-from .tokenizer import load_tokenizer
+from .donor import donor_tokenizer, open_donor
+from .repository import check_revision, read_config
 
 
-def is_recursive_checkpoint(name: str) -> bool:
-    """Whether a path or hub id is a recursive model's; a file, or what ends in `.pt`, can be nothing else. Reads config.json alone.
+def is_recursive_checkpoint(name: str, *, revision: str | None = None, token: str | None = None) -> bool:
+    """Whether a path or hub id names a recursive model. Always True for a file and for a name that ends in `.pt`. Reads config.json only.
 
     Raises:
-        UserError: Neither a path nor a hub id, or no config.json there.
+        UserError: Neither a path nor a hub id, no config.json, or a revision of a path.
     """
     if os.path.isfile(name) or checkpoint.is_file_form(name):
+        check_revision(name, revision)
         return True
-    return read_config(name).get("model_type") in CONFIGS
+    return read_config(name, revision=revision, token=token).get("model_type") in CONFIGS
 
 
-def load_model(name: str | Path, tokenizer_path: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A recursive checkpoint or a plain model of transformers, by path or hub id, with its tokenizer; on the CPU, in the stored type.
+def load_model(
+    name: str | Path, tokenizer_path: str | None = None, *, revision: str | None = None, token: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A recursive checkpoint or a plain transformers model, with its tokenizer; on the CPU, in the stored dtype.
+
+    Args:
+        name: A path or hub id.
+        tokenizer_path: Folder or hub id of another tokenizer, in its main revision.
+        revision, token: Of the hub, as `from_pretrained` takes them.
 
     Raises:
-        UserError: Neither, no tokenizer, or a model whose head was not trained with the rest.
+        UserError: Neither of the two, no tokenizer, a revision of a path, or a model without a trained head.
     """
-    name = str(name)
-    if is_recursive_checkpoint(name):
-        found = checkpoint.load(name, tokenizer_path=tokenizer_path)
+    name, hub = str(name), {"revision": revision, "token": token}
+    if is_recursive_checkpoint(name, **hub):
+        found = checkpoint.load(name, tokenizer_path=tokenizer_path, **hub)
         checkpoint.require_head(found, name)
         return found.model, checkpoint.need_tokenizer(found, name)
-    return open_donor(name).load(), load_tokenizer(tokenizer_path or name)
+    donor = open_donor(name, **hub)
+    return donor.load(), donor_tokenizer(donor, tokenizer_path)

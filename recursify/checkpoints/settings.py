@@ -1,4 +1,4 @@
-"""Flags that name a model; the settings of every command that opens one inherit them."""
+"""Flags that name a model. The settings of every command that opens a model inherit them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ class TokenizerSource(Options):
     """Model and tokenizer: where the tokenizer is."""
 
     tokenizer_path: str | None = None
-    """Folder or hub id of the tokenizer. Default: the one that the model came with."""
+    """Folder or hub id of the tokenizer. Default: the tokenizer of the model."""
 
 
 @dataclass(kw_only=True)
-class ModelSource(Options):
+class Revision(Options):
+    """Model and tokenizer: which revision of a hub repository."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model that is named by its hub id. Default: the main branch."""
+
+
+@dataclass(kw_only=True)
+class ModelSource(Revision):
     """Model and tokenizer: which model, recursive or plain."""
 
     checkpoint: str
@@ -24,8 +32,8 @@ class ModelSource(Options):
 
 
 @dataclass(kw_only=True)
-class RecursiveSource(Options):
+class RecursiveSource(Revision):
     """Model and tokenizer: which recursive model."""
 
     checkpoint: str
-    """What convert or train wrote: a .pt file with its _tokenizer folder, or a folder in Hugging Face layout, here or on the hub."""
+    """A recursive checkpoint: a .pt file with its _tokenizer folder, a folder in Hugging Face layout, or a hub id."""

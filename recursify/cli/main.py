@@ -117,13 +117,10 @@ def compare(argv: Argv = None) -> None:
 
 def inspect(argv: Argv = None) -> None:
     """Show plan, parameters by part, and cost per token of a checkpoint."""
-    from ..checkpoints import checkpoint
     from ..conversion import inspection
 
     def job(settings: inspection.InspectSettings) -> None:
-        found = checkpoint.load(settings.checkpoint)
-        config: Any = found.model.config
-        report = inspection.inspect(config, found.plan)
+        report = inspection.run(settings)
         _print_json(report) if settings.json else print(report.render())
 
     _command("inspect", inspection.InspectSettings, job, argv)

@@ -1,4 +1,4 @@
-"""The recursive model around a donor's tensors."""
+"""Build the recursive model around a donor's tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..checkpoints.guide_names import EMBED, HEAD
 from ..errors import UserError
 from ..network.configuration_recursive_llm import from_donor
 from ..network.modeling_recursive_llm import RecursiveLLM
-from ..network.plan import ConversionPlan
+from ..network.plan import ConversionPlan, conversion_record
 from .mapping import TensorMapping, match_tensors
 from .settings import ConvertSettings
 
 
 def recursive_config(donor: Donor, plan: ConversionPlan, settings: ConvertSettings) -> Any:
-    """The configuration of the model that a plan makes.
+    """The configuration of the model that a plan describes.
 
     Raises:
         UserError: A cycle count, gain or injection out of range.
@@ -35,25 +35,28 @@ def recursive_config(donor: Donor, plan: ConversionPlan, settings: ConvertSettin
             gain_init=settings.gain,
             injection=settings.injection,
             freeze_embeddings=settings.freeze_embeddings,
+            conversion=conversion_record(plan, donor.origin),
         )
     except ValueError as error:
         raise UserError(f"--{error}") from error
 
 
-def build_model(donor: Donor, plan: ConversionPlan, config: Any) -> tuple[RecursiveLLM, TensorMapping]:
-    """The model, around the donor's tensors in the type in which transformers loads the donor, and where each tensor went.
+def build_model(donor: Donor, plan: ConversionPlan, config: Any, dtype: torch.dtype | None = None) -> tuple[RecursiveLLM, TensorMapping]:
+    """The model around the donor's tensors, and the mapping of tensors.
 
     Args:
-        config: As `recursive_config` makes it; a tie that the donor's files contradict is undone in it.
+        config: From `recursive_config`. `tie_word_embeddings` is set to False in it where the donor's files have a head of their own.
+        dtype: Dtype of the model; that in which transformers loads the donor where None.
     """
     config.tie_word_embeddings = tied = bool(config.tie_word_embeddings) and not _has_own_head(donor)
-    ours = [name for name in checkpoint.stored_names(config) if not (tied and name == HEAD)]
-    fates = match_tensors(donor.tensor_names, ours, plan, tied)
-    model = checkpoint.build(config, {name: donor.read(source) for name, source in fates.copied.items()}, donor.name, donor.dtype)
+    names = [name for name in checkpoint.stored_names(config) if not (tied and name == HEAD)]
+    mapping = match_tensors(donor.tensor_names, names, plan, tied)
+    state = {name: donor.read(source) for name, source in mapping.copied.items()}
+    model = checkpoint.build(config, state, donor.name, dtype or donor.dtype)
     model.generation_config = donor.generation_config()
-    return model, fates
+    return model, mapping
 
 
 def _has_own_head(donor: Donor) -> bool:
-    """Whether the files hold a head of its own, whatever the configuration says of a tie; transformers, too, goes by the files then."""
+    """Whether the files hold a head that differs from the embeddings. As in transformers, the files override `tie_word_embeddings`."""
     return {HEAD, EMBED} <= set(donor.tensor_names) and not torch.equal(donor.read(HEAD), donor.read(EMBED))

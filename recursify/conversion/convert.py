@@ -1,10 +1,10 @@
-"""From a donor to a recursive model: plan, stream the wanted tensors, check the result, save it.
+"""Convert a donor to a recursive model: plan, read the tensors, check the result, save it.
 
-    convert(...)    the Python door: donor in, model out
-    run(settings)   what `recursify convert` does: the same, with a report, into a file or a folder
+    convert(...)    the Python function: takes a donor, returns a model
+    run(settings)   the command `recursify convert`: the same, with a report, to a file or a folder
 
-Every donor tensor is copied or left out by name, and every one of ours has a source (`mapping.match_tensors`); every copied tensor is
-compared with the donor's file, and the finished model is run against the same layers in transformers' own class.
+Every donor tensor is copied or left out by name, and every tensor of the model has a source (`mapping.match_tensors`). Every copied tensor
+is compared with the donor's file, and the model is run against the same layers in transformers' own class.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 
 from ..checkpoints import checkpoint
-from ..checkpoints.donor import Donor, open_donor
-from ..checkpoints.tokenizer import load_tokenizer
+from ..checkpoints.donor import Donor, donor_tokenizer, open_donor
 from ..errors import UserError
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..network.plan import ConversionPlan
+from ..utils.device import choose_device
 from .build import build_model, recursive_config
 from .inspection import Inspection, inspect
 from .layer_selection import candidates, make_plan
@@ -34,11 +34,11 @@ from .settings import ConvertSettings, Say
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion: the model, how it was made, and how it was checked."""
+    """A finished conversion: the model, its plan, the mapping of tensors, and the result of the self-check."""
 
     model: RecursiveLLM
     plan: ConversionPlan
-    fates: TensorMapping
+    mapping: TensorMapping
     check: SelfCheck
 
 
@@ -56,14 +56,28 @@ def convert(
     injection: Literal["anchored", "sum_norm"] = "anchored",
     freeze_embeddings: bool = False,
     calibration_file: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> RecursiveLLM:
-    """Make a recursive model from a donor, on the CPU, in the donor's dtype.
+    """Make a recursive model from a donor.
+
+    The model records its donor and plan in `config.conversion`, which `save_pretrained` writes. There is no `trust_remote_code`: all
+    supported donor families are part of transformers, and no code of the donor's repository is run.
 
     Args:
         donor: Hub id or folder.
         L_layers, H_cycles, L_cycles: Shape of the loop.
         layer_selection, keep_donor, prelude_layers, coda_layers: Which donor layers go where; see `layer_selection.make_plan`.
         gain: Start value of the gains; 0 makes every cycle equal to the plain pass.
+        injection: How states and embedding are mixed: `anchored`, or `sum_norm` (not exact at conversion).
+        freeze_embeddings: Keep the embeddings, and a head tied to them, out of training.
+        calibration_file: Text file for `layer_selection="auto"`.
+        revision: Branch, tag or commit of a donor on the hub; its main branch where None.
+        token: Access token of the hub; where None, HF_TOKEN or that of `hf auth login`.
+        dtype: Dtype of the model, such as `torch.bfloat16` or "bfloat16"; None and "auto" mean that of the donor.
+        device: Device of the model; the CPU, where the conversion runs, where None.
 
     Raises:
         UserError: A ValueError whose text says what was wrong and how to mend it.
@@ -71,17 +85,29 @@ def convert(
     settings = ConvertSettings(
         qwen_model=donor, L_layers=L_layers, H_cycles=H_cycles, L_cycles=L_cycles, layer_selection=layer_selection, keep_donor=keep_donor,
         prelude_layers=prelude_layers, coda_layers=coda_layers, gain=gain, injection=injection, freeze_embeddings=freeze_embeddings,
-        calibration_file=calibration_file,
+        calibration_file=calibration_file, revision=revision,
     )  # fmt: skip
-    found = open_donor(donor)
-    return convert_tensors(found, resolve_plan(found, settings), settings).model
+    target, wanted = None if device is None else choose_device(str(device)), _dtype(dtype)
+    found = open_donor(donor, revision=revision, token=token)
+    model: Any = convert_tensors(found, resolve_plan(found, settings), settings, dtype=wanted).model
+    return model if target is None else model.to(target)
+
+
+def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype from its name; None for "auto"."""
+    found = getattr(torch, given, given) if isinstance(given, str) else given
+    if found is None or found == "auto":
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype: expected a floating-point dtype of torch such as bfloat16, or auto, got {given!r}")
+    return found
 
 
 def resolve_plan(donor: Donor, settings: ConvertSettings, say: Say = lambda _: None) -> ConversionPlan:
-    """The plan that the flags mean for this donor. Only `auto` reads the donor's weights.
+    """The plan that the flags describe for this donor. Only `auto` reads the donor's weights.
 
     Raises:
-        UserError: Flags that do not fit the donor or each other.
+        UserError: Flags that contradict the donor or each other.
     """
     if settings.layer_selection == "auto":
         plans = _auto_candidates(donor, settings)
@@ -98,7 +124,7 @@ def resolve_plan(donor: Donor, settings: ConvertSettings, say: Say = lambda _: N
 
 
 def check_seq_len(donor: Donor, seq_len: int) -> None:
-    """Raise a UserError for sequences that are longer than the donor has positions."""
+    """Raise a UserError for sequences longer than the donor's number of positions."""
     positions = getattr(donor.config, "max_position_embeddings", None)
     if seq_len < 1 or (positions is not None and seq_len > positions):
         raise UserError(f"--seq_len: expected 1 to {positions} (the donor's positions), got {seq_len}")
@@ -118,18 +144,20 @@ def convert_tensors(
     settings: ConvertSettings,
     say: Say = lambda _: None,
     save: Callable[[RecursiveLLM, Callable[[], Any]], Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Conversion:
-    """Stream the tensors that the plan wants, build the model around them, and check it.
+    """Read the tensors of the plan, build the model around them, and check it.
 
     Args:
-        save: Writes the model while it is being checked. It gets the model, and what waits for the checks and raises what they raise:
-            to be called before anything that was written gets its place.
+        save: Writes the model while it is being checked. Called with the model and a function that waits for the checks and raises their
+            errors; call that before renaming anything that was written.
+        dtype: Dtype of the model; that of the donor where None.
 
     Raises:
         UserError: The donor's files are damaged or do not match its configuration.
-        RuntimeError: The finished model differs from the donor's layers: a fault of ours, never of the input.
+        RuntimeError: The model differs from the donor's layers: a bug, never a fault of the input.
     """
-    model, fates = build_model(donor, plan, recursive_config(donor, plan, settings))
+    model, mapping = build_model(donor, plan, recursive_config(donor, plan, settings), dtype)
     say("✓ Initialized recursive model")
     say("✓ Copied embeddings")
     say(f"✓ Copied {len(plan.loop)} transformer layers from indices {list(plan.loop)}")
@@ -137,12 +165,13 @@ def convert_tensors(
         say(f"✓ Copied {len(plan.prelude)} prelude layers and {len(plan.coda)} coda layers")
     say("✓ Copied LM head")
     twin = plain_twin(donor.config, plan, model)
-    with _beside() as pool:
-        tensors, logits = pool.submit(compare_tensors, donor, fates, model), pool.submit(compare_logits, donor, plan, fates, model, twin)
+    with _check_pool() as pool:
+        tensors = pool.submit(compare_tensors, donor, mapping, model)
+        logits = pool.submit(compare_logits, donor, plan, mapping, model, twin)
         if save is not None:
             save(model, lambda: (tensors.result(), logits.result()))
         tensors.result()
-        return Conversion(model, plan, fates, logits.result())
+        return Conversion(model, plan, mapping, logits.result())
 
 
 @dataclass(frozen=True)
@@ -160,25 +189,25 @@ class ConvertReport:
 
 
 def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
-    """What `recursify convert` does.
+    """Run the command `recursify convert`.
 
     Raises:
-        UserError: Bad input; nothing is written then.
+        UserError: Bad input; nothing is written.
     """
     start = time.monotonic()
     if not settings.dry_run:
         checkpoint.check_writable(settings.output_path)
-    donor = open_donor(settings.qwen_model)
+    donor = open_donor(settings.qwen_model, revision=settings.revision)
     check_seq_len(donor, settings.seq_len)
     if settings.dry_run:
         return _dry_run(donor, settings, say, start)
-    tokenizer = load_tokenizer(settings.tokenizer_path or donor.name)
+    tokenizer = donor_tokenizer(donor, settings.tokenizer_path)
     plan = resolve_plan(donor, settings, say)
     donor.check_weights()
     c = donor.config
     family = "Qwen" if c.model_type.startswith("qwen") else type(c).__name__.removesuffix("Config")
     say(f"✓ Loaded {family} model: hidden_size={c.hidden_size}, num_layers={c.num_hidden_layers}, vocab_size={c.vocab_size}")
-    notes = {"donor": donor.name, "seq_len": settings.seq_len}
+    notes = {**donor.origin, "seq_len": settings.seq_len}
 
     def save(model: RecursiveLLM, checked: Callable[[], Any]) -> None:
         checkpoint.save(settings.output_path, model, tokenizer, plan, notes, approve=checked)
@@ -189,11 +218,11 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     say(f"✓ Saved to {settings.output_path}")
     seconds = round(time.monotonic() - start, 2)
     config: Any = done.model.config
-    return ConvertReport(inspect(config, plan), check, settings.output_path, seconds)
+    return ConvertReport(inspect(config), check, settings.output_path, seconds)
 
 
-def _beside() -> ThreadPoolExecutor:
-    """Threads that compare while the result is being written; of torch's own threads they leave one core to the writing."""
+def _check_pool() -> ThreadPoolExecutor:
+    """Threads for the checks, which run while the result is written; one core is left for writing."""
     return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(max(1, torch.get_num_threads() - 1),))
 
 
@@ -201,7 +230,7 @@ def _verdict(check: SelfCheck) -> str:
     worst = max(check.cycle_differences, default=0.0)
     if worst == 0.0:
         return "logits equal at every cycle (max difference 0.0)"
-    return f"logits of a plain pass equal (max difference 0.0); the start gain or sum_norm moves those of the cycles by up to {worst:.3g}"
+    return f"logits of a plain pass equal (max difference 0.0); the start gain or sum_norm changes those of the cycles by up to {worst:.3g}"
 
 
 def _dry_run(donor: Donor, settings: ConvertSettings, say: Say, start: float) -> ConvertReport:
@@ -211,6 +240,6 @@ def _dry_run(donor: Donor, settings: ConvertSettings, say: Say, start: float) ->
         plan = plans[0]
     else:
         plan = resolve_plan(donor, settings)
-    found = inspect(recursive_config(donor, plan, settings), plan)
+    found = inspect(recursive_config(donor, plan, settings))
     say(found.render())
     return ConvertReport(found, None, None, round(time.monotonic() - start, 2))

@@ -1,12 +1,10 @@
-"""Which donor layers go where: a conversion, decided before any tensor is read.
+"""Choose the donor layers of prelude, loop and coda, before any tensor is read.
 
-A plan is a value. It can be printed, stored beside the weights, and compared; `convert.py` carries it out.
+    compact      no prelude, no coda: a few layers form the loop, the rest is dropped (the guides' default)
+    keep_donor   the loop is a contiguous block, all layers before and after it are kept: exact at conversion
+    between      some prelude and coda layers are kept, the loop is chosen from the layers between (as (4, 8, 4) in arXiv 2511.07384)
 
-    compact      no prelude, no coda: a few layers make the loop, the rest is dropped (the guides' default)
-    keep_donor   the loop is a contiguous block, every layer before and after it is kept: exact at conversion
-    between      some prelude and coda layers kept, the loop chosen from the layers between (as in (4, 8, 4) of arXiv 2511.07384)
-
-Letters: N layers of the donor, K layers wanted.
+Letters: N layers of the donor, K layers of the loop.
 """
 
 from __future__ import annotations
@@ -24,19 +22,19 @@ SELECTIONS = ("uniform", "first", "last", "middle", "stride", "auto")
 def select_layers(selection: str, num_layers: int, count: int) -> list[int]:
     """`count` of `num_layers` layers, distinct and ascending.
 
-    uniform keeps both ends, ceil(i * (N - 1) / (K - 1)), as the quick start prints it: 0, 8, 16, 23 of 24. stride is the technical guide's
-    int(i * N / K): 0, 6, 12, 18 of 24. One layer wanted is N // 2 for uniform and middle, which have no other middle.
+    uniform includes both ends, ceil(i * (N - 1) / (K - 1)), as in the quick start: 0, 8, 16, 23 of 24. stride is int(i * N / K), as in the
+    technical guide: 0, 6, 12, 18 of 24. A single layer is N // 2 for uniform and middle.
 
     Raises:
         UserError: An unknown selection, or a count outside 1..N.
     """
     N, K = num_layers, count
     if selection == "auto":
-        raise UserError("--layer_selection auto: is resolved by running the donor, not by counting; convert it with a --calibration_file")
+        raise UserError("--layer_selection auto: needs the donor, not only its number of layers; convert it with a --calibration_file")
     if selection not in SELECTIONS:
         raise UserError(f"--layer_selection: expected one of {', '.join(SELECTIONS)}, got {selection!r}")
     if not 1 <= K <= N:
-        raise UserError(f"--L_layers: expected 1 to {N} (the layers there are to choose from), got {K}")
+        raise UserError(f"--L_layers: expected 1 to {N} (the layers to choose from), got {K}")
     if selection in ("uniform", "middle") and K == 1:
         return [N // 2]
     if selection == "uniform":
@@ -57,14 +55,14 @@ def make_plan(
     prelude_layers: int = 0,
     coda_layers: int = 0,
 ) -> ConversionPlan:
-    """Resolve the flags of a conversion to indices. `auto` is resolved elsewhere: it needs the donor's weights, see `candidates`.
+    """Resolve the flags of a conversion to layer indices. For `auto`, which needs the donor's weights, see `candidates`.
 
     Args:
         layer_selection: None means `uniform`, or `middle` with `keep_donor`.
-        keep_donor: Keep every layer. The counts of prelude and coda follow from the block; when given, they place it.
+        keep_donor: Keep every layer. Counts of prelude or coda then determine where the block is.
 
     Raises:
-        UserError: Counts out of range or that do not add up, or a block that is not contiguous with `keep_donor`.
+        UserError: Counts out of range or with a wrong sum, or a block that is not contiguous with `keep_donor`.
     """
     for name, value in (("--prelude_layers", prelude_layers), ("--coda_layers", coda_layers)):
         if not _is_whole(value) or value < 0:
@@ -93,7 +91,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _kept_block(N: int, K: int, selection: str | None, prelude: int, coda: int) -> list[int]:
-    """The contiguous block that is looped when every layer is kept."""
+    """The contiguous block that is looped when all layers are kept."""
     if prelude or coda:
         if selection is not None:
             raise UserError(f"--keep_donor: --layer_selection {selection} and prelude or coda counts both place the block; give one only")
@@ -114,8 +112,8 @@ def _kept_block(N: int, K: int, selection: str | None, prelude: int, coda: int) 
 
 
 def candidates(donor: str, donor_layers: int, L_layers: int) -> Sequence[ConversionPlan]:
-    """Every plan that `auto` chooses from: the block at each start, everything else kept."""
-    make_plan(donor, donor_layers, L_layers=L_layers)  # for its errors
+    """The plans that `auto` chooses from: the block at each start, all other layers kept."""
+    make_plan(donor, donor_layers, L_layers=L_layers)  # checks L_layers
     plans = []
     for first in range(donor_layers - L_layers + 1):
         last = first + L_layers

@@ -1,4 +1,4 @@
-"""layer_selection auto: which block may be looped with the least harm, measured on text."""
+"""layer_selection auto: find the block whose looping changes the donor's predictions least, measured on text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.donor import Donor
-from ..checkpoints.tokenizer import load_tokenizer
+from ..checkpoints.donor import Donor, donor_tokenizer
 from ..data.calibration import calibration_windows
 from ..network.plan import ConversionPlan
 from .build import build_model, recursive_config
@@ -20,12 +19,12 @@ _PROBE_GAIN = 0.5
 
 
 def probe(donor: Donor, plans: Sequence[ConversionPlan], settings: ConvertSettings, say: Say) -> ConversionPlan:
-    """`auto`: the start at which looping the block disturbs the donor least.
+    """The plan whose looped block changes the donor least.
 
-    For every start the donor runs with the block applied twice, the second time on a point half-way to its first output (gain 0.5); the
-    start with the least KL divergence from the donor's own next-token distribution wins.
+    For every start of the block, the donor runs with the block applied twice; the second input is half-way between the block's first input
+    and output (gain 0.5). The start with the lowest KL divergence from the donor's own next-token distribution is chosen.
     """
-    tokenizer = load_tokenizer(settings.tokenizer_path or donor.name)
+    tokenizer = donor_tokenizer(donor, settings.tokenizer_path)
     ids = calibration_windows(settings.calibration_file or "", tokenizer, _PROBE_TOKENS, _PROBE_WINDOWS)
     say(f"auto: probing {len(plans)} starts with {len(plans) + 1} passes of the whole donor over {ids.numel()} tokens")
     base = ConvertSettings(**{**vars(settings), "H_cycles": 2, "L_cycles": 0, "injection": "anchored"})
@@ -35,11 +34,11 @@ def probe(donor: Donor, plans: Sequence[ConversionPlan], settings: ConvertSettin
     half, none = torch.full((size,), _PROBE_GAIN, dtype=dtype), torch.zeros(size, dtype=dtype)
     recursion.inject_H.gains = lambda dtype: (half, none)
     with torch.no_grad():
-        recursion.H_init.zero_()  # so the first cycle sees e alone
+        recursion.H_init.zero_()  # so the input of the first cycle is e
         reference = model.model(ids, H_cycles=0, use_cache=False).last_hidden_state
         costs = []
         for plan in plans:
-            model.model.config = recursive_config(donor, plan, base)  # all layers are there: only where the loop begins differs
+            model.model.config = recursive_config(donor, plan, base)  # the model has all layers; only the start of the loop differs
             model.model.config._attn_implementation = model.config._attn_implementation
             looped = model.model(ids, use_cache=False).last_hidden_state
             costs.append(_kl(model.lm_head, reference, looped))
@@ -48,7 +47,7 @@ def probe(donor: Donor, plans: Sequence[ConversionPlan], settings: ConvertSettin
 
 
 def _kl(head: Any, reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean KL(reference || other) in nats per token, one window at a time: the vocabulary is wide."""
+    """Mean KL(reference || other) in nats per token, one window at a time to bound the memory of the logits."""
     total = 0.0
     for p, q in zip(reference, other, strict=True):
         log_p, log_q = (head(x).float().log_softmax(-1) for x in (p, q))

@@ -1,4 +1,4 @@
-"""The flags of a conversion."""
+"""Flags of a conversion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checkpoints.settings import TokenizerSource
+from ..checkpoints.settings import Revision, TokenizerSource
 from ..utils.options import JsonOutput, Options
 
 Say = Callable[[str], None]
@@ -14,41 +14,41 @@ Say = Callable[[str], None]
 
 @dataclass(kw_only=True)
 class LoopSettings(Options):
-    """Loop: its shape, for every job that makes one."""
+    """Loop: its shape, for every command that converts a donor."""
 
     L_layers: int = 4
     """Layers in the looped block."""
     H_cycles: int = 3
-    """Cycles; each ends in a state that can be read out."""
+    """Cycles. Logits are available after each."""
     L_cycles: int = 3
-    """Updates of z_L within a cycle. The block is applied H_cycles * (L_cycles + 1) times."""
+    """Updates of z_L per cycle. The block is applied H_cycles * (L_cycles + 1) times."""
 
 
 @dataclass(kw_only=True)
-class ConvertSettings(LoopSettings, TokenizerSource, JsonOutput):
+class ConvertSettings(LoopSettings, TokenizerSource, Revision, JsonOutput):
     """Turn a pretrained language model into a recursive one."""
 
     qwen_model: str = "Qwen/Qwen2-0.5B"
     """The donor: a hub id, or a folder with config.json and safetensors. Qwen2, Qwen2.5, Qwen3, Llama, Mistral, SmolLM3, OLMo2 or Phi3."""
     seq_len: int = 512
-    """Longest sequence you mean to use: checked against the donor's positions, and kept in the checkpoint's notes."""
+    """Longest sequence that you plan to use: checked against the donor's number of positions, and recorded."""
     layer_selection: Literal["uniform", "first", "last", "middle", "stride", "auto"] | None = None
-    """Which donor layers make the block. Default: uniform, or middle with --keep_donor. auto probes every start and keeps the donor."""
+    """Which donor layers are looped; auto probes every start and keeps all layers. Default: uniform, or middle with --keep_donor."""
     calibration_file: str | None = None
-    """Text that auto measures on."""
+    """Text file that --layer_selection auto measures on."""
     freeze_embeddings: bool = False
-    """Keep the embeddings (and a head that is tied to them) out of training."""
+    """Keep the embeddings (and a head tied to them) out of training."""
     keep_donor: bool = False
-    """Keep every donor layer: those before and after the block run once. Exact at conversion."""
+    """Keep every donor layer; those before and after the block run once. Exact at conversion."""
     prelude_layers: int = 0
     """Donor layers kept before the loop."""
     coda_layers: int = 0
     """Donor layers kept after the loop."""
     gain: float = 0.0
-    """Start value of the gains on the states, 0 <= gain <= 0.45. At 0 every cycle equals the plain pass."""
+    """Start value of the gains (the gates on the states), 0 to 0.45. At 0 every cycle equals the plain pass."""
     injection: Literal["anchored", "sum_norm"] = "anchored"
-    """How states and embedding mix: anchored, or sum_norm (TRM's bare sum with a norm; not exact at conversion)."""
+    """How states and embedding are mixed: anchored, or sum_norm (TRM's plain sum with a norm; not exact at conversion)."""
     dry_run: bool = False
-    """Print the plan with parameter counts and stop. Reads config.json only."""
+    """Print plan, parameters and cost, and stop. Reads config.json only."""
     output_path: str = "qwen_recursive_init.pt"
-    """Where to write: a .pt file (with its tokenizer beside it), or a new folder in the Hugging Face layout."""
+    """Where to write: a .pt file (with its tokenizer folder beside it), or a new folder in Hugging Face layout."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.loading import load_model
+from ..checkpoints.repository import split_revision
 from ..data.tasks import Item
 from ..network.modeling_recursive_llm import RecursiveLLM
 from .evaluate import EvaluateReport, Paired, evaluate_paired, join_processes
@@ -175,7 +176,8 @@ def run(settings: CompareSettings) -> Comparison:
 
 def _measure(path: str, name: str, settings: CompareSettings, sets: Mapping[str, list[Item]]) -> Measured:
     """At the cycles of the settings and at the model's own; nothing of it stays in memory."""
-    model, tokenizer = load_model(path, settings.tokenizer_path)
+    source, revision = split_revision(path)
+    model, tokenizer = load_model(source, settings.tokenizer_path, revision=revision)
     if isinstance(model, RecursiveLLM):
         cycles = tuple(dict.fromkeys((*settings.cycles, model.config.H_cycles))) if settings.cycles else ()
         settings = replace(settings, cycles=cycles)

@@ -98,7 +98,7 @@ def run(settings: EvaluateSettings) -> EvaluateReport:
     settings.validate()
     sets = question_sets(settings)
     join_processes(settings)
-    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path)
+    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
     return evaluate_paired(model, tokenizer, settings, settings.checkpoint, sets)[0]
 
 

@@ -148,8 +148,8 @@ class CompareSettings(MeasureSettings, TokenizerSource):
     """Measure several models on the same text, questions and tasks, and say how sure the differences are."""
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]]
-    """Recursive checkpoints (.pt files or folders) and plain donors (folders or hub ids), at least two. The first is what the others are
-    compared with."""
+    """At least two models, recursive or plain: .pt files, folders, hub ids, or hub ids with a revision (id@revision). The first is the
+    baseline."""
     cycles: tuple[int, ...] = ()
     """Cycle counts to measure beside each model's own, e.g. --cycles 0 1 3 5. Default: 1 to twice each model's own."""
 

@@ -94,7 +94,7 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
     measured = _read_evaluations(settings.evaluation)
     if settings.push is not None:
         upload.check(settings.push)
-    found = checkpoint.load(settings.checkpoint, tokenizer_path=settings.tokenizer_path)
+    found = checkpoint.load(settings.checkpoint, tokenizer_path=settings.tokenizer_path, revision=settings.revision)
     tokenizer = checkpoint.need_tokenizer(found, settings.checkpoint)
     if settings.donor:
         checkpoint.require_head(found, settings.checkpoint)
@@ -305,7 +305,7 @@ def check_donor(donor: Any, model: Any) -> None:
     """
     expected = {name for name in model.state_dict() if not name.startswith(_RECURSION)}
     if set(donor.state_dict()) != expected:
-        raise RuntimeError(f"tensors without a fate: {sorted(set(donor.state_dict()) ^ expected)}")
+        raise RuntimeError(f"unmapped tensors: {sorted(set(donor.state_dict()) ^ expected)}")
     ids = torch.randint(model.config.vocab_size, (1, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain, own = donor(ids, use_cache=False).logits, model(ids, H_cycles=0, use_cache=False).logits

@@ -49,7 +49,7 @@ def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
         UserError: A setting out of range; a checkpoint or tokenizer that cannot be read; a model that cannot write, or not as asked.
     """
     settings.validate()
-    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path)
+    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
     settings.sampling.generate_kwargs(model)  # for what it refuses
     return model.to(choose_device(settings.device)), tokenizer
 

@@ -81,6 +81,8 @@ block_types (`list[str]`, *optional*):
     Attention type of each layer that exists; None derives it as the donor's class does.
 layer_types (`list[str]`, *optional*):
     Derived, one per cache slot.
+conversion (`dict`, *optional*):
+    How the model was made, in JSON types: `donor`, `revision`, `plan` (which donor layers it has), a training summary. Documentation only.
 """
 _SMOLLM3 = r"""
 no_rope_layers (`list[int]`, *optional*):
@@ -125,6 +127,7 @@ class RecursiveLLMConfig(_Mixed):
     freeze_embeddings: bool = False
     block_types: list[str] | None = None
     layer_types: list[str] | None = None
+    conversion: dict[str, Any] | None = None
 
     base_model_pp_plan: ClassVar[Any] = None  # the donor's pipeline plan is for a stack; a loop is none
 
@@ -208,6 +211,8 @@ def _check(name: str, value: Any) -> None:
     least = (_LAYERS | _CYCLES).get(name)
     if least is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if name == "conversion" and not isinstance(value, dict | None):
+        raise ValueError(f"conversion: expected an object with donor and plan, or null, got {value!r}")
     if name == "injection" and value not in INJECTIONS:
         raise ValueError(f"injection: expected one of {', '.join(INJECTIONS)}, got {value!r}")
     if name == "gain_init" and not 0.0 <= value <= GAIN_MAX:

@@ -1,20 +1,24 @@
-"""Which donor layers a network is made of, as a value: printed, compared, and stored beside the weights."""
+"""Which donor layers a recursive model is made of, and the conversion record in its configuration.
+
+config.conversion = {"donor": ..., "revision": ..., "plan": {"donor_layers": ..., "prelude": [...], ...}, further notes}
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """The fate of every layer of a donor.
+    """Where each layer of a donor goes.
 
     Args:
-        donor: Hub id or folder of the donor, for the record.
-        donor_layers: N, how many layers the donor has.
+        donor: Hub id or folder of the donor.
+        donor_layers: N, the number of layers of the donor.
         prelude, loop, coda: Donor layer indices, in the order in which they run.
-        layer_selection: The strategy that chose the loop; `counts` where prelude and coda counts placed it.
+        layer_selection: How the loop was chosen; `counts` where the numbers of prelude and coda layers place it.
     """
 
     donor: str
@@ -26,12 +30,12 @@ class ConversionPlan:
 
     @property
     def indices(self) -> list[int]:
-        """The donor layer behind each of our layers."""
+        """The donor layer of each layer of the recursive model."""
         return [*self.prelude, *self.loop, *self.coda]
 
     @property
     def dropped(self) -> list[int]:
-        """Donor layers that go nowhere."""
+        """Donor layers that the recursive model does not have."""
         kept = set(self.indices)
         return [i for i in range(self.donor_layers) if i not in kept]
 
@@ -40,7 +44,7 @@ class ConversionPlan:
         """Whether one plain pass runs exactly the donor's layers."""
         return self.indices == list(range(self.donor_layers))
 
-    def fate(self, layer: int) -> str:
+    def place(self, layer: int) -> str:
         """Where a donor layer goes: `prelude 0`, `L_level 2`, `coda 1` or `dropped`."""
         for part, indices in (("prelude", self.prelude), ("L_level", self.loop), ("coda", self.coda)):
             if layer in indices:
@@ -48,10 +52,39 @@ class ConversionPlan:
         return "dropped"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; `from_dict` is the inverse."""
+        """JSON types. `from_dict` is the inverse."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ConversionPlan:
         fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         return cls(**fields)
+
+
+def conversion_record(plan: ConversionPlan | None, notes: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The value of `config.conversion` for a plan and further notes (JSON types); None for neither."""
+    record = dict(notes or {})
+    if plan is not None:
+        fields = plan.to_dict()
+        record |= {"donor": fields.pop("donor"), "plan": fields}
+    return record or None
+
+
+def plan_of(config: Any) -> ConversionPlan | None:
+    """The plan in the conversion record of a configuration; None where it has none.
+
+    Raises:
+        ValueError: A damaged record.
+    """
+    record = config.conversion or {}
+    if record.get("plan") is None:
+        return None
+    try:
+        return ConversionPlan.from_dict({"donor": record["donor"], **record["plan"]})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"conversion: expected donor and plan of the conversion, got {record}; set it to null to load without") from error
+
+
+def notes_of(config: Any) -> dict[str, Any]:
+    """The conversion record of a configuration without its plan."""
+    return {name: value for name, value in (config.conversion or {}).items() if name != "plan"}

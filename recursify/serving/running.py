@@ -75,7 +75,7 @@ def load(settings: ServeSettings) -> Service:
     from .answering import Service
 
     device = choose_device(settings.device)
-    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path)
+    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
     dtype = model.dtype if settings.dtype is None else getattr(torch, settings.dtype)
     path = Path(settings.checkpoint)
     name = settings.model_name or (path.absolute().name.removesuffix(".pt") if path.exists() else settings.checkpoint)

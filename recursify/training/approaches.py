@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import checkpoint
-from ..checkpoints.donor import open_donor
-from ..checkpoints.tokenizer import load_tokenizer
+from ..checkpoints.donor import donor_tokenizer, open_donor
 from ..conversion.convert import check_seq_len, convert_tensors, resolve_plan
 from ..conversion.settings import ConvertSettings, LoopSettings, Say
 from ..errors import UserError
 from ..network.losses import embedding_losses, nearest_is_next, next_embedding_loss, next_token_loss, token_losses
 from ..network.modeling_recursive_llm import RecursiveLLM
+from ..network.plan import conversion_record
 from ..utils.models import is_recursive
 from .settings import DonorSettings, RunSettings
 
@@ -117,8 +117,8 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
     Raises:
         UserError: A donor that cannot be used, or flags that do not fit it.
     """
-    donor = open_donor(settings.model_name)
-    tokenizer = load_tokenizer(settings.tokenizer_path or donor.name)
+    donor = open_donor(settings.model_name, revision=settings.revision)
+    tokenizer = donor_tokenizer(donor, settings.tokenizer_path)
     loop = {field.name: getattr(settings, field.name) for field in fields(LoopSettings)}
     wanted = ConvertSettings(qwen_model=donor.name, **loop)
     check_seq_len(donor, settings.seq_len)
@@ -135,8 +135,9 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
     if getattr(settings, "tune_lm_head", False) and model.config.tie_word_embeddings:
         model = untied(model)
         say(f"--tune_lm_head: the head was tied to the embeddings; it is its own matrix now, {model.lm_head.weight.numel():,} parameters")
-    notes = {"donor": donor.name, "seq_len": settings.seq_len, "loop": "fresh" if settings.starts_fresh else "donor"}
-    return checkpoint.Checkpoint(model, tokenizer, None if settings.starts_fresh else plan, notes)
+    notes = {**donor.origin, "seq_len": settings.seq_len, "loop": "fresh" if settings.starts_fresh else "donor"}
+    model.config.conversion = conversion_record(None if settings.starts_fresh else plan, notes)
+    return checkpoint.Checkpoint(model, tokenizer)
 
 
 def looped_layers(model: Any) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import open_donor
+from ..checkpoints.repository import split_revision
 from ..errors import UserError
 from ..utils.device import choose_device
 from .approaches import from_donor
@@ -103,7 +104,8 @@ def train(settings: RunSettings) -> TrainResult:
 
 def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Checkpoint:
     if point is not None or isinstance(settings, TrainSettings):
-        return checkpoint.load(point or settings.source, tokenizer_path=settings.tokenizer_path)
+        revision = settings.revision if point is None and isinstance(settings, TrainSettings) else None
+        return checkpoint.load(point or settings.source, tokenizer_path=settings.tokenizer_path, revision=revision)
     assert isinstance(settings, DonorSettings)
     return from_donor(settings, announce)
 
@@ -118,11 +120,12 @@ def _load_teacher(settings: RunSettings, found: checkpoint.Checkpoint, device: t
     """The donor that is distilled from, once, in bfloat16 where the GPU has it; None where the run has no such term."""
     if not settings.distill_weight:
         return None
-    name = settings.teacher or found.notes.get("donor")
+    notes = found.notes
+    name, revision = split_revision(settings.teacher) if settings.teacher else (notes.get("donor"), notes.get("revision"))
     if name is None:
         raise UserError(f"--distill_weight: {settings.source} does not say which donor it comes from; name one with --teacher")
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    teacher = open_donor(name).load(dtype=dtype)
+    teacher = open_donor(name, revision=revision).load(dtype=dtype)
     words, own = (model.get_output_embeddings().out_features for model in (teacher, found.model))
     if words != own:
         raise UserError(f"--teacher: expected one with the vocabulary of the model, but {name} knows {words} words, the model {own}")

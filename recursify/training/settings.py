@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from ..checkpoints.settings import RecursiveSource, TokenizerSource
+from ..checkpoints.settings import RecursiveSource, Revision, TokenizerSource
 from ..conversion.settings import LoopSettings
 from ..data.question_sets import is_questions
 from ..data.settings import DataSettings, parse_mix
@@ -111,7 +111,7 @@ class RunSettings(DataSettings, DeviceOptions, TokenizerSource):
     distill_temperature: float = 1.0
     """Temperature of the two distillation terms: above 1, what is unlikely counts for more."""
     teacher: str | None = None
-    """Whose predictions distill_weight means: a hub id or a folder. Default: the donor that the checkpoint was converted from."""
+    """Teacher of --distill_weight: a folder, a hub id, or id@revision. Default: the donor that the checkpoint was converted from."""
     self_distill_weight: float = 0.0
     """Weight of the divergence of each earlier cycle from the last one. Needs enable_deep_supervision."""
     monotone_weight: float = 0.0
@@ -284,7 +284,7 @@ class TrainSettings(FitSettings, RecursiveSource):
 
 
 @dataclass(kw_only=True)
-class _FromDonor(Options):
+class _FromDonor(Revision):
     """Model and tokenizer: the donor."""
 
     model_name: str = "Qwen/Qwen2-0.5B"
@@ -295,7 +295,7 @@ class _FromDonor(Options):
 class DonorSettings(RunSettings, LoopSettings, _FromDonor):
     """Loop: the approaches that start at a donor, whose embeddings they freeze, and train the loop alone."""
 
-    resume_fields: ClassVar[tuple[str, ...]] = (*RunSettings.resume_fields, "model_name", "L_layers", "H_cycles", "L_cycles")
+    resume_fields: ClassVar[tuple[str, ...]] = (*RunSettings.resume_fields, "model_name", "revision", "L_layers", "H_cycles", "L_cycles")
 
     @property
     def source(self) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from recursify import ConversionPlan, RecursiveLLM
+from recursify import ConversionPlan, RecursiveLLM, convert
 from recursify.checkpoints import checkpoint
 from recursify.checkpoints.guide_names import guide_names
 from recursify.checkpoints.model_card import LOSS_PICTURE, PLAN_PICTURE
@@ -335,13 +335,49 @@ def test_places_without_a_checkpoint(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", '{"plan": 3, "notes": {}}', '{"plan": null}'])
-def test_a_damaged_record_in_a_folder(content: str, saved: Path) -> None:
+def test_damaged_record_in_a_folder_of_0_1_0_is_refused(content: str, saved: Path) -> None:
+    edit_config(saved / "model", conversion=None)
     (saved / "model" / checkpoint.RECORD).write_text(content)
     with pytest.raises(UserError, match=rf"{checkpoint.RECORD}: "):
         checkpoint.load(saved / "model")
     (saved / "model" / checkpoint.RECORD).unlink()
     found = checkpoint.load(saved / "model")
     assert found.plan is None and found.notes == {}
+
+
+@pytest.mark.parametrize("record", [{"plan": {}}, {"donor": "a/donor", "plan": 3}, {"donor": "a/donor", "plan": {"loop": [1]}}, "text"])
+def test_damaged_conversion_record_is_refused(record: Any, saved: Path) -> None:
+    edit_config(saved / "model", conversion=record)
+    with pytest.raises(UserError, match="model: its config is damaged: conversion: expected .*donor and plan"):
+        checkpoint.load(saved / "model")
+
+
+def test_plain_save_pretrained_keeps_plan_and_donor(tmp_path: Path) -> None:
+    tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=4)
+    model = convert(str(tmp_path / "donor"), L_layers=2, keep_donor=True)
+    model.save_pretrained(tmp_path / "saved")
+    found = checkpoint.load(tmp_path / "saved")
+    assert found.plan == ConversionPlan(str(tmp_path / "donor"), 4, (0,), (1, 2), (3,), "middle")
+    assert found.notes == {"donor": str(tmp_path / "donor")}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    again.save_pretrained(tmp_path / "again")
+    assert checkpoint.load(tmp_path / "again").plan == found.plan
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_stores_the_record_once(form: str, saved: Path, model: RecursiveLLM, tmp_path: Path) -> None:
+    """`plan` and `notes` of a .pt file, `conversion` in the config.json of a folder; a later save of the loaded model writes the same."""
+    assert model.config.conversion is None  # saving a record does not change the model in memory
+    found = checkpoint.load(saved / form)
+    checkpoint.save(tmp_path / form, found.model, None)
+    for place in (saved, tmp_path):
+        if form == "model":
+            fields = json.loads((place / form / "config.json").read_text())
+            assert fields["conversion"] == {**NOTES, "plan": {name: value for name, value in PLAN.to_dict().items() if name != "donor"}}
+            assert not (place / form / checkpoint.RECORD).exists()
+        else:
+            content = torch.load(place / form, weights_only=True)
+            assert (content["plan"], content["notes"]) == (PLAN.to_dict(), NOTES) and "conversion" not in content["config"]
 
 
 def test_tokenizers(model: RecursiveLLM, saved: Path, tmp_path: Path) -> None:
@@ -714,8 +750,9 @@ def test_output_paths_that_cannot_be(model: RecursiveLLM, saved: Path, tmp_path:
 def test_the_folder_form_is_what_the_hub_expects(model: RecursiveLLM, saved: Path, tmp_path: Path) -> None:
     names = {path.name for path in (saved / "model").iterdir()}
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
-    assert {"modeling_recursive_llm.py", "configuration_recursive_llm.py", checkpoint.RECORD} <= names
+    assert {"modeling_recursive_llm.py", "configuration_recursive_llm.py"} <= names
     fields = json.loads((saved / "model" / "config.json").read_text())
+    assert fields["conversion"]["donor"] == "a/donor"
     assert fields["architectures"] == ["RecursiveQwen2ForCausalLM"] and fields["auto_map"].keys() >= {
         "AutoConfig",
         "AutoModelForCausalLM",

@@ -273,7 +273,7 @@ def test_more_layers_in_the_file_than_the_config_says(broken: Path) -> None:
     fields = json.loads((broken / "config.json").read_text())
     del fields["layer_types"]
     (broken / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 6}))
-    with pytest.raises(UserError, match=r"tensors without a fate: 24 left over \(model.layers.6"):
+    with pytest.raises(UserError, match=r"unmapped tensors: 24 left over \(model.layers.6"):
         convert(str(broken))
 
 
@@ -436,7 +436,7 @@ def test_tokenizers(eight: Path, broken: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model"])
 def test_any_of_these_is_a_vocabulary(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda name: ("read from", name))
+    monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda name, **hub: ("read from", name))
     with pytest.raises(UserError, match=r"tokenizer.json is not there; .*--tokenizer_path"):
         load_tokenizer(str(tmp_path))
     (tmp_path / file).write_text("of its own kind")

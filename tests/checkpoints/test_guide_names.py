@@ -131,29 +131,29 @@ def test_a_head_that_is_not_tied_is_copied() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_has_a_fate(family: str) -> None:
-    fates = settled(family)
-    assert set(fates.copied.values()) | set(fates.dropped) == set(donor_names(family))
-    assert not set(fates.copied.values()) & set(fates.dropped)
-    assert sorted([*fates.copied, *fates.fresh]) == sorted(our_names(family))
-    for ours, donor in fates.copied.items():
+    mapping = settled(family)
+    assert set(mapping.copied.values()) | set(mapping.dropped) == set(donor_names(family))
+    assert not set(mapping.copied.values()) & set(mapping.dropped)
+    assert sorted([*mapping.copied, *mapping.fresh]) == sorted(our_names(family))
+    for ours, donor in mapping.copied.items():
         if ours.startswith("model.layers."):
             (_, _, here, *rest), (_, _, there, *same) = ours.split("."), donor.split(".")
             assert rest == same and PLAN.indices[int(here)] == int(there)
         else:
             assert ours == donor
-    assert {name.split(".")[2] for name in fates.dropped} == {"3", "5"}
-    assert set(fates.dropped.values()) == {"layer 3 is not in the plan", "layer 5 is not in the plan"}
-    assert all(name.startswith("model.recursion.") for name in fates.fresh)
-    assert set(fates.fresh.values()) == {"the donor has no recursion"}
+    assert {name.split(".")[2] for name in mapping.dropped} == {"3", "5"}
+    assert set(mapping.dropped.values()) == {"layer 3 is not in the plan", "layer 5 is not in the plan"}
+    assert all(name.startswith("model.recursion.") for name in mapping.fresh)
+    assert set(mapping.fresh.values()) == {"the donor has no recursion"}
 
 
 def test_what_a_donor_may_store_twice_is_dropped_with_its_reason() -> None:
-    fates = settled(
+    mapping = settled(
         "qwen2", [*donor_names("qwen2"), "lm_head.weight", "model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"]
     )
-    assert fates.dropped["lm_head.weight"] == "tied: the head is the embedding matrix"
-    assert fates.dropped["model.layers.0.self_attn.rotary_emb.inv_freq"] == "a function of the configuration, recomputed"
-    assert fates.dropped["model.rotary_emb.inv_freq"] == "a function of the configuration, recomputed"
+    assert mapping.dropped["lm_head.weight"] == "tied: the head is the embedding matrix"
+    assert mapping.dropped["model.layers.0.self_attn.rotary_emb.inv_freq"] == "computed from the configuration"
+    assert mapping.dropped["model.rotary_emb.inv_freq"] == "computed from the configuration"
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ def test_what_a_donor_may_store_twice_is_dropped_with_its_reason() -> None:
      "model.layers.8.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight", "model.embed_positions.weight"],
 )  # fmt: skip
 def test_a_donor_tensor_without_fate_raises_by_name(extra: str) -> None:
-    with pytest.raises(UserError, match=rf"conversion of a/donor: tensors without a fate: 1 left over \({extra}\)"):
+    with pytest.raises(UserError, match=rf"conversion of a/donor: unmapped tensors: 1 left over \({extra}\)"):
         settled("qwen2", [*donor_names("qwen2"), extra])
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.4.self_attn.k_proj.bias"])
 def test_a_tensor_of_ours_that_nobody_fills_raises_by_name(lost: str) -> None:
     ours = lost.replace("layers.4", "layers.3")  # donor layer 4 is our layer 3
-    with pytest.raises(UserError, match=rf"tensors without a fate: 1 missing \({ours}\)"):
+    with pytest.raises(UserError, match=rf"unmapped tensors: 1 missing \({ours}\)"):
         settled("qwen2", [name for name in donor_names("qwen2") if name != lost])
 
 

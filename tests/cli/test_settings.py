@@ -160,6 +160,11 @@ class Cases:
         self._patch.setattr(where, name, seen)
         return calls
 
+    def _refuses_a_revision(self, run: Callable[..., Any]) -> None:
+        """Of a path; what a revision of a hub id gives is in tests/checkpoints/test_loading.py."""
+        with pytest.raises(UserError, match="--revision: expected a hub id, got 'v1' for .*, a path"):
+            run(revision="v1")
+
     def _pretend_a_better_device(self) -> list[str | None]:
         """Where no device is named, everything is to go to one that cannot compute; gives the names that were asked for."""
         asked: list[str | None] = []
@@ -276,6 +281,9 @@ class Converting(Cases):
         report = convert.run(self._make(dry_run=True, output_path=str(self._tmp / "out.pt")), say=said.append)
         assert report.check is None and report.output_path is None and "L_layers=2" in "\n".join(said)
         assert list(self._tmp.iterdir()) == []
+
+    def revision(self) -> None:
+        self._refuses_a_revision(self._converted)
 
     def tokenizer_path(self) -> None:
         assert MARK in self._converted(tokenizer_path=self._world.path("marked")).tokenizer.get_vocab()
@@ -405,6 +413,9 @@ class Training(Cases):
         return self._request.getfixturevalue("finished")(self.settings)
 
     # Data
+
+    def revision(self) -> None:
+        self._refuses_a_revision(self._launched)
 
     def tokenizer_path(self) -> None:
         assert MARK in self._launched(tokenizer_path=self._world.path("marked")).tokenizer.get_vocab()
@@ -742,7 +753,7 @@ class FineTuning(Training):
 class FromDonor(Training):
     required: ClassVar = {"model_name": "donor"}
     usual: ClassVar = {**Training.usual, "L_layers": 2, "H_cycles": 2, "L_cycles": 1}
-    again: ClassVar = ("tokenizer_path", "seq_len", "seed", "max_steps")
+    again: ClassVar = ("tokenizer_path", "revision", "seq_len", "seed", "max_steps")
 
     def model_name(self) -> None:
         found = self._launched(model_name=self._world.path("other_donor"))
@@ -872,6 +883,9 @@ class Writing(Cases):
         ending = whole[len(whole) // 2 :][:2]
         found = self._wrote(max_new_tokens=24, stop=(ending,))
         assert ending and found.row.text == whole[: whole.index(ending)] != whole and found.row.finish == "stop"
+
+    def revision(self) -> None:
+        self._refuses_a_revision(self._wrote)
 
     def tokenizer_path(self) -> None:
         found = self._wrote(said=f"The {MARK}", tokenizer_path=self._world.path("marked"))
@@ -1056,6 +1070,13 @@ class Serving(Cases):
     def model_name(self) -> None:
         with self._client(model_name="thinker") as (client, _):
             assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["thinker"]
+
+    def revision(self) -> None:
+        def start(**given: Any) -> None:
+            with self._service(**given):
+                pass
+
+        self._refuses_a_revision(start)
 
     def tokenizer_path(self) -> None:
         with self._service(tokenizer_path=self._world.path("marked")) as service:
@@ -1271,6 +1292,9 @@ class Evaluating(Measuring):
         assert self._measured(checkpoint=self._world.path("other.pt")).checkpoint == self._world.path("other.pt")
         assert torch.equal(embeddings(loaded[0][2][0]), of_donor(self._world, "other_donor")["model.embed_tokens.weight"])
 
+    def revision(self) -> None:
+        self._refuses_a_revision(self._measured)
+
     def tokenizer_path(self) -> None:
         opened = self._spy(evaluation, "open_text")
         self._measured(tokenizer_path=self._world.path("marked"))
@@ -1324,6 +1348,9 @@ class Inspecting(Cases):
         checkpoint.save(deep, model, self._world.tokenizer)
         assert "H_cycles=9," in self._said(lambda: cli.inspect(["--checkpoint", str(deep)]))[0]
 
+    def revision(self) -> None:
+        self._refuses_a_revision(lambda **given: inspection.run(self._make(checkpoint=self._world.path("model.pt"), **given)))
+
     def json(self) -> None:
         flags = ["--checkpoint", self._world.path("model.pt")]
         out, _ = self._said(lambda: cli.inspect([*flags, "--json"]))
@@ -1360,6 +1387,9 @@ class Exporting(Cases):
         folder, _, _ = self._exported(checkpoint=self._world.path("other.pt"))
         found = checkpoint.load(folder).model
         assert torch.equal(embeddings(found), of_donor(self._world, "other_donor")["model.embed_tokens.weight"])
+
+    def revision(self) -> None:
+        self._refuses_a_revision(self._exported)
 
     def tokenizer_path(self) -> None:
         folder, _, _ = self._exported(tokenizer_path=self._world.path("marked"))

@@ -119,7 +119,7 @@ def test_the_check_itself_is_part_of_the_result(donor: str) -> None:
     done = convert_tensors(found, resolve_plan(found, settings), settings)
     assert done.check.reference == "the donor itself"
     assert done.check.plain_difference == 0.0 and done.check.cycle_differences == (0.0, 0.0, 0.0)
-    assert done.check.tensors_compared == len(done.fates.copied) == len(found.tensor_names)
+    assert done.check.tensors_compared == len(done.mapping.copied) == len(found.tensor_names)
     assert json.loads(json.dumps(done.check.to_dict()))["cycle_differences"] == [0.0, 0.0, 0.0]
 
 
@@ -180,17 +180,17 @@ def done(donor: str) -> Any:
 def test_one_logit_that_differs_stops_the_conversion(place: tuple[int, int], by: float, done: Any) -> None:
     donor, result = done
     with pytest.raises(RuntimeError, match="a plain pass differs from Planted over layers") as raised:
-        compare_logits(donor, result.plan, result.fates, result.model, Planted(result.model, place, by))
+        compare_logits(donor, result.plan, result.mapping, result.model, Planted(result.model, place, by))
     assert float(str(raised.value).rsplit(" ", 1)[1]) == pytest.approx(0.25, rel=1e-3)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="logits that are not finite"):
-            compare_logits(donor, result.plan, result.fates, result.model, Planted(result.model, place, bad))
+            compare_logits(donor, result.plan, result.mapping, result.model, Planted(result.model, place, bad))
 
 
 def test_what_the_start_gain_moves_is_told_of_each_cycle(done: Any) -> None:
     donor, result = done
     twin = Planted(result.model)
-    check = compare_logits(donor, result.plan, result.fates, result.model, twin)
+    check = compare_logits(donor, result.plan, result.mapping, result.model, twin)
     assert twin.ids.shape[1] > 1 and len(set(twin.ids[0].tolist())) > 1
     with torch.no_grad():
         plain = result.model(twin.ids, H_cycles=0, use_cache=False).logits
@@ -206,15 +206,15 @@ def test_one_number_that_differs_stops_the_conversion(piece: int, donor: str, do
     monkeypatch.setattr(donors_module, "_PIECE", piece)
     found, result = open_donor(donor), done[1]
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.2.self_attn.k_proj.bias"):
-        one = TensorMapping(copied={name: result.fates.copied[name]})
+        one = TensorMapping(copied={name: result.mapping.copied[name]})
         flat = result.model.state_dict()[name].flatten()
         for place in (0, len(flat) // 2, len(flat) - 1):
             was = flat[place].item()
             flat[place] = -was
-            with pytest.raises(RuntimeError, match=f"{name} differs from {result.fates.copied[name]} of"):
+            with pytest.raises(RuntimeError, match=f"{name} differs from {result.mapping.copied[name]} of"):
                 compare_tensors(found, one, result.model)
             flat[place] = was
-    compare_tensors(found, result.fates, result.model)
+    compare_tensors(found, result.mapping, result.model)
 
 
 def test_a_file_that_holds_less_is_not_the_same() -> None:
@@ -398,7 +398,7 @@ def test_a_dry_run_reads_only_the_config(donor: str, nothing_written: Path) -> N
         report = run(ConvertSettings(qwen_model=str(alone), dry_run=True, output_path=output, **flags), say=lines.append)
         plan, text = report.inspection.plan, "\n".join(lines)
         for layer in range(LAYERS):
-            assert f"layer {layer:>3}  ->  {plan.fate(layer)}" in text
+            assert f"layer {layer:>3}  ->  {plan.place(layer)}" in text
         assert report.inspection.total_parameters == sum(p.numel() for p in convert(donor, **flags).parameters())
         assert f"{report.inspection.total_parameters:,}" in text
         assert report.output_path is None and report.check is None

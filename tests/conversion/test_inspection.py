@@ -11,7 +11,7 @@ from recursify.conversion.inspection import inspect, parameters_by_part
 from recursify.conversion.layer_selection import make_plan
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
-from recursify.network.plan import ConversionPlan
+from recursify.network.plan import ConversionPlan, conversion_record
 from tests.support.tiny import FAMILIES, tiny_config
 
 PLANS = [
@@ -22,7 +22,8 @@ PLANS = [
 
 
 def config_of(family: str, plan: ConversionPlan, **recursion: object) -> object:
-    shape = {"prelude_layers": len(plan.prelude), "L_layers": len(plan.loop), "coda_layers": len(plan.coda), **recursion}
+    shape = {"prelude_layers": len(plan.prelude), "L_layers": len(plan.loop), "coda_layers": len(plan.coda)}
+    shape |= {"conversion": conversion_record(plan), **recursion}
     return from_donor(tiny_config(family, num_hidden_layers=8), plan.indices, **shape)
 
 
@@ -32,7 +33,7 @@ def test_parts_add_up_to_the_built_model(family: str, plan: ConversionPlan) -> N
     for injection in ("anchored", "sum_norm"):
         config = config_of(family, plan, injection=injection)
         parts, model = parameters_by_part(config), CLASSES[config.model_type](config)
-        assert sum(parts.values()) == sum(p.numel() for p in model.parameters()) == inspect(config, plan).total_parameters
+        assert sum(parts.values()) == sum(p.numel() for p in model.parameters()) == inspect(config).total_parameters
         one = sum(p.numel() for p in model.model.layers[0].parameters())
         assert [parts[name] / one for name in ("prelude", "L_level", "coda")] == [len(plan.prelude), len(plan.loop), len(plan.coda)]
         assert parts["recursion"] == sum(p.numel() for p in model.model.recursion.parameters()) > 0
@@ -41,19 +42,19 @@ def test_parts_add_up_to_the_built_model(family: str, plan: ConversionPlan) -> N
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_cost_in_layer_applications(plan: ConversionPlan) -> None:
-    found = inspect(config_of("qwen2", plan, H_cycles=7, L_cycles=2), plan)
+    found = inspect(config_of("qwen2", plan, H_cycles=7, L_cycles=2))
     assert list(found.applications) == [0, 1, 2, 3, 4, 5, 7] and found.donor_applications == 8
     for H, cost in found.applications.items():
         assert cost == len(plan.prelude) + len(plan.coda) + len(plan.loop) * max(1, H * 3)
-    assert list(inspect(config_of("qwen2", plan), plan, depths=[9]).applications) == [9]
+    assert list(inspect(config_of("qwen2", plan), depths=[9]).applications) == [9]
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_render_shows_every_layer_part_and_depth(plan: ConversionPlan) -> None:
-    found = inspect(config_of("qwen2", plan, H_cycles=3), plan)
+    found = inspect(config_of("qwen2", plan, H_cycles=3))
     lines = found.render().splitlines()
     for layer in range(8):
-        assert f"  layer {layer:>3}  ->  {plan.fate(layer)}" in lines
+        assert f"  layer {layer:>3}  ->  {plan.place(layer)}" in lines
     assert f"donor a/donor (8 layers), selection {plan.layer_selection}" in lines
     for part, count in {**found.parameters, "total": found.total_parameters}.items():
         assert any(line.split() == [part, f"{count:,}"] for line in lines)
@@ -66,7 +67,7 @@ def test_render_shows_every_layer_part_and_depth(plan: ConversionPlan) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_cache_is_as_large_as_said(family: str, plan: ConversionPlan) -> None:
     config = config_of(family, plan, H_cycles=3)
-    found, model = inspect(config, plan), CLASSES[config.model_type](config).to(torch.bfloat16).eval()
+    found, model = inspect(config), CLASSES[config.model_type](config).to(torch.bfloat16).eval()
     for policy, by_depth in found.to_dict()["cache_bytes_per_token"].items():
         for H in (0, 2, 3):
             past = model(torch.ones(1, 7, dtype=torch.long), use_cache=True, H_cycles=H, cache_policy=policy).past_key_values
@@ -79,7 +80,7 @@ def test_the_cache_is_as_large_as_said(family: str, plan: ConversionPlan) -> Non
 def test_what_is_printed_by_hand() -> None:
     plan = PLANS[2]  # 2 + 2 + 1 of 8 layers
     config = config_of("qwen2", plan, H_cycles=2, L_cycles=4, injection="sum_norm")
-    found = inspect(config, plan, depths=[0, 2, 9])
+    found = inspect(config, depths=[0, 2, 9])
     head, shape, *rest = found.render().splitlines()
     assert head == "recursive_qwen2: hidden_size=32, vocab_size=384, injection=sum_norm"
     assert shape == "  H_cycles=2, L_cycles=4, L_layers=2"
@@ -97,13 +98,13 @@ def test_what_is_printed_by_hand() -> None:
 
 
 def test_a_model_without_a_plan() -> None:
-    found = inspect(config_of("llama", PLANS[0]), None)
+    found = inspect(config_of("llama", PLANS[0], conversion=None))
     assert "donor" not in found.render().replace("x donor", "") and found.donor_applications is None
     assert found.to_dict()["plan"] is None
 
 
 def test_json() -> None:
-    found = inspect(config_of("qwen3", PLANS[2]), PLANS[2])
+    found = inspect(config_of("qwen3", PLANS[2]))
     data = found.to_dict()
     assert json.loads(json.dumps(data)) == data
     assert data["parameters"]["total"] == found.total_parameters

@@ -115,10 +115,10 @@ def test_a_compact_plan_of_all_layers_keeps_the_donor() -> None:
 @given(shape=shapes())
 def test_every_layer_has_one_fate(shape: dict[str, Any]) -> None:
     plan = make_plan("donor", **shape)
-    fates = [plan.fate(i) for i in range(plan.donor_layers)]
-    assert fates.count("dropped") == len(plan.dropped)
+    places = [plan.place(i) for i in range(plan.donor_layers)]
+    assert places.count("dropped") == len(plan.dropped)
     parts = [("prelude", plan.prelude), ("L_level", plan.loop), ("coda", plan.coda)]
-    assert [fate for fate in fates if fate != "dropped"] == [f"{part} {i}" for part, layers in parts for i in range(len(layers))]
+    assert [place for place in places if place != "dropped"] == [f"{part} {i}" for part, layers in parts for i in range(len(layers))]
 
 
 @given(shape=shapes())
@@ -134,7 +134,7 @@ def test_the_defaults() -> None:
 
 def test_layers_in_another_order_are_not_the_donor() -> None:
     swapped = ConversionPlan("donor", 4, (0,), (2, 1), (3,), "by hand")
-    assert not swapped.keeps_donor and not swapped.dropped and swapped.fate(1) == "L_level 1"
+    assert not swapped.keeps_donor and not swapped.dropped and swapped.place(1) == "L_level 1"
 
 
 def test_candidates_of_auto() -> None:
@@ -163,7 +163,7 @@ def test_candidates_of_auto() -> None:
         ),
         ({"layer_selection": "random"}, "--layer_selection: expected one of uniform, first, last, middle, stride, auto, got 'random'"),
         ({"layer_selection": "random", "L_layers": 1}, "--layer_selection: expected one of .*, got 'random'"),
-        ({"layer_selection": "auto"}, "--layer_selection auto: is resolved by running the donor, not by counting; .* --calibration_file"),
+        ({"layer_selection": "auto"}, "--layer_selection auto: needs the donor, not only its number of layers; .* --calibration_file"),
         (
             {"keep_donor": True, "layer_selection": "uniform"},
             r"--keep_donor: the loop must be a contiguous block, but --layer_selection uniform gives \[0, 8, 16, 23\]; use middle",
@@ -186,5 +186,5 @@ def test_flags_that_do_not_fit(flags: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("N", "K"), [(0, 1), (3, 0), (3, 4)])
 def test_a_count_outside_of_what_there_is(N: int, K: int) -> None:
-    with pytest.raises(UserError, match=rf"--L_layers: expected 1 to {N} \(the layers there are to choose from\), got {K}"):
+    with pytest.raises(UserError, match=rf"--L_layers: expected 1 to {N} \(the layers to choose from\), got {K}"):
         select_layers("uniform", N, K)

@@ -25,6 +25,7 @@ from recursify.conversion.layer_selection import make_plan
 from recursify.conversion.settings import ConvertSettings
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.losses import cycle_shares, cycle_weights
+from recursify.network.plan import conversion_record
 from recursify.training import TrainSettings, cost
 from tests.support import tiny
 from tests.support.hub_stand_in import HubStandIn
@@ -244,7 +245,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "--distill_weight: nameless.pt": Case(
             "recursify train --checkpoint nameless.pt --distill_weight 0.5",
-            prepare=lambda: edited("nameless.pt", lambda c: c["notes"].pop("donor")),
+            prepare=lambda: edited("nameless.pt", lambda c: c.update(plan=None, notes={})),
         ),
         "--fsdp": Case(f"{TRAIN} --fsdp"),
         "--resume: runs/long": Case(
@@ -302,13 +303,14 @@ def test_shares_of_the_schedules() -> None:
         assert shares == ", ".join(f"{share:.2f}" for share in cycle_shares(name, 0.5, 3))
 
 
-def recursive(flags: str) -> tuple[Any, Any]:
-    """Configuration and plan of the model that `recursify convert` would make of Qwen2-0.5B with these flags."""
+def recursive(flags: str) -> Any:
+    """Configuration of the model that `recursify convert` would make of Qwen2-0.5B with these flags."""
     wanted = cli.parse("convert", ConvertSettings, shlex.split(flags))
     names = ("L_layers", "prelude_layers", "coda_layers", "keep_donor", "layer_selection")
     plan = make_plan("Qwen/Qwen2-0.5B", 24, **{name: getattr(wanted, name) for name in names})
-    counts = {"prelude_layers": len(plan.prelude), "L_layers": len(plan.loop), "coda_layers": len(plan.coda)}
-    return from_donor(QWEN, plan.indices, H_cycles=wanted.H_cycles, L_cycles=wanted.L_cycles, **counts), plan
+    shape = {"prelude_layers": len(plan.prelude), "L_layers": len(plan.loop), "coda_layers": len(plan.coda)}
+    shape |= {"H_cycles": wanted.H_cycles, "L_cycles": wanted.L_cycles, "conversion": conversion_record(plan)}
+    return from_donor(QWEN, plan.indices, **shape)
 
 
 def training_cost(config: Any, flags: str = "") -> cost.TrainingCost:
@@ -319,8 +321,8 @@ def training_cost(config: Any, flags: str = "") -> cost.TrainingCost:
 def test_costs_of_the_plans() -> None:
     donor = training_cost(QWEN)
     for flags, parameters, applications, cache, flops in table(CONVERSION, "flags of `convert`"):
-        config, plan = recursive(flags)
-        found = inspect(config, plan)
+        config = recursive(flags)
+        found = inspect(config)
         assert parameters == f"{found.total_parameters / 1e6:.0f}", flags
         assert applications == ", ".join(str(found.applications[H]) for H in range(4)), flags
         assert cache == f"{found.applications[3] * found.slot_bytes / 1e3:.1f}", flags
@@ -329,7 +331,7 @@ def test_costs_of_the_plans() -> None:
 
 
 def test_costs_of_training() -> None:
-    donor, (config, _) = training_cost(QWEN), recursive("--keep_donor --L_layers 4 --L_cycles 1")
+    donor, config = training_cost(QWEN), recursive("--keep_donor --L_layers 4 --L_cycles 1")
     assert f"which takes {donor.memory_total / 1e9:.1f} GB" in GUIDES[SUPERVISION].replace("\n", " ")
     for flags, flops, memory in table(SUPERVISION, "flags of `train`"):
         found = training_cost(config, flags)

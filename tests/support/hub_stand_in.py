@@ -29,7 +29,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,12 +56,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Repo:
-    """A folder served under a name; ``kind`` is ``models`` or ``datasets``. Who asks for a private one is not looked at."""
+    """A folder served under a name; ``kind`` is ``models`` or ``datasets``. A private one exists only for holders of a token.
+
+    ``branches`` are further revisions, each a folder of its own; the repository itself is its branch ``main``.
+    """
 
     kind: str
     name: str
     folder: Path
     private: bool = False
+    branches: dict[str, Repo] = field(default_factory=dict)
+
+    def at(self, revision: str) -> Repo | None:
+        """The repository at a branch or commit; None where it has no such revision."""
+        named = {"main": self, **self.branches}
+        return next((repo for name, repo in named.items() if revision in (name, repo.commit())), None)
 
     def files(self) -> dict[str, Path]:
         """Every file by its path in the repository, sorted; read anew each time, so a folder may still grow."""
@@ -108,8 +117,10 @@ class HubStandIn:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def add_model(self, name: str, folder: Path) -> None:
-        self.repos["models", name] = Repo("models", name, Path(folder))
+    def add_model(self, name: str, folder: Path, private: bool = False, **branches: Path) -> None:
+        """Serve a folder, and folders as further branches of the same repository."""
+        found = {branch: Repo("models", name, Path(each), private) for branch, each in branches.items()}
+        self.repos["models", name] = Repo("models", name, Path(folder), private, found)
 
     def add_dataset(self, name: str, folder: Path) -> None:
         self.repos["datasets", name] = Repo("datasets", name, Path(folder))
@@ -216,13 +227,17 @@ class Handler(BaseHTTPRequestHandler):
         """The repository, or None after the matching 404 is sent."""
         self.repo_name = name
         repo = self.hub.repos.get((kind or "models", name))
-        if repo is None:
+        if repo is None or (repo.private and self.token not in self.hub.tokens):
             self.send_absent("RepoNotFound", "Repository not found")
-        elif revision not in ("main", repo.commit()):
+            return None
+        found = repo.at(revision)
+        if found is None:
             self.send_absent("RevisionNotFound", f"Invalid rev id: {revision}")
-        else:
-            return repo
-        return None
+        return found
+
+    @property
+    def token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def send_file(self, kind: str, name: str, revision: str, file: str) -> None:
         repo = self.find(kind.strip("/"), name, revision)
@@ -256,8 +271,9 @@ class Handler(BaseHTTPRequestHandler):
     def send_refs(self, kind: str, name: str) -> None:
         repo = self.find(kind, name)
         if repo is not None:
-            main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.commit()}
-            self.send_json({"branches": [main], "tags": [], "converts": []})
+            named = {"main": repo, **repo.branches}
+            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": each.commit()} for name, each in named.items()]
+            self.send_json({"branches": refs, "tags": [], "converts": []})
 
     def send_tree(self, kind: str, name: str, revision: str, folder: str) -> None:
         repo = self.find(kind, name, revision)
@@ -283,7 +299,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def writer(self, name: str) -> str | None:
         """Who asks, where the token may write the repository ``name``, or any where that is empty; None after a refusal is sent."""
-        user = self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        user = self.hub.tokens.get(self.token)
         if user is None:
             self.send_refusal(HTTPStatus.UNAUTHORIZED, "Invalid username or password.")
         elif name and not name.startswith(user + "/"):
