@@ -11,17 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The shape of a recursive language model: the donor's own configuration plus how its layers are looped.
+"""The configuration of a recursive language model: the donor's own configuration and the shape of the loop.
 
-    prelude_layers, L_layers, coda_layers   layers that exist, in this order
-    H_cycles, L_cycles                      how often the looped block is applied: max(1, H_cycles * (L_cycles + 1)) times
+    prelude_layers, L_layers, coda_layers   physical layers, in this order
+    H_cycles, L_cycles                      the looped block is applied max(1, H_cycles * (L_cycles + 1)) times
 
-`num_hidden_layers` and `layer_types` are derived: the *virtual* depth, one entry per application of a layer, because that is how
-transformers' caches count their slots (the convention of transformers' own recursive model, `hrm_text`). They are recomputed whenever
-the shape changes and never trusted from a file. Slots run prelude, coda, then the applications of the loop, so that every depth uses
-a prefix of the slots of a deeper one.
+`num_hidden_layers` and `layer_types` are derived: they describe the *virtual* depth, one entry per layer application, because transformers'
+caches allocate their slots by them (as for transformers' own recursive model, `hrm_text`). They are recomputed whenever the shape changes,
+and values in a file are ignored. The order of slots is prelude, coda, applications of the loop, so each depth uses a prefix of the slots of
+a deeper one.
 
-One of the files that travel with the weights: imports transformers only.
+This file is saved beside the weights: it imports transformers only.
 """
 
 import copy
@@ -41,44 +41,44 @@ from transformers import (
 )
 from transformers.utils import auto_docstring
 
-# |A| + |B| is at most GAIN_SUM in every channel, so the states stay bounded for any number of cycles. GAIN_MAX is one gain for both.
+# |A| + |B| is at most GAIN_SUM in every channel, so states stay bounded for any number of cycles. GAIN_MAX is the largest equal gain.
 GAIN_SUM = 0.9
 GAIN_MAX = GAIN_SUM / 2
 INJECTIONS = ("anchored", "sum_norm")
 PREFIX = "recursive_"
 _FULL, _SLIDING = _KINDS = ("full_attention", "sliding_attention")
 
-_LAYERS = {"prelude_layers": 0, "L_layers": 1, "coda_layers": 0}  # name: least value
+_LAYERS = {"prelude_layers": 0, "L_layers": 1, "coda_layers": 0}  # name: minimum
 _CYCLES = {"H_cycles": 0, "L_cycles": 0}
 
 
 def applications(H_cycles: int, L_cycles: int) -> int:
-    """How often the looped block runs in one forward pass; `H_cycles = 0` is one plain pass."""
+    """Applications of the looped block in one forward pass; `H_cycles = 0` is one plain pass."""
     return max(1, H_cycles * (L_cycles + 1))
 
 
-# Of the class below; shown in the documentation of every family.
+# Fields of the class below, for the documentation of every family.
 FIELDS = r"""
 prelude_layers (`int`, *optional*, defaults to 0):
     Layers before the loop.
 L_layers (`int`, *optional*, defaults to 4):
     Layers in the loop.
 coda_layers (`int`, *optional*, defaults to 0):
-    Layers behind the loop.
+    Layers after the loop.
 H_cycles (`int`, *optional*, defaults to 3):
-    Cycles, each of which ends in a state that can be read out. 0 is one plain pass through the layers.
+    Cycles. Logits are available after each. 0 is one plain pass through the layers.
 L_cycles (`int`, *optional*, defaults to 3):
-    Updates of `z_L` within a cycle, before the one update of `z_H`.
+    Updates of `z_L` per cycle, before the one update of `z_H`.
 injection (`str`, *optional*, defaults to `"anchored"`):
-    `anchored` (an affine mix around the embedding) or `sum_norm` (TRM's bare sum, normalised after the block).
+    `anchored` (an affine mix around the embedding) or `sum_norm` (TRM's plain sum, normalised after the block).
 gain_init (`float`, *optional*, defaults to 0.0):
-    Start value of the four per-channel gains of `anchored`, at most 0.45. At 0 every cycle equals the plain pass.
+    Initial value of the per-channel gains of `anchored`, at most 0.45. At 0 every cycle equals the plain pass.
 state_init_std (`float`, *optional*, defaults to 0.02):
-    Standard deviation of `H_init` and `L_init` at the start.
+    Standard deviation of the initialisation of `H_init` and `L_init`.
 freeze_embeddings (`bool`, *optional*, defaults to `False`):
-    Keep the token embeddings (and a tied head) out of training.
+    Keep the token embeddings (and a head tied to them) out of training.
 block_types (`list[str]`, *optional*):
-    Attention type of each layer that exists; None derives it as the donor's class does.
+    Attention type of each physical layer; derived as by the donor's class where None.
 layer_types (`list[str]`, *optional*):
     Derived, one per cache slot.
 conversion (`dict`, *optional*):
@@ -86,17 +86,17 @@ conversion (`dict`, *optional*):
 """
 _SMOLLM3 = r"""
 no_rope_layers (`list[int]`, *optional*):
-    For each layer that exists, 1 with rotary embedding and 0 without.
+    For each physical layer, 1 with rotary embedding and 0 without.
 no_rope_layer_interval (`int`, *optional*, defaults to 4):
-    Where `no_rope_layers` is None, every layer whose number this divides is without.
+    Where `no_rope_layers` is None, every n-th layer has no rotary embedding.
 """
 _PHI3 = r"""
 original_max_position_embeddings (`int`, *optional*, defaults to 4096):
     Positions before rotary scaling.
 """
-_INTRO = "A recursive model over the layers of this family: the donor's own configuration, and how its layers are looped."
+_INTRO = "Configuration of a recursive model of this family: that of the donor, and the shape of the loop."
 
-# What the class below is always mixed into. No base of it at run time: the common defaults would then replace the donor's.
+# A base class for type checking only: at run time its defaults would replace the donor's.
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Mixed
 else:
@@ -105,10 +105,10 @@ else:
 
 @dataclass(kw_only=True)
 class RecursiveLLMConfig(_Mixed):
-    """What every recursive model has in its configuration, whatever the donor family; mixed into the donor's own class.
+    """The fields of recursive models of all families, mixed into the donor's configuration class.
 
-    Called by this name, or with `from_pretrained`, it makes the class of the family: `RecursiveLLMConfig(model_type="recursive_llama")`.
-    The default family is Qwen2.
+    Like transformers' Auto classes, it returns an instance of a subclass: `RecursiveLLMConfig(model_type="recursive_llama")` and
+    `RecursiveLLMConfig.from_pretrained(name)` return that of the family. The default family is Qwen2.
 
     The fields are described in `FIELDS`.
 
@@ -129,7 +129,7 @@ class RecursiveLLMConfig(_Mixed):
     layer_types: list[str] | None = None
     conversion: dict[str, Any] | None = None
 
-    base_model_pp_plan: ClassVar[Any] = None  # the donor's pipeline plan is for a stack; a loop is none
+    base_model_pp_plan: ClassVar[Any] = None  # the donor's pipeline plan assumes that each layer runs once
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         family = family_config(kwargs.get("model_type", PREFIX + "qwen2")) if cls is RecursiveLLMConfig else cls
@@ -137,7 +137,7 @@ class RecursiveLLMConfig(_Mixed):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_pretrained`; from the common name it finds the family of the file."""
+        """As `PreTrainedConfig.from_pretrained`; the common class returns that of the family in the file."""
         if cls is RecursiveLLMConfig:
             found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, *args, **kwargs)
             return family_config(found.get("model_type", "")).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -158,7 +158,7 @@ class RecursiveLLMConfig(_Mixed):
         types = self.block_types
         if types is not None and len(types) != count:
             raise ValueError(f"block_types: expected one entry for each of the {count} layers of the plan, got {len(types)}: {types}")
-        # The donor's constructor counts the layers that exist; what a file says of the virtual depth is not trusted.
+        # The donor's constructor needs the number of physical layers; the virtual depth in a file is ignored.
         self.num_hidden_layers, self.layer_types = count, types
         super().__post_init__(**kwargs)
         windowed = getattr(self, "sliding_window", None) is not None
@@ -172,24 +172,24 @@ class RecursiveLLMConfig(_Mixed):
 
     @property
     def physical_layers(self) -> int:
-        """Number of layers that exist: prelude, looped block and coda."""
+        """Number of physical layers: prelude, looped block and coda."""
         return self.prelude_layers + self.L_layers + self.coda_layers
 
     def depth(self, H_cycles: int | None = None, L_cycles: int | None = None) -> int:
-        """Number of layer applications of one pass, hence of cache slots; the configuration's cycles where none are given."""
+        """Number of layer applications in one pass, and of cache slots; at the configuration's cycles where None."""
         H = self.H_cycles if H_cycles is None else H_cycles
         L = self.L_cycles if L_cycles is None else L_cycles
         return self.prelude_layers + self.L_layers * applications(H, L) + self.coda_layers
 
     def at_depth(self, H_cycles: int | None = None, L_cycles: int | None = None) -> "RecursiveLLMConfig":
-        """A copy whose caches have the slots of another depth."""
+        """A copy for another depth, whose caches have its number of slots."""
         other = copy.copy(self)
         other.H_cycles = self.H_cycles if H_cycles is None else H_cycles
         other.L_cycles = self.L_cycles if L_cycles is None else L_cycles
         return other
 
     def as_physical(self) -> "RecursiveLLMConfig":
-        """A copy in which `num_hidden_layers` and `layer_types` are those of the layers that exist, as the donor's classes want them."""
+        """A copy in which `num_hidden_layers` and `layer_types` describe the physical layers, as the donor's classes expect."""
         other = copy.copy(self)
         other.num_hidden_layers, other.layer_types = self.physical_layers, self.block_types
         return other
@@ -207,7 +207,7 @@ class RecursiveLLMConfig(_Mixed):
 
 
 def _check(name: str, value: Any) -> None:
-    """Raise a ValueError for a field of ours that is out of range."""
+    """Raise a ValueError for a field of the recursion that is out of range."""
     least = (_LAYERS | _CYCLES).get(name)
     if least is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
@@ -272,23 +272,23 @@ def family_config(model_type: str) -> Any:
     """The configuration class of a recursive `model_type`.
 
     Raises:
-        ValueError: Not one of ours.
+        ValueError: Unknown type.
     """
     if model_type not in CONFIGS:
         raise ValueError(f"model_type: expected one of {', '.join(CONFIGS)}, got {model_type!r}")
     return CONFIGS[model_type]
 
 
-# Lists with one entry per donor layer: selected by the donor's own layer index, so sliding windows and layers without RoPE stay exact.
+# Lists with one entry per donor layer, selected by donor layer index: this preserves sliding windows and layers without RoPE.
 _PER_LAYER = {"layer_types": "block_types", "no_rope_layers": "no_rope_layers"}
 
 
 def from_donor(donor: PreTrainedConfig, indices: list[int], **recursion: Any) -> Any:
-    """The recursive configuration over layers of a donor.
+    """The configuration of a recursive model over layers of a donor.
 
     Args:
         donor: The donor's own configuration.
-        indices: The donor layer behind each of our layers: prelude, looped block, coda.
+        indices: Donor layer of each layer of the recursive model: prelude, looped block, coda.
         recursion: Fields of `RecursiveLLMConfig`.
     """
     fields = donor.to_dict()
@@ -307,13 +307,13 @@ _GUIDE_ONLY = {"batch_size", "pos_encodings", "expansion", "pretrained_model_nam
 
 
 def from_guide(guide: dict[str, Any]) -> Any:
-    """The configuration that the technical guide's dictionary describes (step 3 of its "Detailed Implementation").
+    """The configuration for the technical guide's dictionary (step 3 of its "Detailed Implementation").
 
-    With `pretrained_model_name` the donor's own configuration wins over the widths in the dictionary, and the layers are those of the
-    guide's step 4, `int(i * N / K)`. `batch_size` bounds nothing here; `seq_len` is the number of positions where no donor says it.
+    With `pretrained_model_name` the donor's configuration overrides the widths in the dictionary, and the layers are those of the guide's
+    step 4, `int(i * N / K)`. `batch_size` is ignored; `seq_len` is the number of positions of a model without a donor.
 
     Raises:
-        ValueError: An unknown key, a width that is missing or out of range, or a `pos_encodings` other than `rope`.
+        ValueError: An unknown key, a width that is missing or out of range, or another value of `pos_encodings` than `rope`.
     """
     given = dict(guide)
     config_class = family_config(given.pop("model_type", PREFIX + "qwen2"))
@@ -338,7 +338,7 @@ def from_guide(guide: dict[str, Any]) -> Any:
 
 
 def _check_guide(guide: dict[str, Any]) -> None:
-    """Raise a ValueError for a width of the guide's that is out of range, under the guide's own name for it."""
+    """Raise a ValueError for a width of the dictionary that is out of range."""
     for name in _GUIDE_WIDTHS & set(guide):
         value = guide[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -352,7 +352,7 @@ def _check_guide(guide: dict[str, Any]) -> None:
 
 
 def _guide_widths(fields: dict[str, Any], expansion: float | None) -> dict[str, Any]:
-    """The widths that the guide leaves open: feed-forward from `expansion`, one key/value head per head."""
+    """Add the widths that the dictionary does not have: feed-forward from `expansion`, one key/value head per head."""
     widths = {"num_key_value_heads": fields["num_attention_heads"]}
     if expansion is not None:
         widths["intermediate_size"] = int(fields["hidden_size"] * expansion)

@@ -11,15 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Decoding: where keys and values are kept, when a token halts, and how a few cycles write ahead of all of them.
+"""Decoding: KV cache, early exit per token (halting), and self-speculative decoding.
 
-    RecursiveCache      one slot per application of a layer ("full"), or one per layer ("last")
-    CacheSlots, ...     views of a cache in which a shared layer finds the slots of its application
-    HaltRule            q_head, the divergence between cycles, or the entropy, against a threshold
+    RecursiveCache      one slot per layer application ("full"), or one per layer ("last")
+    CacheSlots, ...     views of a cache that map a shared layer to the slots of its current application
+    HaltRule            early-exit criterion: q_head, KL divergence between cycles, or entropy, with a threshold
     self_speculation    the decoding loop of `generate(draft_cycles=...)`
 
-Shape letters: B batch, T tokens, D hidden size, V vocabulary. One of the files that travel with the weights: imports only torch
-and transformers.
+Shape letters: B batch, T tokens, D hidden size, V vocabulary. This file is saved beside the weights: it imports only torch and
+transformers.
 """
 
 import copy
@@ -35,18 +35,18 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 CACHE_POLICIES = ("full", "last")
-READ_EVERY_CYCLE = ("kl", "entropy")  # criteria of halting that look at logits
+READ_EVERY_CYCLE = ("kl", "entropy")  # exit criteria that need the logits of every cycle
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's keys and values with room behind them: a new token is written into it, where `DynamicLayer` copies all before it."""
+    """Keys and values of a layer in over-allocated buffers: appending a token copies none of the earlier ones, as `DynamicLayer` does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rooms: list[torch.Tensor | None] = [None, None]
+        self.buffers: list[torch.Tensor | None] = [None, None]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.is_grad_enabled():  # what is written over cannot be differentiated
+        if torch.is_grad_enabled():  # writing in place would break autograd
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -55,31 +55,32 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _write(self, which: int, old: Any, new: torch.Tensor, seen: int) -> torch.Tensor:
-        """`old`, which is the first `seen` tokens of its room unless somebody has put another tensor in its place, and `new` behind it."""
-        room, length = self.rooms[which], seen + new.shape[-2]
-        moved = room is not None and seen > 0 and old.data_ptr() != room.data_ptr()
-        if room is None or moved or room.shape[-2] < length or room.shape[0] != new.shape[0]:
-            room = new.new_empty((*new.shape[:-2], length + max(64, length // 4), new.shape[-1]))
+        """Append `new` to `old`. `old` is the first `seen` tokens of its buffer, unless other code has replaced it by another tensor."""
+        buffer, length = self.buffers[which], seen + new.shape[-2]
+        replaced = buffer is not None and seen > 0 and old.data_ptr() != buffer.data_ptr()
+        if buffer is None or replaced or buffer.shape[-2] < length or buffer.shape[0] != new.shape[0]:
+            buffer = new.new_empty((*new.shape[:-2], length + max(64, length // 4), new.shape[-1]))
             if seen > 0:
-                room[:, :, :seen] = old
-            self.rooms[which] = room
-        room[:, :, seen:length] = new
-        return room[:, :, :length]
+                buffer[:, :, :seen] = old
+            self.buffers[which] = buffer
+        buffer[:, :, seen:length] = new
+        return buffer[:, :, :length]
 
 
 class RecursiveCache(DynamicCache):
-    """The key/value cache that a recursive model makes for itself. Its slots run prelude, coda, loop.
+    """The KV cache of a recursive model. The order of slots is prelude, coda, loop.
 
     Args:
-        config: The model's.
-        H_cycles, L_cycles: The depth that it is for; the configuration's where None.
-        cache_policy: "full", one slot per application of a layer: what is cached equals what is computed anew. "last", one slot per
-            layer, as many as a donor of these layers has: of every token only the keys and values of its last application stay.
-        halt: What tokens halt by. "kl" and "entropy" read out every cycle, so the coda of each early one has slots, behind the others.
-        draft_cycles: For self-speculation with so many cycles: slots behind the others for what the draft's readout computes.
+        config: Configuration of the model.
+        H_cycles, L_cycles: Depth of the cache; the configuration's where None.
+        cache_policy: "full", one slot per layer application: decoding equals a forward pass without cache. "last", one slot per layer, as
+            in a plain model: only the keys and values of each token's last application are kept.
+        halt: Early-exit criterion. "kl" and "entropy" need logits at every cycle, so the codas of early cycles have slots of their own,
+            after all others.
+        draft_cycles: Depth of the draft in self-speculative decoding, whose coda has slots of its own, after all others.
 
     Attributes:
-        cycles_used: `[B, tokens]`, the cycle at which each token halted, 0 for padding; None as long as no pass has halted any.
+        cycles_used: `[B, tokens]`, the cycle at which each token halted, 0 for padding; None before the first pass with early exit.
     """
 
     cycles_used: torch.Tensor | None = None
@@ -97,11 +98,11 @@ class RecursiveCache(DynamicCache):
         self.draft_cycles = draft_cycles
         if draft_cycles is None:
             self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
-        else:  # drafted tokens are taken back, which a layer that has dropped what left its window cannot do
+        else:  # rejected tokens are removed, which a sliding-window layer cannot do
             self.layers = [GrowingLayer() for _ in range(len(self.layers) + draft_slots(config, draft_cycles))]
 
-    def note_cycles(self, used: torch.Tensor | None, H_cycles: int, tokens: tuple[int, int]) -> None:
-        """Remember `used` `[B, T]` of a pass over `tokens` (B, T), which is already in the cache; None is a pass without halting."""
+    def record_cycles(self, used: torch.Tensor | None, H_cycles: int, tokens: tuple[int, int]) -> None:
+        """Append `used` `[B, T]` for the last `tokens` (B, T) in the cache; None means a pass without early exit."""
         if used is None and self.cycles_used is None:
             return
         before = self.get_seq_length() - tokens[1]
@@ -125,26 +126,26 @@ class RecursiveCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
-        self._rows(lambda used: used.index_select(0, beam_idx.to(used.device)))
+        self._map_rows(lambda used: used.index_select(0, beam_idx.to(used.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._rows(lambda used: used.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda used: used.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._rows(lambda used: used[indices])
+        self._map_rows(lambda used: used[indices])
 
-    def _rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.cycles_used is not None:
             self.cycles_used = change(self.cycles_used)
 
 
 def slotted(config: Any, H_cycles: int | None, L_cycles: int | None, cache_policy: str, halt: str | None = None) -> Any:
-    """A copy of the configuration whose caches have the slots of that depth, policy and halting criterion.
+    """A copy of the configuration whose caches have the slots for this depth, policy and exit criterion.
 
     Raises:
-        ValueError: No such policy.
+        ValueError: Unknown policy.
     """
     if cache_policy not in CACHE_POLICIES:
         raise ValueError(f"cache_policy: expected one of {', '.join(CACHE_POLICIES)}, got {cache_policy!r}")
@@ -159,23 +160,23 @@ def slotted(config: Any, H_cycles: int | None, L_cycles: int | None, cache_polic
 
 
 def draft_slots(config: Any, draft_cycles: int) -> int:
-    """Slots of a draft's own: its coda; and its one application of the loop where it has no cycles, which no cycle repeats."""
+    """Number of slots of a draft alone: those of its coda and, with 0 cycles, of its one application of the loop."""
     return config.coda_layers + (config.L_layers if draft_cycles == 0 else 0)
 
 
 def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int, cache_policy: str = "full", halt: str | None = None) -> None:
-    """Bind a cache to the depth and policy that first fill it: keys and values of others mean something else.
+    """Bind a cache to the depth and policy of the first pass that fills it.
 
-    So do the criteria that read every cycle, where there is a coda: they fill slots that nobody else does.
+    With a coda, it is also bound to exit criteria that need logits at every cycle, which fill further slots.
 
     Raises:
-        ValueError: No such policy, too few slots, or filled otherwise.
+        ValueError: Unknown policy, too few slots, or a cache bound to other values.
     """
     asked = f"H_cycles={H_cycles}, L_cycles={L_cycles}, cache_policy={cache_policy!r}"
     if halt in READ_EVERY_CYCLE and config.coda_layers > 0 and cache_policy == "full":
         asked += f", halt={halt!r}"
     owner = getattr(cache, "recursive_depth", None)
-    if owner == asked:  # by an earlier pass: of a text every token but the first comes by here
+    if owner == asked:  # bound by an earlier pass, as for every token but the first
         return
     slots = slotted(config, H_cycles, L_cycles, cache_policy, halt).num_hidden_layers
     if cache.layer_class_to_replicate is not None:
@@ -185,7 +186,7 @@ def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int, cache_p
             f"past_key_values: {asked} needs a cache of {slots} slots, this one has {len(cache.layers)}; "
             f"make it with RecursiveCache(model.config, {asked})"
         )
-    if torch.compiler.is_compiling():  # the first pass, which is not compiled in `generate`, has claimed it
+    if torch.compiler.is_compiling():  # bound by the first pass, which `generate` does not compile
         return
     if owner is not None and cache.get_seq_length() > 0:
         raise ValueError(f"past_key_values: filled at {owner}, called at {asked}; use one cache for each")
@@ -193,7 +194,7 @@ def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int, cache_p
 
 
 class CacheSlots(Cache):
-    """A view of a cache in which the slots of one application of a layer stand where that layer looks for them."""
+    """A view of a cache that maps the `layer_idx` of shared layers to the slots of one application."""
 
     def __init__(self, cache: Cache, offset: int):
         self.cache, self.offset = cache, offset
@@ -209,7 +210,7 @@ class CacheSlots(Cache):
 
 
 class ScratchSlots(CacheSlots):
-    """As `CacheSlots`, but what is written is forgotten: for what a later application or readout of the same pass writes again."""
+    """As `CacheSlots`, but writes are discarded: a later application of the same pass writes the slots."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self.cache.layers[layer_idx + self.offset]
@@ -218,7 +219,7 @@ class ScratchSlots(CacheSlots):
             found = layer.update(key_states, value_states, *args, **kwargs)
             layer.crop(-tokens)
             return found
-        if type(layer) is StaticLayer:  # the next write begins at the same place
+        if type(layer) is StaticLayer:  # the next write starts at the same position
             found = layer.update(key_states, value_states, *args, **kwargs)
             layer.cumulative_length.sub_(tokens)
             return found
@@ -229,13 +230,13 @@ class ScratchSlots(CacheSlots):
 
 
 class HaltingSlots(CacheSlots):
-    """As the view it is made of, but of tokens that have halted the keys and values stay those of the cycle before.
+    """As another view, but halted tokens keep the keys and values of the previous cycle.
 
     Args:
-        slots: The view that they are written through; None without a cache.
-        kept: Of this chunk of tokens the keys and values of the cycle before, by place; replaced by those of this one.
-        step: Which application of its cycle it is.
-        halted: `[B, T]`, or None as long as no token has halted.
+        slots: The view to write through; None without a cache.
+        kept: (step, layer) -> keys and values of these tokens in the previous cycle; replaced by those of this cycle.
+        step: Number of the application within its cycle.
+        halted: `[B, T]`, or None while no token has halted.
     """
 
     def __init__(self, slots: CacheSlots | None, kept: dict[tuple[int, int], Any], step: int, halted: torch.Tensor | None):
@@ -252,7 +253,7 @@ class HaltingSlots(CacheSlots):
 
 
 class PagedCacheSlots(PagedAttentionCache):
-    """`CacheSlots` for continuous batching, whose attention functions test for this class."""
+    """`CacheSlots` for continuous batching, whose attention functions check for this class."""
 
     def __init__(self, cache: PagedAttentionCache, offset: int):
         self.cache, self.offset = cache, offset
@@ -276,22 +277,23 @@ class ShiftedInstances(dict):
         return self.instances[layer_idx + self.offset]
 
 
-HALT_CRITERIA = {"q_head": 0.5, "kl": 5e-4, "entropy": 0.1}  # and the thresholds where none is given
-_READOUT_ELEMENTS = 2**26  # logits held at a time while a criterion reads them
+HALT_CRITERIA = {"q_head": 0.5, "kl": 5e-4, "entropy": 0.1}  # criterion -> default threshold
+_READOUT_ELEMENTS = 2**26  # logits in memory at a time while a criterion reads them
 
 
 class HaltRule:
-    """When a token has had cycles enough. Every criterion looks at that token alone, so none sees a later one.
+    """Early-exit rule: when a token halts. Every criterion is causal and depends on that token alone.
 
     Args:
-        criterion: "q_head": the head's sigmoid is above the threshold; 0 halts always, 1 never. "kl": the next-token distribution of this
-            cycle diverges from that of the cycle before by less than so many nats (Huginn, arXiv 2502.05171); infinity halts always, at
-            cycle 2, 0 never. "entropy": the distribution's entropy in nats is below it; infinity halts always, 0 never.
-        threshold: The criterion's own in `HALT_CRITERIA` where None.
-        head, vocabulary: States `[N, D]` to logits `[N, V]`, and V; for the criteria that read them.
+        criterion: "q_head": the sigmoid of the halting head exceeds the threshold; 0 halts always, 1 never. "kl": the KL divergence in nats
+            of the next-token distribution from that of the previous cycle is below the threshold (Huginn, arXiv 2502.05171); infinity
+            halts always, at cycle 2, 0 never. "entropy": the entropy of the distribution in nats is below the threshold; infinity halts
+            always, 0 never.
+        threshold: The default in `HALT_CRITERIA` where None.
+        head, vocabulary: Maps states `[N, D]` to logits `[N, V]`, and V; for the criteria that read logits.
 
     Raises:
-        ValueError: No such criterion, a threshold that is no number, or no head where one is read.
+        ValueError: Unknown criterion, a threshold that is not a number, or no head for a criterion that needs one.
     """
 
     def __init__(
@@ -310,24 +312,24 @@ class HaltRule:
         self.reads_logits = criterion in READ_EVERY_CYCLE
         if self.reads_logits and head is None:
             raise ValueError(f"halt: {criterion} reads logits, and the base model has no head; call the model with its head")
-        self.state: torch.Tensor | None = None  # read last, and what came of it where all of it was held at once
+        self.state: torch.Tensor | None = None  # the last states, and their logits and log-probabilities if computed in one chunk
         self.logits: torch.Tensor | None = None
         self.log_probs: torch.Tensor | None = None
 
     @classmethod
     def of(cls, model: Any, criterion: str | None, threshold: float | None = None) -> "HaltRule | None":
-        """The rule of a model; None, a run at fixed depth, where the criterion is None. A base model has no head: q_head alone serves."""
+        """The rule for a model; None, for fixed depth, where the criterion is None. A base model has no head, so only q_head works."""
         if criterion is None:
             return None
         return cls(criterion, threshold, getattr(model, "lm_head", None), model.config.vocab_size)
 
     def by_head(self, halt_logit: torch.Tensor) -> torch.Tensor:
         """`[B, T]` logits of `q_head` to `[B, T]`, True where the token halts."""
-        # at 0 also where the sigmoid is rounded to 0
+        # a threshold of 0 halts also where the sigmoid underflows to 0
         return (halt_logit.float().sigmoid() > self.threshold) | (self.threshold <= 0)
 
     def by_readout(self, state: torch.Tensor) -> torch.Tensor:
-        """The `[B, T, D]` states that the head reads, to `[B, T]`, True where the token halts."""
+        """The `[B, T, D]` inputs of the head to `[B, T]`, True where the token halts."""
         rows, before = state.flatten(0, 1), self.state
         known, self.logits, self.log_probs = self.log_probs, None, None
         nats = []
@@ -347,14 +349,14 @@ class HaltRule:
     def _nats(self, log_probs: torch.Tensor, earlier: torch.Tensor, first_cycle: bool) -> torch.Tensor:
         if self.criterion == "entropy":
             return -(log_probs.exp() * log_probs).sum(dim=-1)
-        if first_cycle:  # nothing to compare with
+        if first_cycle:  # there is no previous cycle
             return log_probs.new_full(log_probs.shape[:1], math.inf)
         return (log_probs.exp() * (log_probs - earlier)).sum(dim=-1).clamp(min=0)
 
 
 @dataclass
 class Drafted:
-    """Tokens that have been through prelude and the first cycles: e, z_L and z_H, each `[B, T, D]`."""
+    """States of drafted tokens after prelude and first cycles: e, z_L and z_H, each `[B, T, D]`."""
 
     e: torch.Tensor
     z_L: torch.Tensor
@@ -362,17 +364,17 @@ class Drafted:
 
     @classmethod
     def join(cls, parts: "list[Drafted]") -> "Drafted":
-        """One after the other along T."""
+        """Concatenate along T."""
         return cls(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("e", "z_L", "z_H")))
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `generate(draft_cycles=...)` returns with `return_dict_in_generate=True`.
+    """Output of `generate(draft_cycles=...)` with `return_dict_in_generate=True`.
 
     Args:
-        drafted: Tokens drafted for rows that had not ended.
-        accepted: Those of them that the whole model agreed with, up to the first that it did not.
+        drafted: Number of drafted tokens in unfinished rows.
+        accepted: Number of accepted ones: those before the first rejection of their draft.
     """
 
     drafted: int | None = None
@@ -390,10 +392,10 @@ def self_speculation(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Decoding in which a few cycles write ahead and all of them check (arXiv 2211.17192, with the model's own first cycles as the draft).
+    """Self-speculative decoding: draft with the first cycles, verify with all cycles (arXiv 2211.17192).
 
-    What a draft has computed of prelude and first cycles is the beginning of what the whole model computes, so verifying goes on from
-    there. All rows of a batch go as far as the least agreeing one. Signature as transformers asks of `custom_generate`.
+    The verify step continues from the draft's states after prelude and first cycles. All rows of a batch advance by the same number of
+    tokens, that of the row with the earliest rejection. The signature is that of transformers' `custom_generate`.
     """
     depth = model.model.cycles(model_kwargs.get("H_cycles"), model_kwargs.get("L_cycles"))
     _check_draft(draft_cycles, draft_tokens, depth, generation_config, model_kwargs)
@@ -403,30 +405,30 @@ def self_speculation(
     reader = _Reader(model.model, cache, depth, None if mask is None or bool(mask.all()) else mask, len(input_ids))
     if input_ids.shape[1] - 1 > cache.get_seq_length():
         reader.read(input_ids[:, cache.get_seq_length() : -1])
-    choose = _Choice(logits_processor, generation_config.do_sample)
+    sampler = _Sampler(logits_processor, generation_config.do_sample)
     pad = generation_config._pad_token_tensor
-    going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    active = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     drafted = accepted = 0
-    while going.any():
+    while active.any():
         left = max(1, stopping_criteria.max_length - input_ids.shape[1]) if stopping_criteria.max_length is not None else draft_tokens
-        guessed, guesses = reader.draft(input_ids, min(draft.length(), left), choose, model.lm_head)
+        guessed, guesses = reader.draft(input_ids, min(draft.length(), left), sampler, model.lm_head)
         logits = model.lm_head(reader.verify()).float()
-        taken, right = choose.check(input_ids, guessed, guesses, logits, going)
+        taken, right = sampler.accept(input_ids, guessed, guesses, logits, active)
         count, agreed = guessed.shape[1], right.cumprod(dim=1).sum(dim=1)
-        drafted += count * int(going.sum())
-        accepted += int(agreed[going].sum())
-        kept = min(int(agreed[going].min()) + 1, count)
-        draft.learn(kept, right=kept == count and bool(right[going, -1].all()))
+        drafted += count * int(active.sum())
+        accepted += int(agreed[active].sum())
+        kept = min(int(agreed[active].min()) + 1, count)
+        draft.learn(kept, right=kept == count and bool(right[active, -1].all()))
         for column in range(kept):
-            token = taken[:, column] if pad is None else torch.where(going, taken[:, column], pad)
+            token = taken[:, column] if pad is None else torch.where(active, taken[:, column], pad)
             input_ids = torch.cat([input_ids, token.unsqueeze(1)], dim=1)
             if streamer is not None:
                 streamer.put(token.cpu())
-            going = going & ~stopping_criteria(input_ids, None)
-            if not going.any():
+            active = active & ~stopping_criteria(input_ids, None)
+            if not active.any():
                 kept = column + 1
                 break
-        reader.take_back(count - kept)
+        reader.rollback(count - kept)
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:
@@ -456,7 +458,7 @@ _NOT_KEPT = ("scores", "logits", "hidden_states", "attentions")
 
 
 def _draft_cache(model: Any, draft_cycles: int, depth: tuple[int, int], model_kwargs: dict[str, Any]) -> RecursiveCache:
-    """The caller's, if it was made for such drafts, or a new one."""
+    """The caller's cache, if it was made for drafts of this depth, or a new one."""
     given = model_kwargs.get("past_key_values")
     if given is None or (given.get_seq_length() == 0 and not getattr(given, "_is_user_defined", False)):
         given = RecursiveCache(model.config, *depth, draft_cycles=draft_cycles)
@@ -470,17 +472,17 @@ def _draft_cache(model: Any, draft_cycles: int, depth: tuple[int, int], model_kw
 
 
 class DraftLength:
-    """How many tokens to draft: what gives the most tokens per layer application, as often as drafts have lately been right.
+    """The number of tokens to draft: the one with the most expected tokens per layer application at the recent acceptance rate.
 
-    A token that is drafted costs its prelude, first cycles and readout; verifying costs the other cycles and the coda, here taken to be as
-    much for all drafted tokens together as for one, as it is where fetching the weights takes longer than using them.
+    A drafted token costs prelude, first cycles and coda. A verify step costs the other cycles and the coda, the same for one token as for
+    all drafted tokens: decoding is assumed to be bound by memory bandwidth.
     """
 
     def __init__(self, config: Any, draft_cycles: int, depth: tuple[int, int], most: int):
         cycle = (depth[1] + 1) * config.L_layers
         own = config.coda_layers + (config.L_layers if draft_cycles == 0 else draft_cycles * cycle)
         self.drafting, self.verifying = config.prelude_layers + own, (depth[0] - draft_cycles) * cycle + config.coda_layers
-        self.most, self.right, self.seen = most, 4.0, 5.0  # four of five, until there is more to go by
+        self.most, self.right, self.seen = most, 4.0, 5.0  # acceptance rate of 4/5 at the start
 
     def length(self) -> int:
         rate = self.right / self.seen
@@ -489,45 +491,45 @@ class DraftLength:
         return 1 + speed.index(max(speed))
 
     def learn(self, kept: int, right: bool) -> None:
-        """`kept` tokens stayed of a draft, of which the last was `right` or else corrected; what is long past counts less."""
+        """Update the rate: of a draft `kept` tokens were kept, the last either `right` or replaced. Older drafts count less."""
         self.right, self.seen = 0.9 * self.right + kept - (not right), 0.9 * self.seen + kept
 
 
 class _Reader:
-    """The two halves of a pass over the next tokens of a batch, and what both have to know."""
+    """The draft and verify steps over the next tokens of a batch, and their shared state."""
 
     def __init__(self, base: Any, cache: RecursiveCache, depth: tuple[int, int], mask: torch.Tensor | None, rows: int):
         self.base, self.cache, self.depth, self.mask, self.rows = base, cache, depth, mask, rows
-        self.open: list[Drafted] = []
+        self.pending: list[Drafted] = []
 
     def read(self, input_ids: torch.Tensor) -> None:
-        """Fill the cache, with draft and whole model, from tokens that are known."""
+        """Prefill: fill the cache of draft and full model with known tokens."""
         place = self._place(input_ids, self.cache.get_seq_length())
         _, drafted = self.base.draft(input_ids, *place, self.cache, self.depth)
         self.base.verify(drafted, *place, self.cache, self.depth)
 
-    def draft(self, input_ids: torch.Tensor, count: int, choose: "_Choice", head: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The next tokens `[B, count]` as the draft would have them, and for each the scores `[B, V]` that it was chosen from."""
-        self.start, self.open, ids, scores = self.cache.get_seq_length(), [], input_ids, []
+    def draft(self, input_ids: torch.Tensor, count: int, sampler: "_Sampler", head: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Draft the next tokens `[B, count]`. Also returns, for each, the scores `[B, V]` that it was chosen from."""
+        self.start, self.pending, ids, scores = self.cache.get_seq_length(), [], input_ids, []
         for _ in range(count):
             fed = ids[:, -1:]
-            state, drafted = self.base.draft(fed, *self._place(fed, self.start + len(self.open)), self.cache, self.depth)
-            self.open.append(drafted)
-            scores.append(choose.scores(ids, head(state)[:, -1].float()))
-            ids = torch.cat([ids, choose.token(scores[-1])], dim=1)
+            state, drafted = self.base.draft(fed, *self._place(fed, self.start + len(self.pending)), self.cache, self.depth)
+            self.pending.append(drafted)
+            scores.append(sampler.scores(ids, head(state)[:, -1].float()))
+            ids = torch.cat([ids, sampler.token(scores[-1])], dim=1)
         return ids[:, input_ids.shape[1] :], scores
 
     def verify(self) -> torch.Tensor:
-        """`[B, count, D]` of the whole model, for the tokens that drafts were made from."""
-        drafted = Drafted.join(self.open)
+        """`[B, count, D]` of the full model, for the inputs of the drafted tokens."""
+        drafted = Drafted.join(self.pending)
         return self.base.verify(drafted, *self._place(drafted.e, self.start), self.cache, self.depth)
 
-    def take_back(self, tokens: int) -> None:
+    def rollback(self, tokens: int) -> None:
         if tokens > 0:
             self.cache.crop(-tokens)
 
     def _place(self, x: torch.Tensor, start: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mask and positions of tokens that stand behind `start` others, the padding on the left not counted."""
+        """Mask and positions of tokens that follow `start` others; positions do not count left padding."""
         stop = start + x.shape[1]
         positions = torch.arange(start, stop, device=x.device).unsqueeze(0)
         if self.mask is None:
@@ -538,8 +540,8 @@ class _Reader:
         return self.mask[:, :stop], (positions - padding).clamp(min=0)
 
 
-class _Choice:
-    """The next token from logits, and whether the whole model would have it so."""
+class _Sampler:
+    """Chooses the next token from logits, and accepts or rejects drafted tokens."""
 
     def __init__(self, processors: Any, sample: bool):
         self.processors, self.sample = processors, sample
@@ -551,13 +553,13 @@ class _Choice:
         """`[B, V]` to `[B, 1]`."""
         return torch.multinomial(scores.softmax(dim=-1), 1) if self.sample else scores.argmax(dim=-1, keepdim=True)
 
-    def check(
-        self, input_ids: torch.Tensor, guessed: torch.Tensor, guesses: list[torch.Tensor], logits: torch.Tensor, going: torch.Tensor
+    def accept(
+        self, input_ids: torch.Tensor, guessed: torch.Tensor, guesses: list[torch.Tensor], logits: torch.Tensor, active: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What stands at each place, drafted or corrected, and whether the draft was right; each `[B, count]`.
+        """The token at each position, drafted or replaced, and whether the draft was accepted; each `[B, count]`.
 
-        A drafted token is kept with the chance p/q of its probabilities under model and draft, and else replaced by one drawn from what
-        of p is above q: so what stands is distributed as p (arXiv 2211.17192, algorithm 1). Ended rows agree with everything.
+        A drafted token is accepted with probability p/q, its probabilities under model and draft, and otherwise replaced by a sample from
+        max(0, p - q); the result has distribution p (arXiv 2211.17192, algorithm 1). Finished rows accept everything.
         """
         ids, taken, right = torch.cat([input_ids, guessed], dim=1), [], []
         for column, guess in enumerate(guesses):
@@ -572,5 +574,5 @@ class _Choice:
                 other = scores.argmax(dim=-1, keepdim=True)
                 keeps = other == token
             taken.append(torch.where(keeps, token, other))
-            right.append(keeps | ~going.unsqueeze(1))
+            right.append(keeps | ~active.unsqueeze(1))
         return torch.cat(taken, dim=1), torch.cat(right, dim=1)

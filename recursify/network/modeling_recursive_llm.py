@@ -20,14 +20,14 @@
         once:            z_H = F(e + A_H * (z_H - e) + B_H * (z_L - e))
         logits = lm_head(norm(coda(z_H)))                                      any cycle can be read out
 
-The affine mix is TRM's bare sum z_L + z_H + e, anchored at e: a donor's pre-norm blocks would let a bare sum grow without bound.
-With all gains A, B at 0 every F sees e, so any number of cycles gives the plain pass, bit for bit.
+The affine mix is TRM's plain sum z_L + z_H + e, anchored at e: with pre-norm blocks a plain sum would grow without bound.
+With all gains A, B at 0 every F gets e, so any number of cycles equals the plain pass, bit for bit.
 
-The layers are the donor's own classes from transformers; only the way through them is ours. A layer met n times has n cache slots,
-reached through a view of the cache that adds the offset of the application, so no module changes its `layer_idx`.
+The layers are transformers' classes; only the forward pass over them is new. A layer that is applied n times has n cache slots. Each
+application sees its slots through a view of the cache that adds an offset, so no module changes its `layer_idx`.
 
-Shape letters: B batch, T tokens, D hidden size, V vocabulary. One of the files that travel with the weights: imports only
-torch, transformers and those beside it.
+Shape letters: B batch, T tokens, D hidden size, V vocabulary. This file is saved beside the weights: it imports only torch, transformers
+and the files beside it.
 """
 
 import copy
@@ -95,16 +95,16 @@ from .decoding_recursive_llm import (
 )
 
 
-@auto_docstring(custom_intro="What the base model returns.")
+@auto_docstring(custom_intro="Output of the base model.")
 @dataclass
 class RecursiveModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     cycle_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_states=True`):
-        One `[B, T, D]` per cycle, after coda and final norm: what `lm_head` reads. The last is `last_hidden_state`.
+        One `[B, T, D]` per cycle, after coda and final norm: the inputs of `lm_head`. The last is `last_hidden_state`.
     halt_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_states=True`):
-        One `[B, T]` per cycle: the logit of "good enough to stop here", from `q_head` on the detached state.
+        One `[B, T]` per cycle: the halting logit of `q_head` for the detached state.
     halt_cycles (`torch.LongTensor`, *optional*, returned when `halt` is given):
-        `[B, T]`: the cycle at which each token halted; 0 for padding.
+        `[B, T]`: the cycle at which each token halted (its early exit); 0 for padding.
     """
 
     cycle_states: tuple[torch.FloatTensor, ...] | None = None
@@ -112,17 +112,17 @@ class RecursiveModelOutputWithPast(BaseModelOutputWithPast):
     halt_cycles: torch.LongTensor | None = None
 
 
-@auto_docstring(custom_intro="What the model with its head returns.")
+@auto_docstring(custom_intro="Output of the model with its head.")
 @dataclass
 class RecursiveCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     cycle_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_logits=True`):
         One `[B, T, V]` per cycle, the last equal to `logits`. Without a cache, entry c equals a run at `H_cycles = c + 1`.
-        With a cache and a coda, an early cycle's readout sees the coda's keys and values of earlier tokens from *their* last cycle.
+        With a cache and a coda, the coda attends, at every cycle, to keys and values that earlier tokens wrote at *their* last cycle.
     halt_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_logits=True`):
-        One `[B, T]` per cycle, from `q_head`.
+        One `[B, T]` per cycle: the halting logit of `q_head`.
     halt_cycles (`torch.LongTensor`, *optional*, returned when `halt` is given):
-        `[B, T]`: the cycle at which each token halted; 0 for padding.
+        `[B, T]`: the cycle at which each token halted (its early exit); 0 for padding.
     """
 
     cycle_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -131,8 +131,8 @@ class RecursiveCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class AnchoredInjection(nn.Module):
-    """x = e + A * (own - e) + B * (other - e), with gains per channel, each the tanh of its theta: scaled down together to
-    |A| + |B| = `GAIN_SUM` where they are more, so either may be nearly all of it."""
+    """x = e + A * (own - e) + B * (other - e). A and B are gains per channel, each the tanh of its theta; where |A| + |B| exceeds
+    `GAIN_SUM`, both are scaled down to that sum."""
 
     def __init__(self, config: RecursiveLLMConfig):
         super().__init__()
@@ -140,7 +140,7 @@ class AnchoredInjection(nn.Module):
         self.theta_B = nn.Parameter(torch.zeros(config.hidden_size))
 
     def gains(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B, each `[D]`; computed in float32, once per pass."""
+        """A and B, each `[D]`, computed in float32, once per pass."""
         A, B = torch.tanh(self.theta_A.float()), torch.tanh(self.theta_B.float())
         excess = ((A.abs() + B.abs()) / GAIN_SUM).clamp(min=1.0)
         return (A / excess).to(dtype), (B / excess).to(dtype)
@@ -151,7 +151,7 @@ class AnchoredInjection(nn.Module):
 
 
 class HaltHead(nn.Module):
-    """One logit per token. Not an `nn.Linear`, so that quantisers and LoRA on "all-linear" leave it alone, idle as it is."""
+    """One halting logit per token. Not an `nn.Linear`, so quantisers and LoRA on "all-linear" skip it."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -159,16 +159,16 @@ class HaltHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """`[B, T, D]` to `[B, T]`. Reads directions: the lengths of a donor's states differ a thousandfold from token to token."""
+        """`[B, T, D]` to `[B, T]`. The input is normalised: norms of a donor's states differ by a factor of 1000 between tokens."""
         direction = nn.functional.rms_norm(z.float(), z.shape[-1:], eps=1e-6).to(z.dtype)
         return nn.functional.linear(direction, self.weight, self.bias).squeeze(-1)
 
 
 class Recursion(nn.Module):
-    """Everything that the donor has not got.
+    """All parameters that the donor does not have, and the loop.
 
-    A module of its own, because the donor's constructor has already marked its own as initialised: parameters that were added there
-    would stay at zero in silence.
+    A module of its own: the donor's constructor has already marked its modules as initialised, so parameters that were added to them would
+    stay at zero.
     """
 
     def __init__(self, config: RecursiveLLMConfig):
@@ -189,25 +189,25 @@ class Recursion(nn.Module):
     def advance(
         self, e: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], block: Any, cycles: range, L_cycles: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(z_L, z_H)` after the cycles of a range, counted from 0, from those before it."""
-        gains = self._gains(e.dtype) if cycles else None  # a draft of no cycles asks for every token
+        """Run a range of cycles (from 0) on `(z_L, z_H)`, and return the new states."""
+        gains = self._gains(e.dtype) if cycles else None  # the range is empty for every token of a draft with 0 cycles
         for cycle in cycles:
             states = self._cycle(e, *states, block, cycle, L_cycles, gains)
         return states
 
     def steps(self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int, backprop: str = "full") -> Iterator[torch.Tensor]:
-        """The loop. Yields `z_H` `[B, T, D]` at the end of each cycle.
+        """The loop. Yields `z_H` `[B, T, D]` after each cycle.
 
         Args:
             e: Output of the prelude, `[B, T, D]`.
             block: `block(x, n)` applies the looped block to `x` as application number `n`.
-            backprop: How far back a cycle's loss reaches: "full", through all cycles before it; "cycle", to the states that the cycle began
-                with; "last", as "cycle", and cycles before the last are computed without gradients (TRM).
+            backprop: Backpropagation of a cycle's loss: "full", through all earlier cycles; "cycle", truncated at the start of the cycle;
+                "last", as "cycle", with cycles before the last computed without gradients (TRM).
         """
         z_L, z_H = self.start(e)
         gains = self._gains(e.dtype)
         for cycle in range(H_cycles):
-            if backprop == "cycle" and cycle > 0:  # no graph outlives its cycle, nor that of the gains
+            if backprop == "cycle" and cycle > 0:  # the graph of the gains is freed with that of the cycle
                 gains = self._gains(e.dtype)
             if backprop == "last" and cycle < H_cycles - 1:
                 with torch.no_grad():
@@ -227,19 +227,19 @@ class Recursion(nn.Module):
         n = cycle * (L_cycles + 1)
         for step in range(L_cycles):
             x = self.inject_L(e, z_L, z_H, gains[0]) if self.anchored else z_L + z_H + e
-            z_L = self._leave(block(x, n + step))
+            z_L = self._block_norm(block(x, n + step))
         x = self.inject_H(e, z_H, z_L, gains[1]) if self.anchored else z_H + z_L
-        return z_L, self._leave(block(x, n + L_cycles))
+        return z_L, self._block_norm(block(x, n + L_cycles))
 
-    def _leave(self, z: torch.Tensor) -> torch.Tensor:
-        """TRM's weightless norm at the end of its block; the anchored form is bounded without it."""
+    def _block_norm(self, z: torch.Tensor) -> torch.Tensor:
+        """TRM's norm without weights after the block; the anchored form is bounded without it."""
         return z if self.anchored else nn.functional.rms_norm(z.float(), z.shape[-1:], eps=self.eps).to(z.dtype)
 
 
 class ForwardPass:
-    """What all applications of a layer share within one forward pass: masks, positions, the cache and its slots.
+    """State that all layer applications of one forward pass share: masks, positions, the cache and its slots.
 
-    `halting` is switched on by a pass that halts tokens, which then says in `halted` `[B, T]` which have.
+    A pass with early exit sets `halting`, and keeps in `halted` `[B, T]` which tokens have halted.
     """
 
     def __init__(
@@ -259,33 +259,33 @@ class ForwardPass:
         self.cache, self.paged, self.instances = cache, self.shared.pop("cache", None), self.shared.pop("attention_instances", None)
         self.cycles, self.steps, self.one_slot = depth[0], depth[1] + 1, cache_policy == "last"
         self.applications = max(1, depth[0] * self.steps)
-        self.readouts = model.config.depth(*depth)  # the first slot of the codas of early cycles, where they have slots
+        self.readouts = model.config.depth(*depth)  # the first slot of the codas of early cycles, if they have slots
         self.halting = False
         self.halted: torch.Tensor | None = None
-        # (step, layer) -> keys and values of this chunk in the cycle before; of codas that are read at every cycle under step -1
+        # (step, layer) -> keys and values of these tokens in the previous cycle; step -1 for codas that run at every cycle
         self.kept: dict[tuple[int, int], Any] = {}
 
     def prelude(self, x: torch.Tensor) -> torch.Tensor:
         return self._run(x, 0, self.P, 0, self._slots(0))
 
     def block(self, x: torch.Tensor, n: int) -> torch.Tensor:
-        """The looped block as application number `n`; its first slot follows those of prelude and coda."""
+        """The looped block as application number `n`. Its slots follow those of prelude and coda."""
         slots: Any = self._loop_slots(n)
         if self.halting:
             slots = HaltingSlots(slots, self.kept, n % self.steps, self.halted)
         return self._run(x, self.P, self.K, self.C + n * self.K, slots)
 
     def coda(self, x: torch.Tensor, peek: bool = False) -> torch.Tensor:
-        """The layers behind the loop; with `peek` the cache is read but not written."""
+        """The layers after the loop. With `peek` the cache is read but not written."""
         return self._run(x, self.P + self.K, self.C, -self.K, self._slots(-self.K, peek))
 
     def coda_at(self, x: torch.Tensor, cycle: int) -> torch.Tensor:
-        """The coda as the readout of a cycle by which tokens halt: it sees earlier tokens as they were read at that cycle."""
+        """The coda of a given cycle, for exit criteria that read logits: it attends to the coda states of earlier tokens at that cycle."""
         slots: Any = HaltingSlots(self._readout_slots(cycle), self.kept, -1, self.halted)
         return self._run(x, self.P + self.K, self.C, -self.K, slots)
 
     def fill_skipped_slots(self, cycles: int) -> None:
-        """No further cycle is computed after so many: the slots of deeper ones take the keys and values of the last."""
+        """Fill the slots of cycles that are not computed, after all tokens have halted, with keys and values of the last computed."""
         for n in range(cycles * self.steps, self.applications):
             self._fill(self._loop_slots(n), n % self.steps, range(self.P, self.P + self.K))
         coda = range(self.P + self.K, self.P + self.K + self.C)
@@ -299,13 +299,13 @@ class ForwardPass:
                 slots.update(*self.kept[step, layer], layer)
 
     def _readout_slots(self, cycle: int) -> CacheSlots | None:
-        """The last cycle's coda has the slots of every coda; those of earlier ones stand behind all others."""
-        if self.one_slot:  # written when it is known which readout stays
+        """The coda of the last cycle has the usual slots; those of earlier cycles follow all other slots."""
+        if self.one_slot:  # written by `fill_skipped_slots`, once the last cycle is known
             return self._slots(-self.K, peek=True)
         return self._slots(-self.K if cycle == self.cycles else self.readouts + (cycle - 1) * self.C - self.P - self.K)
 
     def _loop_slots(self, n: int) -> CacheSlots | None:
-        if self.one_slot:  # only what the last application writes stays
+        if self.one_slot:  # only the last application writes
             return self._slots(self.C, peek=n < self.applications - 1)
         return self._slots(self.C + n * self.K)
 
@@ -324,7 +324,7 @@ class ForwardPass:
 
 
 class RecursiveModelMixin(PreTrainedModel):
-    """The base model of a family, without head: the donor's own modules, and our way through its layers."""
+    """The base model of a family, without head: the donor's modules with the recursive forward pass."""
 
     embed_tokens: nn.Embedding
     layers: nn.ModuleList
@@ -333,23 +333,23 @@ class RecursiveModelMixin(PreTrainedModel):
 
     def __init__(self, config: Any):
         shape = config.num_hidden_layers, config.layer_types
-        # The donor's constructor builds the layers that exist. It must see the very object that the model keeps.
+        # The donor's constructor builds the physical layers. It must get the same config object that the model keeps.
         config.num_hidden_layers, config.layer_types = config.physical_layers, config.block_types
         try:
             super().__init__(config)
         finally:
             config.num_hidden_layers, config.layer_types = shape
         self.recursion = Recursion(config)
-        self.freeze_idle()
+        self.freeze_unused()
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, which makes every parameter trainable; what idles is frozen again."""
-        return _frozen(super().from_pretrained(*args, **kwargs))
+        """As `PreTrainedModel.from_pretrained`, which makes every parameter trainable; unused parameters are frozen again."""
+        return _freeze_unused(super().from_pretrained(*args, **kwargs))
 
-    def freeze_idle(self) -> None:
-        """Freeze what no next-token loss reaches, since DDP stops at a parameter without gradient, and what the configuration freezes."""
+    def freeze_unused(self) -> None:
+        """Freeze parameters that get no gradient from a next-token loss (DDP fails on them), and those that the configuration freezes."""
         self.recursion.q_head.requires_grad_(False)
         if self.recursion.anchored:
             self.recursion.inject_L.requires_grad_(self.config.L_cycles > 0)
@@ -370,14 +370,14 @@ class RecursiveModelMixin(PreTrainedModel):
             init.zeros_(module.bias)
 
     def cycles(self, H_cycles: int | None = None, L_cycles: int | None = None) -> tuple[int, int]:
-        """(H, L) of a pass: the call's, else the configuration's.
+        """(H, L) of a pass: the arguments, else the configuration's.
 
-        A lowered `num_hidden_layers`, which is how transformers' `assistant_early_exit` asks for a draft, goes before both.
+        A lowered `num_hidden_layers`, with which transformers' `assistant_early_exit` selects a draft, overrides both.
         """
         config = self.config
         L = config.L_cycles if L_cycles is None else L_cycles
         H = config.H_cycles if H_cycles is None else H_cycles
-        # CODEPATH: no checkpoint; only `assistant_early_exit` lowers it, for the length of a draft
+        # CODEPATH: no checkpoint; only `assistant_early_exit` lowers it, during a draft
         if config.num_hidden_layers < config.depth():
             loop = config.num_hidden_layers - config.prelude_layers - config.coda_layers
             H = max(0, loop) // (config.L_layers * (L + 1))
@@ -389,8 +389,8 @@ class RecursiveModelMixin(PreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring(
-        custom_intro="One pass at a depth: `[B, T]` token ids, or `[B, T, D]` embeddings, to the `[B, T, D]` states that `lm_head` reads. "
-        "A ValueError for both or neither of them, a negative depth, or a cache that belongs to another depth."
+        custom_intro="One forward pass: `[B, T]` token ids or `[B, T, D]` embeddings to the `[B, T, D]` inputs of `lm_head`. "
+        "Raises a ValueError for both or neither of them, a negative depth, or a cache of another depth."
     )
     def forward(  # type: ignore[misc]  # position_ids is in TransformersKwargs too, as in the donors
         self,
@@ -415,15 +415,15 @@ class RecursiveModelMixin(PreTrainedModel):
         L_cycles (`int`, *optional*):
             Updates of `z_L` in each cycle of this pass; the configuration's where None.
         output_cycle_states (`bool`, *optional*, defaults to `False`):
-            Also return the state of every cycle, and the logits of `q_head`.
+            Also return the state after every cycle, and the logits of `q_head`.
         cache_policy (`str`, *optional*, defaults to `"full"`):
-            `full`, a cache slot per application of a layer, or `last`, one per layer: see `RecursiveCache`.
+            `full`, one cache slot per layer application, or `last`, one per layer: see `RecursiveCache`.
         halt (`str`, *optional*):
-            What halts tokens before the last cycle: `q_head`; `kl` and `entropy`, which need the model with its head.
+            Criterion of early exit per token: `q_head`; or `kl` and `entropy`, which need the model with its head.
         halt_threshold (`float`, *optional*):
-            See `HaltRule`; the criterion's own where None.
+            Threshold of the criterion, see `HaltRule`; its default where None.
         halt_rule (`HaltRule`, *optional*):
-            In place of the two before.
+            Instead of `halt` and `halt_threshold`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -436,7 +436,7 @@ class RecursiveModelMixin(PreTrainedModel):
         if seen is not None:
             claim_cache(seen, self.config, H, L, cache_policy, criterion)
         elif use_cache and not self.training:
-            # Filled in this pass, and kept out of the masks: packed documents are only told apart where there is no cache.
+            # Filled in this pass but not passed to the masks: packed documents are only separated where the masks see no cache.
             past_key_values = RecursiveCache(self.config, H, L, cache_policy, criterion)
             claim_cache(past_key_values, self.config, H, L, cache_policy, criterion)
         shared = {"use_cache": use_cache, **kwargs}
@@ -444,7 +444,7 @@ class RecursiveModelMixin(PreTrainedModel):
 
         e = one_pass.prelude(inputs_embeds)
         if halt_rule is not None and H > 0:
-            return self._halting(one_pass, e, H, L, halt_rule, _real(attention_mask, e), use_cache, output_cycle_states)
+            return self._halting(one_pass, e, H, L, halt_rule, _token_mask(attention_mask, e), use_cache, output_cycle_states)
         states, halts, z_H = [], [], None
         for cycle, z_H in enumerate(self.recursion.steps(e, one_pass.block, H, L), start=1):
             if output_cycle_states:
@@ -453,7 +453,7 @@ class RecursiveModelMixin(PreTrainedModel):
                     states.append(self.norm(one_pass.coda(z_H, peek=True)))
         last = self.norm(one_pass.coda(one_pass.block(e, 0) if z_H is None else z_H))
         if isinstance(past_key_values, RecursiveCache):
-            past_key_values.note_cycles(None, H, (e.shape[0], e.shape[1]))
+            past_key_values.record_cycles(None, H, (e.shape[0], e.shape[1]))
         return RecursiveModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=past_key_values if use_cache else None,
@@ -469,29 +469,29 @@ class RecursiveModelMixin(PreTrainedModel):
         H: int,
         L: int,
         rule: HaltRule,
-        real: torch.Tensor,
+        tokens: torch.Tensor,
         use_cache: bool | None,
         output_cycle_states: bool,
     ) -> RecursiveModelOutputWithPast:
-        """The loop where tokens halt. A token that has halted keeps its state, and in deeper cycles its keys and values of that cycle.
+        """The loop with early exit. A halted token keeps its state, and its keys and values, in all deeper cycles.
 
-        Cycles end when the last token has halted. Every token is one for itself in what it decides and later tokens see of it, so a text
-        halts alike read at once and token by token.
+        The loop ends when all tokens have halted. The decision about a token depends on that token alone, so prefill and incremental
+        decoding halt at the same cycles.
 
         Args:
-            real: `[B, T]`, False for padding.
+            tokens: `[B, T]`, False for padding.
         """
         if one_pass.paged is not None:
             raise ValueError("halt: continuous batching runs all tokens of a batch at one depth; leave halt out")
         one_pass.halting = True
-        going, chosen = real, e
-        used: Any = torch.zeros(real.shape, dtype=torch.long, device=e.device)
+        active, chosen = tokens, e
+        used: Any = torch.zeros(tokens.shape, dtype=torch.long, device=e.device)
         states: list[Any] = []
         halts: list[Any] = []
         last: torch.Tensor | None = None
         for cycle, z_H in enumerate(self.recursion.steps(e, one_pass.block, H, L), start=1):
             chosen = self._unless_halted(one_pass, z_H, chosen)
-            used = torch.where(going, cycle, used)
+            used = torch.where(active, cycle, used)
             if rule.reads_logits:
                 last = self._unless_halted(one_pass, self.norm(one_pass.coda_at(chosen, cycle)), last)
                 states.append(last)
@@ -500,16 +500,16 @@ class RecursiveModelMixin(PreTrainedModel):
             if output_cycle_states or (not rule.reads_logits and cycle < H):
                 halts.append(self.recursion.q_head(chosen.detach()))
             if cycle < H:
-                going = going & ~(rule.by_readout(states[-1]) if rule.reads_logits else rule.by_head(halts[-1]))
-                one_pass.halted = real & ~going  # padding goes on, as it would without halting, but nobody waits for it
-            if cycle == H or not going.any():
+                active = active & ~(rule.by_readout(states[-1]) if rule.reads_logits else rule.by_head(halts[-1]))
+                one_pass.halted = tokens & ~active  # padding is computed as without halting, but does not keep the loop running
+            if cycle == H or not active.any():
                 one_pass.fill_skipped_slots(cycle)
                 break
         if last is None:
             last = self.norm(one_pass.coda(chosen))
             states.append(last)
         if isinstance(one_pass.cache, RecursiveCache):
-            one_pass.cache.note_cycles(used, H, (e.shape[0], e.shape[1]))
+            one_pass.cache.record_cycles(used, H, (e.shape[0], e.shape[1]))
         return RecursiveModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=one_pass.cache if use_cache else None,
@@ -520,27 +520,27 @@ class RecursiveModelMixin(PreTrainedModel):
 
     @staticmethod
     def _unless_halted(one_pass: ForwardPass, new: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
-        """`[B, T, D]` of a cycle, and of tokens that have halted what they had."""
+        """The new `[B, T, D]` states, but the old ones of tokens that have halted."""
         return new if one_pass.halted is None or old is None else torch.where(one_pass.halted.unsqueeze(-1), old, new)
 
     def draft(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: RecursiveCache, depth: tuple[int, int]
     ) -> tuple[torch.Tensor, Drafted]:
-        """Self-speculation, first half: tokens `[B, T]` through prelude and the draft's cycles, and its readout.
+        """Draft step of self-speculative decoding: tokens `[B, T]` through prelude, the first cycles and a coda.
 
         Args:
-            mask: `[B, tokens so far]`, None where there is no padding.
-            cache: Made with `draft_cycles`. The slots of prelude and first cycles are those of the whole model; the readout has its own.
-            depth: (H, L) of the whole model.
+            mask: `[B, tokens so far]`, None without padding.
+            cache: Made with `draft_cycles`. Prelude and first cycles share the slots of the full model; the draft's coda has its own.
+            depth: (H, L) of the full model.
 
         Returns:
-            The `[B, T, D]` states that `lm_head` reads, equal to those of a run at `H_cycles = draft_cycles`; and the open states.
+            The `[B, T, D]` inputs of `lm_head`, equal to those at `H_cycles = draft_cycles`; and the states for `verify`.
         """
         k: int = cache.draft_cycles  # type: ignore[assignment]
         P, K, C = self.config.prelude_layers, self.config.L_layers, self.config.coda_layers
         own = self.config.depth(*depth)
         x = self.embed_tokens(input_ids)
-        # a slot that has seen no more than what is before these tokens: the draft's own have, and it has at least one
+        # a slot whose length is the number of earlier tokens: the draft has at least one of its own
         one_pass = self._one_pass(x, mask, position_ids, cache, cache, depth, "full", {}, slot=P if k > 0 and C == 0 else own)
         e = one_pass.prelude(x)
         z_L, z_H = self.recursion.advance(e, self.recursion.start(e), one_pass.block, range(k), depth[1])
@@ -551,7 +551,7 @@ class RecursiveModelMixin(PreTrainedModel):
     def verify(
         self, drafted: Drafted, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: RecursiveCache, depth: tuple[int, int]
     ) -> torch.Tensor:
-        """Second half: drafted tokens through the remaining cycles and coda, all at once. `[B, T, D]`, which `lm_head` reads."""
+        """Verify step: drafted tokens through the other cycles and the coda in one pass. Returns the `[B, T, D]` inputs of `lm_head`."""
         k: int = cache.draft_cycles  # type: ignore[assignment]
         first = self.config.prelude_layers + self.config.coda_layers + k * (depth[1] + 1) * self.config.L_layers
         one_pass = self._one_pass(drafted.e, mask, position_ids, cache, cache, depth, "full", {}, slot=first)
@@ -562,10 +562,10 @@ class RecursiveModelMixin(PreTrainedModel):
     def begin_pass(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-        """A pass without a cache, left open at the loop, for training that goes through it its own way.
+        """Start a pass without a cache, for training code that runs the loop itself.
 
         Returns:
-            e `[B, T, D]`; `block(x, n)`, as `Recursion.steps` takes it; `read(z_H)`, the `[B, T, D]` state that `lm_head` reads.
+            e `[B, T, D]`; `block(x, n)` for `Recursion.steps`; `read(z_H)`, which returns the `[B, T, D]` input of `lm_head`.
         """
         inputs_embeds = self.embed_tokens(input_ids)
         depth = self.cycles()
@@ -584,14 +584,14 @@ class RecursiveModelMixin(PreTrainedModel):
         kwargs: dict[str, Any],
         slot: int | None = None,
     ) -> ForwardPass:
-        """What all applications share.
+        """The shared state of a forward pass.
 
         Args:
-            seen, cache: The cache that the masks know of, and the one that is filled.
+            seen, cache: The cache that the masks are computed for, and the one that is filled.
             depth: (H, L) of the pass.
-            slot: The one whose length is how many tokens came before; None where all slots are of one length.
+            slot: A slot whose length is the number of earlier tokens; None where all slots have the same length.
         """
-        # before positions are made up: only positions that are given can restart within a row
+        # before positions are filled in: only given positions can restart within a row
         masks = attention_mask if isinstance(attention_mask, dict) else self._masks(inputs_embeds, attention_mask, seen, position_ids, slot)
         if position_ids is None:
             start = 0 if seen is None else seen.get_seq_length()
@@ -607,7 +607,7 @@ class RecursiveModelMixin(PreTrainedModel):
         position_ids: torch.Tensor | None,
         slot: int | None = None,
     ) -> dict[str, Any]:
-        """The mask of each attention type that occurs."""
+        """Attention type -> mask."""
         masks = {}
         for kind in dict.fromkeys(self.config.block_types):
             make_mask: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
@@ -622,10 +622,9 @@ class RecursiveModelMixin(PreTrainedModel):
         return masks
 
 
-def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The states that the head is to read, as transformers' models take `logits_to_keep`: the last so many, 0 for all; or those at given
-    positions `[n]`, at given positions of each row `[B, n]`, or where a mask `[B, T]` is True. Transformers before 5.23 has no
-    function for it, and the benchmarks are to run there."""
+def _select(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states for the head, by transformers' `logits_to_keep`: the last n, 0 for all; or those at positions `[n]`, at positions of each
+    row `[B, n]`, or where a mask `[B, T]` is True. (transformers before 5.23, on which the benchmarks run too, has no function for it.)"""
     if isinstance(logits_to_keep, int):
         return states[:, slice(-logits_to_keep, None)]
     if logits_to_keep.ndim < 2:
@@ -633,14 +632,14 @@ def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
     return states[logits_to_keep] if logits_to_keep.dtype == torch.bool else torch.take_along_dim(states, logits_to_keep[..., None], dim=1)
 
 
-def _real(attention_mask: Any, x: torch.Tensor) -> torch.Tensor:
-    """`[B, T]`, True for tokens and False for padding, where a mask over tokens says which are which."""
+def _token_mask(attention_mask: Any, x: torch.Tensor) -> torch.Tensor:
+    """`[B, T]`, False for padding. All True without a two-dimensional mask."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         return attention_mask[:, -x.shape[1] :].to(device=x.device, dtype=torch.bool)
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
-# The guides' names on the left; on the right the names in transformers, which the modules keep.
+# Names in the guides -> names in transformers, which the modules have.
 GUIDE_NAMES = {
     "self_attn": {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"},
     "mlp": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
@@ -649,7 +648,7 @@ GUIDE_RECURSION = ("H_init", "L_init", "q_head", "inject_H", "inject_L")
 
 
 class View:
-    """Other names for a module's parts: the same parameters, nothing copied, nothing registered."""
+    """A module's parts under other names: the same parameters, not copied and not registered."""
 
     names: ClassVar[dict[str, str]] = {}
 
@@ -673,19 +672,19 @@ class View:
 
 
 class Attention(View):
-    """A donor's attention with the guides' names `wq`, `wk`, `wv`, `wo`."""
+    """Attention with the guides' names `wq`, `wk`, `wv`, `wo`."""
 
     names = GUIDE_NAMES["self_attn"]
 
 
 class SwiGLU(View):
-    """A donor's feed-forward with the guides' names `w1` (gate), `w2` (down), `w3` (up)."""
+    """Feed-forward with the guides' names `w1` (gate), `w2` (down), `w3` (up)."""
 
     names = GUIDE_NAMES["mlp"]
 
 
 class Layer(View):
-    """A donor's layer whose `self_attn` and `mlp` answer to the guides' names."""
+    """A layer whose `self_attn` and `mlp` have the guides' names."""
 
     @property
     def self_attn(self) -> Attention:
@@ -697,7 +696,7 @@ class Layer(View):
 
 
 class LLevel(View):
-    """The looped block as the guides have it: `L_level.layers[i]`."""
+    """A group of layers as in the guides: `L_level.layers[i]`."""
 
     @property
     def layers(self) -> list[Layer]:
@@ -705,7 +704,7 @@ class LLevel(View):
 
 
 class Inner(View):
-    """`model.inner`, the guides' name for what is inside: embed_tokens, prelude, L_level, coda, norm, lm_head, H_init, L_init, q_head."""
+    """`model.inner` of the guides: embed_tokens, prelude, L_level, coda, norm, lm_head, H_init, L_init, q_head."""
 
     def _owner(self, name: str) -> nn.Module:
         base = self.module.model
@@ -731,20 +730,24 @@ class Inner(View):
         return LLevel(self.module.model.layers[self.module.config.prelude_layers + self.module.config.L_layers :])
 
 
-# Arguments of a pass that a donor does not know.
+# Arguments of a forward pass that plain models do not have.
 OURS = ("H_cycles", "L_cycles", "cache_policy", "halt", "halt_threshold")
-# What says where a configuration is, among the arguments of `from_pretrained`.
+# Arguments of `from_pretrained` that locate a configuration.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class RecursiveLLM(PreTrainedModel, GenerationMixin):
-    """A recursive language model with its head, of whatever donor family; every model of ours is an instance.
+    """A recursive language model with its head: the base class of the model classes of all donor families.
 
-    Called with a configuration, or with the technical guide's dictionary, it makes the class of the right family.
+    Like transformers' Auto classes, the base class returns an instance of a subclass: `RecursiveLLM(config)` and
+    `RecursiveLLM.from_pretrained(name)` return that of the configuration's family, such as `RecursiveQwen2ForCausalLM`.
+
+    To make a model from a donor use `recursify.convert`; to make an untrained model use a `RecursiveLLMConfig`.
 
     Args:
-        config: A `RecursiveLLMConfig`, or a dictionary as in the guide. With `pretrained_model_name` in it, everything outside the layers
-            is loaded from that donor; the layers are left to the guide's step 4.
+        config: A `RecursiveLLMConfig`. A dictionary with the technical guide's keys is accepted for compatibility with the guides. With
+            `pretrained_model_name` in it, embeddings, final norm and head are loaded from that donor; the layers are random until the
+            guide's step 4 copies them.
     """
 
     config_class: Any
@@ -766,7 +769,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             self._load_outside_layers(donor)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`; the base model, too, is found with `trust_remote_code`."""
+        """As `PreTrainedModel.save_pretrained`; `AutoModel` also finds the base model with `trust_remote_code`."""
         if self.is_remote_code():
             known = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = known | {"AutoModel": f"{type(self).__module__.split('.')[-1]}.{self.base_class.__name__}"}
@@ -774,24 +777,22 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; `H_cycles=5` and other fields of the configuration may be given."""
+        """As `PreTrainedModel.from_pretrained`, with fields of the configuration, such as `H_cycles=5`, as further arguments."""
         if cls is RecursiveLLM:
             config = kwargs.get("config")
             if config is None:
                 hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
                 config = RecursiveLLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
             return FAMILIES[config.model_type].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return _frozen(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
+        return _freeze_unused(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
 
     @property
     def inner(self) -> Inner:
-        """The guides' names for the parts of the model: a view of the same parameters."""
+        """The parts of the model under the guides' names: a view of the same parameters."""
         return Inner(self)
 
     @can_return_tuple
-    @auto_docstring(
-        custom_intro="Logits `[B, T, V]` after the last cycle, and the next-token loss in nats where `labels` `[B, T]` are given."
-    )
+    @auto_docstring(custom_intro="Logits `[B, T, V]` after the last cycle and, with `labels` `[B, T]`, the next-token loss in nats.")
     def forward(  # type: ignore[misc]  # position_ids is in TransformersKwargs too, as in the donors
         self,
         input_ids: torch.LongTensor | None = None,
@@ -816,13 +817,13 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         L_cycles (`int`, *optional*):
             Updates of `z_L` in each cycle of this pass; the configuration's where None.
         output_cycle_logits (`bool`, *optional*, defaults to `False`):
-            Also return the logits of every cycle, and those of `q_head`.
+            Also return the logits after every cycle, and those of `q_head`.
         cache_policy (`str`, *optional*, defaults to `"full"`):
-            `full`, a cache slot per application of a layer, or `last`, one per layer: see `RecursiveCache`.
+            `full`, one cache slot per layer application, or `last`, one per layer: see `RecursiveCache`.
         halt (`str`, *optional*):
-            What halts tokens before the last cycle: `q_head`, `kl` or `entropy`; see `HaltRule`.
+            Criterion of early exit per token: `q_head`, `kl` or `entropy`; see `HaltRule`.
         halt_threshold (`float`, *optional*):
-            The criterion's own where None.
+            Threshold of the criterion; its default where None.
         """
         rule = HaltRule.of(self, halt, halt_threshold)
         outputs = self.model(
@@ -839,16 +840,16 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             halt_rule=rule,
             **kwargs,
         )
-        if rule is not None and rule.logits is not None and rule.state is outputs.last_hidden_state:  # the rule has read it already
-            logits = _kept(rule.logits, logits_to_keep)
+        if rule is not None and rule.logits is not None and rule.state is outputs.last_hidden_state:  # computed by the rule already
+            logits = _select(rule.logits, logits_to_keep)
         else:
-            logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+            logits = self.lm_head(_select(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         cycle_logits = None
         if output_cycle_logits:
-            early = [self.lm_head(_kept(state, logits_to_keep)) for state in outputs.cycle_states[:-1]]
+            early = [self.lm_head(_select(state, logits_to_keep)) for state in outputs.cycle_states[:-1]]
             cycle_logits = (*early, logits)
         return RecursiveCausalLMOutputWithPast(
             loss=loss,
@@ -865,14 +866,15 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         """As transformers' `generate`, with `H_cycles`, `L_cycles`, `cache_policy`, `halt` and `halt_threshold` as in `forward`.
 
         Args:
-            draft_cycles: Speculate: draft with so many cycles (0 is one plain pass) and verify the drafted tokens with all cycles at once.
-                Greedy text is the same, sampled text has the same distribution. The output has `drafted` and `accepted`, too.
-            draft_tokens: Draft at most so many at a time, 16 where None; how many follows from how often drafts were right.
+            draft_cycles: Self-speculative decoding: draft with this many cycles (0 is one plain pass), verify the drafted tokens with all
+                cycles in one pass. Greedy output is identical, sampled output has the same distribution. The output object also has
+                `drafted` and `accepted`.
+            draft_tokens: Largest number of tokens per draft, 16 where None; the actual number adapts to the acceptance rate.
 
         Raises:
-            ValueError: A draft no shallower than the model, or together with what it cannot be combined with.
+            ValueError: A draft that is not shallower than the model, or a combination that is not supported.
         """
-        if kwargs.get("halt") is not None:  # how deep a token goes is decided as it goes, so there is no graph of it
+        if kwargs.get("halt") is not None:  # the depth depends on the data, so the pass cannot be compiled
             if kwargs.get("generation_config") is None:
                 kwargs["disable_compile"] = True
             else:
@@ -882,18 +884,18 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
             if kwargs.get("assistant_model") is not None:
                 raise ValueError("draft_cycles: the model is its own assistant; leave draft_cycles out, or assistant_model")
             most = 16 if draft_tokens is None else draft_tokens
-            # bound here, since `generate` forgets the streamer of a loop that is not its own
+            # bound here, because `generate` does not pass the streamer to a custom loop
             loop = partial(self_speculation, draft_cycles=draft_cycles, draft_tokens=most, streamer=kwargs.get("streamer"))
             kwargs["custom_generate"] = loop
         elif draft_tokens is not None:
-            raise ValueError("draft_tokens: expected draft_cycles, too, which says how deep a draft is")
+            raise ValueError("draft_tokens: expected draft_cycles, too; give both, or leave draft_tokens out")
         return GenerationMixin.generate(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def _prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The cache of `generate(H_cycles=...)` has the slots of that call's depth and policy, not of the configuration's."""
+        """Prepare a cache with the slots of the call's depth and policy instead of the configuration's."""
         H, L = self.model.cycles(model_kwargs.get("H_cycles"), model_kwargs.get("L_cycles"))
         policy, halt = model_kwargs.get("cache_policy", "full"), model_kwargs.get("halt")
-        # A shallow copy, because other threads may be reading this model's configuration.
+        # A shallow copy: other threads may be reading this model's configuration.
         at_depth = copy.copy(self)
         at_depth.config = slotted(self.config, H, L, policy, halt)
         given = model_kwargs.get("past_key_values")
@@ -903,20 +905,20 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         made = model_kwargs.get("past_key_values")
         if type(made) is DynamicCache and not made.offloading and made is not given:
             model_kwargs["past_key_values"] = RecursiveCache(self.config, H, L, policy, halt)
-            if generation_config.is_assistant:  # as transformers does with its own: what is drafted will be taken back
+            if generation_config.is_assistant:  # as transformers does with its own caches: rejected tokens are removed
                 model_kwargs["past_key_values"].activate_past_recording()
-        if hasattr(at_depth, "_previous_max_cache_length"):  # transformers' memory of how long the static cache was
+        if hasattr(at_depth, "_previous_max_cache_length"):  # where transformers remembers the length of the static cache
             self._previous_max_cache_length = at_depth._previous_max_cache_length
         return result
 
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """An assistant drafts at its own depth: a plain donor knows no cycles, and a draft as deep as the target saves nothing."""
+        """Remove the depth arguments for an assistant model, which drafts at its own depth."""
         given = kwargs["model_kwargs"]
         kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in OURS}
         return GenerationMixin._get_candidate_generator(self, *args, **kwargs)
 
     def _load_outside_layers(self, name: str) -> None:
-        """What the guide's step 3 promises: embeddings, final norm and head of the donor; step 4 copies the layers."""
+        """Load embeddings, final norm and head of a donor (the guide's step 3; step 4 copies the layers)."""
         donor = AutoModelForCausalLM.from_pretrained(name)
         self.model.embed_tokens.load_state_dict(donor.get_input_embeddings().state_dict())
         self.model.norm.load_state_dict(donor.model.norm.state_dict())
@@ -928,10 +930,10 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         )
 
 
-def _frozen(loaded: Any) -> Any:
-    """`from_pretrained`'s answer, a model or a pair of it and its loading information, with what idles frozen."""
+def _freeze_unused(loaded: Any) -> Any:
+    """Freeze unused parameters of the result of `from_pretrained`: a model, or a pair of it and its loading information."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    model.base_model.freeze_idle()
+    model.base_model.freeze_unused()
     return loaded
 
 

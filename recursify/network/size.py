@@ -1,4 +1,4 @@
-"""How large a model is, from its configuration alone: parameters by part, and the bytes of a cache slot. No tensor is read."""
+"""The size of a model, from its configuration alone: parameters by part, and bytes of a cache slot."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from .configuration_recursive_llm import RecursiveLLMConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model costs anything. Every dictionary goes by part; the layers of a plain donor are the part `layers`.
+    """The sizes that determine the cost of a model. Keys of the dictionaries are parts; a plain model has the part `layers`.
 
     Args:
-        parameters: Numbers. A tied head has none of its own.
-        matrices: Weights that every token is multiplied with; those of a tied head, too.
-        layers: Transformer layers.
-        hidden, inner, heads, keys: Widths: D, of the feed-forward, of all queries together and of all keys together.
+        parameters: Number of parameters. A tied head has 0.
+        matrices: Number of weights in matrix products of every token, those of a tied head included.
+        layers: Number of transformer layers.
+        hidden, inner, heads, keys: Widths: D, that of the feed-forward, of all queries together and of all keys together.
         norms_heads: Whether queries and keys are normalised.
+        vocabulary: Size of the vocabulary.
     """
 
     parameters: dict[str, int]
@@ -39,7 +40,7 @@ _SHAPES: dict[str, Shape] = {}
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
-    """Counted on the very classes of the model, without storage, and remembered by all that the configuration says."""
+    """The sizes of a model, counted on the meta device and cached by configuration."""
     key = config.to_json_string(use_diff=False)
     if key not in _SHAPES:
         _SHAPES[key] = _count(config)
@@ -80,7 +81,7 @@ def _recursive_parts(model: Any, config: RecursiveLLMConfig) -> dict[str, nn.Mod
 
 
 def _donor_parts(model: Any) -> dict[str, nn.Module]:
-    """Of any causal model of transformers: its one list of layers, its look-ups, and what is left."""
+    """Parts of any causal model of transformers: its list of layers, its embeddings, and the rest."""
     children = list(model.base_model.children())
     tables = nn.ModuleDict({str(i): child for i, child in enumerate(children) if isinstance(child, nn.Embedding)})
     layers = next(child for child in children if isinstance(child, nn.ModuleList))
@@ -93,10 +94,10 @@ def _numbers(part: Any, matrices: bool = False) -> int:
 
 
 def parameters_by_part(config: PreTrainedConfig) -> dict[str, int]:
-    """Part -> number of parameters, counted on shapes without storage; a tied head counts 0."""
+    """Part -> number of parameters, counted on the meta device; a tied head counts 0."""
     return dict(shape_of(config).parameters)
 
 
 def slot_bytes(config: PreTrainedConfig, number: int = 2) -> int:
-    """Bytes of the keys and values of one cache slot, per token of context, with numbers of `number` bytes."""
+    """Bytes of keys and values of one cache slot, per token of context, at `number` bytes per number."""
     return 2 * shape_of(config).keys * number

@@ -281,7 +281,7 @@ def test_many_cycles_stay_bounded_and_a_bare_sum_does_not(monkeypatch: pytest.Mo
         assert late < 2.0 * early, f"still growing with weights x{scale}: {early} -> {late}"
 
     naive = graft(donor_of("qwen2"), [0, 2, 4], prelude_layers=0, coda_layers=0, injection="sum_norm")
-    monkeypatch.setattr(Recursion, "_leave", lambda self, z: z)
+    monkeypatch.setattr(Recursion, "_block_norm", lambda self, z: z)
     early, late = largest(naive, slice(0, 16)), largest(naive, slice(48, 64))
     assert not late < 1e6 * early, "the bare sum was expected to explode; the bound above would then show nothing"
 
