@@ -1,4 +1,4 @@
-"""Step 1 of the quick start: turn a pretrained model into a recursive one. The same as `recursify convert`."""
+"""Step 1 of the quick start: convert a pretrained model to a recursive one. The same as `recursify convert`."""
 
 from recursify.cli.main import convert
 from recursify.conversion.mapping import copy_attention_weights, copy_mlp_weights

@@ -1,4 +1,4 @@
-"""Approach 1 of the technical guide: train a recursive block in a donor's embedding space. What it trains writes no text."""
+"""Approach 1 of the technical guide: train a recursive block in a donor's embedding space. The model cannot generate text."""
 
 from recursify.cli.main import train_trm
 

@@ -1,1 +1,1 @@
-"""The import paths of the technical guide; re-exports of `recursify`."""
+"""Import paths of the technical guide; re-exports of `recursify`."""

@@ -1,4 +1,4 @@
-"""The guides' names for a layer's parts: `Attention` (wq, wk, wv, wo) and `SwiGLU` (w1, w2, w3), views of the donor's own modules."""
+"""`Attention` (wq, wk, wv, wo) and `SwiGLU` (w1, w2, w3) of the guides: views of the layer's modules."""
 
 from recursify.network.modeling_recursive_llm import Attention, SwiGLU
 

@@ -1,9 +1,9 @@
-"""Modules under the names that they had in 0.1.0, for one release: each import gives a DeprecationWarning and the names of the new place.
+"""The module and function names of 0.1.0, for one release: each use finds the new name and gives a DeprecationWarning.
 
     from recursify.checkpoint import load        # recursify.checkpoints.checkpoint
-    from recursify.conversion import run         # a folder now; the name is looked up in recursify.conversion.convert
+    from recursify.conversion import run         # now a package; the name is looked up in recursify.conversion.convert
 
-Delete this file, its call in `__init__.py`, and the last lines of the rooms that were modules, to end it.
+To remove it, delete this file, its call in `__init__.py`, and the last lines of the packages that were modules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Old module -> where its names are now, in the order in which they are looked for.
+# Old module -> modules that have its names now, in the order of the search.
 MOVED = {
     "accuracy_chart": ("reports.accuracy_chart",),
     "answers": ("evaluation.accuracy",),
@@ -78,7 +78,7 @@ MOVED = {
     "weights": ("checkpoints.guide_names", "conversion.mapping"),
     "windows": ("evaluation.windows", "evaluation.statistics", "evaluation.token_bytes"),
 }
-# Modules that are rooms now, under the same name.
+# Modules that are packages now, under the same name.
 ROOMS = {
     "cli": ("cli.main",),
     "conversion": ("conversion.convert", "conversion.settings", "conversion.build", "conversion.self_check"),
@@ -86,6 +86,7 @@ ROOMS = {
     "demo": ("demo.run",),
     "evaluation": ("evaluation.evaluate", "evaluation.settings", "checkpoints.loading"),
 }
+# Old name of a class or function -> new name.
 RENAMED = {
     "Ask": "BaseRequest",
     "ChatAsk": "ChatRequest",
@@ -114,7 +115,7 @@ RENAMED = {
 
 
 def lookup(old: str, places: Sequence[str]) -> Callable[[str], Any]:
-    """A `__getattr__` for a module that finds names in their new places."""
+    """A `__getattr__` for a module that looks names up in other modules."""
 
     def find(name: str) -> Any:
         if name.startswith("__"):
@@ -124,7 +125,7 @@ def lookup(old: str, places: Sequence[str]) -> Callable[[str], Any]:
             new = name if hasattr(module, name) else RENAMED.get(name, name)
             if hasattr(module, new):
                 found = getattr(module, new)
-                own = getattr(found, "__module__", None)  # of a constant, the module that has it
+                own = getattr(found, "__module__", None)  # constants have no __module__
                 where = own if isinstance(own, str) and own.startswith("recursify") else module.__name__
                 warnings.warn(f"recursify.{old}.{name} is {where}.{new} now", DeprecationWarning, stacklevel=2)
                 return found
@@ -134,7 +135,7 @@ def lookup(old: str, places: Sequence[str]) -> Callable[[str], Any]:
 
 
 def names_of_room(room: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a room that was a module; what is a module in it goes before what was a name."""
+    """The `__getattr__` of a package that was a module; submodules take precedence over old names."""
     here = Path(__file__).parent / room
     find = lookup(room, ROOMS[room])
 
@@ -147,7 +148,7 @@ def names_of_room(room: str) -> Callable[[str], Any]:
 
 
 class _OldModules:
-    """Finds and makes the modules of `MOVED`; everything else is left to Python."""
+    """An import finder for the modules in `MOVED`."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -167,6 +168,6 @@ class _OldModules:
 
 
 def install() -> None:
-    """Once, at the import of the package."""
+    """Install the finder once, when the package is imported."""
     if _OldModules not in sys.meta_path:
-        sys.meta_path.insert(0, _OldModules)  # before an empty folder that was a package once
+        sys.meta_path.insert(0, _OldModules)  # before the path finder, which would find an empty folder of an old package

@@ -1,4 +1,4 @@
-"""The guide's path to the model; see `recursify/network/modeling_recursive_llm.py`."""
+"""Import path of the guide for `RecursiveLLM`, see `recursify/network/modeling_recursive_llm.py`."""
 
 from recursify.network.modeling_recursive_llm import RecursiveLLM
 

@@ -1,11 +1,11 @@
-"""The card of a model: the README.md that its readers meet first, on the hub or in a folder.
+"""Model cards: the README.md of a model on the hub or in a folder.
 
-    recursive_card   of a recursive model
-    donor_card       of the plain model that is left when the recursion is taken out
-    pictures         the .svg files that a card shows where they lie beside it
+    recursive_card   for a recursive model
+    donor_card       for a plain model made of the layers of a recursive one
+    pictures         .svg files for a card
 
-A card says what was measured and what is on record, and says so where there is nothing. What comes from elsewhere (names, notes) is
-text, never markup. Folders of this machine mean nothing to others: of a path only the last name is shown. Losses are in nats per token.
+A card states what was measured or recorded, or that nothing was. Names and notes are escaped, so they are never markup. Only the last part
+of a local path is shown. Losses are in nats per token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from .repository import HUB_ID
 _CHART = Size(820, 390)
 _TITLE = "Loss by cycles"
 
-# What training writes down, in the order and the words of the card. What is not here is shown under its own name.
+# Fields of the training summary -> label in the card, in this order. Other fields are shown under their own names.
 _TRAINING = {
     "step": "optimizer steps", "epoch": "epochs", "tokens": "tokens read", "dataset_name": "text",
     "dataset_config_name": "configuration of the text", "mix": "mixed with", "seq_len": "tokens per sequence",
@@ -43,7 +44,7 @@ _TRAINING = {
 
 @dataclass(frozen=True)
 class Row:
-    """Loss at one depth; H_cycles None is a plain model, such as the donor, of this name. `standard_error` None is not known."""
+    """Loss at one depth. H_cycles None is a plain model of this name, such as the donor. `standard_error` None is unknown."""
 
     H_cycles: int | None
     loss: float
@@ -54,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses on one text: `windows` windows of `seq_len` tokens, `stride` tokens from one to the next."""
+    """Losses on one text: `windows` windows of `seq_len` tokens, with a stride of `stride` tokens."""
 
     dataset: str
     windows: int
@@ -64,32 +65,32 @@ class Evaluation:
 
     @property
     def text(self) -> str:
-        """What was measured on, in words."""
+        """A description of the text."""
         apart = "" if self.stride == self.seq_len else f", {self.stride} apart"
         return f"{public(self.dataset)}, {self.windows:,} windows of {self.seq_len} tokens{apart}"
 
     @property
     def depths(self) -> list[Row]:
-        """Those of the recursive model, from the shallowest."""
+        """The rows of the recursive model, shallowest first."""
         return sorted((row for row in self.rows if row.H_cycles is not None), key=lambda row: row.H_cycles or 0)
 
     @property
     def donors(self) -> list[Row]:
-        """Plain models on the same text: the donor as it came, or one that was fine-tuned as it is."""
+        """The rows of plain models (baselines) on the same text."""
         return [row for row in self.rows if row.H_cycles is None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What an export knows beyond the checkpoint.
+    """What a card shows beyond the contents of the checkpoint.
 
     Args:
-        name: Where the reader will find the model: a hub id or a folder.
-        license: Its identifier on the hub.
-        base_model: The donor's hub id; where None, the donor of the plan if it is one.
-        evaluation: What was measured; None where nothing was.
-        evaluation_note: A sentence on how, such as a type of the weights other than that of the files.
-        illustrated: Whether `pictures` lie beside the card.
+        name: Hub id or folder of the model.
+        license: Identifier of the license on the hub.
+        base_model: Hub id of the donor; that of the plan where None.
+        evaluation: The results; None without an evaluation.
+        evaluation_note: A sentence on the evaluation, such as another dtype of the weights than that of the files.
+        illustrated: Whether `pictures` are beside the card.
     """
 
     name: str = "THIS_FOLDER"
@@ -101,17 +102,17 @@ class Extras:
 
 
 def recursive_card(model: Any, plan: ConversionPlan | None, notes: Mapping[str, Any], extras: Extras | None = None) -> str:
-    """The card of a `RecursiveLLM`: what it is, how to use it, how it was made, and how good it is."""
+    """The card of a `RecursiveLLM`: description, use, plan, training and evaluation."""
     extras = extras or Extras()
-    writes = notes.get("approach") != EMBEDDING
+    generates = notes.get("approach") != EMBEDDING
     base = base_model(plan, extras)
     parts = [
-        _front(extras, base, "text-generation" if writes else "feature-extraction", ["recursify", "recursive-reasoning"]),
+        _front(extras, base, "text-generation" if generates else "feature-extraction", ["recursify", "recursive-reasoning"]),
         f"# {_title(plan, model.config)}, made recursive",
         _what(model, plan, base),
-        *_use(model.config, extras, writes),
+        *_use(model.config, extras, generates),
         *_plan(plan, extras),
-        *_training(model, notes, writes),
+        *_training(model, notes, generates),
         *_evaluation(extras, model.config.H_cycles),
         *_license(extras, base),
         *_notes(notes),
@@ -122,33 +123,32 @@ def recursive_card(model: Any, plan: ConversionPlan | None, notes: Mapping[str, 
 def donor_card(
     donor: Any, plan: ConversionPlan | None, notes: Mapping[str, Any], lost: Mapping[str, int], extras: Extras | None = None
 ) -> str:
-    """The card of the plain model over the layers of a recursive one.
+    """The card of a plain model made of the layers of a recursive one.
 
     Args:
         donor: The plain model.
-        lost: Name -> number of parameters of the tensors that were left out.
+        lost: Name -> number of parameters, of the tensors that were left out.
     """
     extras = extras or Extras()
     base = base_model(plan, extras)
     name, place, count = type(donor).__name__, json.dumps(extras.name), donor.config.num_hidden_layers
-    # The H_cycles = 0 of the recursive model is this model.
+    # this model is the recursive one at H_cycles = 0
     measured = None if extras.evaluation is None else [row for row in extras.evaluation.rows if not row.H_cycles]
     kept = "all layers of its donor" if plan and plan.keeps_donor else f"the {count} layers that the recursive model has"
     parts = [
         _front(extras, base, "text-generation", ["recursify"]),
         f"# {_title(plan, donor.config)}, from a recursive model",
-        f"A plain `{name}` of {count} layers and {donor.num_parameters():,} parameters, with nothing recursive in it: a recursive model, "
-        f"written back by recursify as what it is at 0 cycles. It has {kept}, each run once.",
-        f"Left out is the recursion: {len(lost)} tensors, {sum(lost.values()):,} parameters ({', '.join(f'`{key}`' for key in lost)}). "
-        "A recursive model is trained to be read after its cycles; how good it is without them is another question, which its evaluation "
-        "at 0 cycles answers.",
+        f"A plain `{name}` of {count} layers and {donor.num_parameters():,} parameters, exported by recursify from a recursive model: it "
+        f"equals that model at 0 cycles. It has {kept}, each applied once.",
+        f"The recursion is left out: {len(lost)} tensors, {sum(lost.values()):,} parameters ({', '.join(f'`{key}`' for key in lost)}). "
+        "A recursive model is trained for the outputs of its cycles; its evaluation at 0 cycles shows the quality of this model.",
         "## Use",
         _code(
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             f"model = AutoModelForCausalLM.from_pretrained({place})",
             f"tokenizer = AutoTokenizer.from_pretrained({place})",
-            *_WRITE.format(extra="").split("\n"),
+            *_GENERATE.format(extra="").split("\n"),
         ),
         *_plan(plan, Extras()),
         *_training(None, notes, True),
@@ -160,7 +160,7 @@ def donor_card(
 
 
 def pictures(model: Any, plan: ConversionPlan | None, evaluation: Evaluation | None) -> dict[str, str]:
-    """File name -> contents of the pictures that there is something to draw for."""
+    """File name -> contents of the pictures for which there is data."""
     found = {}
     if plan is not None:
         found[PLAN_PICTURE] = architecture_picture(
@@ -173,14 +173,14 @@ def pictures(model: Any, plan: ConversionPlan | None, evaluation: Evaluation | N
 
 
 def base_model(plan: ConversionPlan | None, extras: Extras) -> str | None:
-    """The donor's hub id, where it has one: a folder of this machine means nothing to others."""
+    """Hub id of the donor; None for a local folder."""
     if extras.base_model is not None or plan is None:
         return extras.base_model
     return plan.donor if HUB_ID.fullmatch(plan.donor) and not os.path.exists(plan.donor) else None
 
 
 def public(value: Any) -> Any:
-    """JSON types, in which paths of this machine are cut down to their last names."""
+    """JSON values in which local paths are cut to their last part."""
     if isinstance(value, Mapping):
         return {key: public(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -190,10 +190,10 @@ def public(value: Any) -> Any:
     return value
 
 
-# Words and markup
+# Text and markup
 
 
-_WRITE = """
+_GENERATE = """
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=40{extra})
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
@@ -206,21 +206,21 @@ def _front(extras: Extras, base: str | None, task: str, tags: list[str]) -> str:
 
 
 def _title(plan: ConversionPlan | None, config: Any) -> str:
-    return _words(public(plan.donor)) if plan else str(config.model_type)
+    return _escaped(public(plan.donor)) if plan else str(config.model_type)
 
 
 def _what(model: Any, plan: ConversionPlan | None, base: str | None) -> str:
     config, count = model.config, sum(parameters_by_part(model.config).values())
-    origin = f"[{base}](https://huggingface.co/{base})" if base else _words(public(plan.donor)) if plan else "a pretrained model"
+    origin = f"[{base}](https://huggingface.co/{base})" if base else _escaped(public(plan.donor)) if plan else "a pretrained model"
     return (
-        f"A recursive language model of {count:,} parameters (`{config.model_type}`), made of {origin} by recursify. Each token passes "
-        f"{config.prelude_layers} prelude layers, then a block of {config.L_layers} layers H_cycles {config.H_cycles} x (L_cycles "
-        f"{config.L_cycles} + 1) times with the same weights, then {config.coda_layers} coda layers: {config.depth()} layer applications. "
-        "H_cycles is chosen at every call: more cycles take more time, and 0 is one plain pass."
+        f"A recursive language model of {count:,} parameters (`{config.model_type}`), converted from {origin} by recursify. Each "
+        f"token passes {config.prelude_layers} prelude layers, then a block of {config.L_layers} layers H_cycles {config.H_cycles} x "
+        f"(L_cycles {config.L_cycles} + 1) times with the same weights, then {config.coda_layers} coda layers: {config.depth()} layer applications. "
+        "H_cycles can be set at every call: more cycles cost more compute, and 0 is one plain pass."
     )
 
 
-def _use(config: Any, extras: Extras, writes: bool) -> list[str]:
+def _use(config: Any, extras: Extras, generates: bool) -> list[str]:
     name, deeper = json.dumps(extras.name), config.H_cycles + 2
     load = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -228,17 +228,17 @@ def _use(config: Any, extras: Extras, writes: bool) -> list[str]:
         f"model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)",
         f"tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)",
     ]
-    if not writes:
+    if not generates:
         run = ["", 'inputs = tokenizer("Once upon a time", return_tensors="pt")', f"states = model.model(**inputs, H_cycles={deeper})[0]"]
-        told = "It was trained in embedding space: its states are embeddings of what comes next. Its head is the donor's, unused."
-        return ["## Use", told, _code(*load, *run)]
-    run = _WRITE.format(extra=f", H_cycles={deeper}").split("\n")
-    shell = f'recursify generate --checkpoint THE_FOLDER --prompt "Once upon a time" --H_cycles {deeper}'
+        note = "Trained in embedding space: its states predict the embedding of the next token. Its head is the donor's, unused."
+        return ["## Use", note, _code(*load, *run)]
+    run = _GENERATE.format(extra=f", H_cycles={deeper}").split("\n")
+    shell = f'recursify generate --checkpoint {shlex.quote(extras.name)} --prompt "Once upon a time" --H_cycles {deeper}'
     return [
         "## Use",
-        "With transformers alone, which runs the Python files beside the weights:",
+        "With transformers alone, which runs the Python files in this repository:",
         _code(*load, *run),
-        "After `import recursify` the same goes without `trust_remote_code`; in a shell, with a copy of this folder:",
+        "After `import recursify`, `trust_remote_code` is not needed. In a shell:",
         _code(shell, language="sh"),
     ]
 
@@ -248,30 +248,30 @@ def _plan(plan: ConversionPlan | None, extras: Extras) -> list[str]:
         return []
     rows = [("prelude", plan.prelude), ("L_level", plan.loop), ("coda", plan.coda), ("dropped", plan.dropped)]
     table = _table(["part", "donor layers"], [[name, ", ".join(map(str, layers)) or "none"] for name, layers in rows])
-    picture = [f"![Which donor layer went where, and how often it is applied]({PLAN_PICTURE})"] if extras.illustrated else []
-    return ["## Plan", f"Of the {plan.donor_layers} layers of the donor, counted from 0:", table, *picture]
+    picture = [f"![Donor layers of prelude, loop and coda, and their number of applications]({PLAN_PICTURE})"] if extras.illustrated else []
+    return ["## Plan", f"Of the {plan.donor_layers} layers of the donor, numbered from 0:", table, *picture]
 
 
-def _training(model: Any, notes: Mapping[str, Any], writes: bool) -> list[str]:
-    """What is on record; `model` is looked at where nothing is."""
+def _training(model: Any, notes: Mapping[str, Any], generates: bool) -> list[str]:
+    """The training summary in the notes; without one, whether `model` is as converted."""
     record = notes.get("training")
     if isinstance(record, Mapping) and record:
         names = [*(name for name in _TRAINING if name in record), *(name for name in record if name not in _TRAINING)]
-        unit = "nats per token" if writes else "1 - cosine"
+        unit = "nats per token" if generates else "1 - cosine"
         rows = [[_label(name, unit), _value(record[name])] for name in names]
-        return ["## Training", "Of the last run, as training wrote it down:", _table(["what", "value"], rows)]
+        return ["## Training", "Of the last run:", _table(["what", "value"], rows)]
     if model is not None and _at_conversion(model):
         return ["## Training", "**Not trained.** All gains are 0, as at conversion: any number of cycles gives the plain pass."]
-    return ["## Training", "**No training is on record.** Take the model for untrained unless its maker says otherwise."]
+    return ["## Training", "**No training is recorded.**"]
 
 
 def _label(name: str, unit: str) -> str:
-    words = _TRAINING.get(name, _words(name))
+    words = _TRAINING.get(name, _escaped(name))
     return f"{words} ({unit})" if name.startswith("eval_loss") else words
 
 
 def _at_conversion(model: Any) -> bool:
-    """Whether the model has gains and all are 0."""
+    """Whether the model has gains, and all are 0."""
     gains = [parameter for name, parameter in model.named_parameters() if ".inject_" in name]
     return bool(gains) and not any(parameter.any() for parameter in gains)
 
@@ -281,7 +281,7 @@ def _evaluation(extras: Extras, own: int) -> list[str]:
     if found is None or not found.rows:
         return ["## Evaluation", "Not measured. `recursify evaluate` measures the loss on any text at several cycle counts."]
     drawn = extras.illustrated and len(found.depths) > 1
-    picture = [f"![{_TITLE}: {_in_words(found)}]({LOSS_PICTURE})"] if drawn else []
+    picture = [f"![{_TITLE}: {_in_escaped(found)}]({LOSS_PICTURE})"] if drawn else []
     return ["## Evaluation", _table_of_losses(extras, [*found.depths, *found.donors], own), *picture]
 
 
@@ -291,7 +291,7 @@ def _table_of_losses(extras: Extras, rows: Sequence[Row], own: int | None) -> st
     head = ["cycles", "loss (nats)", "standard error", "perplexity", "layer applications per token"]
     cells = [
         [
-            f"donor ({_words(row.name)})"
+            f"donor ({_escaped(row.name)})"
             if row.H_cycles is None
             else f"{row.H_cycles} (the model's own)"
             if row.H_cycles == own
@@ -303,12 +303,12 @@ def _table_of_losses(extras: Extras, rows: Sequence[Row], own: int | None) -> st
         ]
         for row in rows
     ]
-    told = f"Loss per token on {_words(found.text)}."
+    title = f"Loss per token on {_escaped(found.text)}."
     note = f" {extras.evaluation_note}" if extras.evaluation_note else ""
-    return f"{told}{note}\n\n{_table(head, cells)}"
+    return f"{title}{note}\n\n{_table(head, cells)}"
 
 
-def _in_words(evaluation: Evaluation) -> str:
+def _in_escaped(evaluation: Evaluation) -> str:
     return ", ".join(f"{row.loss:.4f} at {row.H_cycles}" for row in evaluation.depths)
 
 
@@ -321,7 +321,7 @@ def _loss_chart(evaluation: Evaluation, own: int) -> str:
     )  # fmt: skip
     axes = Axes(
         title=_TITLE,
-        description=_in_words(evaluation),
+        description=_in_escaped(evaluation),
         x_label="cycles, and below them layer applications per token",
         y_label="nats per token",
         x_ticks=[(x, (str(row.H_cycles), str(row.layer_applications))) for x, row in zip(xs, depths, strict=True)],
@@ -338,13 +338,13 @@ def _loss_chart(evaluation: Evaluation, own: int) -> str:
 
 def _license(extras: Extras, base: str | None) -> list[str]:
     donor = f"[{base}](https://huggingface.co/{base})" if base else "the donor"
-    own = f"`{extras.license}`, as whoever exported it says." if extras.license else "None was named at export."
-    return ["## License", f"{own} The weights come from {donor}, whose terms go with them."]
+    own = f"`{extras.license}`." if extras.license else "Not specified at export."
+    return ["## License", f"{own} The weights are derived from {donor}, whose license terms apply as well."]
 
 
 def _notes(notes: Mapping[str, Any]) -> list[str]:
     rest = {key: value for key, value in notes.items() if key != "training"}
-    return ["## Notes", "\n".join(f"- {_words(key)}: {_value(value)}" for key, value in rest.items())] if rest else []
+    return ["## Notes", "\n".join(f"- {_escaped(key)}: {_value(value)}" for key, value in rest.items())] if rest else []
 
 
 def _code(*lines: str, language: str = "python") -> str:
@@ -365,11 +365,11 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value))
     if isinstance(value, Mapping):
-        return ", ".join(f"{_words(key)} {_value(each)}" for key, each in value.items())
-    return _words(public(value))
+        return ", ".join(f"{_escaped(key)} {_value(each)}" for key, each in value.items())
+    return _escaped(public(value))
 
 
-def _words(value: Any) -> str:
-    """As text on one line, in which nothing is markup."""
+def _escaped(value: Any) -> str:
+    """Text on one line, with markup escaped."""
     line = " ".join(str(value).split())
     return re.sub(r"([\\`*\[\]|~]|\b_|_\b)", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")

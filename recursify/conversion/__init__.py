@@ -1,9 +1,9 @@
-"""From a donor to a recursive model: decide, build, check, save.
+"""Convert a donor to a recursive model: plan, build, check, save.
 
-Imports `network`, `checkpoints` and, for text to calibrate on, `data`. Start with `convert.py`, which reads as that sentence. Its steps:
-`layer_selection.py` (which donor layers go where; `probe.py` measures it for `auto`), `mapping.py` (which tensor becomes which, and that
-none is lost), `build.py` (the model around the tensors), `self_check.py` (the result against the donor's files and transformers' own
-class). `settings.py` has the flags, `inspection.py` what a model is made of and what a token costs.
+Imports `network`, `checkpoints` and, for calibration text, `data`. Start with `convert.py`. Its steps: `layer_selection.py` (the donor
+layers of prelude, loop and coda; `probe.py` measures them for `auto`), `mapping.py` (the mapping of tensors), `build.py` (the model around
+the tensors), `self_check.py` (comparison with the donor's files and transformers' own class). `settings.py` has the flags, `inspection.py`
+shows the parts of a model and the cost per token.
 """
 
 from .._moved import names_of_room

@@ -1,5 +1,5 @@
-"""A checkpoint as others will meet it: a folder ready for the Hugging Face hub, or the plain donor for engines without loops.
+"""Export a checkpoint: a folder for the Hugging Face hub, or a plain model for engines that do not support recursion.
 
-Imports `evaluation` (the figures of the card) and all below. Start with `export.py`; `upload.py` sends the folder. The card itself is
-written by checkpoints/model_card.py, since every saved folder has one.
+Imports `evaluation` (for the results in the model card) and the packages that it imports. Start with `export.py`; `upload.py` uploads the
+folder. Model cards are written by checkpoints/model_card.py, because every saved folder has one.
 """

@@ -1,10 +1,9 @@
-"""A checkpoint as others will meet it: a folder for the hub, or a plain model for engines that know no loops.
+"""Export a checkpoint: a folder for the hub, or a plain model for engines that do not support recursion.
 
-    run(settings)         what `recursify export` does: the folder form with card and pictures, or with --donor the plain model; --push
-    export_donor(model)   the layers of a recursive model as a model of the donor's own class: what it is at H_cycles = 0
+    run(settings)         the command `recursify export`: a folder with model card and charts or, with --donor, a plain model; --push
+    export_donor(model)   the layers of a recursive model as a model of the donor's class: the recursive model at H_cycles = 0
 
-Conservation of weights holds on the way out as on the way in: every tensor of the plain model is one of ours, and what is left behind is
-named and counted.
+Every tensor of the plain model comes from the recursive one; tensors that are left out are listed with their number of parameters.
 """
 
 from __future__ import annotations
@@ -43,39 +42,39 @@ _CHECKED_TOKENS = 12
 
 @dataclass(kw_only=True)
 class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
-    """Make a folder that is ready for the Hugging Face hub, or write the plain donor back, and upload it."""
+    """Write a folder for the Hugging Face hub, or the layers as a plain model, and upload it."""
 
     out: tyro.conf.Positional[str]
     """Where to write: a new folder, or one that holds a recursive model, which is replaced."""
     donor: bool = False
-    """Write prelude, loop and coda as a plain model of the donor's architecture: what the recursive model is at 0 cycles."""
+    """Write prelude, loop and coda as a plain model of the donor's architecture: the recursive model at 0 cycles."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights in the files. Default: the one in which they are stored."""
+    """Dtype of the weights. Default: that of the checkpoint."""
     max_shard_size: str = MAX_SHARD_SIZE
-    """Weights of more than this are divided into several files, e.g. 500MB."""
+    """Largest size of a weights file, such as 500MB; larger weights are sharded."""
 
     license: str | None = None
-    """License of the model, by the hub's identifier such as apache-2.0; the card then names it."""
+    """License for the model card, by its identifier on the hub, such as apache-2.0."""
     base_model: str | None = None
-    """Hub id of the donor, for the card. Default: the donor that the model was converted from, if that was a hub id."""
+    """Hub id of the base model, for the model card. Default: the donor that the model was converted from, if it was a hub id."""
     evaluation: tuple[str, ...] = ()
-    """What `recursify evaluate --json` has printed, as files; that of a donor on the same text adds its line to table and chart."""
+    """Files with the output of `recursify evaluate --json`, of this model and of baselines on the same text, for the model card."""
     push: str | None = None
-    """Upload the folder to the hub under this name, such as you/model; made where it is missing."""
+    """Upload the folder to this repository on the hub, such as you/model; created if it does not exist."""
     private: bool = False
-    """Make the repository private."""
+    """Create the repository as a private one."""
     commit_message: str = "Upload by recursify export"
-    """Message of the upload."""
+    """Commit message of the upload."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and where it went.
+    """Result of an export.
 
     Args:
-        files: Name -> bytes, of the folder `out`.
-        left_out: Name -> number of parameters, of tensors that a plain donor has no place for.
-        address: Where it was uploaded to.
+        files: Name -> bytes, of the files in the folder `out`.
+        left_out: Name -> number of parameters, of tensors that the plain model does not have.
+        address: Of the uploaded repository.
     """
 
     out: str
@@ -85,10 +84,10 @@ class ExportReport:
 
 
 def run(settings: ExportSettings, say: Say = print) -> ExportReport:
-    """What `recursify export` does.
+    """Run the command `recursify export`.
 
     Raises:
-        UserError: Bad input; nothing is written then, unless it is the hub that refuses what is written already.
+        UserError: Bad input, and nothing is written; or a failed upload of a folder that has been written.
     """
     _check(settings)
     measured = _read_evaluations(settings.evaluation)
@@ -131,7 +130,7 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
     return ExportReport(settings.out, written, lost, address)
 
 
-# Before anything heavy
+# Checks
 
 
 def _check(settings: ExportSettings) -> None:
@@ -159,11 +158,11 @@ def _expect(flag: str, pattern: re.Pattern[str], value: str | None, wanted: str)
         raise UserError(f"{flag}: expected {wanted}, got {value!r}")
 
 
-# What the card says of its quality
+# Evaluation results
 
 
 def _read_evaluations(files: tuple[str, ...]) -> Evaluation | None:
-    """What `recursify evaluate --json` has printed, of a model and its donor on one text."""
+    """The results in files of `recursify evaluate --json`, of a model and baselines on one text."""
     found = [_read_evaluation(file) for file in files]
     if not found:
         return None
@@ -204,7 +203,7 @@ def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
 
 
 def _check_evaluation(measured: Evaluation, config: Any) -> None:
-    """Raise a UserError where the depths are not those of this model."""
+    """Raise a UserError for results of another model, by its layer applications."""
     for row in measured.depths:
         expected = config.depth(row.H_cycles)
         if row.layer_applications != expected:
@@ -240,10 +239,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _in_dtype(model: RecursiveLLM, settings: ExportSettings) -> RecursiveLLM:
-    """The model as it will be stored.
+    """The model in the dtype of the export.
 
     Raises:
-        UserError: Weights that the type cannot hold.
+        UserError: Weights that the dtype cannot represent.
     """
     if settings.dtype is None or settings.dtype == _name(model.dtype):
         return model
@@ -258,20 +257,19 @@ def _in_dtype(model: RecursiveLLM, settings: ExportSettings) -> RecursiveLLM:
 
 
 def export_donor(model: RecursiveLLM) -> PreTrainedModel:
-    """The layers of a recursive model as a model of the donor's own class: the model at `H_cycles = 0`, logit for logit.
+    """The layers of a recursive model as a model of the donor's class, equal to the recursive model at `H_cycles = 0`.
 
-    The tensors are shared with `model`, and so is the generation configuration; the recursion is left out. Save it with
-    `save_pretrained`.
+    Tensors and generation config are shared with `model`; the recursion is left out. Save it with `save_pretrained`.
     """
-    ours: Any = model
+    source: Any = model
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_RECURSION)}
     with checkpoint.quiet():
-        donor, info = ours.donor_class.from_pretrained(
+        donor, info = source.donor_class.from_pretrained(
             None,
-            config=_donor_config(ours),
+            config=_donor_config(source),
             state_dict=dict(state),
             dtype=model.dtype,
-            attn_implementation=ours.config._attn_implementation,
+            attn_implementation=source.config._attn_implementation,
             output_loading_info=True,
         )
     if info["missing_keys"] or info["unexpected_keys"]:
@@ -281,27 +279,27 @@ def export_donor(model: RecursiveLLM) -> PreTrainedModel:
 
 
 def _donor_config(model: Any) -> PreTrainedConfig:
-    """The configuration of the donor's own class over the layers that exist, with no field of ours in it."""
+    """The configuration of the donor's class over the physical layers, without the fields of the recursion."""
     physical = model.config.as_physical()
     config_class = model.donor_class.config_class
     own = set(config_class.__dataclass_fields__)
-    ours = {name for name in RecursiveLLMConfig.__dataclass_fields__ if name not in own}
-    fields = {key: value for key, value in physical.to_dict().items() if key not in ours}
+    added = {name for name in RecursiveLLMConfig.__dataclass_fields__ if name not in own}
+    fields = {key: value for key, value in physical.to_dict().items() if key not in added}
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         fields.pop(name, None)
     return config_class(**fields, architectures=[model.donor_class.__name__])
 
 
 def left_out(model: Any) -> dict[str, int]:
-    """Name -> number of parameters of the tensors of ours that a plain donor has no place for."""
+    """Name -> number of parameters of the tensors that a plain model does not have."""
     return {name: tensor.numel() for name, tensor in model.state_dict().items() if name.startswith(_RECURSION)}
 
 
 def check_donor(donor: Any, model: Any) -> None:
-    """Run both over a few tokens.
+    """Compare tensors and the logits of a few tokens.
 
     Raises:
-        RuntimeError: Their logits differ in any bit, or tensors are missing: a fault of ours, never of the input.
+        RuntimeError: Any bit of the logits differs, or tensors are missing: a bug, never a fault of the input.
     """
     expected = {name for name in model.state_dict() if not name.startswith(_RECURSION)}
     if set(donor.state_dict()) != expected:
@@ -353,7 +351,7 @@ def _write_donor(
 
 
 def _write(settings: ExportSettings, write: Callable[[Path], None]) -> dict[str, int]:
-    """Write the folder, whole or not at all; returns name -> bytes of what was written, beside which there may be files of somebody's."""
+    """Write the folder atomically; returns name -> bytes of the written files. Other files in the folder are kept."""
     written: dict[str, int] = {}
 
     def write_and_list(folder: Path) -> None:

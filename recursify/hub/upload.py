@@ -1,7 +1,7 @@
-"""A folder goes to the Hugging Face hub, or to the server that HF_ENDPOINT names.
+"""Upload a folder to the Hugging Face hub, or to the server in HF_ENDPOINT.
 
-What can be known beforehand (the name, the token, whether the hub answers) is asked before anything heavy; what goes wrong on the way
-leaves the folder as it is, so that the upload alone can be made again. The token is the one of `hf auth login`, or HF_TOKEN.
+Name, token and connection are checked before the export begins. After a failed upload the folder is complete, so the upload can be
+repeated. The token is HF_TOKEN or that of `hf auth login`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import UserError, first_line
 from ..utils.http import httpx
 
-# What an older upload may have left that would be read in place of the new files, or with them.
+# Files of an older upload to delete: they would be read instead of the new files, or with them.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py", "*.svg", "*.jinja", "recursify.json"]
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write (https://huggingface.co/settings/tokens)"
 
 
 def check(repo: str) -> None:
-    """Whether a push to `repo` could begin. Nothing is made on the hub.
+    """Check that a push to `repo` can begin. Changes nothing on the hub.
 
     Raises:
-        UserError: Not a name of a repository, the hub is switched off or does not answer, or there is no token or none that it takes.
+        UserError: An invalid name, offline mode, no connection, no token, or an invalid token.
     """
     try:
         validate_repo_id(repo)
@@ -42,15 +42,15 @@ def check(repo: str) -> None:
 
 
 def push(folder: Path, files: Sequence[str], repo: str, *, private: bool, message: str) -> str:
-    """Upload files of a folder as one repository of the kind `model`, made where it is missing; returns its address.
+    """Upload files of a folder to a model repository, which is created if it does not exist; returns its address.
 
     Args:
-        files: Their names; what else lies in the folder stays here.
-        private: Whether a repository that is made is private.
-        message: Of the commit.
+        files: Names of the files to upload; others are ignored.
+        private: Create the repository as a private one.
+        message: Commit message.
 
     Raises:
-        UserError: The hub refused or did not answer; or `private` was asked and the repository is there already and public.
+        UserError: The hub refused or did not answer, or `private` for an existing public repository.
     """
     api = HfApi(token=get_token())
     with _explained(repo, folder):
@@ -65,10 +65,10 @@ def push(folder: Path, files: Sequence[str], repo: str, *, private: bool, messag
 
 @contextmanager
 def _explained(repo: str, folder: Path | None = None) -> Iterator[None]:
-    """Errors of the hub's client, and of the network's, as one line.
+    """Turn errors of the hub's client and of the network into a UserError.
 
     Args:
-        folder: What was to be uploaded, where it is written already.
+        folder: The folder to upload, if it has been written.
     """
     again = "" if folder is None else f". {folder} is written and whole: `hf upload {repo} {folder}` uploads it"
     try:
@@ -84,7 +84,7 @@ def _explained(repo: str, folder: Path | None = None) -> Iterator[None]:
         if isinstance(error, RepositoryNotFoundError) or code == 404:
             raise UserError(f"--push {repo}: not found on the hub, or not for this token; check the name{again}") from error
         raise UserError(f"--push {repo}: the hub refused ({code}: {first_line(error)}){again}") from error
-    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # the client's words for a transfer or a card that failed
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # raised by the client for a failed transfer or an invalid card
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         why = "the hub cannot be reached" if isinstance(cause, httpx.TransportError) else "the upload failed"
         said = " ".join(str(cause).split()) or type(cause).__name__

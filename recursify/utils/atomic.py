@@ -1,4 +1,4 @@
-"""Files and folders written aside and renamed into place: what is there is whole."""
+"""Atomic writes of files and folders: write to a temporary place, then rename."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ def write_whole(
     folders: Mapping[Path, Callable[[Path], bool]] | None = None,
     approve: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Write files and folders side by side in one folder, all or none.
+    """Write files and folders in one parent folder, all or none.
 
     Args:
-        writers: Path -> what writes it, on a fresh path. When all have succeeded, the results are put in their places, in this order.
-        folders: Those of the paths that are folders, which are there and empty when their writers are called; each with what tells the
-            entries of an older folder that the new one replaces from those that are somebody's, and stay.
-        approve: Called when all is written, and before anything is where it belongs: what it raises leaves everything as it was.
+        writers: Path -> function that writes to a temporary path. After all have succeeded, the results are renamed in this order.
+        folders: Those of the paths that are folders, which exist and are empty when their writers are called. The value tells whether an
+            entry of an older folder of that name is replaced; other entries are kept.
+        approve: Called after everything is written and before anything is renamed; an exception in it leaves everything unchanged.
 
     Raises:
-        UserError: The disk is full, or the folder cannot be written; what was there is as it was.
+        UserError: The disk is full, or the folder is not writable; nothing is changed.
     """
     folders = folders or {}
     last = [*writers][-1]
-    aside = None
+    temporary = None
     try:
-        aside = Path(tempfile.mkdtemp(prefix=".recursify-", dir=last.absolute().parent))
+        temporary = Path(tempfile.mkdtemp(prefix=".recursify-", dir=last.absolute().parent))
         for path, write in writers.items():
-            target = aside / path.name
+            target = temporary / path.name
             if path in folders:
                 target.mkdir()
             write(target)
             _flush(target)
         approve()
         for path in writers:
-            _put(aside / path.name, path, folders.get(path))
+            _put(temporary / path.name, path, folders.get(path))
         _sync(last.absolute().parent)
     except UserError:
         raise
-    except Exception as error:  # safetensors and tokenizers report a full disk with errors of their own
+    except Exception as error:  # safetensors and tokenizers have their own error types for a full disk
         if (reason := _disk_fault(error)) is None:
             raise
         free = shutil.disk_usage(last.absolute().parent).free / 1e6
@@ -59,26 +59,26 @@ def write_whole(
             "Free some space or choose another output path"
         ) from error
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file, whole or not at all.
+    """Write a small text file atomically.
 
     Raises:
-        OSError: It cannot be written; what was there is as it was.
+        OSError: The file cannot be written; it is unchanged.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        aside.replace(path)
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _flush(target: Path) -> None:
-    """To the disk, so that a power cut after the rename finds contents behind the name."""
+    """Flush to disk, so that the contents survive a power failure after the rename."""
     _sync(target)
     if target.is_dir():
         for entry in target.rglob("*"):
@@ -86,7 +86,7 @@ def _flush(target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """A file's contents, or the names in a folder."""
+    """fsync a file, or the entries of a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -95,8 +95,8 @@ def _sync(path: Path) -> None:
 
 
 def _put(new: Path, path: Path, is_ours: Callable[[Path], bool] | None) -> None:
-    """Rename into place. A folder that is there makes way first, and hands over what no save of ours would have written; one that has all
-    of the new one already stays, so that there is no moment without it."""
+    """Rename into place. An existing folder is moved away first, and its entries that are not replaced are moved to the new one. An
+    existing folder with the same contents stays, so that it is never absent."""
     if is_ours is None or not path.is_dir():
         new.rename(path)
         return
@@ -115,19 +115,19 @@ def _put(new: Path, path: Path, is_ours: Callable[[Path], bool] | None) -> None:
 
 
 def _has_all_of(path: Path, new: Path, is_ours: Callable[[Path], bool]) -> bool:
-    """Whether a folder of files holds the same ones as a new one, and of ours no others."""
+    """Whether a folder has the same files as a new one, and no others that a save replaces."""
     names = [entry.name for entry in new.iterdir()]
     extra = [entry for entry in path.iterdir() if entry.is_file() and is_ours(entry) and entry.name not in names]
     return not extra and filecmp.cmpfiles(path, new, names, shallow=False)[0] == names
 
 
 def _disk_fault(error: Exception) -> str | None:
-    """Why the disk did not take it; None where the disk is not to blame."""
+    """The reason of a disk error; None for other errors."""
     cause: BaseException | None = error
     while cause is not None:
         in_words = re.search(r"os error (\d+)", str(cause))
         code = cause.errno if isinstance(cause, OSError) else int(in_words[1]) if in_words else None
         if code is not None:
             return "the disk is full" if code in _FULL else os.strerror(code)
-        cause = cause.__context__  # torch raises an error of its own while it closes the file
-    return "the disk is full" if "inline_container" in str(error) else None  # torch's writer, when it was given a path
+        cause = cause.__context__  # torch raises its own error while it closes the file
+    return "the disk is full" if "inline_container" in str(error) else None  # torch's writer, when given a path

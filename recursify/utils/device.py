@@ -1,4 +1,4 @@
-"""Which device to work on, and from which seed."""
+"""Choose the device, and check the seed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from ..errors import UserError
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of that name; for None cuda where there is one, else mps, else cpu.
+    """The device of a name; for None cuda if available, else mps, else cpu.
 
     Raises:
-        UserError: No device of that name on this machine.
+        UserError: This machine has no such device.
     """
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     there = [kind for kind, count in counts.items() if count]
     try:
         device = torch.device(there[0] if name is None else name)
-    except RuntimeError:  # not a device's name at all
+    except RuntimeError:  # not the name of a device
         device = None
     if device is None or (device.index or 0) >= counts.get(device.type, 0):
         found = ", ".join(f"{kind} ({counts[kind]})" for kind in there)
@@ -26,6 +26,6 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def check_seed(seed: int | None) -> None:
-    """Raises UserError for a seed that the random generators of torch, numpy or Python do not take; None is no seed."""
+    """Raise a UserError for a seed that torch, numpy or Python does not accept; None is no seed."""
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"--seed: expected 0 to {2**32 - 1}, got {seed}")

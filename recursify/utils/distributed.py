@@ -1,7 +1,7 @@
-"""Work that several processes share: each does every N-th job, and all of them get all results, in the order of the jobs.
+"""Share jobs between processes: each does every N-th job, and all get all results, in the order of the jobs.
 
-Where a job does not depend on who does it, neither do the results, to the last digit. What is for one process alone, such as filling a
-cache that all of them read, it does while the others wait.
+If a job gives the same result in every process, the results do not depend on the number of processes. Work for a single process, such as
+filling a shared cache, is done while the others wait.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 
 
 def is_first() -> bool:
-    """Whether this is the only process, or the first of several: the one that speaks."""
+    """Whether this is the only process, or rank 0, which prints."""
     return not _several() or distributed.get_rank() == 0
 
 
 def map_jobs(jobs: Sequence[Job], do: Callable[[Job], Result]) -> list[Result]:
-    """The result of every job; where there are several processes, all of them must call this with the same jobs."""
+    """The result of every job. With several processes, all must call this with the same jobs."""
     rank, count = (distributed.get_rank(), distributed.get_world_size()) if _several() else (0, 1)
     mine = [do(job) for job in jobs[rank::count]]
     parts: list[list[Result]] = [mine]
@@ -35,10 +35,10 @@ def map_jobs(jobs: Sequence[Job], do: Callable[[Job], Result]) -> list[Result]:
 
 @contextmanager
 def one_process_first() -> Iterator[None]:
-    """In three waves: the first process of all, the first of every other node, the rest.
+    """Run the body in three waves: rank 0, then local rank 0 of every other node, then all other processes.
 
-    Where the cache is shared, the first makes all and the others find it; where each node has a cache of its own, each node's first does.
-    (accelerate's ``PartialState`` has a context manager of this kind, but takes processes on CPUs for one unless told otherwise.)
+    So a cache that all nodes share is filled once, and a cache per node once per node. (accelerate's ``PartialState`` has a similar context
+    manager, which by default treats several CPU processes as one.)
     """
     if not _several():
         yield
@@ -49,7 +49,7 @@ def one_process_first() -> Iterator[None]:
         distributed.barrier()
     try:
         yield
-    finally:  # after an error, too: the others meet the same one, instead of waiting for this process until the timeout
+    finally:  # also after an error: otherwise the other processes would wait until the timeout
         for _ in range(2 - wave):
             distributed.barrier()
 

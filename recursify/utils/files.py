@@ -1,4 +1,4 @@
-"""Small files, read."""
+"""Read small files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: It holds something else.
+        UserError: The file is not a JSON object.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

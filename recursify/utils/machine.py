@@ -1,4 +1,4 @@
-"""Where and with what something was measured."""
+"""Hardware and software versions, for measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 
 
 def machine() -> str:
-    """Processor and cores, for the record."""
+    """Processor, cores and threads."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     name = next(
@@ -21,8 +21,8 @@ def machine() -> str:
 
 
 def versions() -> tuple[tuple[str, str], ...]:
-    """Of what decides a measurement."""
+    """Name and version of the software that determines a measurement."""
     from .. import __version__
 
-    ours = ("recursify", __version__), ("Python", platform.python_version())
-    return (*ours, ("torch", str(torch.__version__)), ("transformers", transformers.__version__))
+    own = ("recursify", __version__), ("Python", platform.python_version())
+    return (*own, ("torch", str(torch.__version__)), ("transformers", transformers.__version__))

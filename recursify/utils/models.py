@@ -1,4 +1,4 @@
-"""What holds for any model, recursive or plain."""
+"""Helpers for recursive and plain models."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def is_recursive(model: Any) -> bool:
-    """Whether the model has cycles; false for a plain model of transformers."""
+    """Whether the model has cycles; False for a plain transformers model."""
     return hasattr(model.config, "H_cycles")
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout and the like; its training mode is put back."""
+    """Evaluation mode (no dropout); the training mode is restored afterwards."""
     training = model.training
     model.eval()
     try:

@@ -198,7 +198,7 @@ def test_the_card_says_what_is_not_known(place: Path, model: RecursiveLLM) -> No
     checkpoint.save(place / "bare.pt", model, tiny.make_tiny_tokenizer())
     run(checkpoint="bare.pt")
     card = (place / "out" / "README.md").read_text()
-    assert "No training is on record" in card and "## Evaluation\n\nNot measured" in card and "None was named" in card
+    assert "No training is recorded" in card and "## Evaluation\n\nNot measured" in card and "Not specified at export" in card
     assert "## Plan" not in card and "](" not in card.split("## License")[0] and "base_model" not in front(place / "out")
     assert not list((place / "out").glob("*.svg"))
     untrained = make_model(gain_init=0.0)
