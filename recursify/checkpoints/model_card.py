@@ -214,9 +214,9 @@ def _what(model: Any, plan: ConversionPlan | None, base: str | None) -> str:
     origin = f"[{base}](https://huggingface.co/{base})" if base else _escaped(public(plan.donor)) if plan else "a pretrained model"
     return (
         f"A recursive language model of {count:,} parameters (`{config.model_type}`), converted from {origin} by recursify. Each "
-        f"token passes {config.prelude_layers} prelude layers, then a block of {config.L_layers} layers H_cycles {config.H_cycles} x "
-        f"(L_cycles {config.L_cycles} + 1) times with the same weights, then {config.coda_layers} coda layers: {config.depth()} layer applications. "
-        "H_cycles can be set at every call: more cycles cost more compute, and 0 is one plain pass."
+        f"token passes {config.prelude_layers} prelude layers, then a block of {config.L_layers} layers, H_cycles {config.H_cycles} x "
+        f"(L_cycles {config.L_cycles} + 1) times with the same weights, then {config.coda_layers} coda layers: {config.depth()} layer "
+        "applications. H_cycles can be set at every call: more cycles cost more compute, and 0 is one plain pass."
     )
 
 

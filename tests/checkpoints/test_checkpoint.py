@@ -124,7 +124,7 @@ def test_every_family_and_dtype_and_its_tie(family: str, form: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_frozen_stays_frozen(form: str, tmp_path: Path) -> None:
+def test_frozen_parameters_stay_frozen_after_loading(form: str, tmp_path: Path) -> None:
     model = make_model(L_cycles=0, freeze_embeddings=True)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {"model.embed_tokens.weight", "model.recursion.q_head.weight", "model.recursion.inject_L.theta_A"} <= frozen
@@ -166,7 +166,7 @@ def test_the_file_is_as_large_as_its_tensors(saved: Path, model: RecursiveLLM) -
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_edited_depth_is_the_depth(form: str, model: RecursiveLLM, saved: Path) -> None:
+def test_edited_H_cycles_in_a_file_takes_effect(form: str, model: RecursiveLLM, saved: Path) -> None:
     edit_config(saved / form, H_cycles=5)
     found = checkpoint.load(saved / form).model
     assert found.config.H_cycles == 5 and found.config.num_hidden_layers == 3 + 3 * 5 * 2
@@ -175,7 +175,7 @@ def test_an_edited_depth_is_the_depth(form: str, model: RecursiveLLM, saved: Pat
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_derived_fields_that_lie_are_recomputed(form: str, model: RecursiveLLM, saved: Path) -> None:
+def test_wrong_derived_fields_are_recomputed(form: str, model: RecursiveLLM, saved: Path) -> None:
     edit_config(saved / form, num_hidden_layers=99, layer_types=["sliding_attention"] * 2)
     found = checkpoint.load(saved / form).model
     assert found.config.num_hidden_layers == len(found.config.layer_types) == 3 + 3 * 4
@@ -216,7 +216,7 @@ def test_derived_fields_that_lie_are_recomputed(form: str, model: RecursiveLLM, 
         ),
     ],
 )
-def test_a_config_that_does_not_fit(form: str, changes: dict[str, Any], message: str, saved: Path) -> None:
+def test_invalid_config_is_refused(form: str, changes: dict[str, Any], message: str, saved: Path) -> None:
     edit_config(saved / form, **changes)
     with pytest.raises(UserError, match=rf"{saved / form}.*{message}"):
         checkpoint.load(saved / form)
@@ -231,7 +231,7 @@ def test_overrides_are_checked_like_the_file(form: str, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_donors_own_extra_fields_are_no_misspellings(form: str, saved: Path) -> None:
+def test_extra_fields_of_donors_are_not_misspellings(form: str, saved: Path) -> None:
     edit_config(saved / form, max_window_layers=28, use_mrope=False, layers=3, n_layers=4, num_layers=5, _name_or_path="x")
     assert checkpoint.load(saved / form).model.config.use_mrope is False
 
@@ -252,7 +252,7 @@ def test_code_in_a_pickle_is_not_run(saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_files_that_are_not_ours(saved: Path, tmp_path: Path) -> None:
+def test_foreign_files_are_refused(saved: Path, tmp_path: Path) -> None:
     torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "state.pt")
     with pytest.raises(UserError, match=r"state.pt: .* expected format 'recursify/1', got a dict of layer.weight; make one with convert"):
         checkpoint.load(tmp_path / "state.pt")
@@ -294,7 +294,7 @@ def test_a_file_with_a_part_missing_or_wrong(part: str, saved: Path) -> None:
             checkpoint.load(saved / "model.pt")
 
 
-def test_tensors_left_over_or_missing_are_named(saved: Path) -> None:
+def test_missing_and_unexpected_tensors_are_named(saved: Path) -> None:
     state = torch.load(saved / "model.pt", weights_only=True)["model_state_dict"]
     lost = {name: tensor for name, tensor in state.items() if name != "inner.coda.layers.0.mlp.w2.weight"}
     edit(saved / "model.pt", model_state_dict={**lost, "inner.L_level.layers.9.mlp.w2.weight": torch.zeros(2)})
@@ -311,7 +311,7 @@ def test_tensors_left_over_or_missing_are_named(saved: Path) -> None:
         checkpoint.load(saved / "model")
 
 
-def test_places_without_a_checkpoint(saved: Path, tmp_path: Path) -> None:
+def test_paths_without_a_checkpoint_are_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing.pt: no such checkpoint; expected a .pt file or a folder that convert or train wrote"):
         checkpoint.load(tmp_path / "missing.pt")
     (tmp_path / "empty").mkdir()
@@ -400,7 +400,7 @@ def other_tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_tokenizer_that_is_named_goes_before_the_checkpoints_own(form: str, model: RecursiveLLM, saved: Path, tmp_path: Path) -> None:
+def test_tokenizer_path_overrides_the_checkpoints_tokenizer(form: str, model: RecursiveLLM, saved: Path, tmp_path: Path) -> None:
     other_tokenizer().save_pretrained(tmp_path / "other")
     own, named = checkpoint.load(saved / form), checkpoint.load(saved / form, tokenizer_path=str(tmp_path / "other"))
     assert len(named.tokenizer) == len(own.tokenizer) + 1
@@ -411,7 +411,7 @@ def test_a_tokenizer_that_is_named_goes_before_the_checkpoints_own(form: str, mo
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_model_of_embedding_space_writes_no_text(form: str, model: RecursiveLLM, saved: Path) -> None:
+def test_embedding_model_has_no_head(form: str, model: RecursiveLLM, saved: Path) -> None:
     checkpoint.require_head(checkpoint.load(saved / form), "x")
     checkpoint.save(saved / form, model, None, None, {"approach": "embedding"})
     with pytest.raises(UserError, match=r"x: was trained in embedding space"):
@@ -419,7 +419,7 @@ def test_a_model_of_embedding_space_writes_no_text(form: str, model: RecursiveLL
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_where_it_was_loaded_from_is_not_written(form: str, saved: Path, tmp_path: Path) -> None:
+def test_local_paths_are_not_saved(form: str, saved: Path, tmp_path: Path) -> None:
     found = checkpoint.load(saved / form)
     found.model.config._name_or_path = str(saved)
     checkpoint.save(tmp_path / form, found.model, None, dtype=torch.float16)
@@ -431,7 +431,7 @@ def test_where_it_was_loaded_from_is_not_written(form: str, saved: Path, tmp_pat
     assert (fields["dtype"], fields["architectures"]) == ("float16", ["RecursiveQwen2ForCausalLM"])
 
 
-def test_the_class_of_a_model_that_was_never_saved_is_written(model: RecursiveLLM, saved: Path) -> None:
+def test_architecture_is_saved_for_a_new_model(model: RecursiveLLM, saved: Path) -> None:
     assert not make_model().config.architectures
     checkpoint.save(saved / "fresh.pt", make_model(), None)
     assert torch.load(saved / "fresh.pt", weights_only=True)["config"]["architectures"] == ["RecursiveQwen2ForCausalLM"]
@@ -444,7 +444,7 @@ def test_a_tied_head_is_stored_once_in_another_dtype_too(saved: Path, model: Rec
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
 
-def test_only_the_recursion_may_start_fresh(model: RecursiveLLM) -> None:
+def test_only_recursion_parameters_may_be_missing(model: RecursiveLLM) -> None:
     state = _as(model, torch.float32)
     bare = {name: tensor for name, tensor in state.items() if not name.startswith("model.recursion.")}
     built = checkpoint.build(model.config, bare, "place")
@@ -459,7 +459,7 @@ def test_only_the_recursion_may_start_fresh(model: RecursiveLLM) -> None:
 
 
 @pytest.mark.parametrize(("wrong", "more"), [(1, ""), (3, ""), (4, " and 1 more"), (5, " and 2 more")])
-def test_three_shapes_that_differ_are_named_and_the_rest_counted(wrong: int, more: str, model: RecursiveLLM) -> None:
+def test_shape_mismatches_are_named_up_to_three(wrong: int, more: str, model: RecursiveLLM) -> None:
     state = _as(model, torch.float32)
     state |= {f"model.layers.{i}.input_layernorm.weight": torch.zeros(7) for i in range(wrong)}
     named = r"model\.layers\.\d\.input_layernorm\.weight \(expected \[32\], got \[7\]\)"
@@ -467,7 +467,7 @@ def test_three_shapes_that_differ_are_named_and_the_rest_counted(wrong: int, mor
         checkpoint.build(model.config, state, "place")
 
 
-def test_transformers_speaks_as_before(saved: Path) -> None:
+def test_transformers_verbosity_is_restored(saved: Path) -> None:
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     try:
         for level, bars in ((transformers_logging.INFO, True), (transformers_logging.WARNING, False)):
@@ -489,7 +489,7 @@ def test_transformers_speaks_as_before(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_overwriting_leaves_only_the_new(form: str, model: RecursiveLLM, saved: Path) -> None:
+def test_overwriting_replaces_the_old_checkpoint(form: str, model: RecursiveLLM, saved: Path) -> None:
     before = set(listing(saved))
     held = checkpoint.load(saved / form).model  # reads the old file while it is replaced
     expected = logits(held)
@@ -503,7 +503,7 @@ def test_overwriting_leaves_only_the_new(form: str, model: RecursiveLLM, saved: 
     assert torch.equal(logits(checkpoint.load(saved / form).model), logits(other))
 
 
-def test_what_others_keep_in_a_folder_of_ours_stays(model: RecursiveLLM, saved: Path) -> None:
+def test_foreign_files_in_a_folder_are_kept(model: RecursiveLLM, saved: Path) -> None:
     folder = saved / "model"
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("ref")
@@ -515,7 +515,7 @@ def test_what_others_keep_in_a_folder_of_ours_stays(model: RecursiveLLM, saved: 
     checkpoint.load(folder)
 
 
-def test_beside_a_file_only_a_tokenizers_files_are_replaced(model: RecursiveLLM, saved: Path) -> None:
+def test_only_tokenizer_files_are_replaced_beside_a_pt_file(model: RecursiveLLM, saved: Path) -> None:
     folder = saved / "model_tokenizer"
     for name in ("notes.json", "README.md", "script.py", "chat_template.jinja"):
         (folder / name).write_text("mine")
@@ -525,7 +525,7 @@ def test_beside_a_file_only_a_tokenizers_files_are_replaced(model: RecursiveLLM,
     assert checkpoint.load(saved / "model.pt").tokenizer("the old ship")["input_ids"]
 
 
-def test_every_file_of_another_tokenizer_goes(model: RecursiveLLM, saved: Path) -> None:
+def test_files_of_an_older_tokenizer_are_removed(model: RecursiveLLM, saved: Path) -> None:
     folder = saved / "model_tokenizer"
     stale = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
     written = {path.name for path in folder.iterdir()}
@@ -538,7 +538,7 @@ def test_every_file_of_another_tokenizer_goes(model: RecursiveLLM, saved: Path) 
     assert len(checkpoint.load(saved / "model.pt").tokenizer) == len(other_tokenizer()) > len(make_tiny_tokenizer())
 
 
-def test_every_file_of_an_older_save_goes(model: RecursiveLLM, saved: Path) -> None:
+def test_files_of_an_older_save_are_removed(model: RecursiveLLM, saved: Path) -> None:
     folder = saved / "model"
     ours = ("old.json", "old.py", "old.md", "old.jinja", "old.safetensors", PLAN_PICTURE, LOSS_PICTURE)
     others = ("photo.svg", "data.bin", "old.txt", "results.json/one.json")
@@ -553,7 +553,7 @@ def test_every_file_of_an_older_save_goes(model: RecursiveLLM, saved: Path) -> N
     assert sorted(path.name for path in saved.iterdir()) == ["model", "model.pt", "model_tokenizer"]
 
 
-def test_what_is_new_goes_before_what_somebody_left_under_its_name(tmp_path: Path) -> None:
+def test_new_files_override_foreign_files_of_the_same_name(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         for name in ("config.json", "merges.txt"):
             (folder / name).write_text("new")
@@ -566,7 +566,7 @@ def test_what_is_new_goes_before_what_somebody_left_under_its_name(tmp_path: Pat
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_not_approved_is_not_put_in_place(form: str, model: RecursiveLLM, saved: Path) -> None:
+def test_failed_approval_changes_nothing(form: str, model: RecursiveLLM, saved: Path) -> None:
     """It is asked when everything is written, and nothing has its place."""
     before, beside = listing(saved), saved / "state.pt"
     seen: list[bool] = []
@@ -586,9 +586,7 @@ def test_what_is_not_approved_is_not_put_in_place(form: str, model: RecursiveLLM
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_belongs_beside_gets_its_place_last_and_everything_is_on_the_disk_before(
-    form: str, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beside_files_are_renamed_last_after_fsync(form: str, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved, synced = list[str](), set[int]()
     rename, fsync = Path.rename, os.fsync
 
@@ -614,7 +612,7 @@ def test_what_belongs_beside_gets_its_place_last_and_everything_is_on_the_disk_b
     checkpoint.load(saved / form)
 
 
-def test_a_folder_that_is_the_same_already_stays_where_it_is(model: RecursiveLLM, saved: Path) -> None:
+def test_identical_folder_is_not_replaced(model: RecursiveLLM, saved: Path) -> None:
     folder = saved / "model_tokenizer"
     before = folder.stat().st_ino
     (folder / "notes.txt").write_text("mine")
@@ -640,7 +638,7 @@ def test_a_folder_that_is_the_same_already_stays_where_it_is(model: RecursiveLLM
         (ValueError("something else"), None),
     ],
 )
-def test_why_it_could_not_be_written(
+def test_reasons_of_write_errors(
     error: Exception, said: str | None, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
@@ -712,7 +710,7 @@ def test_a_rename_that_fails_changes_nothing(form: str, model: RecursiveLLM, sav
     assert listing(saved) == before
 
 
-def test_output_paths_that_cannot_be(model: RecursiveLLM, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_output_paths_are_refused(model: RecursiveLLM, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder.pt").mkdir()

@@ -66,7 +66,7 @@ def broken(eight: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "gemma2", "gpt2", "gemma", "cohere", "gpt_oss", "deepseek_v3"])
-def test_models_with_something_that_we_do_not_carry(model_type: str, tmp_path: Path) -> None:
+def test_models_with_unsupported_features_are_refused(model_type: str, tmp_path: Path) -> None:
     feature = {
         "qwen2_moe": r"mixture of experts \(config.json: num_experts = 60\)",
         "qwen3_moe": r"mixture of experts \(config.json: num_local_experts = 128\)",
@@ -118,7 +118,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_every_feature_on_its_own(field: str, tmp_path: Path) -> None:
+def test_each_unsupported_feature_is_refused(field: str, tmp_path: Path) -> None:
     for number, value in enumerate(({"a": 1}, [1], 2, 0.5, True)):
         folder = write_config(tmp_path / f"on{number}", model_type="qwen2", **{field: value})
         with pytest.raises(UserError, match=rf"has {REFUSED[field]} \(config.json: {field} = .*, which is not carried over\. {SUPPORTED}"):
@@ -126,7 +126,7 @@ def test_every_feature_on_its_own(field: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [{}, [], 0, 0.0, False, None])
-def test_all_features_switched_off(value: Any, tmp_path: Path) -> None:
+def test_disabled_features_are_accepted(value: Any, tmp_path: Path) -> None:
     config = tiny_config("qwen2", num_hidden_layers=2).to_dict()
     read_by_transformers = ("quantization_config", "per_layer_config")
     folder = write_config(tmp_path / "off", **config | {field: value for field in REFUSED if field not in read_by_transformers})
@@ -149,7 +149,7 @@ def test_opening_changes_nothing_in_the_configuration(family: str, tmp_path: Pat
         assert vars(found) == vars(expected) and found.model_type == family
 
 
-def test_a_feature_that_is_switched_off_is_no_obstacle(broken: Path) -> None:
+def test_disabled_feature_is_accepted(broken: Path) -> None:
     fields = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(
         json.dumps({**fields, "num_experts": 0, "quantization_config": None, "final_logit_softcapping": None})
@@ -157,7 +157,7 @@ def test_a_feature_that_is_switched_off_is_no_obstacle(broken: Path) -> None:
     assert open_donor(str(broken)).config.num_hidden_layers == 8
 
 
-def test_one_of_our_own_checkpoints_is_no_donor(eight: Path, tmp_path: Path) -> None:
+def test_recursive_checkpoint_is_refused_as_donor(eight: Path, tmp_path: Path) -> None:
     run_convert(ConvertSettings(qwen_model=str(eight), output_path=str(tmp_path / "ours")), say=lambda _: None)
     with pytest.raises(UserError, match=r"it is a recursive model already"):
         open_donor(str(tmp_path / "ours"))
@@ -202,7 +202,7 @@ def test_a_damaged_config(content: str, message: str, broken: Path) -> None:
         ({"layer_types": ["chunked_attention"] * 8}, "block_types: expected full_attention or sliding_attention .*, got chunked"),
     ],
 )
-def test_a_config_from_which_no_model_can_be_built(fields: dict[str, Any], reason: str, broken: Path) -> None:
+def test_config_that_cannot_be_built_is_refused(fields: dict[str, Any], reason: str, broken: Path) -> None:
     (broken / "config.json").write_text(json.dumps({**json.loads((broken / "config.json").read_text()), **fields}))
     with pytest.raises(UserError, match=rf"broken: config.json is not a valid qwen2 configuration: {reason}.*; download or copy it again"):
         open_donor(str(broken))
@@ -215,7 +215,7 @@ def test_a_donor_tensor_of_another_shape_is_named(broken: Path) -> None:
         convert(str(broken))
 
 
-def test_places_without_a_donor(eight: Path, tmp_path: Path) -> None:
+def test_paths_without_a_donor_are_refused(eight: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"/missing': no such folder; give a folder with config.json and \*.safetensors, or a hub id such as"
     ):
@@ -277,7 +277,7 @@ def test_more_layers_in_the_file_than_the_config_says(broken: Path) -> None:
         convert(str(broken))
 
 
-def test_eight_bit_tensors_without_a_word_in_the_config(broken: Path) -> None:
+def test_undeclared_eight_bit_tensors_are_refused(broken: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, broken / "model.safetensors")
@@ -285,7 +285,7 @@ def test_eight_bit_tensors_without_a_word_in_the_config(broken: Path) -> None:
         convert(str(broken))
 
 
-def test_a_donor_that_is_not_finite(broken: Path) -> None:
+def test_donor_with_non_finite_weights_is_refused(broken: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, broken / "model.safetensors")
@@ -293,7 +293,7 @@ def test_a_donor_that_is_not_finite(broken: Path) -> None:
         convert(str(broken))
 
 
-def test_tensors_are_read_as_they_are(eight: Path) -> None:
+def test_tensors_are_read_unchanged(eight: Path) -> None:
     donor, tensors = open_donor(str(eight)), load_file(eight / "model.safetensors")
     assert sorted(donor.tensor_names) == sorted(tensors) and "lm_head.weight" not in tensors
     assert all(torch.equal(donor.read(name), tensor) for name, tensor in tensors.items())
@@ -301,7 +301,7 @@ def test_tensors_are_read_as_they_are(eight: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_every_type_of_number_is_read_whole_and_in_pieces(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_dtype_is_read_whole_and_in_pieces(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"one": torch.randn(3, 7, dtype=dtype), "two": torch.randn(40, dtype=dtype), "three": torch.randn(1, dtype=dtype)}
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen2", num_hidden_layers=2).to_dict() | {"dtype": None}))
     save_file(tensors, tmp_path / "model.safetensors")
@@ -316,7 +316,7 @@ def test_every_type_of_number_is_read_whole_and_in_pieces(dtype: torch.dtype, tm
             assert size > 56 or name != "two" or len(pieces) > 1
 
 
-def test_writing_to_what_was_read_leaves_the_file_alone(broken: Path) -> None:
+def test_writing_to_a_read_tensor_does_not_change_the_file(broken: Path) -> None:
     before = (broken / "model.safetensors").read_bytes()
     model = convert(str(broken))
     with torch.no_grad():
@@ -359,7 +359,7 @@ def test_a_damaged_index(content: str, eight: Path, tmp_path: Path) -> None:
         convert(str(folder))
 
 
-def test_an_index_that_lies(eight: Path, tmp_path: Path) -> None:
+def test_wrong_index_is_refused(eight: Path, tmp_path: Path) -> None:
     folder = shard(eight, tmp_path / "sharded", L0="zero.safetensors")
     save_file({"other": torch.zeros(1)}, folder / "zero.safetensors")
     with pytest.raises(UserError, match=r"zero.safetensors: truncated or corrupt safetensors .*does not contain"):
@@ -376,7 +376,7 @@ def test_from_the_hub_only_needed_shards_are_fetched(eight: Path, tmp_path: Path
     assert torch.equal(model.lm_head.weight, convert(str(eight)).lm_head.weight)
 
 
-def test_from_the_hub_a_refused_donor_costs_its_config_only(tmp_path: Path, hub: HubStandIn) -> None:
+def test_refused_hub_donor_downloads_config_only(tmp_path: Path, hub: HubStandIn) -> None:
     tiny_donor("qwen2", tmp_path, num_hidden_layers=2)
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, "num_experts": 4}))
@@ -395,7 +395,7 @@ def test_from_the_hub_pickles_are_not_fetched(eight: Path, tmp_path: Path, hub: 
     assert hub.opened("someone/pickled") == ["config.json"]
 
 
-def test_what_the_hub_has_not_got_and_a_hub_that_is_down(eight: Path, hub: HubStandIn) -> None:
+def test_missing_hub_repository_and_unreachable_hub(eight: Path, hub: HubStandIn) -> None:
     with pytest.raises(UserError, match=r"no/such: no such folder, and the hub has no config.json for it or cannot be reached"):
         open_donor("no/such")
     with pytest.raises(UserError, match=r"no/such: tokenizer.json cannot be fetched from the hub .*--tokenizer_path"):
@@ -411,7 +411,7 @@ def test_what_the_hub_has_not_got_and_a_hub_that_is_down(eight: Path, hub: HubSt
         open_donor("someone/never-seen")
 
 
-def test_a_donor_in_the_cache_needs_no_hub(eight: Path, hub: HubStandIn) -> None:
+def test_cached_donor_works_offline(eight: Path, hub: HubStandIn) -> None:
     hub.add_model("someone/cached", eight)
     open_donor("someone/cached").load()
     hub.down = True
@@ -435,7 +435,7 @@ def test_tokenizers(eight: Path, broken: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model"])
-def test_any_of_these_is_a_vocabulary(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vocabulary_files(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda name, **hub: ("read from", name))
     with pytest.raises(UserError, match=r"tokenizer.json is not there; .*--tokenizer_path"):
         load_tokenizer(str(tmp_path))
@@ -443,12 +443,12 @@ def test_any_of_these_is_a_vocabulary(file: str, tmp_path: Path, monkeypatch: py
     assert load_tokenizer(str(tmp_path)) == ("read from", str(tmp_path))
 
 
-def test_the_donor_is_loaded_as_asked_for(eight: Path) -> None:
+def test_load_passes_arguments(eight: Path) -> None:
     donor = open_donor(str(eight))
     assert (donor.load().dtype, donor.load(dtype=torch.bfloat16).dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_without_a_file_generation_is_as_the_configuration_says(broken: Path) -> None:
+def test_generation_config_defaults_to_the_model_config(broken: Path) -> None:
     fields = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(fields | {"eos_token_id": 7, "pad_token_id": 3}))
     (broken / "generation_config.json").unlink()
@@ -463,7 +463,7 @@ def test_weights_as_several_pickles(broken: Path) -> None:
         convert(str(broken))
 
 
-def test_a_single_file_goes_before_an_index(eight: Path, tmp_path: Path) -> None:
+def test_single_weights_file_takes_precedence_over_an_index(eight: Path, tmp_path: Path) -> None:
     folder = shard(eight, tmp_path / "both")
     (folder / "model.safetensors.index.json").write_text("{")
     shutil.copy(eight / "model.safetensors", folder)

@@ -29,7 +29,7 @@ def same_logits_as_then(model: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_former_checkpoint_gives_its_former_logits(form: str) -> None:
+def test_former_checkpoint_gives_the_same_logits_and_plan(form: str) -> None:
     found = checkpoint.load(SAVED / form)
     same_logits_as_then(found.model)
     assert found.plan == ConversionPlan("someone/tiny-qwen2", 4, (0,), (1, 2), (3,), "middle")
@@ -42,7 +42,7 @@ def test_a_former_folder_loads_through_the_auto_class() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_one_loader_opens_it(form: str) -> None:
+def test_load_model_opens_former_checkpoints(form: str) -> None:
     model, tokenizer = load_model(SAVED / form)
     same_logits_as_then(model)
     assert len(tokenizer) > 250

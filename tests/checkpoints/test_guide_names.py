@@ -106,7 +106,7 @@ def test_names_missing_or_left_over_are_named() -> None:
         from_guides({}, model.state_dict(), model.config, "file.pt")
 
 
-def test_six_names_of_each_kind_are_enough() -> None:
+def test_at_most_six_names_are_listed() -> None:
     model = recursive("qwen2")
     guides = to_guides(model.state_dict(), model.config)
     for lost, end in ((6, r"\w"), (7, r"\.\.\.")):
@@ -130,7 +130,7 @@ def test_a_head_that_is_not_tied_is_copied() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_has_a_fate(family: str) -> None:
+def test_every_tensor_is_mapped(family: str) -> None:
     mapping = settled(family)
     assert set(mapping.copied.values()) | set(mapping.dropped) == set(donor_names(family))
     assert not set(mapping.copied.values()) & set(mapping.dropped)
@@ -147,7 +147,7 @@ def test_every_tensor_has_a_fate(family: str) -> None:
     assert set(mapping.fresh.values()) == {"the donor has no recursion"}
 
 
-def test_what_a_donor_may_store_twice_is_dropped_with_its_reason() -> None:
+def test_redundant_donor_tensors_are_dropped_with_a_reason() -> None:
     mapping = settled(
         "qwen2", [*donor_names("qwen2"), "lm_head.weight", "model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"]
     )
@@ -161,13 +161,13 @@ def test_what_a_donor_may_store_twice_is_dropped_with_its_reason() -> None:
     ["score.weight", "model.layers.0.self_attn.q_norm.weight", "model.layers.0.mlp.experts.0.w1.weight",
      "model.layers.8.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight", "model.embed_positions.weight"],
 )  # fmt: skip
-def test_a_donor_tensor_without_fate_raises_by_name(extra: str) -> None:
+def test_unmapped_donor_tensor_is_named(extra: str) -> None:
     with pytest.raises(UserError, match=rf"conversion of a/donor: unmapped tensors: 1 left over \({extra}\)"):
         settled("qwen2", [*donor_names("qwen2"), extra])
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.4.self_attn.k_proj.bias"])
-def test_a_tensor_of_ours_that_nobody_fills_raises_by_name(lost: str) -> None:
+def test_unfilled_tensor_is_named(lost: str) -> None:
     ours = lost.replace("layers.4", "layers.3")  # donor layer 4 is our layer 3
     with pytest.raises(UserError, match=rf"unmapped tensors: 1 missing \({ours}\)"):
         settled("qwen2", [name for name in donor_names("qwen2") if name != lost])
@@ -195,7 +195,7 @@ def test_the_guides_step_4(family: str) -> None:
     assert family != "qwen3" or {"q_norm.weight", "k_norm.weight"} <= names
 
 
-def test_a_copy_is_a_copy() -> None:
+def test_copied_weights_share_no_memory() -> None:
     donor, model = tiny_model("qwen2", num_hidden_layers=LAYERS), recursive("qwen2")
     copy_mlp_weights(donor.model.layers[0].mlp, model.inner.L_level.layers[0].mlp)
     before = donor.model.layers[0].mlp.up_proj.weight.clone()
@@ -212,7 +212,7 @@ def test_a_copy_is_a_copy() -> None:
         ("qwen3", {}, "q_norm.weight"),
     ],
 )
-def test_a_mismatch_is_refused_and_nothing_half_copied(family: str, changes: dict[str, Any], named: str) -> None:
+def test_mismatch_is_refused_and_nothing_is_copied(family: str, changes: dict[str, Any], named: str) -> None:
     other = tiny_model(family, seed=5, num_hidden_layers=2, **changes)
     target = recursive("llama" if family != "qwen2" else "qwen2").inner.L_level.layers[0]
     before = {name: tensor.clone() for name, tensor in target.self_attn.module.state_dict().items()}

@@ -22,7 +22,7 @@ from tests.support.hub_stand_in import HubStandIn, parse_range
 QWEN = "Qwen/Qwen2-0.5B"
 
 
-def test_the_clients_of_this_process_know_no_other_hub(hub: HubStandIn) -> None:
+def test_clients_use_the_stand_in_hub(hub: HubStandIn) -> None:
     assert hub.url == huggingface_hub.constants.ENDPOINT
     assert Path(huggingface_hub.constants.HF_HUB_CACHE).is_relative_to(hub.home)
 
@@ -82,7 +82,7 @@ def test_listings(hub: HubStandIn) -> None:
     assert branch.target_commit == api.model_info(QWEN).sha == api.model_info(QWEN, revision=branch.target_commit).sha
 
 
-def test_what_is_absent_is_absent_in_the_hubs_own_words(hub: HubStandIn) -> None:
+def test_absent_files_raise_the_clients_errors(hub: HubStandIn) -> None:
     with pytest.raises(EntryNotFoundError):
         hf_hub_download(QWEN, "absent.json")
     with pytest.raises(RepositoryNotFoundError):

@@ -80,7 +80,7 @@ def test_plain_by_path_and_by_hub_id(hub: HubStandIn, donor_folder: Path) -> Non
         assert not isinstance(here, RecursiveLLM) and torch.equal(here(IDS).logits, there(IDS).logits)
 
 
-def test_what_is_nowhere_is_refused(hub: HubStandIn, tmp_path: Path) -> None:
+def test_missing_names_are_refused(hub: HubStandIn, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nobody/nothing: no such folder, and the hub has no config.json for it"):
         load_model("nobody/nothing")
     with pytest.raises(

@@ -94,7 +94,7 @@ def lines_of(**flags: Any) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact(family: str, plan: str, dtype: torch.dtype, donors: dict[str, Path], tmp_path: Path) -> None:
+def test_conversion_is_exact(family: str, plan: str, dtype: torch.dtype, donors: dict[str, Path], tmp_path: Path) -> None:
     folder = donors[family]
     if dtype != torch.float32:
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder := tmp_path)
@@ -113,7 +113,7 @@ def test_exact(family: str, plan: str, dtype: torch.dtype, donors: dict[str, Pat
             assert all(torch.equal(logits, expected) for logits in out.cycle_logits)
 
 
-def test_the_check_itself_is_part_of_the_result(donor: str) -> None:
+def test_self_check_is_part_of_the_result(donor: str) -> None:
     found = open_donor(donor)
     settings = ConvertSettings(qwen_model=donor, keep_donor=True, L_layers=3)
     done = convert_tensors(found, resolve_plan(found, settings), settings)
@@ -123,7 +123,7 @@ def test_the_check_itself_is_part_of_the_result(donor: str) -> None:
     assert json.loads(json.dumps(done.check.to_dict()))["cycle_differences"] == [0.0, 0.0, 0.0]
 
 
-def test_a_fault_of_ours_is_found(donor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_check_detects_conversion_faults(donor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor that went to the wrong place, and a layer that runs wrongly, both stop the conversion."""
     found, settings = open_donor(donor), ConvertSettings(qwen_model=donor)
     plan = resolve_plan(found, settings)
@@ -177,7 +177,7 @@ def done(donor: str) -> Any:
 
 @pytest.mark.parametrize("by", [0.25, -0.25])
 @pytest.mark.parametrize("place", [(0, 0), (1, 200), (-1, -1)])
-def test_one_logit_that_differs_stops_the_conversion(place: tuple[int, int], by: float, done: Any) -> None:
+def test_one_different_logit_stops_the_conversion(place: tuple[int, int], by: float, done: Any) -> None:
     donor, result = done
     with pytest.raises(RuntimeError, match="a plain pass differs from Planted over layers") as raised:
         compare_logits(donor, result.plan, result.mapping, result.model, Planted(result.model, place, by))
@@ -187,7 +187,7 @@ def test_one_logit_that_differs_stops_the_conversion(place: tuple[int, int], by:
             compare_logits(donor, result.plan, result.mapping, result.model, Planted(result.model, place, bad))
 
 
-def test_what_the_start_gain_moves_is_told_of_each_cycle(done: Any) -> None:
+def test_self_check_reports_the_effect_of_start_gain_per_cycle(done: Any) -> None:
     donor, result = done
     twin = Planted(result.model)
     check = compare_logits(donor, result.plan, result.mapping, result.model, twin)
@@ -202,7 +202,7 @@ def test_what_the_start_gain_moves_is_told_of_each_cycle(done: Any) -> None:
 
 
 @pytest.mark.parametrize("piece", [52, 64, 2**22])  # of 13 numbers, of 16, and whole tensors
-def test_one_number_that_differs_stops_the_conversion(piece: int, donor: str, done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_different_number_stops_the_conversion(piece: int, donor: str, done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(donors_module, "_PIECE", piece)
     found, result = open_donor(donor), done[1]
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.2.self_attn.k_proj.bias"):
@@ -217,7 +217,7 @@ def test_one_number_that_differs_stops_the_conversion(piece: int, donor: str, do
     compare_tensors(found, result.mapping, result.model)
 
 
-def test_a_file_that_holds_less_is_not_the_same() -> None:
+def test_shorter_file_is_not_equal() -> None:
     numbers = torch.arange(5.0)
     assert self_check._same_bits(numbers, [numbers[:3], numbers[3:]])
     for pieces in ([numbers[:3]], [], [numbers[:3], numbers[2:4]], [numbers[:4], -numbers[4:]]):
@@ -226,7 +226,7 @@ def test_a_file_that_holds_less_is_not_the_same() -> None:
 
 @pytest.mark.parametrize("name", ["old.pt", "new.pt", "new"])
 @pytest.mark.parametrize("fault", ["tensor", "layer"])
-def test_what_fails_its_check_is_not_written(
+def test_failed_self_check_writes_nothing(
     fault: str, name: str, donor: str, nothing_written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = checkpoint.build
@@ -275,20 +275,20 @@ def test_sum_norm_and_frozen_embeddings(donor: str) -> None:
     assert convert(donor).model.embed_tokens.weight.requires_grad
 
 
-def test_fresh_parameters_are_small_random_and_not_zero(donor: str) -> None:
+def test_new_parameters_are_small_and_nonzero(donor: str) -> None:
     recursion = convert(donor, gain=0.1).model.recursion
     for name, parameter in recursion.named_parameters():
         assert name == "q_head.bias" or parameter.abs().max() > 0, name
 
 
-def test_the_tie_survives(donor: str, donors: dict[str, Path]) -> None:
+def test_tied_embeddings_stay_tied(donor: str, donors: dict[str, Path]) -> None:
     model = convert(donor)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     untied = convert(str(donors["llama"]))
     assert untied.lm_head.weight.data_ptr() != untied.model.embed_tokens.weight.data_ptr()
 
 
-def test_a_head_of_its_own_in_the_file_wins_over_a_tie_in_the_config(tmp_path: Path) -> None:
+def test_separate_head_in_the_file_overrides_tie_word_embeddings(tmp_path: Path) -> None:
     """As in transformers, which does not tie what differs."""
     tiny_donor("qwen2", tmp_path, num_hidden_layers=4)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -311,7 +311,7 @@ def test_the_donors_generation_config_is_kept(tmp_path: Path) -> None:
     assert (kept.eos_token_id, kept.do_sample, kept.temperature, kept.top_k) == ([0, 5], True, 0.6, 20)
 
 
-def test_a_generation_config_that_contradicts_itself_can_be_saved(tmp_path: Path) -> None:
+def test_inconsistent_generation_config_can_be_saved(tmp_path: Path) -> None:
     """Published donors have them: a temperature without sampling."""
     tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=4)
     (tmp_path / "donor" / "generation_config.json").write_text(
@@ -341,14 +341,14 @@ def test_the_lines_of_the_quick_start(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["donor", "qwen_recursive_init.pt", "qwen_recursive_init_tokenizer"]
 
 
-def test_other_lines(donors: dict[str, Path], tmp_path: Path) -> None:
+def test_printed_lines_of_other_plans(donors: dict[str, Path], tmp_path: Path) -> None:
     lines = lines_of(qwen_model=str(donors["llama"]), keep_donor=True, gain=0.2, output_path=str(tmp_path / "out.pt"))
     assert lines[0].startswith("✓ Loaded Llama model: hidden_size=32")
     assert "✓ Copied 2 prelude layers and 2 coda layers" in lines
     assert any(line.startswith("✓ Checked against the donor itself") and "start gain" in line for line in lines)
 
 
-def test_what_is_written_is_what_was_converted(donor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_checkpoint_equals_the_conversion(donor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "time", SimpleNamespace(monotonic=iter((100.0, 101.23456)).__next__))
     report = run(ConvertSettings(qwen_model=donor, L_layers=3, seq_len=64, output_path=str(tmp_path / "out")), say=lambda _: None)
     found = checkpoint.load(tmp_path / "out")
@@ -362,7 +362,7 @@ def test_what_is_written_is_what_was_converted(donor: str, tmp_path: Path, monke
     assert data["parameters"]["total"] == sum(p.numel() for p in found.model.parameters())
 
 
-def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+def test_tokenizer_path_of_another_tokenizer(tmp_path: Path) -> None:
     tiny_model("qwen2", num_hidden_layers=4).save_pretrained(tmp_path / "donor")
     flags = {"qwen_model": str(tmp_path / "donor"), "output_path": str(tmp_path / "out.pt")}
     with pytest.raises(UserError, match=r"donor: tokenizer.json is not there; .* --tokenizer_path"):
@@ -372,7 +372,7 @@ def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "out.pt").tokenizer is not None
 
 
-def test_a_tokenizer_that_is_named_goes_before_the_donors_own(donor: str, tmp_path: Path) -> None:
+def test_tokenizer_path_overrides_the_donors_tokenizer(donor: str, tmp_path: Path) -> None:
     other = make_tiny_tokenizer()
     other.add_tokens(["lobster"])
     other.save_pretrained(tmp_path / "other")
@@ -433,7 +433,7 @@ def test_bad_input_writes_nothing(flags: dict[str, Any], message: str, donor: st
                 lines_of(**{"qwen_model": donor, "output_path": str(nothing_written / "old.pt"), "dry_run": dry, **flags})
 
 
-def test_a_donor_that_turns_out_to_be_damaged_writes_nothing(nothing_written: Path, tmp_path: Path) -> None:
+def test_damaged_donor_writes_nothing(nothing_written: Path, tmp_path: Path) -> None:
     tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=4)
     file = tmp_path / "donor" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -449,7 +449,7 @@ def calibration(folder: Path, count: int = 200) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_finds_the_block_that_bears_looping(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_auto_finds_the_block_with_least_divergence(dtype: torch.dtype, tmp_path: Path) -> None:
     """Two layers in the middle of this donor hardly do anything, so to loop them disturbs it least."""
     model = tiny_donor("qwen2", tmp_path, num_hidden_layers=LAYERS)
     with torch.no_grad():
@@ -490,7 +490,7 @@ def disturbance(donor: Any, ids: torch.Tensor, first: int, count: int) -> float:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "smollm3"])
-def test_auto_measures_what_a_stack_with_the_block_twice_would_say(family: str, tmp_path: Path) -> None:
+def test_auto_equals_a_donor_with_the_block_twice(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "donor"
     donor = tiny_donor(family, folder, seed=4, num_hidden_layers=5, initializer_range=0.08)
     (folder / "tokenizer.json").unlink()

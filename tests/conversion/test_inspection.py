@@ -65,7 +65,7 @@ def test_render_shows_every_layer_part_and_depth(plan: ConversionPlan) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_the_cache_is_as_large_as_said(family: str, plan: ConversionPlan) -> None:
+def test_cache_size_matches_the_estimate(family: str, plan: ConversionPlan) -> None:
     config = config_of(family, plan, H_cycles=3)
     found, model = inspect(config), CLASSES[config.model_type](config).to(torch.bfloat16).eval()
     for policy, by_depth in found.to_dict()["cache_bytes_per_token"].items():
@@ -77,7 +77,7 @@ def test_the_cache_is_as_large_as_said(family: str, plan: ConversionPlan) -> Non
     assert marked[3:5] == [f"{sizes[policy]['3'] / 1e3:,.1f}" for policy in ("full", "last")]
 
 
-def test_what_is_printed_by_hand() -> None:
+def test_printed_figures_by_hand() -> None:
     plan = PLANS[2]  # 2 + 2 + 1 of 8 layers
     config = config_of("qwen2", plan, H_cycles=2, L_cycles=4, injection="sum_norm")
     found = inspect(config, depths=[0, 2, 9])

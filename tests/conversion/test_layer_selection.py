@@ -62,7 +62,7 @@ def test_distinct_ascending_in_range_for_every_size(selection: str) -> None:
         assert len(layers) == K and layers == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < N, (N, K)
 
 
-def test_what_each_selection_promises() -> None:
+def test_properties_of_each_selection() -> None:
     for N, K in SIZES:
         assert K == 1 or (select_layers("uniform", N, K)[0], select_layers("uniform", N, K)[-1]) == (0, N - 1)
         assert select_layers("first", N, K) == list(range(K))
@@ -113,7 +113,7 @@ def test_a_compact_plan_of_all_layers_keeps_the_donor() -> None:
 
 
 @given(shape=shapes())
-def test_every_layer_has_one_fate(shape: dict[str, Any]) -> None:
+def test_every_layer_has_one_place(shape: dict[str, Any]) -> None:
     plan = make_plan("donor", **shape)
     places = [plan.place(i) for i in range(plan.donor_layers)]
     assert places.count("dropped") == len(plan.dropped)
@@ -179,12 +179,12 @@ def test_candidates_of_auto() -> None:
         ),
     ],
 )
-def test_flags_that_do_not_fit(flags: dict[str, Any], message: str) -> None:
+def test_invalid_flags_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_plan("donor", 24, **flags)
 
 
 @pytest.mark.parametrize(("N", "K"), [(0, 1), (3, 0), (3, 4)])
-def test_a_count_outside_of_what_there_is(N: int, K: int) -> None:
+def test_layer_count_out_of_range_is_refused(N: int, K: int) -> None:
     with pytest.raises(UserError, match=rf"--L_layers: expected 1 to {N} \(the layers to choose from\), got {K}"):
         select_layers("uniform", N, K)

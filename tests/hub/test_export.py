@@ -113,7 +113,7 @@ def evaluation(name: str, *rows: tuple[int | None, float, int], **changes: Any) 
 
 
 @pytest.mark.parametrize("form", ["model.pt", "model"])
-def test_either_form_becomes_a_folder_that_holds_all(form: str, place: Path, model: RecursiveLLM) -> None:
+def test_either_form_is_exported_as_a_complete_folder(form: str, place: Path, model: RecursiveLLM) -> None:
     report, said = run(checkpoint=form)
     files = listing(place / "out")
     assert {name: len(content) for name, content in files.items()} == report.files
@@ -128,7 +128,7 @@ def test_either_form_becomes_a_folder_that_holds_all(form: str, place: Path, mod
     assert f"✓ Wrote out: {len(files)} files" in said and "model.safetensors" in said
 
 
-def test_shards_and_another_type(place: Path, model: RecursiveLLM) -> None:
+def test_sharded_export_in_another_dtype(place: Path, model: RecursiveLLM) -> None:
     report, said = run(dtype="bfloat16", max_shard_size="20KB")
     shards = [name for name in report.files if name.endswith(".safetensors")]
     assert len(shards) > 1 and "model.safetensors.index.json" in report.files and "bfloat16" in said
@@ -138,7 +138,7 @@ def test_shards_and_another_type(place: Path, model: RecursiveLLM) -> None:
     assert found.generation_config.top_k == 7
 
 
-def test_nothing_of_this_machine_leaves_it(place: Path, model: RecursiveLLM) -> None:
+def test_no_local_paths_are_exported(place: Path, model: RecursiveLLM) -> None:
     private = str(place / "secret" / "donor-of-mine")
     notes = {"donor": private, "training": {"step": 3, "dataset_name": str(place / "text.txt"), "mix": [f"{place}/text.txt"]}}
     checkpoint.save(place / "mine.pt", model, tiny.make_tiny_tokenizer(), replace(PLAN, donor=private), notes)
@@ -149,7 +149,7 @@ def test_nothing_of_this_machine_leaves_it(place: Path, model: RecursiveLLM) -> 
     assert card.count("donor-of-mine") >= 2 and "text.txt" in card and "book.txt" in card and "base_model" not in front(place / "out")
 
 
-def test_exported_again_only_the_new_is_there(place: Path, model: RecursiveLLM) -> None:
+def test_repeated_export_replaces_the_folder(place: Path, model: RecursiveLLM) -> None:
     run(max_shard_size="20KB", evaluation=(evaluation("e.json", (1, 2.5, 9), (2, 2.4, 15)),))
     (place / "out" / "diary.txt").write_text("mine")
     report, _ = run()
@@ -194,7 +194,7 @@ def test_the_card_of_a_trained_model(place: Path) -> None:
     assert "2.2500 at 2" in drawn and "donor (first): 2.0000" in drawn and "/x/" not in drawn
 
 
-def test_the_card_says_what_is_not_known(place: Path, model: RecursiveLLM) -> None:
+def test_card_states_missing_information(place: Path, model: RecursiveLLM) -> None:
     checkpoint.save(place / "bare.pt", model, tiny.make_tiny_tokenizer())
     run(checkpoint="bare.pt")
     card = (place / "out" / "README.md").read_text()
@@ -212,7 +212,7 @@ def test_the_card_says_what_is_not_known(place: Path, model: RecursiveLLM) -> No
     assert "**Not trained.**" in card and front(place / "out")["base_model"] == "some/donor"
 
 
-def test_measured_now(place: Path) -> None:
+def test_evaluation_during_export(place: Path) -> None:
     _, said = run(dataset_name="text.txt", seq_len=16, max_windows=3, cycles=(0, 2), dtype="bfloat16")
     assert "✓ Measured on 3 windows of 16 tokens of text.txt" in said
     card = (place / "out" / "README.md").read_text()
@@ -228,7 +228,7 @@ def test_measured_now(place: Path) -> None:
         assert f" | {row.loss:.4f} | " in card
 
 
-def test_measured_before_in_another_type(place: Path) -> None:
+def test_earlier_evaluation_in_another_dtype(place: Path) -> None:
     run(dtype="bfloat16", evaluation=(evaluation("e.json", (1, 2.5, 9)),))
     card = (place / "out" / "README.md").read_text()
     assert "before the weights were converted to bfloat16" in card and "svg)" not in card.split("## Evaluation")[1]
@@ -275,7 +275,7 @@ def test_the_plain_donor_of_every_family(family: str, tmp_path: Path) -> None:
     assert type(plain).__name__ in card and f"{sum(lost.values()):,} parameters" in card and "trust_remote_code" not in card
 
 
-def test_at_gain_0_it_is_the_donor(donor_folder: Path, place: Path) -> None:
+def test_exported_donor_equals_the_donor_at_gain_0(donor_folder: Path, place: Path) -> None:
     model = convert(str(donor_folder), L_layers=2, keep_donor=True)
     plain, donor = export_donor(model), AutoModelForCausalLM.from_pretrained(donor_folder)
     assert type(plain) is type(donor) and torch.equal(logits(plain), logits(donor))
@@ -284,7 +284,7 @@ def test_at_gain_0_it_is_the_donor(donor_folder: Path, place: Path) -> None:
     assert json.loads((place / "plain" / "config.json").read_text()) == json.loads((donor_folder / "config.json").read_text())
 
 
-def test_a_donor_in_another_type_is_the_rounded_model(place: Path, model: RecursiveLLM) -> None:
+def test_donor_in_another_dtype_is_the_rounded_model(place: Path, model: RecursiveLLM) -> None:
     run(donor=True, dtype="bfloat16", dataset_name="text.txt", seq_len=16, max_windows=3)
     plain = AutoModelForCausalLM.from_pretrained(place / "out")
     assert plain.dtype == torch.bfloat16 and torch.equal(plain.lm_head.weight, model.lm_head.weight.to(torch.bfloat16))
@@ -292,7 +292,7 @@ def test_a_donor_in_another_type_is_the_rounded_model(place: Path, model: Recurs
     assert "| 0 |" in card and "text.txt, 3 windows" in card and "Not measured" not in card
 
 
-def test_of_an_evaluation_the_plain_donor_has_only_its_own_lines(place: Path) -> None:
+def test_card_of_the_plain_donor_shows_its_own_results_only(place: Path) -> None:
     measured = (evaluation("ours.json", (2, 2.25, 15), (0, 3.0, 6)), evaluation("donor.json", (None, 2.0, 8)))
     run(donor=True, evaluation=measured)
     card = (place / "out" / "README.md").read_text()
@@ -301,7 +301,7 @@ def test_of_an_evaluation_the_plain_donor_has_only_its_own_lines(place: Path) ->
     assert "## Evaluation\n\nNot measured." in (place / "other" / "README.md").read_text()
 
 
-def test_the_check_sees_a_difference(model: RecursiveLLM) -> None:
+def test_check_donor_detects_a_difference(model: RecursiveLLM) -> None:
     plain = export_donor(make_model())
     check_donor(plain, model)
     with torch.no_grad():
@@ -386,7 +386,7 @@ def test_bad_input_writes_nothing(flags: dict[str, Any], message: str, place: Pa
     assert listing(place) == before
 
 
-def test_an_export_that_fails_on_its_way_leaves_what_was_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_export_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
     before = listing(place)
 
@@ -439,9 +439,7 @@ def test_the_plain_donor_pushed_in_private(writer: HubStandIn, place: Path, mode
         run(out="looped", push="someone/looped", private=True)
 
 
-def test_a_hub_that_cannot_be_used_is_seen_before_anything_is_written(
-    writer: HubStandIn, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_hub_is_detected_before_writing(writer: HubStandIn, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(message: str) -> None:
         before = listing(place)
         with pytest.raises(UserError, match=message):
@@ -468,7 +466,7 @@ def test_a_hub_that_cannot_be_used_is_seen_before_anything_is_written(
         ("someone/looped", {}, {"commit"}, r"the hub refused \(500: "),
     ],
 )
-def test_what_the_hub_refuses_is_still_here(
+def test_folder_stays_complete_when_the_hub_refuses(
     repo: str, flags: dict[str, Any], refused: set[str], message: str, writer: HubStandIn, place: Path
 ) -> None:
     writer.refused = refused
@@ -478,7 +476,7 @@ def test_what_the_hub_refuses_is_still_here(
     assert checkpoint.load(place / "out").plan == PLAN
 
 
-def test_the_network_goes_away_on_the_way(writer: HubStandIn, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_stays_complete_when_the_network_fails(writer: HubStandIn, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = upload.check
 
     def check_and_cut(repo: str) -> None:

@@ -50,7 +50,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
     }
 
 
-def test_least_and_most_values_are_taken() -> None:
+def test_boundary_values_are_accepted() -> None:
     config = small(prelude_layers=0, L_layers=1, coda_layers=0, H_cycles=0, L_cycles=0, gain_init=0.45)
     assert config.num_hidden_layers == config.depth() == 1
     config.gain_init = 0.0
@@ -63,7 +63,7 @@ def test_least_and_most_values_are_taken() -> None:
         assert other.num_hidden_layers == len(other.layer_types) == deep.depth(H, L)
 
 
-def test_a_windowed_family_without_a_list_has_windows_everywhere() -> None:
+def test_sliding_window_family_without_layer_types_uses_windows_everywhere() -> None:
     full, window = "full_attention", "sliding_attention"
     for given, kind in ((8, window), (None, full)):
         config = RecursiveLLMConfig(model_type="recursive_mistral", **SMALL, sliding_window=given)
@@ -72,7 +72,7 @@ def test_a_windowed_family_without_a_list_has_windows_everywhere() -> None:
     assert mixed.block_types == [window, full, window, window] and mixed.as_physical().layer_types == mixed.block_types
 
 
-def test_editing_the_cycles_rederives() -> None:
+def test_changing_cycles_recomputes_derived_fields() -> None:
     config = small(H_cycles=3, L_cycles=3)
     config.H_cycles = 5
     assert config.num_hidden_layers == len(config.layer_types) == 4 * 5 * 4
@@ -80,7 +80,7 @@ def test_editing_the_cycles_rederives() -> None:
     assert config.num_hidden_layers == len(config.layer_types) == 4 * 5
 
 
-def test_copies_at_other_depths_leave_the_original_alone() -> None:
+def test_at_depth_does_not_change_the_original() -> None:
     config = small()
     before = config.to_dict()
     assert config.at_depth(7).H_cycles == 7
@@ -115,7 +115,7 @@ def test_values_out_of_range_are_refused(fields: dict[str, Any], message: str) -
         small(**fields)
 
 
-def test_later_edits_are_checked_too() -> None:
+def test_assignments_are_validated() -> None:
     config = small(H_cycles=2)
     for name, value in (("H_cycles", -1), ("injection", "concat"), ("gain_init", 1.0)):
         with pytest.raises(ValueError, match=r"expected"):
@@ -126,7 +126,7 @@ def test_later_edits_are_checked_too() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_files_round_trip_and_their_derived_fields_are_not_trusted(family: str, tmp_path: Path) -> None:
+def test_round_trip_recomputes_derived_fields(family: str, tmp_path: Path) -> None:
     donor = tiny_config(family)
     config = from_donor(donor, [0, 1, 3, 5], prelude_layers=1, L_layers=2, coda_layers=1, H_cycles=2, L_cycles=1, gain_init=0.1)
     config.save_pretrained(tmp_path)
@@ -143,7 +143,7 @@ def test_files_round_trip_and_their_derived_fields_are_not_trusted(family: str, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_common_name_finds_the_family(family: str) -> None:
+def test_base_config_class_returns_the_family(family: str) -> None:
     config = RecursiveLLMConfig(model_type=f"recursive_{family}", **SMALL)
     assert type(config) is CONFIGS[f"recursive_{family}"] and isinstance(config, RecursiveLLMConfig)
     assert type(RecursiveLLMConfig()).model_type == "recursive_qwen2"
@@ -192,7 +192,7 @@ def test_the_guides_dictionary() -> None:
         ({"expansion": float("inf")}, "^expansion: expected a number above 0 .*, got inf"),
     ],
 )
-def test_the_guides_widths_out_of_range_are_named_as_the_guide_names_them(fields: dict[str, Any], message: str) -> None:
+def test_guide_errors_use_the_guides_names(fields: dict[str, Any], message: str) -> None:
     guide = {"seq_len": 64, "vocab_size": 384, "hidden_size": 32, "expansion": 4.0, "num_heads": 4}
     with pytest.raises(ValueError, match=message):
         from_guide(guide | fields)
@@ -214,7 +214,7 @@ def test_the_guides_stride_is_rounded_down(tmp_path: Path) -> None:
     assert from_guide({"pretrained_model_name": str(tmp_path)}).L_layers == 4
 
 
-def test_the_guides_widths_that_may_be_anything_else() -> None:
+def test_other_guide_widths_are_accepted() -> None:
     guide = {"vocab_size": 64, "hidden_size": 33, "num_heads": 4, "head_dim": 8, "expansion": 1.4, "seq_len": 1,
              "model_type": "recursive_qwen3"}  # fmt: skip
     config = from_guide(guide)

@@ -63,14 +63,14 @@ properties = settings(max_examples=15, deadline=None, derandomize=True)
 
 @properties
 @given(shapes, st.integers(1, 12), st.integers(1, 3))
-def test_cached_writing_is_uncached_writing(shape: dict[str, int], length: int, rows: int) -> None:
+def test_cached_generation_equals_uncached_generation(shape: dict[str, int], length: int, rows: int) -> None:
     model, x = recursive(**shape), ids(rows, length)
     assert torch.equal(written(model, x), written(model, x, use_cache=False))
 
 
 @properties
 @given(shapes, st.integers(1, 12), st.integers(1, 3), st.integers(1, 6), st.data())
-def test_speculation_writes_what_plain_decoding_writes(shape: dict[str, int], length: int, rows: int, drafts: int, data: Any) -> None:
+def test_speculative_decoding_equals_plain_decoding(shape: dict[str, int], length: int, rows: int, drafts: int, data: Any) -> None:
     model, x = recursive(**shape), ids(rows, length)
     k = data.draw(st.integers(0, shape["H_cycles"] - 1))
     assert torch.equal(written(model, x, draft_cycles=k, draft_tokens=drafts), written(model, x))
@@ -82,7 +82,7 @@ def test_speculation_writes_what_plain_decoding_writes(shape: dict[str, int], le
     st.lists(st.integers(1, 10), min_size=2, max_size=3).filter(lambda lengths: max(lengths) > 1),
     st.sampled_from(["plain", "last", "draft", *CRITERIA]),
 )
-def test_a_batch_writes_what_its_rows_write_alone(shape: dict[str, int], lengths: list[int], how: str) -> None:
+def test_batched_generation_equals_single_row_generation(shape: dict[str, int], lengths: list[int], how: str) -> None:
     model, (x, mask) = recursive(**shape), left_padded(*lengths)
     kwargs: dict[str, Any] = {"plain": {}, "last": {"cache_policy": "last"}, "draft": {"draft_cycles": 0}}.get(how, {"halt": how})
     if how in CRITERIA and shape["H_cycles"] > EARLIEST[how]:
@@ -97,7 +97,9 @@ def test_a_batch_writes_what_its_rows_write_alone(shape: dict[str, int], lengths
 
 @properties
 @given(shapes, st.integers(2, 12), st.sampled_from(CRITERIA), st.floats(0, 1))
-def test_halting_is_the_same_read_at_once_and_token_by_token(shape: dict[str, int], length: int, criterion: str, quantile: float) -> None:
+def test_prefill_and_incremental_decoding_exit_at_the_same_cycles(
+    shape: dict[str, int], length: int, criterion: str, quantile: float
+) -> None:
     model = recursive(**shape)
     x = ids(1, length)
     rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion, quantile) if shape["H_cycles"] > 1 else 0.5}
@@ -112,7 +114,7 @@ def test_halting_is_the_same_read_at_once_and_token_by_token(shape: dict[str, in
 
 
 @pytest.mark.parametrize(("policy", "slots"), [("full", 2 + 2 + 3 * 2 * 2), ("last", 2 + 2 + 2)])
-def test_the_slots_of_a_policy(policy: str, slots: int) -> None:
+def test_number_of_slots_per_policy(policy: str, slots: int) -> None:
     past = write(recursive(), ids(1, 5), 4, cache_policy=policy).past_key_values
     assert isinstance(past, RecursiveCache)
     assert [layer.keys.shape[-2] for layer in past.layers] == [8] * slots
@@ -168,7 +170,7 @@ def test_the_policy_last_keeps_the_last_application_of_each_layer(family: str, k
 
 @pytest.mark.parametrize(("policy", "halt"), [("full", None), ("full", "q_head"), ("full", "kl"), ("full", "entropy"), ("last", "kl")])
 @pytest.mark.parametrize(("H", "L"), [(3, 1), (1, 0), (2, 2), (0, 1)])
-def test_every_slot_has_the_window_of_the_layer_that_fills_it(policy: str, halt: str | None, H: int, L: int) -> None:
+def test_each_slot_has_the_sliding_window_of_its_layer(policy: str, halt: str | None, H: int, L: int) -> None:
     full, window = "full_attention", "sliding_attention"
     types = [full, window, window, window, window, full]
     donor = tiny_config("qwen2", num_hidden_layers=6, use_sliding_window=True, sliding_window=6)
@@ -189,7 +191,7 @@ def test_every_slot_has_the_window_of_the_layer_that_fills_it(policy: str, halt:
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize(("family", "kind"), [("qwen2", "grown"), ("mistral", "grown"), ("mistral", "static")])
 @torch.no_grad()
-def test_halting_under_the_policy_last_is_a_run_to_that_cycle(family: str, kind: str, criterion: str) -> None:
+def test_early_exit_with_policy_last_equals_a_run_to_that_cycle(family: str, kind: str, criterion: str) -> None:
     model, x, used = recursive(family, H_cycles=4), ids(1, 12, seed=3), []
     rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion), "cache_policy": "last"}
     past: Any = DynamicCache() if kind == "grown" else StaticCache(config=model.config.at_depth(0), max_cache_len=14)
@@ -203,7 +205,7 @@ def test_halting_under_the_policy_last_is_a_run_to_that_cycle(family: str, kind:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @torch.no_grad()
-def test_halting_in_a_static_cache_is_halting_in_a_growing_one(criterion: str) -> None:
+def test_early_exit_with_static_cache_equals_dynamic_cache(criterion: str) -> None:
     model, x = recursive("mistral", H_cycles=4), ids(2, 14)
     rule = {"halt": criterion, "halt_threshold": splitting(model, x[:, :8], criterion)}
     slots = RecursiveCache(model.config, halt=criterion)
@@ -221,7 +223,7 @@ def test_halting_in_a_static_cache_is_halting_in_a_growing_one(criterion: str) -
 
 
 @torch.no_grad()
-def test_a_cache_of_one_slot_per_layer_is_read_with_any_criterion() -> None:
+def test_policy_last_cache_works_with_every_criterion() -> None:
     """No readout has slots of its own there, so no criterion stands in another's way."""
     model, past = recursive(), RecursiveCache(recursive().config, cache_policy="last")
     for rule in ({}, {"halt": "kl"}, {"halt": "entropy"}, {}):
@@ -258,7 +260,7 @@ def test_a_static_cache_of_either_policy_compiles_to_one_graph(policy: str) -> N
     assert torch._dynamo.utils.counters["frames"]["ok"] == torch._dynamo.utils.counters["frames"]["total"]
 
 
-def test_a_cache_belongs_to_one_policy() -> None:
+def test_cache_is_bound_to_one_policy() -> None:
     model = recursive()
     past = RecursiveCache(model.config, cache_policy="full")
     model(ids(1, 4), past_key_values=past)
@@ -270,7 +272,7 @@ def test_a_cache_belongs_to_one_policy() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(["one", "many", "crop", "reorder", "repeat", "select", "reset"]), min_size=1, max_size=12))
-def test_a_growing_layer_is_a_dynamic_layer(steps: list[str]) -> None:
+def test_growing_layer_equals_dynamic_layer(steps: list[str]) -> None:
     layers = [GrowingLayer(), DynamicLayer()]
     generator, rows = torch.Generator().manual_seed(0), 2
     for step in ["many", *steps]:
@@ -301,7 +303,7 @@ def test_a_growing_layer_is_a_dynamic_layer(steps: list[str]) -> None:
         assert layers[0].get_seq_length() == layers[1].get_seq_length()
 
 
-def test_decoding_does_not_copy_what_is_cached() -> None:
+def test_decoding_does_not_copy_cached_tokens() -> None:
     past = GrowingLayer()
     with torch.no_grad():
         past.update(torch.randn(1, 2, 100, 4), torch.randn(1, 2, 100, 4))
@@ -355,7 +357,7 @@ def test_entropy_halts_below_its_threshold_and_not_at_it() -> None:
         assert HaltRule("entropy", threshold, identity).by_readout(certain)[0].tolist() == expected
 
 
-def test_kl_is_of_this_cycle_from_the_one_before_and_halts_below_its_threshold() -> None:
+def test_kl_compares_consecutive_cycles_and_halts_below_threshold() -> None:
     cycles = torch.randn(3, 2, 6, 5, generator=torch.Generator().manual_seed(1))
     distributions = [torch.distributions.Categorical(logits=logits) for logits in cycles]
     divergence = torch.distributions.kl_divergence
@@ -370,7 +372,7 @@ def test_kl_is_of_this_cycle_from_the_one_before_and_halts_below_its_threshold()
     assert 0 < int((second < 0.6).sum()) < 12 and 0 < int((third < 0.6).sum()) < 12
 
 
-def test_kl_at_zero_never_halts_though_rounding_may_be_below_it() -> None:
+def test_kl_threshold_zero_never_halts_despite_rounding() -> None:
     first = torch.randn(1, 2000, 50, generator=torch.Generator().manual_seed(2))
     second = first + 1e-6
     p, q = second.log_softmax(-1), first.log_softmax(-1)
@@ -381,7 +383,7 @@ def test_kl_at_zero_never_halts_though_rounding_may_be_below_it() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["kl", "entropy"])
-def test_readouts_in_pieces_are_readouts_as_a_whole(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_criterion_equals_unchunked(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cycles = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(3))
     head = torch.nn.Linear(4, 7)
     with torch.no_grad():
@@ -398,7 +400,7 @@ def test_readouts_in_pieces_are_readouts_as_a_whole(criterion: str, monkeypatch:
             assert (rule.logits is not None) == (elements == 70)  # what is too large to be held at once is not kept
 
 
-def test_thresholds_where_none_is_given() -> None:
+def test_default_thresholds() -> None:
     assert {criterion: HaltRule(criterion, head=identity).threshold for criterion in CRITERIA} == {
         "q_head": 0.5, "kl": 5e-4, "entropy": 0.1,
     }  # fmt: skip
@@ -407,7 +409,7 @@ def test_thresholds_where_none_is_given() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @torch.no_grad()
-def test_a_token_halts_at_the_first_cycle_whose_score_is_past_the_threshold(criterion: str) -> None:
+def test_token_halts_at_first_cycle_past_threshold(criterion: str) -> None:
     """For a text of one token, where no earlier token has a say."""
     model, used = recursive(H_cycles=5), set()
     for token in range(1, 6):
@@ -433,7 +435,7 @@ def test_a_token_halts_at_the_first_cycle_whose_score_is_past_the_threshold(crit
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
 @torch.no_grad()
-def test_never_is_full_depth_and_always_the_earliest_cycle_bit_for_bit(family: str, criterion: str) -> None:
+def test_threshold_extremes_match_full_depth_and_first_cycle(family: str, criterion: str) -> None:
     model, (x, mask) = recursive(family), left_padded(5, 12, 9)
     at = EARLIEST[criterion]
     for use_cache in (False, True):
@@ -446,7 +448,7 @@ def test_never_is_full_depth_and_always_the_earliest_cycle_bit_for_bit(family: s
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("cached", [{}, {"cache_policy": "last"}, {"cache_implementation": "static"}])
-def test_writing_at_the_ends_of_the_threshold(criterion: str, cached: dict[str, str]) -> None:
+def test_generation_at_threshold_extremes(criterion: str, cached: dict[str, str]) -> None:
     model, x = recursive(), ids(1, 7)
     never = written(model, x, 12, halt=criterion, halt_threshold=NEVER[criterion], **cached)
     always = written(model, x, 12, halt=criterion, halt_threshold=ALWAYS[criterion], **cached)
@@ -456,7 +458,7 @@ def test_writing_at_the_ends_of_the_threshold(criterion: str, cached: dict[str, 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @torch.no_grad()
-def test_halting_leaves_no_hole(criterion: str) -> None:
+def test_early_exit_fills_every_cache_slot(criterion: str) -> None:
     model = recursive(coda_layers=1, H_cycles=4)
     past, K, x = RecursiveCache(model.config, halt=criterion), 2 * model.config.L_layers, ids(1, 15, seed=10)
     rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion)}
@@ -481,7 +483,7 @@ def test_halting_leaves_no_hole(criterion: str) -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @torch.no_grad()
-def test_no_token_halts_by_what_comes_later(criterion: str) -> None:
+def test_early_exit_is_causal(criterion: str) -> None:
     model, x = recursive(), ids(1, 12)
     rule = {"halt": criterion, "halt_threshold": splitting(model, x[:, :8], criterion)}
     changed = x.clone()
@@ -493,7 +495,7 @@ def test_no_token_halts_by_what_comes_later(criterion: str) -> None:
 
 
 @pytest.mark.parametrize(("criterion", "readouts"), [("q_head", lambda c: 1), ("kl", lambda c: c), ("entropy", lambda c: c)])
-def test_what_has_halted_is_not_computed(criterion: str, readouts: Any) -> None:
+def test_no_cycles_are_computed_after_all_tokens_halted(criterion: str, readouts: Any) -> None:
     model, x = recursive(H_cycles=4), ids(1, 6, seed=9)
     P, loop, C = (model.model.layers[i] for i in (0, 2, 4))
     rule = {"halt": criterion, "halt_threshold": middling(model, criterion)}
@@ -510,7 +512,7 @@ def test_what_has_halted_is_not_computed(criterion: str, readouts: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_batch_ends_its_cycles_when_its_last_row_has_halted() -> None:
+def test_batch_stops_cycling_when_all_rows_have_halted() -> None:
     model = recursive(H_cycles=4)
     x, most = ids(6, 9), set()
     for column in x.split(1, dim=1):
@@ -523,7 +525,7 @@ def test_a_batch_ends_its_cycles_when_its_last_row_has_halted() -> None:
 
 
 @torch.no_grad()
-def test_early_readouts_of_halted_tokens_stay() -> None:
+def test_cycle_states_of_halted_tokens_are_kept() -> None:
     model, x = recursive(H_cycles=4), ids(1, 10)
     out = model(x, use_cache=False, output_cycle_logits=True, halt="q_head", halt_threshold=splitting(model, x, "q_head"))
     assert exits(out.halt_cycles) > 1
@@ -538,7 +540,7 @@ def test_early_readouts_of_halted_tokens_stay() -> None:
 
 @pytest.mark.parametrize("criterion", ["kl", "entropy"])
 @torch.no_grad()
-def test_reading_logits_in_chunks_halts_alike(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logit_chunks_do_not_change_exit_cycles(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = recursive(H_cycles=4), ids(2, 11)
     rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion)}
     whole = model(x, **rule)
@@ -549,7 +551,7 @@ def test_reading_logits_in_chunks_halts_alike(criterion: str, monkeypatch: pytes
     torch.testing.assert_close(whole.logits, pieces.logits)
 
 
-def test_the_record_of_cycles_follows_the_cache() -> None:
+def test_cycles_used_follows_cache_operations() -> None:
     model, x = recursive(), ids(2, 6)
     past = write(model, x, 6, halt="q_head", halt_threshold=splitting(model, x, "q_head")).past_key_values
     used = past.cycles_used
@@ -587,13 +589,13 @@ def test_the_record_of_cycles_follows_the_cache() -> None:
         ({"halt": "kl", "halt_threshold": math.nan}, "halt_threshold: expected a number, got nan"),
     ],
 )
-def test_what_halting_refuses(kwargs: dict[str, Any], message: str) -> None:
+def test_invalid_early_exit_options_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recursive()(ids(1, 3), **kwargs)
 
 
 @torch.no_grad()
-def test_a_cache_that_was_not_read_at_every_cycle_cannot_be_halted_in() -> None:
+def test_cache_filled_without_every_cycle_readout_is_refused() -> None:
     model = recursive()
     past = RecursiveCache(model.config, halt="kl")
     model(ids(1, 4), past_key_values=past)
@@ -608,7 +610,7 @@ def test_a_cache_that_was_not_read_at_every_cycle_cannot_be_halted_in() -> None:
         assert model_states[1].halt_cycles.shape == (1, 1)
 
 
-def test_the_base_model_cannot_read_logits() -> None:
+def test_base_model_refuses_logit_criteria() -> None:
     model = recursive()
     with pytest.raises(ValueError, match="halt: kl reads logits, and the base model has no head"):
         model.model(ids(1, 3), halt="kl")
@@ -620,14 +622,14 @@ def test_the_base_model_cannot_read_logits() -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral", "smollm3", "olmo2", "phi3"])
 @pytest.mark.parametrize("draft_cycles", [0, 1, 2])
-def test_speculation_in_a_left_padded_batch_beyond_the_window(family: str, draft_cycles: int) -> None:
+def test_speculation_with_left_padding_beyond_the_sliding_window(family: str, draft_cycles: int) -> None:
     model, (x, mask) = recursive(family), left_padded(3, 14, 1)
     plain = written(model, x, 20, attention_mask=mask)
     assert torch.equal(written(model, x, 20, attention_mask=mask, draft_cycles=draft_cycles), plain)
 
 
 @pytest.mark.parametrize("draft_cycles", [0, 1])
-def test_a_draft_is_a_run_at_its_cycles(draft_cycles: int) -> None:
+def test_draft_equals_a_run_at_draft_cycles(draft_cycles: int) -> None:
     """So a model whose later cycles change nothing agrees with all of them."""
     model = copy.deepcopy(recursive())
     with torch.no_grad():
@@ -643,7 +645,7 @@ def test_a_draft_is_a_run_at_its_cycles(draft_cycles: int) -> None:
         assert torch.equal(recursive().lm_head(state)[:, -1:].argmax(-1), shallow)
 
 
-def test_keys_and_values_of_a_draft_are_not_computed_again() -> None:
+def test_verify_reuses_keys_and_values_of_the_draft() -> None:
     model = copy.deepcopy(recursive())  # gains of 0: every draft is right
     with torch.no_grad():
         for name, parameter in model.model.recursion.named_parameters():
@@ -659,7 +661,7 @@ def test_keys_and_values_of_a_draft_are_not_computed_again() -> None:
     assert speculative == [fed, 6 * fed, 2 * fed]  # only the coda, once for the draft and once for the whole
 
 
-def test_ends_limits_streams_and_stopping_in_the_middle_of_a_draft(capsys: pytest.CaptureFixture[str]) -> None:
+def test_eos_limits_streaming_and_stopping_within_a_draft(capsys: pytest.CaptureFixture[str]) -> None:
     model, x = recursive(), ids(1, 6)
     free = written(model, x, 12)[0].tolist()
     end = free[4]
@@ -686,7 +688,7 @@ def test_ends_limits_streams_and_stopping_in_the_middle_of_a_draft(capsys: pytes
     assert capsys.readouterr().out.split() == [str(token) for token in free]
 
 
-def test_rows_that_have_ended_are_padded_and_hold_nobody_up() -> None:
+def test_finished_rows_are_padded_and_do_not_slow_the_batch() -> None:
     model, x = recursive(), ids(4, 6)
     free = written(model, x, 14)
     end = int(free[0, 2])
@@ -694,7 +696,7 @@ def test_rows_that_have_ended_are_padded_and_hold_nobody_up() -> None:
     assert torch.equal(written(model, x, 14, draft_cycles=1, **kwargs), written(model, x, 14, **kwargs))
 
 
-def test_penalties_see_the_text_before_each_token() -> None:
+def test_logits_processors_see_the_prefix_of_each_drafted_token() -> None:
     model, x = recursive(), ids(2, 6)
     kwargs = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2}
     plain = written(model, x, 12, **kwargs)
@@ -703,7 +705,7 @@ def test_penalties_see_the_text_before_each_token() -> None:
 
 
 @pytest.mark.parametrize("draft_cycles", [0, 1])
-def test_a_speculative_cache_goes_on(draft_cycles: int) -> None:
+def test_speculative_cache_can_be_continued(draft_cycles: int) -> None:
     model, x = recursive(), ids(1, 6)
     first = write(model, x, 7, draft_cycles=draft_cycles)
     with tokens_through(model.model.embed_tokens) as counts:
@@ -777,7 +779,7 @@ def naive_speculation(model: RecursiveLLM, x: torch.Tensor, k: int, most: int, n
 
 
 @pytest.mark.parametrize(("k", "rows", "most"), [(0, 1, 5), (1, 1, 16), (2, 3, 4)])
-def test_what_is_drafted_and_accepted_is_counted_token_by_token(k: int, rows: int, most: int) -> None:
+def test_drafted_and_accepted_counts_match_a_reference(k: int, rows: int, most: int) -> None:
     model = copy.deepcopy(recursive())
     with torch.no_grad():  # small gains: cycles agree often, and not always
         for name, parameter in model.model.recursion.named_parameters():
@@ -794,7 +796,7 @@ def test_what_is_drafted_and_accepted_is_counted_token_by_token(k: int, rows: in
 
 
 @pytest.mark.parametrize(("P", "C", "H", "L", "k"), [(2, 2, 3, 1, 1), (0, 3, 4, 0, 0), (3, 0, 4, 2, 2), (1, 1, 2, 3, 1)])
-def test_a_draft_is_as_long_as_gives_the_most_tokens_per_application(P: int, C: int, H: int, L: int, k: int) -> None:
+def test_draft_length_maximises_tokens_per_layer_application(P: int, C: int, H: int, L: int, k: int) -> None:
     config = recursive(prelude_layers=P, coda_layers=C, H_cycles=H, L_cycles=L, layers=P + C + 2).config
     draft, right, seen, chosen = DraftLength(config, k, (H, L), 7), 4.0, 5.0, set()
     drafting = P + C + 2 * (k * (L + 1) if k else 1)
@@ -810,7 +812,7 @@ def test_a_draft_is_as_long_as_gives_the_most_tokens_per_application(P: int, C: 
     assert len(chosen) > 2 and max(chosen) == 7
 
 
-def test_drafts_are_as_long_as_they_have_been_right() -> None:
+def test_draft_length_adapts_to_acceptance_rate() -> None:
     lengths = {}
     for right in (True, False):
         draft = DraftLength(recursive().config, 1, (3, 1), 8)
@@ -837,7 +839,7 @@ def test_drafts_are_as_long_as_they_have_been_right() -> None:
         ({"draft_cycles": 1, "past_key_values": "theirs"}, r"expected a cache for drafts, RecursiveCache\(.*draft_cycles=1\)"),
     ],
 )
-def test_what_speculation_refuses(kwargs: dict[str, Any], message: str) -> None:
+def test_unsupported_speculation_options_are_refused(kwargs: dict[str, Any], message: str) -> None:
     model = recursive()
     if "past_key_values" in kwargs:
         kwargs = kwargs | {"past_key_values": RecursiveCache(model.config)}
@@ -845,7 +847,7 @@ def test_what_speculation_refuses(kwargs: dict[str, Any], message: str) -> None:
         write(model, ids(1, 4), 4, **kwargs)
 
 
-def test_a_model_that_drafts_for_itself_takes_no_assistant() -> None:
+def test_self_speculation_refuses_an_assistant_model() -> None:
     with pytest.raises(ValueError, match="draft_cycles: the model is its own assistant; leave draft_cycles out, or assistant_model"):
         write(recursive(), ids(1, 4), 4, draft_cycles=1, assistant_model=recursive())
 

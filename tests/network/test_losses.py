@@ -71,7 +71,7 @@ def test_one_cycle_has_weight_one(schedule: str) -> None:
     assert cycle_weights(schedule, 0.5, 1) == [1.0]
 
 
-def test_weights_that_make_no_sense() -> None:
+def test_invalid_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected one of constant, linear_decay, exponential_decay, early_decay, got 'cosine'"):
         cycle_weights("cosine", 0.5, 3)
     with pytest.raises(ValueError, match="at least 0, got -1"):
@@ -133,7 +133,7 @@ class Made(TorchDispatchMode):
         return found
 
 
-def test_the_head_has_one_gradient_for_all_cycles() -> None:
+def test_head_gradient_is_accumulated_over_cycles_in_one_matrix() -> None:
     """Such a matrix may be larger than all else that a step holds."""
     states, labels = batch(cycles=4)
     head = nn.Linear(D, V, bias=False)
@@ -155,7 +155,7 @@ def test_logits_whose_exponentials_overflow(bias: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_which_heads_find_their_gradients_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_heads_use_the_chunked_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, own = [], objective._ChunkedLoss.apply
 
     def spy(*args: Any) -> torch.Tensor:
@@ -193,7 +193,7 @@ def held_elsewhere(head: nn.Linear) -> nn.Linear:
 
 
 @pytest.mark.parametrize("change", [watched, held_elsewhere, nn.Linear.bfloat16])
-def test_a_head_that_is_more_than_a_float32_matrix_is_called(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_heads_are_called_as_modules(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also under autocast, where states may have another type than the head."""
     monkeypatch.setattr(objective._ChunkedLoss, "apply", lambda *args: pytest.fail("its weight was taken from it"))
     states, labels = batch()
@@ -220,7 +220,7 @@ def test_the_loss_of_a_bfloat16_model_is_float32(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_no_more_than_a_chunk_of_logits(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_one_chunk_of_logits_in_memory(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In both directions, the logits that exist at a time are those of one chunk."""
     states, labels = batch()
     head, rows = nn.Linear(D, V, bias=bias), []
@@ -266,7 +266,7 @@ def test_micro_batches_add_up() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_nothing_to_count_is_no_loss() -> None:
+def test_loss_without_counted_tokens_is_zero() -> None:
     states, labels = batch()
     for empty in (torch.full_like(labels, -100), labels[:, :1]):
         cut = [s[:, : empty.shape[1]] for s in states]
@@ -323,7 +323,7 @@ def test_next_embedding_loss_by_hand() -> None:
     assert next_embedding_loss([state[:, :1]], labels[:, :1], compass(), [1.0])[0].item() == 0.0
 
 
-def test_the_length_of_a_state_and_of_an_embedding_does_not_count() -> None:
+def test_embedding_loss_ignores_norms() -> None:
     states, labels = batch(cycles=1)
     embeddings = nn.Embedding(V, D)
     expected = embedding_losses(states[0], labels, embeddings)
@@ -359,7 +359,7 @@ def test_nearest_embedding_equals_the_plain_search() -> None:
     assert torch.equal(found, (every.argmax(-1) == labels[:, 1:]).float())
 
 
-def test_the_nearest_embedding_may_be_a_short_one() -> None:
+def test_nearest_embedding_ignores_norms() -> None:
     """Against the plain search where all embeddings are shorter than 1, and of very different lengths."""
     states, labels = batch(cycles=1)
     embeddings = nn.Embedding(V, D)
@@ -372,7 +372,7 @@ def test_the_nearest_embedding_may_be_a_short_one() -> None:
     assert torch.equal(nearest_is_next(states[0], labels, embeddings), expected) and 0 < expected.mean() < 1
 
 
-def test_near_neighbours_are_told_apart_under_autocast() -> None:
+def test_nearest_embedding_is_float32_under_autocast() -> None:
     """Closer together than bfloat16 can tell: each state is one of the embeddings."""
     torch.manual_seed(0)
     embeddings = nn.Embedding.from_pretrained(torch.ones(V, D) + 1e-2 * torch.randn(V, D))
@@ -411,7 +411,7 @@ def test_divergence_by_hand() -> None:
     assert soft[0, 0].item() == pytest.approx(4 * (r * math.log(2 * r) + (1 - r) * math.log(2 * (1 - r))))
 
 
-def test_what_is_taught_from_gets_no_gradient() -> None:
+def test_teacher_gets_no_gradient() -> None:
     (state, other), labels = batch()
     head, theirs = nn.Linear(D, V, bias=False), nn.Linear(D, V, bias=False)
     _, divergence = losses_and_divergences(state, labels, head, [Reference(other, theirs)], chunk=5)
@@ -428,7 +428,7 @@ def test_worsening_by_hand() -> None:
     assert now.grad is not None and now.grad.tolist() == [[1.0, 0.0]] and before.grad is None
 
 
-def test_halting_by_hand() -> None:
+def test_halting_loss_by_hand() -> None:
     """Three cycles, two tokens that count: where the targets are right, and what the last cycle's logit says does not matter."""
     labels = torch.tensor([[5, 5, -100, 5]])
     losses = [torch.tensor([[1.0, 9.0, 1.0]]), torch.tensor([[1.2, 9.0, 1.0]]), torch.tensor([[1.0 - HALT_MARGIN / 2, 9.0, 0.5]])]
@@ -449,7 +449,7 @@ def test_halting_by_hand() -> None:
         ((0.06, 0.0), 0), ((0.0, 0.06), 0), ((0.06, -1.0), 0), ((-1.0, 0.06), 0),
     ],
 )  # fmt: skip
-def test_a_later_cycle_must_be_better_by_a_twentieth_of_a_nat(gain_of_later: tuple[float, float], target: int) -> None:
+def test_halting_target_has_a_margin_of_0_05_nats(gain_of_later: tuple[float, float], target: int) -> None:
     """Whichever of the later ones it is. The logit says "halt" with certainty, so the first cycle costs its logit where that is wrong."""
     labels, sure = torch.tensor([[5, 5]]), 40.0
     losses = [torch.tensor([[2.0]]), *(torch.tensor([[2.0 - gain]]) for gain in gain_of_later)]
@@ -458,13 +458,13 @@ def test_a_later_cycle_must_be_better_by_a_twentieth_of_a_nat(gain_of_later: tup
     assert halting_loss(logits, losses, labels).item() == pytest.approx(((1 - target) * sure + of_the_second) / 2, rel=1e-5)
 
 
-def test_as_much_better_as_the_margin_is_not_worth_going_on_for() -> None:
+def test_improvement_equal_to_the_margin_counts_as_halted() -> None:
     later = torch.tensor([[1.0]])
     losses = [later + HALT_MARGIN, later]
     assert halting_loss([torch.tensor([[40.0, 0.0]])] * 2, losses, torch.tensor([[5, 5]])).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_halting_asks_nothing_of_the_losses() -> None:
+def test_halting_loss_sends_no_gradient_into_losses() -> None:
     labels = torch.tensor([[5, 5, 5]])
     losses = [torch.rand(1, 2, requires_grad=True) for _ in range(2)]
     logits = [torch.rand(1, 3, requires_grad=True) for _ in range(2)]

@@ -149,7 +149,7 @@ def test_gains_of_zero_give_the_donors_logits_at_every_cycle(family: str, kernel
 
 @every_family
 @torch.no_grad()
-def test_a_compact_plan_is_transformers_own_model_of_the_selected_layers(family: str) -> None:
+def test_compact_plan_equals_transformers_model_of_selected_layers(family: str) -> None:
     indices, donor = [0, 2, 4, 5], donor_of(family)
     config = copy.deepcopy(donor.config)
     config.num_hidden_layers = len(indices)
@@ -174,7 +174,7 @@ def test_bfloat16_is_exact_too(family: str) -> None:
 
 
 @torch.no_grad()
-def test_the_windows_of_the_donors_are_active() -> None:
+def test_sliding_windows_of_donors_are_active() -> None:
     """Otherwise exactness says nothing about windows: a token far back must not reach a windowed layer."""
     for family in ("qwen2", "mistral", "smollm3"):
         assert "sliding_attention" in recursive_of(family).config.block_types, family
@@ -222,7 +222,7 @@ def naive_logits(model: RecursiveLLM, x: torch.Tensor, H: int, L: int) -> torch.
 @every_injection
 @every_family
 @torch.no_grad()
-def test_the_model_is_the_recursion_of_the_design(family: str, injection: str) -> None:
+def test_model_equals_reference_recursion(family: str, injection: str) -> None:
     model = graft(donor_of(family), injection=injection)
     model.set_attn_implementation("eager")
     x = ids(2, 15)
@@ -233,7 +233,7 @@ def test_the_model_is_the_recursion_of_the_design(family: str, injection: str) -
 @every_injection
 @pytest.mark.parametrize("around", [0, 2])
 @torch.no_grad()
-def test_cycle_logits_are_those_of_a_shorter_run(injection: str, around: int) -> None:
+def test_cycle_logits_equal_those_of_shallower_runs(injection: str, around: int) -> None:
     model = graft(donor_of("qwen2"), injection=injection, prelude_layers=around, coda_layers=around)
     x = ids(2, 15)
     out = model(x, H_cycles=3, L_cycles=1, output_cycle_logits=True)
@@ -252,7 +252,7 @@ def test_cycle_logits_are_those_of_a_shorter_run(injection: str, around: int) ->
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-20, 20), st.floats(-20, 20))
 @torch.no_grad()
-def test_no_two_gains_are_more_than_their_bound(theta_A: float, theta_B: float) -> None:
+def test_gain_sum_is_bounded(theta_A: float, theta_B: float) -> None:
     injection = graft(donor_of("qwen2"), [0, 2, 4], prelude_layers=0, coda_layers=0).model.recursion.inject_H
     injection.theta_A.fill_(theta_A)
     injection.theta_B.fill_(theta_B)
@@ -264,7 +264,7 @@ def test_no_two_gains_are_more_than_their_bound(theta_A: float, theta_B: float) 
 
 
 @torch.no_grad()
-def test_many_cycles_stay_bounded_and_a_bare_sum_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_stay_bounded_over_many_cycles_unlike_a_plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     def largest(model: RecursiveLLM, cycles: slice) -> float:
         model.model.norm = nn.Identity()  # the raw states, as there is no coda
         states = model.model(ids(1, 12), H_cycles=64, L_cycles=1, output_cycle_states=True).cycle_states
@@ -287,7 +287,7 @@ def test_many_cycles_stay_bounded_and_a_bare_sum_does_not(monkeypatch: pytest.Mo
 
 
 @torch.no_grad()
-def test_q_head_reads_the_direction_of_a_state() -> None:
+def test_q_head_ignores_the_norm_of_a_state() -> None:
     head, z = HaltHead(8), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     head.weight.normal_(generator=torch.Generator().manual_seed(1))
     head.bias.fill_(0.7)
@@ -312,7 +312,7 @@ def test_gains_are_computed_in_float32_whatever_the_dtype() -> None:
 
 @every_injection
 @pytest.mark.parametrize("backprop", ["full", "cycle", "last"])
-def test_how_far_back_the_loss_of_a_cycle_reaches(injection: str, backprop: str) -> None:
+def test_backprop_modes_truncate_gradients(injection: str, backprop: str) -> None:
     """Gradients against the recursion written out, cut where the ways back say."""
     H, L, generator = 3, 2, torch.Generator().manual_seed(0)
     config = graft(donor_of("qwen2"), [0, 2, 4], prelude_layers=0, coda_layers=0, injection=injection).config
@@ -368,7 +368,7 @@ def test_how_far_back_the_loss_of_a_cycle_reaches(injection: str, backprop: str)
 @every_kernel
 @every_family
 @torch.no_grad()
-def test_no_logit_sees_a_later_token(family: str, kernel: str) -> None:
+def test_model_is_causal(family: str, kernel: str) -> None:
     model = recursive_of(family)
     model.set_attn_implementation(kernel)
     x, mask = ids(2, 16), torch.ones(2, 16, dtype=torch.long)
@@ -387,7 +387,7 @@ def test_no_logit_sees_a_later_token(family: str, kernel: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_a_left_padded_batch_is_its_rows_alone(family: str) -> None:
+def test_left_padded_batch_equals_single_rows(family: str) -> None:
     model = recursive_of(family)
     rows = [ids(16, seed=2), ids(9, seed=3), ids(1, seed=4)]
     padded, mask = left_padded(rows)
@@ -401,7 +401,7 @@ def test_a_left_padded_batch_is_its_rows_alone(family: str) -> None:
 @every_kernel
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "smollm3"])
 @torch.no_grad()
-def test_packed_documents_do_not_see_each_other(family: str, kernel: str, use_cache: bool | None) -> None:
+def test_packed_documents_do_not_attend_to_each_other(family: str, kernel: str, use_cache: bool | None) -> None:
     model = recursive_of(family)
     model.set_attn_implementation(kernel)
     documents = [ids(1, n, seed=n) for n in (9, 1, 4)]
@@ -451,7 +451,7 @@ def test_attention_kernels_agree(kernel: str, monkeypatch: pytest.MonkeyPatch) -
 
 @every_cache
 @every_family
-def test_cached_generation_is_uncached_generation(family: str, kind: str) -> None:
+def test_cached_generation_equals_uncached_generation(family: str, kind: str) -> None:
     prompts, mask = left_padded([ids(11, seed=2), ids(4, seed=3), ids(1, seed=4)])
     for (prelude, coda), depths in {(2, 2): [(3, 1), (0, 1)], (0, 2): [(2, 3)], (2, 0): [(1, 0)], (0, 0): [(2, 1)]}.items():
         model = recursive_of(family, prelude, coda)
@@ -463,7 +463,7 @@ def test_cached_generation_is_uncached_generation(family: str, kind: str) -> Non
 
 @every_injection
 @torch.no_grad()
-def test_cached_logits_are_uncached_logits_token_by_token(injection: str) -> None:
+def test_incremental_decoding_equals_forward_without_cache(injection: str) -> None:
     model = graft(donor_of("smollm3"), injection=injection)
     x = ids(2, 14)
     expected = model(x, H_cycles=3).logits
@@ -493,14 +493,14 @@ def test_a_cache_has_one_slot_per_application() -> None:
 
 
 @torch.no_grad()
-def test_no_cache_comes_back_unless_asked_for() -> None:
+def test_no_cache_is_returned_without_use_cache() -> None:
     model = recursive_of("qwen2")
     assert model(ids(1, 5), use_cache=False).past_key_values is None
     assert model(ids(1, 5)).past_key_values is not None  # the configuration's default
 
 
 @torch.no_grad()
-def test_the_cache_of_a_deeper_configuration_serves_a_shallower_call() -> None:
+def test_deeper_cache_works_for_a_shallower_call() -> None:
     model = recursive_of("qwen2")
     x, deep = ids(1, 9), DynamicCache(config=recursive_of("qwen2").config.at_depth(4, 3))
     model(x[:, :6], past_key_values=deep, H_cycles=1, L_cycles=0)
@@ -510,7 +510,7 @@ def test_the_cache_of_a_deeper_configuration_serves_a_shallower_call() -> None:
 
 @every_cache
 @torch.no_grad()
-def test_a_cache_belongs_to_one_depth(kind: str) -> None:
+def test_cache_is_bound_to_one_depth(kind: str) -> None:
     model = recursive_of("qwen2")
     config = model.config.at_depth(3, 1)
     past = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=16)
@@ -535,7 +535,7 @@ def test_a_cache_with_too_few_slots_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "growing", "static"])
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 @torch.no_grad()
-def test_looking_at_a_cycle_leaves_the_cache_alone(family: str, kind: str) -> None:
+def test_output_cycle_logits_does_not_change_the_cache(family: str, kind: str) -> None:
     """Without a coda the cached readout of a cycle is that of a shorter run; with one, it must at least not disturb what follows."""
     for coda in (0, 2):
         model, x, runs = recursive_of(family, 2, coda), ids(2, 13), []
@@ -570,7 +570,7 @@ def assert_fresh(model: RecursiveLLM, gain: float) -> None:
 
 @pytest.mark.parametrize("gain", [0.0, 0.2])
 @every_family
-def test_fresh_parameters_are_initialised_however_the_model_is_made(family: str, gain: float, tmp_path: Path) -> None:
+def test_new_parameters_are_initialised_in_every_constructor(family: str, gain: float, tmp_path: Path) -> None:
     donor = donor_of(family)
     config = from_donor(donor.config, list(range(LAYERS)), prelude_layers=2, L_layers=2, coda_layers=2, gain_init=gain)
     assert_fresh(RecursiveLLM(config), gain)
@@ -588,7 +588,7 @@ def test_fresh_parameters_are_initialised_however_the_model_is_made(family: str,
 
 
 @torch.no_grad()
-def test_fresh_parameters_have_the_spread_that_the_configuration_asks_for() -> None:
+def test_initial_std_follows_the_configuration() -> None:
     config = from_donor(donor_of("llama").config, [0, 1, 2], prelude_layers=1, L_layers=1, coda_layers=1, state_init_std=0.3, gain_init=0.4)
     config.initializer_range = 0.9
     with torch.random.fork_rng(devices=[]):
@@ -619,7 +619,7 @@ def gradients(model: RecursiveLLM, x: torch.Tensor, **kwargs: Any) -> tuple[floa
     "shape", [{}, {"L_cycles": 0}, {"H_cycles": 1, "L_cycles": 0}, {"injection": "sum_norm"}, {"freeze_embeddings": True}]
 )
 @every_family
-def test_what_training_should_move_gets_a_gradient_and_nothing_else_does(family: str, shape: dict[str, Any]) -> None:
+def test_exactly_the_trainable_parameters_get_gradients(family: str, shape: dict[str, Any]) -> None:
     model = graft(donor_of(family), **shape).train()
     _, grads = gradients(model, ids(2, 12))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -634,7 +634,7 @@ def test_what_training_should_move_gets_a_gradient_and_nothing_else_does(family:
     assert frozen == expected
 
 
-def test_a_start_at_gain_zero_still_moves_the_gains_of_z_H() -> None:
+def test_gains_of_z_H_get_gradients_at_gain_zero() -> None:
     model = graft(donor_of("qwen2"), gains=False).train()
     _, grads = gradients(model, ids(2, 12))
     assert all(grads[f"model.recursion.inject_H.theta_{name}"].abs().sum() > 0 for name in "AB")
@@ -650,7 +650,7 @@ def test_a_halting_loss_trains_q_head_alone(qwen2: RecursiveLLM) -> None:
 
 
 @pytest.mark.parametrize("load", [RecursiveLLM.from_pretrained, AutoModelForCausalLM.from_pretrained, AutoModel.from_pretrained])
-def test_what_idles_is_still_frozen_after_loading(load: Any, tmp_path: Path) -> None:
+def test_unused_parameters_stay_frozen_after_loading(load: Any, tmp_path: Path) -> None:
     """transformers makes every parameter trainable when it loads one."""
     model = graft(donor_of("qwen2"), [0, 2, 4, 5], prelude_layers=1, coda_layers=1, L_cycles=0, freeze_embeddings=True)
     model.save_pretrained(tmp_path)
@@ -716,7 +716,7 @@ def test_hidden_states_and_attentions_count_applications(qwen2: RecursiveLLM) ->
     assert isinstance(values, tuple) and values[0].shape == (1, 6, qwen2.config.vocab_size)
 
 
-def test_forward_says_which_further_arguments_it_takes(qwen2: RecursiveLLM) -> None:
+def test_forward_documents_its_further_arguments(qwen2: RecursiveLLM) -> None:
     """Callers look for `output_attentions` and the like in the annotation of `**kwargs`."""
     for module in (qwen2, qwen2.model):
         (kwargs,) = inspect.signature(module.forward).parameters["kwargs"].annotation.__args__
@@ -724,7 +724,7 @@ def test_forward_says_which_further_arguments_it_takes(qwen2: RecursiveLLM) -> N
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_the_tie_survives_training_saving_and_loading(family: str, tmp_path: Path) -> None:
+def test_tied_embeddings_survive_training_saving_and_loading(family: str, tmp_path: Path) -> None:
     model = graft(donor_of(family)).train()
     tied = model.config.tie_word_embeddings
     assert tied == (family == "qwen2")
@@ -744,7 +744,7 @@ def test_the_tie_survives_training_saving_and_loading(family: str, tmp_path: Pat
 
 
 @torch.no_grad()
-def test_depth_can_be_chosen_in_every_way(qwen2: RecursiveLLM, tmp_path: Path) -> None:
+def test_every_way_to_set_the_depth(qwen2: RecursiveLLM, tmp_path: Path) -> None:
     x = ids(1, 9)
     expected, deep = qwen2(x).logits, qwen2(x, H_cycles=5, L_cycles=2).logits
     assert (expected - deep).abs().max() > 1e-2
@@ -764,7 +764,7 @@ def test_depth_can_be_chosen_in_every_way(qwen2: RecursiveLLM, tmp_path: Path) -
             qwen2(x, use_cache=False, **wrong)
 
 
-def test_the_call_goes_before_the_configuration_and_a_lowered_number_of_layers_before_both(qwen2: RecursiveLLM) -> None:
+def test_precedence_of_lowered_layers_call_and_configuration(qwen2: RecursiveLLM) -> None:
     cycles, config = qwen2.model.cycles, qwen2.config  # prelude 1, loop 2, coda 1; H 2, L 1
     assert [cycles(), cycles(3), cycles(0), cycles(None, 0), cycles(3, 2)] == [(2, 1), (3, 1), (0, 1), (2, 0), (3, 2)]
     for lowered, call, expected in (
@@ -778,14 +778,16 @@ def test_the_call_goes_before_the_configuration_and_a_lowered_number_of_layers_b
 
 
 @torch.no_grad()
-def test_a_plain_pass_halts_nobody(qwen2: RecursiveLLM) -> None:
+def test_plain_pass_has_no_early_exit(qwen2: RecursiveLLM) -> None:
     out = qwen2(ids(2, 5), H_cycles=0, halt="q_head", halt_threshold=0.0)
     assert_same(out.logits, qwen2(ids(2, 5), H_cycles=0).logits)
     assert out.halt_cycles.tolist() == [[0] * 5] * 2 and qwen2(ids(2, 5)).halt_cycles is None
 
 
 @every_cache
-def test_generate_at_another_depth_leaves_the_configuration_alone(qwen2: RecursiveLLM, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_at_another_depth_does_not_change_the_configuration(
+    qwen2: RecursiveLLM, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also while its cache is being made: another thread may be generating at its own depth."""
     before, config, seen = qwen2.config.to_dict(), qwen2.config, []
     made = {"dynamic": DynamicCache, "static": StaticCache}[kind]
@@ -842,7 +844,7 @@ def test_streamer_and_stop_strings(qwen2: RecursiveLLM, capsys: pytest.CaptureFi
     assert stopped.shape[1] < out.shape[1] and torch.equal(stopped, out[:, : stopped.shape[1]])
 
 
-def test_what_generate_hands_on_to_transformers(qwen2: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_passes_arguments_to_transformers(qwen2: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr("transformers.GenerationMixin.generate", lambda self, *args, **kwargs: calls.append(kwargs))
     own, streamer = GenerationConfig(max_new_tokens=3), object()
@@ -864,7 +866,7 @@ def test_a_model_in_a_subfolder(qwen2: RecursiveLLM, tmp_path: Path) -> None:
     assert_same(RecursiveLLM.from_pretrained(tmp_path, subfolder="inner").lm_head.weight, qwen2.lm_head.weight)
 
 
-def test_assisted_generation_writes_the_same_tokens(qwen2: RecursiveLLM) -> None:
+def test_assisted_generation_gives_the_same_tokens(qwen2: RecursiveLLM) -> None:
     x = ids(1, 6)
     expected = greedy(qwen2, x, new=12, H_cycles=3)
     assert torch.equal(greedy(qwen2, x, new=12, H_cycles=3, assistant_model=donor_of("qwen2")), expected)
@@ -873,7 +875,7 @@ def test_assisted_generation_writes_the_same_tokens(qwen2: RecursiveLLM) -> None
 
 
 @pytest.mark.parametrize("call", [{}, {"H_cycles": 4}])
-def test_assistant_early_exit_is_shallower_and_writes_the_same(qwen2: RecursiveLLM, call: dict[str, int]) -> None:
+def test_assistant_early_exit_is_shallower_and_gives_the_same_tokens(qwen2: RecursiveLLM, call: dict[str, int]) -> None:
     x, depths = ids(1, 6), []
     expected = greedy(qwen2, x, new=10, **call)
     inner = qwen2.model.cycles
@@ -886,7 +888,7 @@ def test_assistant_early_exit_is_shallower_and_writes_the_same(qwen2: RecursiveL
 
 @pytest.mark.parametrize("kernel", ["paged|sdpa", "paged|eager"])
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_continuous_batching_writes_the_same_tokens(family: str, kernel: str) -> None:
+def test_continuous_batching_gives_the_same_tokens(family: str, kernel: str) -> None:
     model = graft(donor_of(family), [0, 2, 4, 5], prelude_layers=1, coda_layers=1)
     prompts = [ids(5, seed=1), ids(9, seed=2)]
     expected = [greedy(model, prompt[None], new=6)[0].tolist() for prompt in prompts]
@@ -898,7 +900,7 @@ def test_continuous_batching_writes_the_same_tokens(family: str, kernel: str) ->
     assert [result.generated_tokens for result in out.values()] == expected
 
 
-def test_engines_with_one_attention_object_per_slot_find_each(qwen2: RecursiveLLM) -> None:
+def test_attention_instances_are_found_per_slot(qwen2: RecursiveLLM) -> None:
     """vLLM and SGLang pass `attention_instances` and look them up by `module.layer_idx`."""
     looked_up: list[int] = []
 
@@ -1032,7 +1034,7 @@ def test_views_run_and_print(qwen2: RecursiveLLM) -> None:
     assert repr(mlp).startswith("SwiGLU(")
 
 
-def test_fused_projections_keep_their_names_and_say_so() -> None:
+def test_fused_projections_have_no_guide_names() -> None:
     layer = recursive_of("phi3").inner.L_level.layers[0]
     with pytest.raises(AttributeError, match=r"has no wq: its projections are fused; it has .*qkv_proj"):
         layer.self_attn.wq  # noqa: B018

@@ -64,7 +64,7 @@ def donor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
-def test_seconds_memory_indices_and_text(donor: Path) -> None:
+def test_conversion_time_memory_and_generation_at_real_size(donor: Path) -> None:
     out = donor.parent / "qwen_recursive_init.pt"
     flags = ["--qwen_model", str(donor), "--L_layers", "4", "--H_cycles", "3", "--output_path", str(out), "--json"]
     done = subprocess.run([sys.executable, "-c", CONVERT, *flags], capture_output=True, text=True, cwd=ROOT, timeout=300)

@@ -10,7 +10,7 @@ from torch import distributed
 from recursify.utils.distributed import is_first, map_jobs
 
 
-def test_alone() -> None:
+def test_single_process() -> None:
     assert is_first() and map_jobs(range(5), lambda job: job * job) == [0, 1, 4, 9, 16] and map_jobs([], str) == []
 
 
