@@ -66,7 +66,7 @@ _NO_MATTER = {
     "dataloader_pin_memory", "disable_tqdm", "do_eval", "do_predict", "do_train", "eval_strategy", "log_level", "logging_dir",
     "logging_first_step", "run_name",
 }  # fmt: skip
-_VALUES = {  # theirs -> ours
+_VALUES: dict[str, dict[Any, Any]] = {  # theirs -> ours
     "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_torch_8bit": "adamw_8bit"},
     "lr_scheduler_type": {"warmup_stable_decay": "wsd"},
     "use_cpu": {True: "cpu"},

@@ -22,7 +22,7 @@ from ..data.settings import DataSettings, parse_mix
 from ..errors import UserError
 from ..network.configuration_recursive_llm import GAIN_MAX
 from ..utils.device import check_seed, choose_device
-from ..utils.options import DeviceOptions, Options
+from ..utils.options import DeviceOptions
 
 GAIN_LR_RATIO = 10.0
 

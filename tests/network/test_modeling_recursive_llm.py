@@ -1121,7 +1121,7 @@ def test_every_class_of_a_family_says_what_it_is(family: str) -> None:
     documented = {
         MODELS[family]: "The donor's layers, looped, with its language modeling head.\n\nThis model inherits from [`PreTrainedModel`]",
         MODELS[family].base_class: "The donor's layers, looped, without a head.\n\nThis model inherits from [`PreTrainedModel`]",
-        MODELS[family].config_class: "A recursive model over the layers of this family: the donor's own configuration",
+        MODELS[family].config_class: "Configuration of a recursive model of this family: that of the donor, and the shape of the loop.",
     }
     for found, text in documented.items():
         assert str(found.__doc__).strip().startswith(text)
