@@ -23,6 +23,9 @@ lint: .venv/.installed-test
 	$(BIN)/mypy --explicit-package-bases benchmarks
 	$(BIN)/mlinter --no-progress recursify/network/modeling_recursive_llm.py recursify/network/configuration_recursive_llm.py
 
+docs: .venv/.installed-test
+	$(BIN)/python docs/make_api.py
+
 # Faults planted in the files of one area of mutants/rooms.toml, or all: make mutants ROOM=objective SAMPLE=60 SEED=1 JOBS=2 MINUTES=20
 ROOM ?=
 SAMPLE ?= 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .evaluation.text_loss import measure
     from .inference.generation import Generated, generate_batch, generate_text
     from .inference.options import Sampling
-    from .training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, fit, train
+    from .training import EmbeddingSettings, FitResult, FitSettings, HybridSettings, RecursiveTrainer, TrainSettings, fit, train
 
 __all__ = [
     "Checkpoint",
@@ -37,11 +37,13 @@ __all__ = [
     "EmbeddingSettings",
     "EvaluateSettings",
     "FitResult",
+    "FitSettings",
     "Generated",
     "HybridSettings",
     "RecursiveCache",
     "RecursiveLLM",
     "RecursiveLLMConfig",
+    "RecursiveTrainer",
     "Sampling",
     "TrainSettings",
     "UserError",
@@ -64,8 +66,10 @@ _LATER = {
     "EmbeddingSettings": "training",
     "EvaluateSettings": "evaluation.settings",
     "FitResult": "training",
+    "FitSettings": "training",
     "Generated": "inference.generation",
     "HybridSettings": "training",
+    "RecursiveTrainer": "training",
     "Sampling": "inference.options",
     "TrainSettings": "training",
     "evaluate": "evaluation.evaluate",
