@@ -1,4 +1,4 @@
-"""Checkpoints: both forms round trip, nothing in a file is trusted or run, and a save is whole or not at all."""
+"""Checkpoints: both forms round trip, files are validated, no code in them is run, and saving is atomic."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOTES = {"donor": "a/donor", "seq_len": 64, "training": {"steps": 3, "loss": 2.5
 
 
 def make_model(family: str = "qwen2", dtype: torch.dtype = torch.float32, **fields: Any) -> RecursiveLLM:
-    """A random recursive model with gains and states that are not 0, so that every tensor matters."""
+    """A random recursive model with nonzero gains and states, so that every tensor matters."""
     donor = tiny_model(family, num_hidden_layers=8)
     shape = {"prelude_layers": 2, "L_layers": 3, "coda_layers": 1, "H_cycles": 2, "L_cycles": 1, "gain_init": 0.2, **fields}
     config = from_donor(donor.config, PLAN.indices, **shape)
@@ -329,7 +329,7 @@ def test_paths_without_a_checkpoint_are_refused(saved: Path, tmp_path: Path) -> 
     weights.unlink()
     with pytest.raises(UserError, match=r"model: its weights are missing"):
         checkpoint.load(saved / "model")
-    torch.save({}, saved / "model" / "pytorch_model.bin")  # a pickle is not read in their place
+    torch.save({}, saved / "model" / "pytorch_model.bin")  # a pickle is not read instead
     with pytest.raises(UserError, match=r"model: its weights are missing"):
         checkpoint.load(saved / "model")
 
@@ -393,7 +393,7 @@ def test_tokenizers(model: RecursiveLLM, saved: Path, tmp_path: Path) -> None:
 
 
 def other_tokenizer() -> Any:
-    """One that reads the same text as other ids."""
+    """A tokenizer with other ids for the same text."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.add_tokens(["lobster"])
     return tokenizer
@@ -499,7 +499,7 @@ def test_overwriting_replaces_the_old_checkpoint(form: str, model: RecursiveLLM,
     assert (found.model.config.H_cycles, found.plan, found.notes) == (4, None, {"second": True})
     assert set(listing(saved)) == before
     assert torch.equal(logits(held), expected)
-    checkpoint.save(saved / form, found.model, None)  # and onto the file that it was read from
+    checkpoint.save(saved / form, found.model, None)  # and to the file that it was read from
     assert torch.equal(logits(checkpoint.load(saved / form).model), logits(other))
 
 
@@ -521,7 +521,7 @@ def test_only_tokenizer_files_are_replaced_beside_a_pt_file(model: RecursiveLLM,
         (folder / name).write_text("mine")
     checkpoint.save(saved / "model.pt", model, make_tiny_tokenizer(), None)
     assert all((folder / name).read_text() == "mine" for name in ("notes.json", "README.md", "script.py"))
-    assert not (folder / "chat_template.jinja").exists()  # of another tokenizer: it would be read with the new one
+    assert not (folder / "chat_template.jinja").exists()  # of an older tokenizer, would be read with the new one
     assert checkpoint.load(saved / "model.pt").tokenizer("the old ship")["input_ids"]
 
 
@@ -567,7 +567,7 @@ def test_new_files_override_foreign_files_of_the_same_name(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", FORMS)
 def test_failed_approval_changes_nothing(form: str, model: RecursiveLLM, saved: Path) -> None:
-    """It is asked when everything is written, and nothing has its place."""
+    """It is called when everything is written and nothing is renamed."""
     before, beside = listing(saved), saved / "state.pt"
     seen: list[bool] = []
 
@@ -621,7 +621,7 @@ def test_identical_folder_is_not_replaced(model: RecursiveLLM, saved: Path) -> N
     file = folder / "tokenizer.json"
     was, size = file.read_text(), file.stat().st_size
     file.write_text(was.replace("lob", "bol"))
-    assert file.read_text() != was and file.stat().st_size == size  # the contents decide
+    assert file.read_text() != was and file.stat().st_size == size  # contents are compared, not sizes
     checkpoint.save(saved / "model.pt", model, make_tiny_tokenizer())
     assert file.read_text() == was and (folder / "notes.txt").read_text() == "mine"
 
@@ -656,7 +656,7 @@ def test_reasons_of_write_errors(
             raise RuntimeError("while closing")
 
     monkeypatch.setattr(torch, "save", broken_while_closing)
-    hidden = said is None or "container" in str(error)  # the words of torch's writer are looked for in the last error alone
+    hidden = said is None or "container" in str(error)  # the message of torch's writer is only matched in the last error
     with pytest.raises(RuntimeError if hidden else UserError, match="while closing" if hidden else said):
         checkpoint.save(saved / "model.pt", model, other_tokenizer())
     assert listing(saved) == before
@@ -666,7 +666,7 @@ def test_reasons_of_write_errors(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("limit", [500, 64_000])
 def test_a_full_disk_changes_nothing(form: str, limit: int, model: RecursiveLLM, saved: Path) -> None:
-    """A limit on the size of a file stands in for the end of the disk: 500 bytes stop the tokenizer, 64,000 the weights."""
+    """A file size limit simulates a full disk: 500 bytes stop the tokenizer, 64,000 the weights."""
     before = listing(saved)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

@@ -1,4 +1,4 @@
-"""Donors: found, refused by feature before a tensor is read, and read one tensor at a time from the file that holds it."""
+"""Donors: opening, refusal by feature before a tensor is read, and reading tensor by tensor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUPPORTED = r"Supported: qwen2, qwen3, llama, mistral, smollm3, olmo2, phi3 \(Qw
 
 
 def write_config(folder: Path, **fields: Any) -> str:
-    """A donor folder whose weights cannot be read: where the file should be, a folder is."""
+    """A donor folder whose weights cannot be read: a folder in place of the file."""
     (folder / "model.safetensors").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields))
     return str(folder)
@@ -311,7 +311,7 @@ def test_every_dtype_is_read_whole_and_in_pieces(dtype: torch.dtype, tmp_path: P
         monkeypatch.setattr(donor_module, "_PIECE", size)
         for name, tensor in tensors.items():
             assert torch.equal(donor.read(name), tensor)
-            pieces = [piece.clone() for piece in donor.pieces(name)]  # each is in the memory of the one before
+            pieces = [piece.clone() for piece in donor.pieces(name)]  # each piece reuses the memory of the previous one
             assert torch.equal(torch.cat(pieces), tensor.flatten()) and max(piece.nbytes for piece in pieces) <= size
             assert size > 56 or name != "two" or len(pieces) > 1
 
@@ -426,7 +426,7 @@ def test_tokenizers(eight: Path, broken: Path, tmp_path: Path) -> None:
     (broken / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Unheard of"}}')
     with pytest.raises(UserError, match=r"broken: its tokenizer cannot be loaded"):
         load_tokenizer(str(broken))
-    # from config.json alone transformers would make a tokenizer of one entry and say nothing
+    # from config.json alone, transformers would make a tokenizer of one entry without a warning
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"broken: tokenizer.json is not there; .* --tokenizer_path"):
         load_tokenizer(str(broken))

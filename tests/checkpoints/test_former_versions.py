@@ -1,4 +1,4 @@
-"""Checkpoints that version 0.1.0 wrote, before its files moved into rooms: they load, and compute what they computed then."""
+"""Checkpoints that version 0.1.0 wrote load with the same plan and give the same logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of tensors in three namings, and that none of them is lost between donor and model."""
+"""Tensor names of donor, recursive model and guides, and the mapping between them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_at_most_six_names_are_listed() -> None:
 
 def test_a_head_that_is_not_tied_is_copied() -> None:
     assert settled("llama").copied["lm_head.weight"] == "lm_head.weight"
-    with pytest.raises(UserError, match=r"1 left over \(lm_head.weight\)"):  # ours has no place for it, and it is not said to be tied
+    with pytest.raises(UserError, match=r"1 left over \(lm_head.weight\)"):  # the model has no such tensor, and the config does not tie it
         match_tensors([*donor_names("qwen2"), "lm_head.weight"], our_names("qwen2"), PLAN, tied=False)
 
 
@@ -168,7 +168,7 @@ def test_unmapped_donor_tensor_is_named(extra: str) -> None:
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.4.self_attn.k_proj.bias"])
 def test_unfilled_tensor_is_named(lost: str) -> None:
-    ours = lost.replace("layers.4", "layers.3")  # donor layer 4 is our layer 3
+    ours = lost.replace("layers.4", "layers.3")  # donor layer 4 is layer 3 of the model
     with pytest.raises(UserError, match=rf"unmapped tensors: 1 missing \({ours}\)"):
         settled("qwen2", [name for name in donor_names("qwen2") if name != lost])
 

@@ -1,4 +1,4 @@
-"""The stand-in hub against the real clients: what they read through it is what lies in the folders, and every request is on record."""
+"""The stand-in hub with the real clients: they read the files of the folders, and every request is recorded."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_recursive_by_hub_id(on_hub: str, hub: HubStandIn, model: Any) -> None:
     whole = checkpoint.load(on_hub)
     assert whole.plan == PLAN and whole.notes == {"donor": "Qwen/Qwen2-0.5B"} and whole.tokenizer is not None
     read = [request.file or "" for request in hub.requests]
-    assert any(file.endswith(".safetensors") for file in read) and not any(file.endswith(".py") for file in read)  # code stays there
+    assert any(file.endswith(".safetensors") for file in read) and not any(file.endswith(".py") for file in read)  # no code is downloaded
 
 
 def test_plain_by_path_and_by_hub_id(hub: HubStandIn, donor_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Conversion: exact for every family and plan, honest about what it did, and silent on the disk when it fails."""
+"""Conversion: exact for every family and plan, with a correct report; a failed conversion writes nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def donor(donors: dict[str, Path]) -> str:
 
 @pytest.fixture
 def nothing_written(tmp_path: Path) -> Iterator[Path]:
-    """A folder with things in it that must be there, and nothing else, after the test."""
+    """A folder whose contents must not change during the test."""
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
@@ -63,7 +63,7 @@ def nothing_written(tmp_path: Path) -> Iterator[Path]:
 
 
 def plain(donor: Any, indices: list[int]) -> Any:
-    """The slow truth: transformers' own class, with the donor's tensors of these layers by name."""
+    """Reference: transformers' own class with the donor's tensors of these layers."""
     config = copy.deepcopy(donor.config)
     config.num_hidden_layers = len(indices)
     for name in ("layer_types", "no_rope_layers"):
@@ -124,7 +124,7 @@ def test_self_check_is_part_of_the_result(donor: str) -> None:
 
 
 def test_self_check_detects_conversion_faults(donor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor that went to the wrong place, and a layer that runs wrongly, both stop the conversion."""
+    """A tensor in the wrong place and a wrong layer output both stop the conversion."""
     found, settings = open_donor(donor), ConvertSettings(qwen_model=donor)
     plan = resolve_plan(found, settings)
     build = checkpoint.build
@@ -139,7 +139,7 @@ def test_self_check_detects_conversion_faults(donor: str, monkeypatch: pytest.Mo
 
     def written_over(*args: Any) -> RecursiveLLM:
         model = build(*args)
-        model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1  # in memory that the donor's own tensors share
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1  # in memory that is shared with the donor's tensors
         return model
 
     monkeypatch.setattr(checkpoint, "build", written_over)
@@ -157,7 +157,7 @@ def test_self_check_detects_conversion_faults(donor: str, monkeypatch: pytest.Mo
 
 
 class Planted:
-    """In place of transformers' model: what a plain pass of ours says, changed at one place. It keeps what it was asked."""
+    """Replaces transformers' model: returns the logits of a plain pass, changed at one place, and stores its input."""
 
     def __init__(self, model: RecursiveLLM, place: tuple[int, int] = (0, 0), by: float = 0.0):
         self.model, self.place, self.by = model, place, by
@@ -170,7 +170,7 @@ class Planted:
 
 @pytest.fixture(scope="module")
 def done(donor: str) -> Any:
-    """A conversion whose start gain is not 0, so that every cycle says something else. Read only."""
+    """A conversion with a nonzero start gain, so that the logits differ between cycles. Read only."""
     found, settings = open_donor(donor), ConvertSettings(qwen_model=donor, gain=0.3)
     return found, convert_tensors(found, resolve_plan(found, settings), settings)
 
@@ -197,7 +197,9 @@ def test_self_check_reports_the_effect_of_start_gain_per_cycle(done: Any) -> Non
         differences = [logits - plain for logits in result.model(twin.ids, output_cycle_logits=True, use_cache=False).cycle_logits]
     assert check.cycle_differences == tuple(difference.abs().max().item() for difference in differences) == result.check.cycle_differences
     assert len(set(check.cycle_differences)) == 3 and check.plain_difference == 0.0
-    assert any(difference.max().item() not in check.cycle_differences for difference in differences)  # the largest may be downwards
+    assert any(
+        difference.max().item() not in check.cycle_differences for difference in differences
+    )  # the largest difference may be negative
     assert "by up to 2;" in conversion._verdict(SelfCheck("x", 0.0, (0.5, 2.0, 1.0), 3)) + ";"
 
 
@@ -259,6 +261,21 @@ def test_every_setting_reaches_the_model(donor: str) -> None:
     assert ConvertSettings().seq_len == 512 and ConvertSettings().output_path == "qwen_recursive_init.pt"
 
 
+def test_dtype_and_device(donor: str) -> None:
+    assert convert(donor, dtype="auto").dtype == convert(donor).dtype == torch.float32
+    for dtype in ("bfloat16", torch.bfloat16):
+        model: Any = convert(donor, keep_donor=True, dtype=dtype, device="cpu")
+        plain = AutoModelForCausalLM.from_pretrained(donor, dtype=torch.bfloat16).eval()
+        assert model.dtype == model.config.dtype == torch.bfloat16 and model.device == torch.device("cpu")
+        with torch.no_grad():
+            assert torch.equal(model(token_ids(), use_cache=False).logits, plain(token_ids(), use_cache=False).logits)
+    for wrong in ("int8", torch.int8, "nonsense", "Tensor"):
+        with pytest.raises(UserError, match=f"dtype: expected a floating-point dtype of torch .*, got '?{wrong}"):
+            convert(donor, dtype=wrong)
+    with pytest.raises(UserError, match=r"--device: expected one that this machine has, .*; got 'abacus'"):
+        convert(donor, device="abacus")
+
+
 def test_start_gain(donor: str) -> None:
     found, settings = open_donor(donor), ConvertSettings(qwen_model=donor, gain=0.2)
     done = convert_tensors(found, resolve_plan(found, settings), settings)
@@ -289,7 +306,7 @@ def test_tied_embeddings_stay_tied(donor: str, donors: dict[str, Path]) -> None:
 
 
 def test_separate_head_in_the_file_overrides_tie_word_embeddings(tmp_path: Path) -> None:
-    """As in transformers, which does not tie what differs."""
+    """As in transformers, which does not tie different tensors."""
     tiny_donor("qwen2", tmp_path, num_hidden_layers=4)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -381,7 +398,7 @@ def test_tokenizer_path_overrides_the_donors_tokenizer(donor: str, tmp_path: Pat
 
 
 def test_a_window_narrower_than_the_tokens_compared(tmp_path: Path) -> None:
-    """The layers that it is compared with have the windows of the plan's layers, not those of the donor's first ones."""
+    """The reference has the windows of the plan's layers, not those of the donor's first layers."""
     donor = tiny_donor("smollm3", tmp_path, num_hidden_layers=LAYERS, sliding_window=2)
     kinds = donor.config.layer_types
     model = convert(str(tmp_path), L_layers=3)  # 0, 4, 7
@@ -450,7 +467,7 @@ def calibration(folder: Path, count: int = 200) -> str:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_auto_finds_the_block_with_least_divergence(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Two layers in the middle of this donor hardly do anything, so to loop them disturbs it least."""
+    """Two layers in the middle of this donor have almost no effect, so looping them changes it least."""
     model = tiny_donor("qwen2", tmp_path, num_hidden_layers=LAYERS)
     with torch.no_grad():
         for layer in (2, 3):
@@ -472,7 +489,7 @@ def test_auto_finds_the_block_with_least_divergence(dtype: torch.dtype, tmp_path
 
 
 def disturbance(donor: Any, ids: torch.Tensor, first: int, count: int) -> float:
-    """The slow truth: a stack in which the block stands twice, the second time behind the middle between its first input and output."""
+    """Reference: a stack with the block twice, the second time applied to the mean of its first input and output."""
     last, layers = first + count, range(donor.config.num_hidden_layers)
     twice = plain(donor, [*layers[:last], *layers[first:]])
     seen: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Inspection: the parts add up, the costs follow the formula, and every layer is shown."""
+"""Inspection: sums of parts, the cost formula, and the printed layers."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_json() -> None:
 
 
 def test_a_large_model_costs_no_memory() -> None:
-    """Counted without storage: this one would take 60 GB."""
+    """Counted on the meta device: this model would take 60 GB."""
     config = from_donor(
         tiny_config("llama", hidden_size=8192, intermediate_size=28_672, num_hidden_layers=16), list(range(16)), L_layers=16
     )

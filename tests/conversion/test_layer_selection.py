@@ -1,4 +1,4 @@
-"""Plans: the indices that the guides print, what every selection promises, and what is refused."""
+"""Plans: the indices in the guides, properties of each selection, and refused flags."""
 
 from __future__ import annotations
 

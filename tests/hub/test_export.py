@@ -1,4 +1,4 @@
-"""What leaves the house: the folder for the hub, the plain donor, the card and its pictures, and the way to the hub."""
+"""Export: the folder for the hub, the plain donor, the model card with its pictures, and the upload."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def model() -> RecursiveLLM:
 
 @pytest.fixture
 def place(model: RecursiveLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to be in, with `model.pt` and `model`."""
+    """The current directory, with `model.pt` and `model`."""
     tokenizer = tiny.make_tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     for form in ("model.pt", "model"):
@@ -87,7 +87,7 @@ def settings(**changes: Any) -> ExportSettings:
 
 
 def run(**changes: Any) -> tuple[export.ExportReport, str]:
-    """The report and what was said."""
+    """The report and the printed lines."""
     said: list[str] = []
     report = export.run(settings(**changes), say=said.append)
     return report, "\n".join(said)
@@ -404,7 +404,7 @@ def test_failed_export_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def writer(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    """The stand-in hub, and somebody who may write on it as `someone`."""
+    """The stand-in hub with a token of the user `someone`."""
     hub.tokens = {"hf_good": "someone"}
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     yield hub
@@ -419,7 +419,7 @@ def test_pushed_and_loaded_back(writer: HubStandIn, place: Path, model: Recursiv
     assert listing(pushed.folder) == listing(place / "out") and not pushed.private
     found = AutoModelForCausalLM.from_pretrained("someone/looped", trust_remote_code=True).eval()
     assert torch.equal(logits(found), logits(model)) and torch.equal(logits(found, H_cycles=3), logits(model, H_cycles=3))
-    # pushed again as one file: nothing stale is left, and what is not ours stays here
+    # pushed again as one file: no stale files remain, and foreign files are not uploaded
     (place / "out" / "diary.txt").write_text("mine")
     run(push="someone/looped", license="mit")
     assert set(listing(pushed.folder)) == set(listing(place / "out")) - {"diary.txt"}
@@ -433,7 +433,7 @@ def test_the_plain_donor_pushed_in_private(writer: HubStandIn, place: Path, mode
     assert writer.repos["models", "someone/plain"].private
     found = AutoModelForCausalLM.from_pretrained("someone/plain", token="hf_good")
     assert found.config.model_type == "qwen2" and torch.equal(logits(found), logits(model, H_cycles=0))
-    run(out="looped", push="looped")  # a name alone is a place of one's own
+    run(out="looped", push="looped")  # a name without a user is one of the user's own
     assert ("models", "someone/looped") in writer.repos
     with pytest.raises(UserError, match="--private: someone/looped is on the hub already and public; nothing was uploaded"):
         run(out="looped", push="someone/looped", private=True)

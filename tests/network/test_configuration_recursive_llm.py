@@ -1,4 +1,4 @@
-"""The configuration: what is derived, what is refused, what a file may and may not say."""
+"""The configuration: derived fields, validation, and round trips through files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches, halting and self-speculation, always with gains and states that are not zero: at gain 0 wrong slots pass."""
+"""Caches, early exit and self-speculative decoding, always with nonzero gains and states: at gain 0 wrong slots go unnoticed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def left_padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write(model: PreTrainedModel, input_ids: torch.Tensor, new: int = 8, **kwargs: Any) -> Any:
-    """The output of a greedy `generate` of exactly so many tokens, end tokens or not."""
+    """The output of a greedy `generate` of a fixed number of tokens, ignoring end tokens."""
     kwargs = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "min_new_tokens": new, "max_new_tokens": new} | kwargs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,7 +121,7 @@ def test_number_of_slots_per_policy(policy: str, slots: int) -> None:
 
 
 class LastApplication:
-    """The policy "last" spelt out with a plain cache: every application reads a copy, and what the last one wrote stays."""
+    """Reference for the policy "last" with a plain cache: every application reads a copy, and the last one writes."""
 
     def __init__(self, model: RecursiveLLM):
         self.base, self.head, self.past = model.model, model.lm_head, DynamicCache(config=model.config.as_physical())
@@ -165,7 +165,7 @@ def test_the_policy_last_keeps_the_last_application_of_each_layer(family: str, k
         found = model(chunk, past_key_values=past, cache_policy="last").logits
         torch.testing.assert_close(found, slow.read(chunk), rtol=1e-4, atol=1e-4)
     full = model(x).logits
-    assert (found - full[:, -2:]).abs().max() > 1e-2  # it is another function than "full"
+    assert (found - full[:, -2:]).abs().max() > 1e-2  # differs from "full"
 
 
 @pytest.mark.parametrize(("policy", "halt"), [("full", None), ("full", "q_head"), ("full", "kl"), ("full", "entropy"), ("last", "kl")])
@@ -176,7 +176,7 @@ def test_each_slot_has_the_sliding_window_of_its_layer(policy: str, halt: str | 
     donor = tiny_config("qwen2", num_hidden_layers=6, use_sliding_window=True, sliding_window=6)
     config = from_donor(donor, list(range(6)), prelude_layers=2, L_layers=2, coda_layers=2, H_cycles=3, L_cycles=1)
     config.block_types = types
-    config.H_cycles = 3  # derives the types of the slots anew
+    config.H_cycles = 3  # recomputes the types of the slots
     prelude, loop, coda = types[:2], types[2:4], types[4:]
     slots = prelude + coda + loop * (max(1, H * (L + 1)) if policy == "full" else 1)
     if policy == "full" and halt in ("kl", "entropy"):
@@ -224,7 +224,7 @@ def test_early_exit_with_static_cache_equals_dynamic_cache(criterion: str) -> No
 
 @torch.no_grad()
 def test_policy_last_cache_works_with_every_criterion() -> None:
-    """No readout has slots of its own there, so no criterion stands in another's way."""
+    """No readout has slots of its own, so a cache works with any criterion."""
     model, past = recursive(), RecursiveCache(recursive().config, cache_policy="last")
     for rule in ({}, {"halt": "kl"}, {"halt": "entropy"}, {}):
         model(ids(1, 2), past_key_values=past, cache_policy="last", **rule)
@@ -327,7 +327,7 @@ def test_gradients_flow_through_a_cache() -> None:
         torch.testing.assert_close(gradient, gradients[1][name])
 
 
-# --- Halting ---------------------------------------------------------------------------------------------------------------------------
+# --- Early exit ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_q_head_halts_above_its_threshold_and_not_at_it() -> None:
@@ -339,7 +339,7 @@ def test_q_head_halts_above_its_threshold_and_not_at_it() -> None:
     assert halts(None) == halts(0.5) == [False, False, False, True, True, True]
     assert halts(0.75) == [False] * 5 + [True]  # of the sigmoid, 0.73 at a logit of 1
     assert halts(0.2) == [False] + [True] * 5
-    assert halts(0.0) == [True] * 6 and halts(1.0) == [False] * 6  # also where the sigmoid is rounded to 0 and to 1
+    assert halts(0.0) == [True] * 6 and halts(1.0) == [False] * 6  # also where the sigmoid is rounded to 0 or 1
 
 
 def identity(logits: torch.Tensor) -> torch.Tensor:
@@ -397,7 +397,7 @@ def test_chunked_criterion_equals_unchunked(criterion: str, monkeypatch: pytest.
             monkeypatch.setattr("recursify.network.decoding_recursive_llm._READOUT_ELEMENTS", elements)
             rule = HaltRule(criterion, 0.8, head, vocabulary=7)
             assert all(torch.equal(rule.by_readout(states), halts) for states, halts in zip(cycles, expected, strict=True))
-            assert (rule.logits is not None) == (elements == 70)  # what is too large to be held at once is not kept
+            assert (rule.logits is not None) == (elements == 70)  # logits of several chunks are not kept
 
 
 def test_default_thresholds() -> None:
@@ -410,7 +410,7 @@ def test_default_thresholds() -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 @torch.no_grad()
 def test_token_halts_at_first_cycle_past_threshold(criterion: str) -> None:
-    """For a text of one token, where no earlier token has a say."""
+    """For a single token, without influence of earlier tokens."""
     model, used = recursive(H_cycles=5), set()
     for token in range(1, 6):
         x = torch.tensor([[token]])
@@ -474,7 +474,7 @@ def test_early_exit_fills_every_cache_slot(criterion: str) -> None:
             for place in range(K):
                 deep, last = (past.layers[3 + cycle * K + place] for cycle in (c, halted - 1))
                 assert torch.equal(deep.keys[:, :, t], last.keys[:, :, t]) and torch.equal(deep.values[:, :, t], last.values[:, :, t])
-        if criterion != "q_head":  # one coda layer, read at every cycle: early ones behind all others, the last in its usual place
+        if criterion != "q_head":  # the codas of early cycles follow all other slots
             readouts = [*past.layers[model.config.depth() :], past.layers[2]]
             assert len(readouts) == 4
             for deep in readouts[halted:]:
@@ -569,12 +569,12 @@ def test_cycles_used_follows_cache_operations() -> None:
     past.batch_select_indices(torch.tensor([0, 3]))
     assert torch.equal(past.cycles_used, used.flip(0)[:, :8])
     with torch.no_grad():
-        model(ids(2, 1), past_key_values=past)  # without halting: full depth
+        model(ids(2, 1), past_key_values=past)  # without early exit: full depth
     assert past.cycles_used[:, -1].tolist() == [3, 3]
     assert torch.equal(past.cycles_used[:, :-1], used.flip(0)[:, :8])
     past.reset()
     assert past.cycles_used is None
-    with torch.no_grad():  # at a depth of the call's own: first without halting, then with, then without
+    with torch.no_grad():  # at another depth: without early exit, with, without
         for rule in ({}, {"halt": "q_head", "halt_threshold": 0.0}, {}):
             model(ids(2, 2), past_key_values=past, H_cycles=2, **rule)
     assert past.cycles_used.tolist() == [[2, 2, 1, 1, 2, 2]] * 2
@@ -630,7 +630,7 @@ def test_speculation_with_left_padding_beyond_the_sliding_window(family: str, dr
 
 @pytest.mark.parametrize("draft_cycles", [0, 1])
 def test_draft_equals_a_run_at_draft_cycles(draft_cycles: int) -> None:
-    """So a model whose later cycles change nothing agrees with all of them."""
+    """A model whose later cycles change nothing accepts every draft."""
     model = copy.deepcopy(recursive())
     with torch.no_grad():
         for name, parameter in model.model.recursion.named_parameters():
@@ -646,7 +646,7 @@ def test_draft_equals_a_run_at_draft_cycles(draft_cycles: int) -> None:
 
 
 def test_verify_reuses_keys_and_values_of_the_draft() -> None:
-    model = copy.deepcopy(recursive())  # gains of 0: every draft is right
+    model = copy.deepcopy(recursive())  # gains of 0: every draft is accepted
     with torch.no_grad():
         for name, parameter in model.model.recursion.named_parameters():
             if "theta" in name:
@@ -658,7 +658,7 @@ def test_verify_reuses_keys_and_values_of_the_draft() -> None:
         write(model, ids(1, 5), 13, draft_cycles=1, draft_tokens=4)
     fed = 5 + 12
     assert plain == [fed, 6 * fed, fed]
-    assert speculative == [fed, 6 * fed, 2 * fed]  # only the coda, once for the draft and once for the whole
+    assert speculative == [fed, 6 * fed, 2 * fed]  # only the coda runs for both draft and full model
 
 
 def test_eos_limits_streaming_and_stopping_within_a_draft(capsys: pytest.CaptureFixture[str]) -> None:
@@ -717,7 +717,7 @@ def test_speculative_cache_can_be_continued(draft_cycles: int) -> None:
 @pytest.mark.parametrize(("rows", "times"), [(1500, 3), (2, 600)])
 @pytest.mark.parametrize("warp", [{}, {"temperature": 0.7, "top_k": 3}])
 def test_sampled_speculation_has_the_models_distribution(rows: int, times: int, warp: dict[str, Any]) -> None:
-    """A chi-square test of all texts of three tokens over a vocabulary of 4, which the draft's own distribution fails."""
+    """A chi-square test over all sequences of three tokens from a vocabulary of 4; the draft's distribution fails it."""
     model = recursive(layers=3, prelude_layers=1, coda_layers=1, H_cycles=2, L_cycles=0, vocab_size=4, seed=5)
     prompt = torch.tensor([[1, 2, 3]])
     warp = {"top_k": 0} | warp
@@ -734,7 +734,7 @@ def test_sampled_speculation_has_the_models_distribution(rows: int, times: int, 
 
 @torch.no_grad()
 def exact(model: RecursiveLLM, prompt: torch.Tensor, H_cycles: int, warp: dict[str, Any]) -> torch.Tensor:
-    """Probability of each of the 64 texts of three tokens."""
+    """Probability of each of the 64 sequences of three tokens."""
     texts = torch.tensor(list(itertools.product(range(4), repeat=3)))
     logits = model(torch.cat([prompt.repeat(64, 1), texts], dim=1), H_cycles=H_cycles).logits[:, 2:-1].double() / warp.get(
         "temperature", 1.0
@@ -745,7 +745,7 @@ def exact(model: RecursiveLLM, prompt: torch.Tensor, H_cycles: int, warp: dict[s
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Against what can happen at all; what cannot must not have happened."""
+    """Chi-square over sequences with nonzero probability; the others must not occur."""
     expected = counts.sum() * probabilities
     can = expected > 0
     if counts[~can].sum() > 0:
@@ -755,7 +755,7 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 @torch.no_grad()
 def naive_speculation(model: RecursiveLLM, x: torch.Tensor, k: int, most: int, new: int, end: int = -1) -> tuple[torch.Tensor, int, int]:
-    """Greedy drafts at `k` cycles, each row checked against whole runs: no cache, no open states. New tokens, drafted, accepted."""
+    """Reference without cache: greedy drafts at `k` cycles, verified by full runs. Returns new tokens, drafted, accepted."""
     length, ids, going = DraftLength(model.config, k, (model.config.H_cycles, model.config.L_cycles), most), x, torch.ones(len(x)).bool()
     drafted = accepted = 0
     while ids.shape[1] < x.shape[1] + new and going.any():
@@ -781,7 +781,7 @@ def naive_speculation(model: RecursiveLLM, x: torch.Tensor, k: int, most: int, n
 @pytest.mark.parametrize(("k", "rows", "most"), [(0, 1, 5), (1, 1, 16), (2, 3, 4)])
 def test_drafted_and_accepted_counts_match_a_reference(k: int, rows: int, most: int) -> None:
     model = copy.deepcopy(recursive())
-    with torch.no_grad():  # small gains: cycles agree often, and not always
+    with torch.no_grad():  # small gains: cycles agree often, but not always
         for name, parameter in model.model.recursion.named_parameters():
             if "theta" in name:
                 parameter.mul_(0.15)
@@ -803,7 +803,7 @@ def test_draft_length_maximises_tokens_per_layer_application(P: int, C: int, H: 
     verifying = C + 2 * (H - k) * (L + 1)
     history = [(1, False)] * 6 + [(3, False)] * 4 + [(2, True), (5, True), (7, True)] * 6
     for kept, last_right in history:
-        # tokens that a draft of n gives on average: one for certain, the next where all before were right
+        # expected tokens of a draft of n: the first always, each further one if all before were accepted
         gained = [sum((right / seen) ** i for i in range(n)) / (n * drafting + verifying) for n in range(1, 8)]
         assert draft.length() == 1 + gained.index(max(gained))
         chosen.add(draft.length())

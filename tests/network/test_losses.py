@@ -1,4 +1,4 @@
-"""Each loss against numbers worked out by hand, and the chunked computation against the plain one, gradients included."""
+"""Losses against values computed by hand, and the chunked computation against the plain one, with gradients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHARES = [0.25, 1.0]
 
 
 def batch(seed: int = 0, cycles: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """States with gradients, one per cycle, and labels of which some do not count."""
+    """States with gradients, one per cycle, and labels of which some are ignored."""
     torch.manual_seed(seed)
     states = [torch.randn(B, T, D, requires_grad=True) for _ in range(cycles)]
     labels = torch.randint(0, V, (B, T))
@@ -89,12 +89,12 @@ def test_shares_by_hand() -> None:
 
 
 def test_next_token_loss_by_hand() -> None:
-    """Two words and a head that changes nothing: the state is the logits."""
+    """Two tokens and an identity head: the state is the logits."""
     head = nn.Linear(2, 2, bias=False)
     nn.init.eye_(head.weight)
     state = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0], [9.0, 0.0], [5.0, 5.0]]])
     labels = torch.tensor([[1, 0, 0, -100]])
-    # position 0 says 1/2 for the word 0, position 1 says 3/4 for the word 0, position 2 has no next word that counts, 3 has none at all
+    # position 0 predicts token 0 with 1/2, position 1 with 3/4; the next token of position 2 is ignored, position 3 has none
     expected = [math.log(2), math.log(4 / 3), 0.0]
     assert token_losses(state, labels, head)[0].tolist() == pytest.approx(expected)
     for num_items, by in ((None, 2), (8, 8)):
@@ -113,7 +113,7 @@ def test_chunked_equals_plain(chunk: int, bias: bool) -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(total, weighted(expected), rtol=1e-6, atol=1e-6)
     assert total.requires_grad and not losses.requires_grad
-    # what comes back to the loss, such as an accumulation's part, reaches everything
+    # the incoming gradient scales all gradients
     for ours, theirs in zip(gradients(3 * total, states, head), gradients(3 * weighted(expected), states, head), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_chunked_equals_plain(chunk: int, bias: bool) -> None:
 
 
 class Made(TorchDispatchMode):
-    """Where the tensors of a shape lie that any operation gave back."""
+    """Addresses of all tensors of a shape that any operation returned."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
@@ -134,7 +134,7 @@ class Made(TorchDispatchMode):
 
 
 def test_head_gradient_is_accumulated_over_cycles_in_one_matrix() -> None:
-    """Such a matrix may be larger than all else that a step holds."""
+    """The matrix may be the largest tensor of a training step."""
     states, labels = batch(cycles=4)
     head = nn.Linear(D, V, bias=False)
     with Made((V, D)) as made:
@@ -167,10 +167,10 @@ def test_which_heads_use_the_chunked_loss(monkeypatch: pytest.MonkeyPatch) -> No
     next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=5)
     with torch.autocast("cpu", torch.bfloat16):
         next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=5)
-    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=B * T)  # of each cycle one chunk, of both together two
+    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=B * T)  # one chunk per cycle, two in total
     assert calls == [(5, None), (5, torch.bfloat16), (B * T, None)]
     calls.clear()
-    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=2 * B * T)  # one chunk: nothing to gain
+    next_token_loss(states, labels, nn.Linear(D, V, bias=False), SHARES, chunk=2 * B * T)  # a single chunk
     next_token_loss(states, labels, nn.Linear(D, V, bias=True), SHARES, chunk=5)
     next_token_loss([s.detach().bfloat16() for s in states], labels, nn.Linear(D, V, bias=False).bfloat16(), SHARES, chunk=5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -179,7 +179,7 @@ def test_which_heads_use_the_chunked_loss(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Elsewhere(torch.Tensor):
-    """Stands for a weight that is more than numbers in memory: sharded, or quantised."""
+    """Stands for a weight that is not a plain tensor: sharded or quantised."""
 
 
 def watched(head: nn.Linear) -> nn.Linear:
@@ -194,7 +194,7 @@ def held_elsewhere(head: nn.Linear) -> nn.Linear:
 
 @pytest.mark.parametrize("change", [watched, held_elsewhere, nn.Linear.bfloat16])
 def test_other_heads_are_called_as_modules(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also under autocast, where states may have another type than the head."""
+    """Also under autocast, where states may have another dtype than the head."""
     monkeypatch.setattr(objective._ChunkedLoss, "apply", lambda *args: pytest.fail("its weight was taken from it"))
     states, labels = batch()
     head = change(nn.Linear(D, V, bias=False))
@@ -221,12 +221,12 @@ def test_the_loss_of_a_bfloat16_model_is_float32(chunk: int) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_at_most_one_chunk_of_logits_in_memory(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In both directions, the logits that exist at a time are those of one chunk."""
+    """In forward and backward pass, only the logits of one chunk exist at a time."""
     states, labels = batch()
     head, rows = nn.Linear(D, V, bias=bias), []
     head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // V))
     next_token_loss(states, labels, head, SHARES, chunk=5)[0].backward()
-    # a hooked head is more than its weight, so it is called: twice for every chunk, once on the way back
+    # a head with hooks is called: twice per chunk, once of these in the backward pass
     assert max(rows) == 5 and sum(rows) == 2 * len(states) * B * (T - 1)
 
 
@@ -254,7 +254,7 @@ def test_bfloat16_autocast(bias: bool) -> None:
 
 
 def test_micro_batches_add_up() -> None:
-    """However unevenly the tokens are spread over them."""
+    """Also with different numbers of tokens."""
     states, labels = batch()
     head = nn.Linear(D, V, bias=False)
     whole, _ = next_token_loss(states, labels, head, SHARES)
@@ -302,7 +302,7 @@ def test_perplexity() -> None:
 
 
 def compass() -> nn.Embedding:
-    """Five words in the plane: north, far east, north-east, nothing (as the padding of a vocabulary), west. Trainable, as a donor's."""
+    """Five embeddings in the plane: north, far east, north-east, zero (as padding of a vocabulary), west. Trainable, as a donor's."""
     words = [[0.0, 1.0], [5.0, 0.0], [1.0, 1.0], [0.0, 0.0], [-1.0, 0.0]]
     embeddings = nn.Embedding(5, 2)
     with torch.no_grad():
@@ -313,7 +313,7 @@ def compass() -> nn.Embedding:
 def test_next_embedding_loss_by_hand() -> None:
     state = torch.tensor([[[0.0, 3.0], [3.0, 0.0], [0.0, 2.0], [9.0, 9.0], [1.0, 0.0], [7.0, 7.0]]])
     labels = torch.tensor([[0, 0, 4, 2, -100, 3]])
-    # north for north; east for west; north for north-east; no next word that counts; east for nothing, with which nothing has a cosine
+    # north for north; east for west; north for north-east; next token ignored; east for the zero embedding, whose cosine is 0
     expected = [0.0, 2.0, 1 - math.sqrt(0.5), 0.0, 1.0]
     assert embedding_losses(state, labels, compass())[0].tolist() == pytest.approx(expected, abs=1e-6)
     total, losses = next_embedding_loss([state, state], labels, compass(), [1.0, 0.5])
@@ -343,10 +343,10 @@ def test_embeddings_are_targets_and_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("chunk", [None, 1, 2])
 def test_nearest_embedding_by_hand(chunk: int | None) -> None:
-    """By direction: the far east word is nearest to east, though north-east is the nearer point and the larger dot product is its own."""
+    """By cosine: far east is nearest to east, although north-east is closer in Euclidean distance."""
     state = torch.tensor([[[0.1, 1.0], [1.0, 0.2], [1.0, 0.9], [-2.0, 0.1], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]])
     labels = torch.tensor([[4, 0, 1, 2, 1, -100, 3]])
-    # right: north, east, north-east. West for east: wrong. No word that counts; a state that points nowhere is not near the empty word
+    # correct: north, east, north-east; wrong: west for east; ignored; a zero state is not nearest to the zero embedding
     assert nearest_is_next(state, labels, compass(), chunk).tolist() == [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
 
 
@@ -360,7 +360,7 @@ def test_nearest_embedding_equals_the_plain_search() -> None:
 
 
 def test_nearest_embedding_ignores_norms() -> None:
-    """Against the plain search where all embeddings are shorter than 1, and of very different lengths."""
+    """Against a plain search, where all norms are below 1 and differ widely."""
     states, labels = batch(cycles=1)
     embeddings = nn.Embedding(V, D)
     with torch.no_grad():
@@ -373,7 +373,7 @@ def test_nearest_embedding_ignores_norms() -> None:
 
 
 def test_nearest_embedding_is_float32_under_autocast() -> None:
-    """Closer together than bfloat16 can tell: each state is one of the embeddings."""
+    """The embeddings are closer than bfloat16 resolves; each state is one of them."""
     torch.manual_seed(0)
     embeddings = nn.Embedding.from_pretrained(torch.ones(V, D) + 1e-2 * torch.randn(V, D))
     labels = torch.randint(0, V, (B, T))
@@ -391,21 +391,21 @@ def test_embedding_losses_are_computed_in_float32() -> None:
     torch.testing.assert_close(found, embedding_losses(states[0].bfloat16().float(), labels, rounded))
 
 
-# What compares predictions
+# Divergences and halting
 
 
 def test_divergence_by_hand() -> None:
-    """Two words; heads that change nothing: the states are the logits."""
+    """Two tokens and identity heads: the states are the logits."""
     head = nn.Linear(2, 2, bias=False)
     nn.init.eye_(head.weight)
     ours = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]]])
     theirs = torch.tensor([[[math.log(3), 0.0], [math.log(3), 0.0], [0.0, 0.0]]])
     labels = torch.tensor([[0, 1, 0]])
     losses, divergence = losses_and_divergences(ours, labels, head, [Reference(theirs, head)])
-    # at position 0 the reference says 3/4, 1/4 and we say 1/2, 1/2; at position 1 both say the same
+    # position 0: reference 3/4, 1/4 and model 1/2, 1/2; position 1: equal
     assert divergence[0].tolist() == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.0], abs=1e-6)
     assert losses[0].tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
-    # at temperature 2 the reference says sqrt(3) : 1
+    # at temperature 2 the odds of the reference are sqrt(3) : 1
     r = math.sqrt(3) / (math.sqrt(3) + 1)
     _, soft = losses_and_divergences(ours, labels, head, [Reference(theirs, head, 2.0)])
     assert soft[0, 0].item() == pytest.approx(4 * (r * math.log(2 * r) + (1 - r) * math.log(2 * (1 - r))))
@@ -429,7 +429,7 @@ def test_worsening_by_hand() -> None:
 
 
 def test_halting_loss_by_hand() -> None:
-    """Three cycles, two tokens that count: where the targets are right, and what the last cycle's logit says does not matter."""
+    """Three cycles, two counted tokens: the targets, and that the last cycle's logit is ignored."""
     labels = torch.tensor([[5, 5, -100, 5]])
     losses = [torch.tensor([[1.0, 9.0, 1.0]]), torch.tensor([[1.2, 9.0, 1.0]]), torch.tensor([[1.0 - HALT_MARGIN / 2, 9.0, 0.5]])]
     sure = 30.0
@@ -450,7 +450,7 @@ def test_halting_loss_by_hand() -> None:
     ],
 )  # fmt: skip
 def test_halting_target_has_a_margin_of_0_05_nats(gain_of_later: tuple[float, float], target: int) -> None:
-    """Whichever of the later ones it is. The logit says "halt" with certainty, so the first cycle costs its logit where that is wrong."""
+    """For each of the later cycles. The halting logit is large, so the loss of the first cycle is that logit where the target is 0."""
     labels, sure = torch.tensor([[5, 5]]), 40.0
     losses = [torch.tensor([[2.0]]), *(torch.tensor([[2.0 - gain]]) for gain in gain_of_later)]
     logits = [torch.tensor([[sure, 0.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
@@ -475,7 +475,7 @@ def test_halting_loss_sends_no_gradient_into_losses() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_divergences_of_several_references_are_those_of_torch(temperature: float) -> None:
-    """Of references with another width and another type than ours, in their order; nothing where a token does not count."""
+    """References with another width and dtype than the model, in order; 0 where a token is ignored."""
     (state, first, second), labels = batch(cycles=3)
     head = nn.Linear(D, V, bias=False)
     other = nn.Linear(2 * D, V, bias=False).bfloat16()

@@ -44,7 +44,7 @@ from tests.support.tiny import FAMILIES, make_tiny_tokenizer, tiny_model
 
 LAYERS = 6
 DEPTHS = [(H, L) for H in (0, 1, 2, 3) for L in (0, 1, 3)]
-# A window in some layers only, which the shared tiny Qwen2 has not got.
+# Sliding windows in some layers only, which the shared tiny Qwen2 does not have.
 EXTRAS: dict[str, dict[str, Any]] = {"qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3}}
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -55,7 +55,7 @@ every_cache = pytest.mark.parametrize("kind", ["dynamic", "static"])
 
 @cache
 def donor_of(family: str) -> PreTrainedModel:
-    """Read only, but for its attention kernel."""
+    """Read only, except for its attention kernel."""
     return tiny_model(family, num_hidden_layers=LAYERS, **EXTRAS.get(family, {}))
 
 
@@ -81,7 +81,7 @@ def stir(model: RecursiveLLM, gains: bool) -> RecursiveLLM:
 
 
 def graft(donor: PreTrainedModel, indices: list[int] | None = None, *, gains: bool = True, **shape: Any) -> RecursiveLLM:
-    """A recursive model over layers of a donor, stirred; by default prelude 2, loop 2, coda 2, H 2, L 1."""
+    """A recursive model over layers of a donor with random states and gains; by default prelude 2, loop 2, coda 2, H 2, L 1."""
     indices = list(range(LAYERS)) if indices is None else indices
     around = {"prelude_layers": 2, "coda_layers": 2, "H_cycles": 2, "L_cycles": 1} | shape
     config = from_donor(donor.config, indices, L_layers=len(indices) - around["prelude_layers"] - around["coda_layers"], **around)
@@ -99,7 +99,7 @@ def recursive_of(family: str, prelude: int = 2, coda: int = 2) -> RecursiveLLM:
 
 @pytest.fixture
 def qwen2() -> RecursiveLLM:
-    """A Qwen2 to change at will: prelude 1, loop 2, coda 1."""
+    """A Qwen2 that a test may change: prelude 1, loop 2, coda 1."""
     return graft(donor_of("qwen2"), [0, 2, 4, 5], prelude_layers=1, coda_layers=1)
 
 
@@ -114,7 +114,7 @@ def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def greedy(model: PreTrainedModel, input_ids: torch.Tensor, new: int = 8, **kwargs: Any) -> torch.Tensor:
-    """The new tokens; exactly as many as asked for."""
+    """The new tokens, a fixed number."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = model.generate(input_ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **kwargs)
@@ -175,7 +175,7 @@ def test_bfloat16_is_exact_too(family: str) -> None:
 
 @torch.no_grad()
 def test_sliding_windows_of_donors_are_active() -> None:
-    """Otherwise exactness says nothing about windows: a token far back must not reach a windowed layer."""
+    """A distant token does not reach a layer with a sliding window; otherwise the exactness tests would not cover windows."""
     for family in ("qwen2", "mistral", "smollm3"):
         assert "sliding_attention" in recursive_of(family).config.block_types, family
 
@@ -184,7 +184,7 @@ def test_sliding_windows_of_donors_are_active() -> None:
 
 
 def naive_logits(model: RecursiveLLM, x: torch.Tensor, H: int, L: int) -> torch.Tensor:
-    """The recursion of the module's header, spelled out over the model's own layers: no cache, no views, masks from their definition."""
+    """Reference: the recursion of the module docstring over the model's layers, without cache and views, with masks by definition."""
     base, r, config = model.model, model.model.recursion, model.config
     P, K, T = config.prelude_layers, config.L_layers, x.shape[1]
     distance = torch.arange(T)[:, None] - torch.arange(T)[None]
@@ -266,7 +266,7 @@ def test_gain_sum_is_bounded(theta_A: float, theta_B: float) -> None:
 @torch.no_grad()
 def test_states_stay_bounded_over_many_cycles_unlike_a_plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     def largest(model: RecursiveLLM, cycles: slice) -> float:
-        model.model.norm = nn.Identity()  # the raw states, as there is no coda
+        model.model.norm = nn.Identity()  # the states themselves, as there is no coda
         states = model.model(ids(1, 12), H_cycles=64, L_cycles=1, output_cycle_states=True).cycle_states
         return torch.stack(states[cycles]).abs().max().item()
 
@@ -313,7 +313,7 @@ def test_gains_are_computed_in_float32_whatever_the_dtype() -> None:
 @every_injection
 @pytest.mark.parametrize("backprop", ["full", "cycle", "last"])
 def test_backprop_modes_truncate_gradients(injection: str, backprop: str) -> None:
-    """Gradients against the recursion written out, cut where the ways back say."""
+    """Gradients against the reference recursion, detached where the mode says."""
     H, L, generator = 3, 2, torch.Generator().manual_seed(0)
     config = graft(donor_of("qwen2"), [0, 2, 4], prelude_layers=0, coda_layers=0, injection=injection).config
     r, W = Recursion(config), torch.randn(32, 32, generator=generator).div(6).requires_grad_()
@@ -357,7 +357,7 @@ def test_backprop_modes_truncate_gradients(injection: str, backprop: str) -> Non
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=name)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
-    if backprop == "cycle":  # each loss may go its way before the next cycle is computed: nothing of its graph is needed again
+    if backprop == "cycle":  # each cycle's graph can be freed before the next cycle is computed
         for z in r.steps(e, lambda x, n: (x @ W).tanh(), H, L, backprop):
             z.sum().backward()
 
@@ -536,7 +536,7 @@ def test_a_cache_with_too_few_slots_is_refused() -> None:
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 @torch.no_grad()
 def test_output_cycle_logits_does_not_change_the_cache(family: str, kind: str) -> None:
-    """Without a coda the cached readout of a cycle is that of a shorter run; with one, it must at least not disturb what follows."""
+    """Without a coda, cached cycle logits equal those of a shallower run; with a coda, they must not change later tokens."""
     for coda in (0, 2):
         model, x, runs = recursive_of(family, 2, coda), ids(2, 13), []
         for look in (False, True):
@@ -556,7 +556,7 @@ def test_output_cycle_logits_does_not_change_the_cache(family: str, kind: str) -
             torch.testing.assert_close(first, shorter, atol=1e-4, rtol=1e-4)
 
 
-# --- Fresh parameters ------------------------------------------------------------------------------------------------------------------
+# --- New parameters --------------------------------------------------------------------------------------------------------------------
 
 
 def assert_fresh(model: RecursiveLLM, gain: float) -> None:
@@ -574,7 +574,7 @@ def test_new_parameters_are_initialised_in_every_constructor(family: str, gain: 
     donor = donor_of(family)
     config = from_donor(donor.config, list(range(LAYERS)), prelude_layers=2, L_layers=2, coda_layers=2, gain_init=gain)
     assert_fresh(RecursiveLLM(config), gain)
-    # a checkpoint that has only what the donor has
+    # a checkpoint with the donor's tensors only
     donor.save_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
     loaded, info = type(RecursiveLLM(config)).from_pretrained(tmp_path, output_loading_info=True)
@@ -788,7 +788,7 @@ def test_plain_pass_has_no_early_exit(qwen2: RecursiveLLM) -> None:
 def test_generate_at_another_depth_does_not_change_the_configuration(
     qwen2: RecursiveLLM, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while its cache is being made: another thread may be generating at its own depth."""
+    """Also while its cache is created, because another thread may generate at another depth."""
     before, config, seen = qwen2.config.to_dict(), qwen2.config, []
     made = {"dynamic": DynamicCache, "static": StaticCache}[kind]
     monkeypatch.setattr(
@@ -854,7 +854,7 @@ def test_generate_passes_arguments_to_transformers(qwen2: RecursiveLLM, monkeypa
     qwen2.generate(draft_cycles=0, streamer=streamer)
     qwen2.generate(draft_cycles=1, draft_tokens=3)
     halting, configured, plain, draft, short = calls
-    assert halting["disable_compile"] is True and halting["halt"] == "kl"  # where a token ends decides what is computed: no graph
+    assert halting["disable_compile"] is True and halting["halt"] == "kl"  # data-dependent depth cannot be compiled
     assert configured["generation_config"].disable_compile is True and configured["generation_config"].max_new_tokens == 3
     assert plain["generation_config"] is own and not own.disable_compile and "disable_compile" not in plain
     assert draft["custom_generate"].keywords == {"draft_cycles": 0, "draft_tokens": 16, "streamer": streamer}
@@ -1059,7 +1059,7 @@ def test_the_technical_guides_dictionary_with_a_donor(donor_folder: Path) -> Non
     donor = AutoModelForCausalLM.from_pretrained(donor_folder)
     with pytest.warns(UserWarning, match="copies attention and feed-forward but no layer norms"):
         model = RecursiveLLM(GUIDE | {"pretrained_model_name": str(donor_folder), "expansion": 1.0})
-    assert model.config.intermediate_size == donor.config.intermediate_size  # the donor's configuration wins
+    assert model.config.intermediate_size == donor.config.intermediate_size  # the donor's configuration takes precedence
     assert (model.config.H_cycles, model.config.L_cycles, model.config.L_layers) == (3, 2, 4)
     assert_same(model.inner.embed_tokens.weight, donor.model.embed_tokens.weight)
     assert_same(model.inner.norm.weight, donor.model.norm.weight)
@@ -1067,7 +1067,7 @@ def test_the_technical_guides_dictionary_with_a_donor(donor_folder: Path) -> Non
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-# --- Beside the weights, without the package -------------------------------------------------------------------------------------------
+# --- Without recursify installed ------------ -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

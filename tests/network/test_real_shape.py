@@ -1,4 +1,4 @@
-"""The real shape: a random donor as large as Qwen2-0.5B (494 M parameters, vocabulary 151,936) converts in seconds and little memory.
+"""A random donor of the size of Qwen2-0.5B (494 M parameters, vocabulary 151,936) converts in seconds and little memory.
 
 Its tokenizer is of Qwen2's kind and size: 151,643 entries, and three special tokens behind them.
 """
@@ -27,7 +27,7 @@ SHAPE = {
     "num_key_value_heads": 2, "max_position_embeddings": 131_072, "tie_word_embeddings": True, "eos_token_id": 151_643,
     "bos_token_id": 151_643, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "dtype": "bfloat16",
 }  # fmt: skip
-# Measured from after the imports, which alone take as much as the weights.
+# Measured after the imports, which alone take as much memory as the weights.
 CONVERT = """
 import json, re, sys
 from recursify import cli

@@ -77,7 +77,7 @@ def _middling(model: RecursiveLLM, criterion: str, quantile: float) -> float:
 
 
 def middling(model: RecursiveLLM, criterion: str, quantile: float = 0.5) -> float:
-    """A threshold at which some tokens halt as early as can be, and some do not."""
+    """A threshold at which some tokens halt at the earliest cycle, and some do not."""
     return _middling(model, criterion, round(quantile, 1))
 
 

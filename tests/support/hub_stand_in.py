@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on the loopback interface: tests meet the real clients, and no network.
+"""A stand-in for the Hugging Face hub on the loopback interface: tests use the real clients without a network.
 
     with HubStandIn(tmp_path / "hf_home") as hub:
         hub.add_model("Qwen/Qwen2-0.5B", donor_folder)
