@@ -110,6 +110,7 @@ RENAMED = {
     "tell_after": "print_stats",
     "told": "accuracy_by_length",
     "whole": "raise_if_interrupted",
+    "write_whole": "write_atomic",
     "written": "format_p",
 }
 

@@ -13,7 +13,7 @@ from recursify import _moved
 # What documentation and notebooks of 0.1.0 imported: old module, a name in it, its place now.
 PRINTED = (
     ("checkpoint", "load", "checkpoints.checkpoint"),
-    ("checkpoint", "write_whole", "utils.atomic"),
+    ("checkpoint", "write_atomic", "utils.atomic"),
     ("conversion", "run", "conversion.convert"),
     ("conversion", "ConvertSettings", "conversion.settings"),
     ("cost", "memory_by_part", "training.cost"),

@@ -33,7 +33,7 @@ from ..errors import UserError, first_line
 from ..network.configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
 from ..network.modeling_recursive_llm import FAMILIES, RecursiveLLM
 from ..network.plan import ConversionPlan, conversion_record, notes_of, plan_of
-from ..utils.atomic import write_whole
+from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from .configs import CONFIG_FAULTS, generation_config, reason
 from .guide_names import from_guides, to_guides
@@ -200,7 +200,7 @@ def save(
     folders = {
         each: _is_tokenizer_file if each == tokenizer_folder(path) != path else is_replaced for each in writers if not is_file_form(each)
     }
-    write_whole(writers, folders, approve)
+    write_atomic(writers, folders, approve)
 
 
 def check_writable(path: str | Path) -> None:
@@ -443,7 +443,7 @@ def write_folder(
     card: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write the folder form into an existing empty folder; `write_whole` makes that atomic.
+    """Write the folder form into an existing empty folder; `write_atomic` makes that atomic.
 
     Args:
         plan, notes: The conversion record to store, in place of the one in `model.config`.

@@ -148,7 +148,7 @@ def run(settings: InspectSettings) -> Inspection | PlainInspection:
     return PlainInspection(fields, parameters_by_part(config), config.num_hidden_layers, slot_bytes(config))
 
 
-def inspect(config: RecursiveLLMConfig, depths: Sequence[int] | None = None) -> Inspection:
+def inspect(config: RecursiveLLMConfig, *, depths: Sequence[int] | None = None) -> Inspection:
     """Parts and cost of a recursive model, from its configuration.
 
     Args:

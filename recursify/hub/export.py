@@ -29,7 +29,7 @@ from ..evaluation.settings import EvaluateSettings, TextMeasurement
 from ..network.configuration_recursive_llm import RecursiveLLMConfig
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..network.plan import ConversionPlan
-from ..utils.atomic import write_whole
+from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from . import upload
 
@@ -358,7 +358,7 @@ def _write(settings: ExportSettings, write: Callable[[Path], None]) -> dict[str,
         write(folder)
         written.update({path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()})
 
-    write_whole({Path(settings.out): write_and_list}, {Path(settings.out): checkpoint.is_replaced})
+    write_atomic({Path(settings.out): write_and_list}, {Path(settings.out): checkpoint.is_replaced})
     return written
 
 

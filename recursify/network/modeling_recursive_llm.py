@@ -731,7 +731,7 @@ class Inner(View):
 
 
 # Arguments of a forward pass that plain models do not have.
-OURS = ("H_cycles", "L_cycles", "cache_policy", "halt", "halt_threshold")
+RECURSION_ARGUMENTS = ("H_cycles", "L_cycles", "cache_policy", "halt", "halt_threshold")
 # Arguments of `from_pretrained` that locate a configuration.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -914,7 +914,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
     def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Remove the depth arguments for an assistant model, which drafts at its own depth."""
         given = kwargs["model_kwargs"]
-        kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in OURS}
+        kwargs["model_kwargs"] = {name: value for name, value in given.items() if name not in RECURSION_ARGUMENTS}
         return GenerationMixin._get_candidate_generator(self, *args, **kwargs)
 
     def _load_outside_layers(self, name: str) -> None:

@@ -26,7 +26,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..errors import UserError
 from ..network.losses import counted, perplexity
-from ..utils.atomic import write_whole
+from ..utils.atomic import write_atomic
 from .cost import pass_flops
 from .depth import DepthSchedule
 from .loss_module import LossModule, scored_tokens
@@ -159,7 +159,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             batches = [{name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)} for batch in self.batches]
             content = {"step": step, "H_cycles": self.depth, "batches": batches, "cycle_losses": losses}
             try:
-                write_whole({file: lambda target: torch.save(content, target)})
+                write_atomic({file: lambda target: torch.save(content, target)})
                 where = f"; the data of the step is in {file}"
             except UserError as error:
                 where = f"; the data of the step is lost ({error})"

@@ -17,7 +17,7 @@ from ..errors import UserError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_whole(
+def write_atomic(
     writers: Mapping[Path, Callable[[Path], Any]],
     folders: Mapping[Path, Callable[[Path], bool]] | None = None,
     approve: Callable[[], Any] = lambda: None,

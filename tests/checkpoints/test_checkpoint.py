@@ -26,7 +26,7 @@ from recursify.checkpoints.model_card import LOSS_PICTURE, PLAN_PICTURE
 from recursify.errors import UserError
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
-from recursify.utils.atomic import write_whole
+from recursify.utils.atomic import write_atomic
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, tiny_donor, tiny_model
 
 FORMS = ["model.pt", "model"]
@@ -561,7 +561,7 @@ def test_new_files_override_foreign_files_of_the_same_name(tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     for name in ("config.json", "merges.txt", "own.txt"):
         (tmp_path / "out" / name).write_text("old")
-    write_whole({tmp_path / "out": write}, {tmp_path / "out": checkpoint.is_replaced})
+    write_atomic({tmp_path / "out": write}, {tmp_path / "out": checkpoint.is_replaced})
     assert listing(tmp_path / "out") == {"config.json": b"new", "merges.txt": b"new", "own.txt": b"old"}
 
 

@@ -14,6 +14,7 @@ import torch
 
 from recursify import RecursiveLLM, convert
 from recursify.checkpoints import checkpoint
+from recursify.checkpoints.donor import open_donor
 from recursify.checkpoints.loading import is_recursive_checkpoint, load_model
 from recursify.checkpoints.repository import split_revision
 from recursify.checkpoints.tokenizer import load_tokenizer
@@ -22,6 +23,7 @@ from recursify.errors import UserError
 from recursify.network.plan import ConversionPlan
 from recursify.serving.running import load as load_service
 from recursify.serving.settings import ServeSettings
+from recursify.training import run as training_run
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor
 
@@ -275,3 +277,21 @@ def test_convert_at_a_revision(hub: HubStandIn, donor_folder: Path, tmp_path: Pa
     commit = hub.repos["models", "someone/plain"].branches["v1"].commit()
     assert found.plan.donor_layers == 24 and found.notes == {"donor": "someone/plain", "revision": commit, "seq_len": 512}
     assert f"donor someone/plain (24 layers, revision {commit}), selection uniform" in said_by(capsys, "inspect", "--checkpoint", out)
+
+
+def test_default_teacher_is_the_donor_at_its_revision(
+    hub: HubStandIn, donor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found in the config.json of a model that was saved with plain `save_pretrained`."""
+    tiny_donor("qwen2", tmp_path / "main", num_hidden_layers=3)
+    hub.add_model("someone/plain", tmp_path / "main", v1=donor_folder)
+    convert("someone/plain", L_layers=2, revision="v1").save_pretrained(tmp_path / "looped")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "looped")
+    (tmp_path / "train.txt").write_text("The old lobster carries the bridge near the river . " * 20)
+    opened: list[Any] = []
+    monkeypatch.setattr(training_run, "open_donor", lambda name, **hub: opened.append((name, hub)) or open_donor(name, **hub))
+    flags = f"--dataset_name {tmp_path / 'train.txt'} --seq_len 16 --batch_size 1 --max_steps 1 --device cpu --distill_weight 0.5 --dry_run"
+    cli.main(["train", "--checkpoint", str(tmp_path / "looped"), *flags.split()])
+    cli.main(["train", "--checkpoint", str(tmp_path / "looped"), *flags.split(), "--teacher", "someone/plain@v1"])
+    commit = hub.repos["models", "someone/plain"].branches["v1"].commit()
+    assert opened == [("someone/plain", {"revision": commit}), ("someone/plain", {"revision": "v1"})]
