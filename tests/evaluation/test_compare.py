@@ -235,9 +235,9 @@ def test_the_command_measures_both_on_the_same(folder: Path, capsys: pytest.Capt
 def test_one_model_is_in_memory_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, before = comparison.load_model, []
 
-    def load_alone(*names: Any) -> Any:
+    def load_alone(*names: Any, **hub: Any) -> Any:
         assert all(model() is None for model in before)
-        model, tokenizer = load(*names)
+        model, tokenizer = load(*names, **hub)
         before.append(weakref.ref(model))
         return model, tokenizer
 
@@ -251,7 +251,7 @@ def test_one_model_is_in_memory_at_a_time(folder: Path, monkeypatch: pytest.Monk
 def test_one_tokenizer_may_be_named_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load(*names: Any) -> Any:
+    def load(*names: Any, **hub: Any) -> Any:
         asked.append(names)
         raise UserError("enough")
 
