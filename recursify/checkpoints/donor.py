@@ -102,7 +102,7 @@ class Donor:
         return tensor
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The elements of a tensor in order, read anew from its file in pieces of at most `_PIECE` bytes; each piece reuses the memory of
+        """The elements of a tensor in order, read again from its file in pieces of at most `_PIECE` bytes; each piece reuses the memory of
         the one before. (The views that `read` returns may have been written to since.)"""
         file, dtype = self._files()[name], self.read(name).dtype
         with open(require_file(self.name, file, **self.hub), "rb") as stream:

@@ -63,7 +63,7 @@ def check_revision(name: str, revision: str | None) -> None:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Name and revision of `name@revision`, where a command takes several names; a path that exists is a path, whatever is in it."""
+    """Name and revision of `name@revision`, where a command takes several names; an existing path is never split."""
     if os.path.exists(name):
         return name, None
     name, _, revision = name.partition("@")

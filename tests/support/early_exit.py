@@ -83,8 +83,8 @@ def middling(model: RecursiveLLM, criterion: str, quantile: float = 0.5) -> floa
 
 @torch.no_grad()
 def splitting(model: RecursiveLLM, x: torch.Tensor, criterion: str, quantile: float = 0.5, mask: torch.Tensor | None = None) -> float:
-    """A threshold at which of these very tokens some halt as early as can be and some do not: between two neighbours among what the
-    criterion reads at its earliest cycle, which no halting has touched yet. Needs a deeper cycle than that, and tokens that differ."""
+    """A threshold at which some of these tokens halt at the earliest cycle and some do not: between two neighbouring scores of the
+    criterion at its earliest cycle. Needs a deeper cycle and tokens with different scores."""
     out = model.model(x, attention_mask=mask, use_cache=False, output_cycle_states=True, H_cycles=EARLIEST[criterion])
     *_, before, now = (None, *(model.lm_head(state).log_softmax(-1) for state in out.cycle_states))
     if criterion == "q_head":
@@ -97,5 +97,5 @@ def splitting(model: RecursiveLLM, x: torch.Tensor, criterion: str, quantile: fl
 
 
 def exits(halt_cycles: torch.Tensor) -> int:
-    """At how many different cycles tokens halted, padding aside."""
+    """Number of different cycles at which tokens halted, without padding."""
     return len(set(halt_cycles.flatten().tolist()) - {0})

@@ -7,12 +7,12 @@
         assert hub.opened("Qwen/Qwen2-0.5B") == ["config.json", "model.safetensors"]
 
 It speaks the part of the hub's protocol that ``huggingface_hub``, ``transformers`` and ``datasets`` use to read: file
-metadata and contents with ranges, repository info, folder listings, path infos. What is absent gets the hub's
-own 404 with its ``X-Error-Code``, which clients take as "this optional file does not exist".
+metadata and contents with ranges, repository info, folder listings, path infos. Missing files get the
+hub's 404 with its ``X-Error-Code``, which clients treat as "this optional file does not exist". Repositories can have branches.
 
-It also takes what ``create_repo`` and ``upload_folder`` send, from who holds a token of ``hub.tokens``: small files in the
-commit itself, weights as large files by the LFS batch protocol (Xet is switched off by ``env()``). A commit is applied whole:
-what it names must have been sent before.
+It also accepts the requests of ``create_repo`` and ``upload_folder`` with a token of ``hub.tokens``: small files in the
+commit itself, weights as large files by the LFS batch protocol (Xet is switched off by ``env()``). A commit is atomic; the
+files that it names must have been uploaded before.
 
 A route is one line of ``Handler.ROUTES`` and one method of the same name.
 
@@ -140,7 +140,7 @@ class HubStandIn:
             "HF_HUB_OFFLINE": "0",
             "TRANSFORMERS_OFFLINE": "0",
             "HF_DATASETS_OFFLINE": "0",
-            # a proxy of the machine must not see what is meant for the loopback interface
+            # requests to the loopback interface must not go through a proxy
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
         }
@@ -384,7 +384,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_head(self, status: HTTPStatus, headers: dict[str, str], length: int) -> None:
-        # recorded before the answer leaves: a client that has its answer finds its request in the list
+        # recorded before the response is sent, so that a client finds its request in the list
         self.hub.requests.append(Request(self.command, urlsplit(self.path).path, self.repo_name, self.file_name, int(status)))
         self.send_response(status)
         for key, value in headers.items():

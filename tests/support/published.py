@@ -1,7 +1,7 @@
-"""Reasoning sets in the forms in which they are published, made up here: each function writes a file and says what its items are.
+"""Synthetic files in the formats of published reasoning sets: each function writes a file and returns its items.
 
-What is odd in the published files is odd in these: answers that contradict their equation, numbers with and without commas, blank lines
-and comparison signs in worked answers, columns that nobody asks for, spaces before a divider, facts out of their order.
+They have the irregularities of the published files: answers that contradict their equation, numbers with and without commas, blank lines
+and comparison signs in worked answers, unused columns, spaces before a divider, facts out of order.
 """
 
 from __future__ import annotations

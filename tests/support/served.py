@@ -1,5 +1,5 @@
-"""What the tests of the server share: a real uvicorn on a loopback port, in a thread of the test's own process, so that the cache can be
-looked at from inside; and a model whose texts are easy to tell from each other."""
+"""Shared by the tests of the server: a real uvicorn on a loopback port, in a thread of the test process, so that tests can inspect the
+cache; and a model that generates a different text for each prompt."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ class Running:
         return self.http.post(path, json=body)
 
     def write(self, prompt: Any, **options: Any) -> str:
-        """A greedy completion's text."""
+        """Text of a greedy completion."""
         said = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 12, **options}
         return self.openai.completions.create(**said).choices[0].text
 
     @property
     def batcher(self) -> Any:
-        """That of the default depth."""
+        """The batcher of the default depth."""
         return self.service.engine.batchers[self.service.engine.default]
 
     @property
     def idle(self) -> bool:
-        """Nobody is written for, and every block is free."""
+        """No request is running, and every block is free."""
         batchers = self.service.engine.batchers.values()
         return self.service.engine.idle and all(b.free_blocks == b.blocks and b.held == 0 for b in batchers)
 
@@ -74,7 +74,7 @@ class Running:
 
 
 def soon(true: Callable[[], bool], seconds: float = 20) -> bool:
-    """Whether it becomes true; the limit is only reached by a failure."""
+    """Wait until a condition is true; only a failure reaches the time limit."""
     end = time.monotonic() + seconds
     while not (found := true()) and time.monotonic() < end:
         time.sleep(0.01)
@@ -98,8 +98,8 @@ def chatty_tokenizer() -> Any:
 
 
 def speaking_model(folder: Path) -> Any:
-    """A recursive model with prelude, loop, coda and gains that make every cycle say something else. What it writes greedily is plain
-    characters, and another text for each of `PROMPTS`; with temperature, any token comes, also parts of characters."""
+    """A recursive model with prelude, loop, coda and gains at which the logits differ between cycles. Greedy output is plain characters,
+    different for each of `PROMPTS`; with a temperature, any token occurs, also parts of characters."""
     tiny_donor("qwen2", folder, 2, tie_word_embeddings=False, num_hidden_layers=4)
     tokenizer = make_tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -112,7 +112,7 @@ def speaking_model(folder: Path) -> Any:
 
 
 def ids_of(model: Any, ids: list[int], H_cycles: int | None, count: int) -> list[int]:
-    """What `generate` writes, greedily."""
+    """Greedy output of `generate`."""
     depth = {} if H_cycles is None else {"H_cycles": H_cycles}
     batch = torch.tensor([ids])
     out = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=count, do_sample=False, **depth)

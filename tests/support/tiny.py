@@ -1,7 +1,7 @@
-"""Tiny random donors, their tokenizer and a tiny WikiText: everything a test needs, made in a moment.
+"""Tiny random donors, their tokenizer and a tiny WikiText, created in a moment.
 
-The donors are hostile on purpose. Weights are large, so logits differ visibly; norms are not 1 and biases not 0, so a
-forgotten one is noticed; key/value heads are grouped; the vocabulary is padded beyond the tokenizer, as Qwen's is.
+The donors are adversarial on purpose. Weights are large, so logits differ visibly; norms are not 1 and biases not 0, so a
+missing one is noticed; key/value heads are grouped; the vocabulary is padded beyond the tokenizer, as Qwen's is.
 Qwen2 has 24 layers, so that the guides' indices 0, 8, 16, 23 appear; the other families have 8.
 """
 
@@ -48,7 +48,7 @@ WORDS = {
 
 
 def sentences(seed: int, count: int) -> list[str]:
-    """Plain made-up sentences, the same for the same seed."""
+    """Synthetic sentences, deterministic by seed."""
     rng = random.Random(seed)
     word = {kind: lambda kind=kind: rng.choice(WORDS[kind]) for kind in WORDS}
     pattern = "The {a} {n} {v} the {n2} {p} the {a2} {n3} ."
@@ -134,7 +134,7 @@ def make_tiny_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(family: str = "qwen2", **overrides: Any) -> PreTrainedConfig:
-    """The family's own config class with its peculiarities switched on; ``overrides`` win."""
+    """The family's own config class with its special features enabled; ``overrides`` take precedence."""
     common: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 24 if family == "qwen2" else 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.15,
@@ -189,7 +189,7 @@ _PECULIARITIES: dict[str, Callable[[int], tuple[type[PreTrainedConfig], dict[str
 
 
 def tiny_model(family: str = "qwen2", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of the family in float32, in evaluation mode, the same for the same seed; the global seed is left alone."""
+    """A random model of the family in float32, in evaluation mode, deterministic by seed; the global seed is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=torch.float32)
@@ -223,7 +223,7 @@ def tiny_wikitext(folder: Path, articles: tuple[int, int, int] = (24, 4, 4)) -> 
     """A folder laid out as the hub's ``Salesforce/wikitext``: two configurations of parquet shards and a card that lists them.
 
     ``articles`` counts those of train, validation and test in ``wikitext-2-raw-v1``. The other one, ``wikitext-103-raw-v1``, has
-    other rows, so that a mix-up shows.
+    other rows, so that a mix-up is noticed.
     """
     card = ["---", "configs:"]
     for number, config in enumerate(("wikitext-103-raw-v1", "wikitext-2-raw-v1")):
