@@ -19,8 +19,8 @@ class TextSource(Options):
     """Data: a data set of text."""
 
     dataset_name: str = "wikitext"
-    """Hub dataset (wikitext is Salesforce/wikitext), a local .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a question set
-    such as permutations:difficulty=2-8, to train on its answers."""
+    """Hub dataset (wikitext is Salesforce/wikitext), a local .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a question
+    set such as permutations:difficulty=2-8, to train on its answers."""
 
     dataset_config_name: str | None = None
     """Configuration of the hub data set; wikitext-2-raw-v1 for wikitext when none is named."""

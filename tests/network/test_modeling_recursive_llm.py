@@ -1,7 +1,7 @@
 """The network compared with transformers' own models and a slow reference, and used through transformers' APIs.
 
-Every test of caches runs with non-zero gains and large random states: at gain 0 wrong cache slots go unnoticed. Sequences are longer than the
-sliding windows (6). `graft` puts the layers of a tiny donor into a recursive model without going through the conversion.
+Every test of caches runs with non-zero gains and large random states: at gain 0 wrong cache slots go unnoticed. Sequences are longer than
+the sliding windows (6). `graft` puts the layers of a tiny donor into a recursive model without going through the conversion.
 """
 
 from __future__ import annotations
