@@ -1,7 +1,7 @@
 """Synthetic files in the formats of published reasoning sets: each function writes a file and returns its items.
 
-They have the irregularities of the published files: answers that contradict their equation, numbers with and without commas, blank lines
-and comparison signs in worked answers, unused columns, spaces before a divider, facts out of order.
+They have the irregularities of the published files: answers that contradict their equation, numbers with and without commas, blank
+lines and comparison signs in worked answers, unused columns, spaces before a divider, facts out of order.
 """
 
 from __future__ import annotations
