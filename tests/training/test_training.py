@@ -561,7 +561,7 @@ def test_distillation_holds_on_to_the_donor(files: TrainSettings, corner: Path) 
 def test_the_teacher_is_the_donor_that_the_checkpoint_names(files: TrainSettings, corner: Path, tmp_path: Path) -> None:
     found, path = checkpoint.load(files.checkpoint), tmp_path / "named.pt"
     short = replace(files, checkpoint=str(path), distill_weight=1.0, max_steps=1, save_every=0, lr=1e-12, gain_lr=1e-12)
-    checkpoint.save(path, found.model, found.tokenizer)
+    checkpoint.save(path, found.model, found.tokenizer, notes={})
     with pytest.raises(UserError, match=r"--distill_weight: .*named.pt does not say which donor it comes from; name one with --teacher"):
         train(short)
     checkpoint.save(path, found.model, found.tokenizer, notes={"donor": str(corner / "donor")})
@@ -851,9 +851,9 @@ def test_the_teacher_that_is_named_wins_and_is_paid_for(
     checkpoint.save(path, found.model, found.tokenizer, notes={"donor": str(corner / "donor")})
     tiny_donor("qwen2", tmp_path / "other", num_hidden_layers=2)
 
-    def spy(name: str) -> Any:
+    def spy(name: str, **hub: Any) -> Any:
         opened.append(name)
-        return own(name)
+        return own(name, **hub)
 
     monkeypatch.setattr(training_run, "open_donor", spy)
     flops = []
