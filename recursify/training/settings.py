@@ -1,9 +1,9 @@
-"""The flags of training. One field is one flag; the text under it is its help, and stands here once for all scripts that have it.
+"""The flags of training: a class for each group of `--help`, and a settings class for each approach, which inherits them.
 
-FitSettings          `fit`, RecursiveTrainer     what RunSettings has: the model is in memory
-TrainSettings        train_qwen_recursive.py     the same, and where the model is
-EmbeddingSettings    train_qwen_trm.py           what DonorSettings has, and what embedding-space training adds
-HybridSettings       train_qwen_trm_hybrid.py    what DonorSettings has, and what hybrid training adds
+FitSettings          `fit`, RecursiveTrainer                  a model in memory
+TrainSettings        `recursify train`                        a checkpoint
+HybridSettings       `recursify train --approach hybrid`      a donor, whose embeddings and head are frozen
+EmbeddingSettings    `recursify train --approach embedding`   a donor, in its embedding space
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from ..checkpoints.settings import RecursiveSource, Revision, TokenizerSource
 from ..conversion.settings import LoopSettings
@@ -22,7 +22,7 @@ from ..data.settings import DataSettings, parse_mix
 from ..errors import UserError
 from ..network.configuration_recursive_llm import GAIN_MAX
 from ..utils.device import check_seed, choose_device
-from ..utils.options import DeviceOptions
+from ..utils.options import DeviceOptions, Options
 
 GAIN_LR_RATIO = 10.0
 
@@ -41,115 +41,150 @@ STATE_FIELDS = ("optimizer", "ema_decay")
 
 
 @dataclass(kw_only=True)
-class RunSettings(DataSettings, DeviceOptions, TokenizerSource):
-    """Training: what every run has, whatever it trains and wherever the model comes from."""
-
-    approach: ClassVar[str]  # its row of `approaches.APPROACHES`
-    resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, *STATE_FIELDS)  # in which a resumed run must agree with the interrupted one
+class Packing(Options):
+    """Sequences: how documents become training sequences."""
 
     seq_len: int = 128
-    """Tokens per training sequence. Documents are joined, with an end-of-text token after each, and cut to this length."""
+    """Tokens per training sequence. Documents are concatenated, each followed by an end-of-text token, and cut to this length."""
     separate_documents: bool = False
-    """Let no token see into another document of its sequence: attention stays inside, positions restart. Questions are always apart."""
+    """Block-diagonal attention: packed documents do not attend to each other, and positions restart. Always on for questions."""
+
+
+@dataclass(kw_only=True)
+class RunLength(Options):
+    """Batches and length of the run: how much is trained on, and when it is validated."""
 
     batch_size: int = 4
-    """Sequences per forward pass."""
+    """Sequences per forward pass and device."""
     grad_accum_steps: int = 1
-    """Forward passes per optimizer step: the effective batch is batch_size * grad_accum_steps sequences."""
+    """Forward passes per optimizer step."""
     eval_batch_size: int | None = None
     """Sequences per forward pass of the validation. Default: batch_size."""
     num_epochs: int = 3
-    """Passes over the training text."""
+    """Passes over the training data."""
     max_steps: int | None = None
-    """Stop after so many optimizer steps; overrides num_epochs, going over the text as often as it takes."""
+    """Stop after so many optimizer steps; overrides num_epochs and repeats the data as needed. Default: num_epochs decides."""
     max_tokens: int | None = None
-    """Stop after so many training tokens, as max_steps: the steps are rounded up."""
+    """Stop after so many training tokens, rounded up to whole steps; like max_steps. Default: num_epochs decides."""
     eval_every: int | None = None
-    """Validate every so many optimizer steps, too, and not only at the end of each epoch and of the run."""
+    """Validate every so many optimizer steps, in addition to the end of each epoch. Default: at the end of each epoch only."""
     early_stopping_patience: int = 0
-    """Stop when the validation loss has not fallen for so many validations in a row; 0 never."""
+    """Stop after so many validations in a row without a lower validation loss; 0 disables it."""
+
+
+@dataclass(kw_only=True)
+class Recursion(Options):
+    """Recursion: the depth of each step, and how far back gradients go."""
 
     cycle_choices: tuple[int, ...] = ()
-    """Cycle counts to train at: each optimizer step draws one. Default: the H_cycles of the model, always."""
+    """Cycle counts to train at; each optimizer step samples one. Default: always the H_cycles of the model."""
     cycle_weights: tuple[float, ...] = ()
-    """How often each of cycle_choices is drawn, relative to the others. Default: equally often."""
+    """Relative sampling weights of cycle_choices. Default: uniform."""
     depth_curriculum: float = 0.0
-    """Share of the run in which cycle_choices open up one after another, the shallow ones first; 0 has all of them from the start."""
+    """Share of the run over which cycle_choices become available one after another, shallow ones first; 0 makes all available at once."""
     backprop: Literal["full", "cycle", "last"] = "full"
-    """How far back gradients go: through all cycles; through each cycle alone, at the memory of one; or through the last alone (TRM)."""
+    """Backpropagate through all cycles (full), each cycle separately at the memory of one (cycle), or the last one only (last, as in TRM)."""
     start_gain: float | None = None
-    """Gain that the loop starts from. Default: as it is; where all are 0, the largest of 0.45 to 0.05 that costs at most 0.02 nats."""
+    """Initial gains. Default: unchanged; if all are 0, the largest of 0.45 to 0.05 that raises the validation loss by at most 0.02 nats."""
+
+
+@dataclass(kw_only=True)
+class Optimizer(Options):
+    """Optimizer: learning rates, schedule and regularisation."""
 
     lr: float = 1e-5
-    """Learning rate of all but what gain_lr is for, reached after the warm-up; from there lr_schedule brings it to 0 over the run."""
+    """Peak learning rate, reached after the warm-up."""
     gain_lr: float | None = None
-    """Learning rate of what the donor has not got: gains, H_init, L_init, q_head; these have no weight decay. Default: 10 * lr."""
+    """Learning rate of the newly added parameters (gains, initial states, halting head); they have no weight decay. Default: 10 * lr."""
     lr_schedule: Literal["linear", "cosine", "wsd"] = "linear"
-    """How the learning rate falls after the warm-up: linear or cosine, over the whole run; wsd, not until its last part (decay_share)."""
+    """Decay to 0 after the warm-up: linear or cosine over the whole run; wsd (warm-up, stable, decay) over decay_share of it."""
     decay_share: float = 0.2
-    """Share of the run in which the learning rate falls under wsd; the other schedules take all that follows the warm-up."""
+    """Share of the run in which the learning rate decays under wsd."""
     warmup_steps: int = 100
-    """Optimizer steps in which the learning rate rises; a tenth of the run if this is more than half of it."""
+    """Linear warm-up steps; reduced to a tenth of the run if they are more than half of it."""
     optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
-    """muon is for the matrices of the layers, with AdamW for the rest; adamw_8bit takes a quarter of the memory for states (torchao)."""
+    """muon updates the layers' matrices by Muon and the rest by AdamW; adamw_8bit quantizes optimizer states (needs torchao)."""
     weight_decay: float = 0.01
-    """Weight decay of the matrices; norms, biases and the recursion's own parameters have none."""
+    """Weight decay of matrices; norms, biases and the newly added parameters have none."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    """Gradient clipping norm; 0 disables clipping."""
     ema_decay: float = 0.0
-    """Validate, sample and save a moving average of the weights with this decay, such as 0.999, in place of the weights; 0 has none."""
+    """Decay of an exponential moving average of the weights, e.g. 0.999, used for validation, samples and checkpoints; 0 disables it."""
+
+
+@dataclass(kw_only=True)
+class LossTerms(Options):
+    """Objective: deep supervision, distillation and regularisers."""
 
     enable_deep_supervision: bool = False
-    """Score every cycle, not only the last, so that each of them learns to predict."""
+    """Deep supervision: next-token loss at every cycle, not only at the last."""
     deep_supervision_weight: float = 0.5
-    """Weight of the cycles before the last, which has weight 1; the schedule shapes it."""
+    """Loss weight of the cycles before the last, whose weight is 1."""
     deep_supervision_schedule: Literal["linear_decay", "constant", "exponential_decay", "early_decay"] = "linear_decay"
-    """How it runs over the cycles before the last: linear_decay and exponential_decay give the early ones less, early_decay the late."""
-
+    """Shape of the loss weights over earlier cycles: linear_decay and exponential_decay weight early cycles less, early_decay late ones."""
     distill_weight: float = 0.0
-    """Weight of staying near the donor: the divergence (forward KL) from its predictions, at every scored cycle."""
+    """Weight of knowledge distillation: forward KL from the teacher at every scored cycle."""
     distill_temperature: float = 1.0
-    """Temperature of the two distillation terms: above 1, what is unlikely counts for more."""
+    """Temperature of the distillation terms."""
     teacher: str | None = None
-    """Teacher of --distill_weight: a folder, a hub id, or id@revision. Default: the donor that the checkpoint was converted from."""
+    """Teacher of distill_weight: a folder, a hub id, or id@revision. Default: the donor that the checkpoint was converted from."""
     self_distill_weight: float = 0.0
-    """Weight of the divergence of each earlier cycle from the last one. Needs enable_deep_supervision."""
+    """Weight of self-distillation: KL of each earlier cycle from the last. Needs enable_deep_supervision."""
     monotone_weight: float = 0.0
-    """Weight of what each cycle makes worse than the one before it, token by token. Needs enable_deep_supervision."""
+    """Weight of the monotonicity penalty max(0, loss_c - loss_{c-1}) per token. Needs enable_deep_supervision."""
     halting_weight: float = 0.0
-    """Weight of training q_head to say where later cycles do not help; it changes nothing else. Needs enable_deep_supervision."""
+    """Loss weight of the halting head q_head for early exit; its gradient reaches no other weight. Needs enable_deep_supervision."""
 
-    generate_every: int = 500
-    """Print a sample every so many optimizer steps; 0 never."""
-    generation_prompt: str = "The quick brown fox"
-    """What the samples continue."""
-    save_every: int = 1000
-    """Write checkpoint_step_N.pt, from which --resume can go on, every so many optimizer steps; 0 never."""
-    keep_last: int = 0
-    """Keep so many of the newest checkpoint_step_N.pt and delete older ones; 0 keeps all."""
-    log_every: int = 10
-    """Write the training loss to metrics.jsonl every so many optimizer steps."""
-    report_to: tuple[str, ...] = ()
-    """Also send what metrics.jsonl gets to these trackers, such as tensorboard, wandb, mlflow or trackio: any that transformers knows."""
+
+@dataclass(kw_only=True)
+class Logging(Options):
+    """Checkpoints and logging: what a run saves, shows and reports."""
+
     output_dir: str = "."
-    """Folder for checkpoints and metrics.jsonl; made if it is missing."""
+    """Folder for checkpoints and metrics.jsonl; created if missing."""
+    save_every: int = 1000
+    """Save checkpoint_step_N.pt, which --resume continues from, every so many optimizer steps; 0 disables it."""
+    keep_last: int = 0
+    """Keep only so many of the newest step checkpoints; 0 keeps all."""
     resume: bool = False
-    """Go on from the newest whole checkpoint_step_N.pt in output_dir, as if the run had never stopped."""
+    """Resume exactly from the newest complete checkpoint_step_N.pt in output_dir."""
+    log_every: int = 10
+    """Log the training loss to metrics.jsonl every so many optimizer steps."""
+    report_to: tuple[str, ...] = ()
+    """Also report metrics to tensorboard, wandb, mlflow, trackio or any other tracker that transformers supports."""
+    generate_every: int = 500
+    """Print a sample text every so many optimizer steps; 0 disables it."""
+    generation_prompt: str = "The quick brown fox"
+    """Prompt of the samples."""
+
+
+@dataclass(kw_only=True)
+class Computation(DeviceOptions):
+    """Hardware: precision, memory and several devices."""
 
     seed: int = 42
-    """Seed of the order of the sequences and of everything else that is random."""
+    """Random seed of the data order and everything else."""
     bf16: bool | None = None
-    """Compute in bfloat16 (the weights that are trained stay float32). Default: where the GPU has it."""
+    """bfloat16 autocast; the trained weights stay float32. Default: on GPUs that support it."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input and compute the rest again in the backward pass: less memory, a third more time."""
+    """Keep only the input of each layer and recompute the rest in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the layers with torch.compile: once for all their applications, whatever the depth."""
+    """Compile each layer with torch.compile, once for all of its applications and depths."""
     fsdp: bool = False
-    """Under torchrun: spread weights, gradients and optimizer states over the processes (FSDP2) where each has all of them else (DDP)."""
+    """Under torchrun, shard weights, gradients and optimizer states with FSDP2. Default: DDP."""
     deepspeed: str | None = None
-    """Under torchrun: a DeepSpeed configuration (JSON) with ZeRO stage 0 to 2, for adamw; its runs cannot be resumed. Needs deepspeed."""
+    """Under torchrun, a DeepSpeed JSON configuration with ZeRO stage 0 to 2, for adamw; such runs cannot be resumed. Default: none."""
     dry_run: bool = False
-    """Say what the run would cost in steps, tokens, FLOPs and memory, and stop."""
+    """Print steps, tokens, FLOPs and memory of the run, and exit."""
+
+
+# The groups of --help come in the order of the fields, which is that of the bases from the last to the first.
+@dataclass(kw_only=True)
+class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLength, Packing, DataSettings, TokenizerSource):
+    """What every training run has, whatever it trains and wherever the model comes from."""
+
+    approach: ClassVar[str]  # its row of `approaches.APPROACHES`
+    resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, *STATE_FIELDS)  # in which a resumed run must agree with the interrupted one
 
     def validate(self) -> None:
         """Check all that can be checked without the model.
@@ -173,9 +208,6 @@ class RunSettings(DataSettings, DeviceOptions, TokenizerSource):
                 raise UserError(f"--{name}: expected at least 0 and less than 1, got {getattr(self, name)}")
         if self.seq_len < 2:
             raise UserError(f"--seq_len: expected at least 2 tokens, so that one can be predicted from another, got {self.seq_len}")
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                raise UserError(f"--{name}: expected one of {', '.join(get_args(hint))}, got {getattr(self, name)!r}")
         self._validate_depth()
         self._validate_terms()
         if self.max_steps and self.max_tokens:
@@ -221,7 +253,7 @@ class RunSettings(DataSettings, DeviceOptions, TokenizerSource):
             if getattr(self, name) and not self.enable_deep_supervision:
                 raise UserError(f"--{name}: compares cycles, but only the last one is scored; add --enable_deep_supervision")
         if self.teacher is not None and not self.distill_weight:
-            raise UserError(f"--teacher: nothing asks {self.teacher}; say how much it counts with --distill_weight")
+            raise UserError(f"--teacher: {self.teacher} has no effect without --distill_weight; set its weight")
 
     def validate_model(self, config: Any) -> None:
         """Check what depends on the model.
@@ -314,13 +346,13 @@ class DonorSettings(RunSettings, LoopSettings, _FromDonor):
 
 @dataclass(kw_only=True)
 class EmbeddingSettings(DonorSettings):
-    """Train a recursive block in a donor's embedding space: it predicts the embedding of the next token. No head, so it writes no text."""
+    """Train a recursive block that regresses next-token embeddings of a donor; without LM head, it cannot generate."""
 
     approach = "embedding"
     resume_fields: ClassVar[tuple[str, ...]] = (*DonorSettings.resume_fields, "donor_loop")
 
     donor_loop: bool = False
-    """Start the looped layers as layers of the donor. Default: at random, for which a --lr of some 3e-4 suits better than 1e-5."""
+    """Initialise the looped layers from the donor. Default: randomly, for which an lr near 3e-4 works better than 1e-5."""
 
     def validate(self) -> None:
         super().validate()
@@ -335,15 +367,15 @@ class EmbeddingSettings(DonorSettings):
 
 @dataclass(kw_only=True)
 class HybridSettings(DonorSettings):
-    """Train the recursive layers alone, between a donor's frozen embeddings and its frozen head; the model writes text."""
+    """Train the looped layers only, between the frozen embeddings and head of a donor."""
 
     approach = "hybrid"
     resume_fields: ClassVar[tuple[str, ...]] = (*DonorSettings.resume_fields, "fresh_loop", "tune_lm_head")
 
     fresh_loop: bool = False
-    """Start the looped layers at random, for which a --lr of some 3e-4 suits better than 1e-5. Default: as layers of the donor."""
+    """Initialise the looped layers randomly; an lr near 3e-4 then works better than 1e-5. Default: from the donor."""
     tune_lm_head: bool = False
-    """Train the final norm and the head, too. A head that is tied to the embeddings becomes a matrix of its own first; they stay frozen."""
+    """Also train the final norm and the head. A head tied to the embeddings is untied first; the embeddings stay frozen."""
 
     @property
     def starts_fresh(self) -> bool:

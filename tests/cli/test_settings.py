@@ -801,7 +801,7 @@ class Embedding(FromDonor):
         assert self._trainer(distill_temperature=3.0).model.supervision.temperature == 3.0
 
     def teacher(self) -> None:
-        self._refused("--teacher: nothing asks other", teacher="other")
+        self._refused("--teacher: other has no effect without --distill_weight", teacher="other")
 
     def self_distill_weight(self) -> None:
         self._refused("--self_distill_weight: compares predictions of words", self_distill_weight=0.1, enable_deep_supervision=True)

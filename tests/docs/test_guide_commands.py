@@ -238,7 +238,7 @@ CASES: dict[str, dict[str, Case]] = {
         "--start_gain: the loop": Case(
             "recursify train --checkpoint sum.pt --start_gain 0.1", before=("recursify convert --injection sum_norm --output_path sum.pt",)
         ),
-        "--teacher: nothing asks": Case(f"{TRAIN} --teacher Qwen/Qwen2-0.5B"),
+        "--teacher: Qwen/Qwen2-0.5B has no effect": Case(f"{TRAIN} --teacher Qwen/Qwen2-0.5B"),
         "--teacher: expected one": Case(
             f"{TRAIN} --distill_weight 0.5 --teacher other",
             prepare=lambda: tiny.tiny_donor("qwen2", Path("other"), vocab_size=400, num_hidden_layers=1),
