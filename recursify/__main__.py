@@ -1,4 +1,4 @@
-"""`python -m recursify JOB [flags]`."""
+"""`python -m recursify COMMAND [flags]`."""
 
 from .cli.main import main
 

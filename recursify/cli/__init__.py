@@ -1,4 +1,4 @@
-"""The command line: `recursify JOB [flags]`, the functions behind the guides' scripts, and recipes.
+"""The command line: `recursify COMMAND [flags]`, the functions behind the guides' scripts, and recipes.
 
 Imports every room, each when its job is called. Start with `main.py`: the jobs, parsing flags into settings, errors as one message and
 exit status 2. `recipe.py` reads the YAML files of `--config`.

@@ -1,9 +1,8 @@
-"""The command line: parse the settings of a job, run it, turn bad input into one message and exit status 2.
+"""The command line: parse the settings of a command, run it, turn bad input into one message and exit status 2.
 
-Every flag is a field of the settings class of its job, so its name, help text and default stand there and nowhere else. `--config FILE`
-reads them from a recipe, a YAML file with one section per job; what is given on the command line goes before what is in the file. The
-scripts of the guides call the functions named after their jobs; `recursify JOB` calls `main`. A job's modules are imported when it is
-called: text is generated without the weight of the training stack.
+Every flag is a field of the settings class of its command (`flags.py`). `--config FILE` reads them from a recipe (`recipe.py`); flags on
+the command line override it. The scripts of the guides call the functions of this file; `recursify COMMAND` calls `main`. The modules of
+a command are imported when it is called, so generating text does not import the training stack.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ INTERRUPTED = 130  # the shell's status of a program that Ctrl-C ended
 
 
 def convert(argv: Argv = None) -> None:
-    """Turn a donor into a recursive model."""
+    """Convert a pretrained model into a recursive one."""
     from ..conversion import convert as conversion
     from ..conversion.settings import ConvertSettings
 
@@ -43,7 +42,7 @@ def convert(argv: Argv = None) -> None:
 
 
 def train(argv: Argv = None) -> None:
-    """Fine-tune a recursive model, or, by --approach, the loop alone between a donor's frozen parts."""
+    """Fine-tune a recursive model, or only the loop (--approach)."""
     from .. import training
 
     _train("train", training.TrainSettings, argv)
@@ -64,7 +63,7 @@ def train_trm_hybrid(argv: Argv = None) -> None:
 
 
 def generate(argv: Argv = None) -> None:
-    """Write text: once with --prompt, for every line of --prompt_file, interactively without."""
+    """Generate text from --prompt, from each line of --prompt_file, or interactively."""
     from ..inference import interactive, prompt_file, session
     from ..inference.settings import GenerateSettings
 
@@ -80,21 +79,21 @@ def generate(argv: Argv = None) -> None:
 
 
 def chat(argv: Argv = None) -> None:
-    """Talk with a model, turn by turn."""
+    """Chat with a model at the terminal."""
     from ..inference import chat as talk
 
     _command("chat", talk.ChatSettings, talk.run, argv)
 
 
 def serve(argv: Argv = None) -> None:
-    """Answer requests over HTTP, in the manner of OpenAI's API."""
+    """Serve a model over HTTP with an OpenAI-compatible API."""
     from .. import serving
 
     _command("serve", serving.ServeSettings, serving.run, argv)
 
 
 def evaluate(argv: Argv = None) -> None:
-    """Measure every depth: loss on text, accuracy on questions and tasks, and what each cycle does."""
+    """Measure loss and accuracy at every depth, and what each cycle contributes."""
     from ..evaluation import evaluate as evaluation
     from ..evaluation.settings import EvaluateSettings
 
@@ -105,7 +104,7 @@ def evaluate(argv: Argv = None) -> None:
 
 
 def compare(argv: Argv = None) -> None:
-    """Measure several models on the same items, and say how sure the differences are."""
+    """Measure several models on the same items, with paired significance tests."""
     from ..evaluation import compare as comparison
     from ..evaluation.settings import CompareSettings
 
@@ -116,7 +115,7 @@ def compare(argv: Argv = None) -> None:
 
 
 def inspect(argv: Argv = None) -> None:
-    """Show plan, parameters by part, and cost per token of a checkpoint."""
+    """Show plan, parameters by part, and cost per token of a model."""
     from ..conversion import inspection
 
     def job(settings: inspection.InspectSettings) -> None:
@@ -127,14 +126,14 @@ def inspect(argv: Argv = None) -> None:
 
 
 def export(argv: Argv = None) -> None:
-    """Make a folder ready for the hub, or write the plain donor back."""
+    """Write a folder for the Hugging Face hub, or the plain donor, and upload it."""
     from ..hub import export as ready
 
     _command("export", ready.ExportSettings, ready.run, argv)
 
 
 def demo(argv: Argv = None) -> None:
-    """Go the whole way with the donor that ships: convert, fine-tune, measure, write, report."""
+    """Run the end-to-end demo on the bundled base models."""
     from ..demo import run as whole_way
 
     _command("demo", whole_way.DemoSettings, whole_way.run, argv)
@@ -146,7 +145,7 @@ JOBS: dict[str, Callable[[Argv], None]] = {
 
 
 def main(argv: Argv = None) -> None:
-    """`recursify JOB [flags]`."""
+    """`recursify COMMAND [flags]`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -157,14 +156,14 @@ def main(argv: Argv = None) -> None:
     elif words[0] in JOBS:
         JOBS[words[0]](words[1:])
     else:
-        _fail(f"recursify: unknown job {words[0]!r}; expected one of {', '.join(JOBS)}")
+        _fail(f"recursify: unknown command {words[0]!r}; expected one of {', '.join(JOBS)}")
 
 
 def _overview() -> str:
     jobs = "\n".join(f"  {name:<10} {job.__doc__}" for name, job in JOBS.items())
     return (
-        f"Turn a pretrained language model into a recursive reasoner.\n\nusage: recursify JOB [flags]\n\n{jobs}\n\n"
-        "recursify JOB --help lists the flags of a job."
+        f"Turn a pretrained language model into a recursive reasoner.\n\nusage: recursify COMMAND [flags]\n\n{jobs}\n\n"
+        "recursify COMMAND --help lists the flags of a command."
     )
 
 

@@ -16,30 +16,30 @@ HELD_OUT_SEED = 0
 
 @dataclass(kw_only=True)
 class TextSource(Options):
-    """Data: a data set of text."""
+    """Data: a dataset of text."""
 
     dataset_name: str = "wikitext"
     """Hub dataset (wikitext is Salesforce/wikitext), a local .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a question
     set such as permutations:difficulty=2-8, to train on its answers."""
 
     dataset_config_name: str | None = None
-    """Configuration of the hub data set; wikitext-2-raw-v1 for wikitext when none is named."""
+    """Configuration of the hub dataset. Default: wikitext-2-raw-v1 for wikitext."""
 
     text_column: str = "text"
-    """Column that holds the text (plain .txt files have none)."""
+    """Column with the text; ignored for .txt files."""
 
 
 @dataclass(kw_only=True)
 class DataSettings(TextSource):
-    """Data: a data set, with others mixed in, read from a table on disk or as a stream."""
+    """Data: training datasets, from disk or streamed."""
 
     mix: tuple[str, ...] = ()
-    """More data sets to train on, each as NAME=WEIGHT: WEIGHT times as many blocks as dataset_name gives, repeated where there are
-    fewer. NAME is what dataset_name may be; dataset_config_name is not for these. Validation stays dataset_name's own alone."""
+    """Additional training datasets as NAME=WEIGHT: WEIGHT times as many blocks as dataset_name, repeated where there are fewer. An epoch
+    is one pass over dataset_name, which alone provides the validation split."""
 
     streaming: bool = False
-    """Read and tokenise the text while training on it, for data sets that are too large for the disk. Validation is the
-    first 256 blocks of the data set's own validation split, or of its text, which training then leaves out."""
+    """Read and tokenize while training, for datasets larger than the disk; needs max_steps or max_tokens. Validation: the first 256 blocks
+    of the validation split, or of the data, which are then not trained on."""
 
 
 def parse_mix(entries: Iterable[str]) -> list[tuple[str, float]]:

@@ -19,16 +19,16 @@ from .stages import Clock
 
 @dataclass(kw_only=True)
 class DemoSettings(Options):
-    """Convert the small donors that ship, fine-tune, measure beside the donors at several cycle counts, and write a report."""
+    """Run the end-to-end demo on the two bundled base models: convert, fine-tune, evaluate, report."""
 
     output_dir: str = "runs/demo"
-    """Folder for the report, the checkpoints and the text; made if it is missing."""
+    """Folder for the report and checkpoints; created if missing."""
     steps: int = 90
-    """Optimizer steps of each of the two fine-tunings on text."""
+    """Optimizer steps of both fine-tunings on prose."""
     tracking_steps: int = state_tracking.STEPS
-    """Optimizer steps of the recursive model that tracks a state; its donor is then fine-tuned for the same time."""
+    """Optimizer steps of the recursive model on state tracking; the base model is fine-tuned for the same time."""
     seed: int = 0
-    """Seed of the order of text and words, and of the samples."""
+    """Random seed of data order and samples."""
 
 
 def run(settings: DemoSettings) -> Path:

@@ -1,4 +1,4 @@
-"""The flags of evaluate and compare, and what can be said of them before a model is loaded."""
+"""The flags of evaluate and compare, and their validation before a model is loaded."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class TextMeasurement(TextSource, DeviceOptions):
     """Text and depths: what loss is measured on, and at which cycle counts."""
 
     dataset_name: str | None = None  # type: ignore[assignment]
-    """The text: wikitext, another hub data set, or a local file (.txt, .jsonl, .parquet) or folder. Its validation split is measured.
-    Default: wikitext for evaluate and compare, unless --questions or --tasks are given; for export, nothing is measured."""
+    """Text: wikitext, another hub dataset, a local file (.txt, .jsonl, .parquet) or folder; its validation split is measured. Default:
+    wikitext for evaluate and compare without --questions and --tasks; none for export."""
     cycles: tuple[int, ...] = ()
-    """Cycle counts to measure, e.g. --cycles 0 1 3 5. Default: 1 to twice the checkpoint's own."""
+    """Cycle counts to measure, e.g. --cycles 0 1 3 5. Default: 1 to twice that of the checkpoint."""
     seq_len: int = 128
     """Tokens per window."""
     batch_size: int = 8
-    """Windows, questions or requests of a task per pass."""
+    """Windows, questions or lm-eval requests per forward pass."""
     max_windows: int | None = None
     """Measure only the first so many windows."""
 
@@ -50,23 +50,22 @@ class MeasureSettings(TextMeasurement, EarlyExit, JsonOutput):
     """
 
     stride: int | None = None
-    """Tokens from one window to the next. Default: seq_len, windows side by side, each of which scores all its tokens but the first. With
-    less, windows overlap and every token is scored once, with at least seq_len - stride tokens before it, at seq_len/stride the cost."""
+    """Tokens between the starts of windows; below seq_len, windows overlap and every token is scored once with at least seq_len - stride
+    tokens of context. Default: seq_len."""
     questions: tuple[str, ...] = ()
-    """Question sets, e.g. --questions permutations:difficulty=4-32/4,count=200 babi:qa2_test.txt. Made: permutations, pointers, addition,
-    booleans, with difficulty, count of each, seed, group, nodes. Read from a file, or a hub data set's owner/name/path: gsm8k, svamp,
-    prosqa, babi, scan."""
+    """Question sets, e.g. --questions permutations:difficulty=4-32/4,count=200 babi:qa2_test.txt. Synthetic: permutations, pointers,
+    addition, booleans, with difficulty, count, seed, group, nodes. From a file or a hub path owner/name/path: gsm8k, svamp, prosqa,
+    babi, scan."""
     judge: Judge = "answer"
-    """How questions are judged: by the answer that the model writes, or, for state tracking, by its likeliest token at each label's place,
-    which is one pass."""
+    """Metric of the questions: exact match of the generated answer, or, for state tracking, teacher-forced accuracy at every label."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-eval, e.g. --tasks hellaswag,arc_easy. Needs recursify[lm_eval]."""
     tasks_folder: str | None = None
-    """Folder with YAML tasks of one's own, for --tasks."""
+    """Folder with your own YAML tasks for --tasks."""
     max_items: int | None = None
-    """Of each question set ask only so many, evenly spread over it; of each task of lm-eval, the first so many."""
+    """Maximum questions per set, evenly spread over it, and documents per lm-eval task, the first ones."""
     report: str | None = None
-    """Write a page with charts to this file, e.g. report.html; it needs no other file and no network."""
+    """Write a self-contained HTML page with charts to this file, e.g. report.html."""
 
     def validate(self) -> None:
         """Check all that can be checked without the model.
@@ -95,7 +94,7 @@ class MeasureSettings(TextMeasurement, EarlyExit, JsonOutput):
         for name in _OF_TEXT if self.text is None else ():
             if (value := getattr(self, name)) is not None:
                 raise UserError(
-                    f"--{name}: is about a text, and none is measured; name one with --dataset_name, or leave out --{name} {value}"
+                    f"--{name}: applies to text, and none is measured; name one with --dataset_name, or leave out --{name} {value}"
                 )
         if self.judge != "answer" and not self.questions:
             raise UserError(f"--judge: expected --questions with it, got {self.judge} and no --questions")
@@ -116,7 +115,7 @@ class MeasureSettings(TextMeasurement, EarlyExit, JsonOutput):
 
 @dataclass(kw_only=True)
 class EvaluateSettings(MeasureSettings, TokenizerSource, ModelSource):
-    """Measure a checkpoint, or a plain donor, at several cycle counts: on text, on questions with one right answer, on tasks of lm-eval."""
+    """Measure a model at several cycle counts: loss on text, accuracy on questions, tasks of lm-eval."""
 
 
 def _check_page(path: Path) -> None:
@@ -133,7 +132,7 @@ def question_sets(settings: MeasureSettings) -> dict[str, list[Item]]:
                 f"--questions: expected one of {', '.join(GENERATED)}, or {', '.join(FORMATS)} with a file behind a colon, got {name!r}"
             )
         if name in found:
-            raise UserError(f"--questions: {name} stands there twice")
+            raise UserError(f"--questions: {name} is given twice; leave one out")
         found[name] = _spread(load_questions(name, "test"), settings.max_items)
     return found
 
@@ -145,7 +144,7 @@ def _spread(items: list[Item], most: int | None) -> list[Item]:
 
 @dataclass(kw_only=True)
 class CompareSettings(MeasureSettings, TokenizerSource):
-    """Measure several models on the same text, questions and tasks, and say how sure the differences are."""
+    """Measure several models on the same items and report paired significance tests."""
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]]
     """At least two models, recursive or plain: .pt files, folders, hub ids, or hub ids with a revision (id@revision). The first is the

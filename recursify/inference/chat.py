@@ -20,12 +20,12 @@ from .transcript import Message
 
 @dataclass(kw_only=True)
 class ChatSettings(WriteSettings):
-    """Talk with a model, turn by turn."""
+    """Chat with a model at the terminal."""
 
     system: str | None = None
-    """What the model is told before the conversation begins."""
+    """System message. Default: none."""
     forget_oldest: bool = False
-    """When the conversation outgrows the model's positions, leave out its oldest turns."""
+    """When the conversation exceeds the context length, drop its oldest turns instead of stopping."""
 
 
 def run(settings: ChatSettings) -> None:

@@ -1,6 +1,6 @@
-"""How much depth a run spends: its cycles, how it caches them, where a token may halt, how far a shallow pass drafts ahead.
+"""Decoding options: cycles, KV cache policy, early exit, self-speculative decoding, sampling.
 
-Checked by itself and against a model, and put into the words of the model's `forward` and `generate`.
+They are validated alone and against a model, and translated into arguments of the model's `forward` and `generate`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class EarlyExit(Options):
     """Early exit: when a token leaves the loop before the last cycle."""
 
     halt: Halt = "none"
-    """Let each token stop at the cycle at which it is ready: as q_head has learnt, when a cycle changes little (kl), or when the next token
-    is certain (entropy)."""
+    """Early exit per token: by the trained halting head (q_head), by the KL divergence between successive cycles (kl), or by the entropy
+    of the prediction (entropy)."""
     halt_threshold: float | None = None
-    """Ready means: q_head above this (default 0.5), kl below it (5e-4 nats), entropy below it (0.1 nats)."""
+    """Exit when q_head is above it, KL below it, or entropy below it. Default: 0.5, 5e-4 nats, 0.1 nats."""
 
     def validate(self) -> None:
         """Check all that can be checked without the model.
@@ -65,16 +65,17 @@ class EarlyExit(Options):
 
 @dataclass(kw_only=True)
 class DecodingOptions(EarlyExit):
-    """Depth and KV cache: how much depth a run spends; None leaves the choice to the model."""
+    """Depth and KV cache: how many cycles a run has, and what it caches. None leaves the choice to the model."""
 
     H_cycles: int | None = None
-    """Cycles per token; 0 is one plain pass. Default: the checkpoint's."""
+    """Cycles per token; 0 is one plain pass. Default: that of the checkpoint."""
     cache_policy: CachePolicy = "full"
-    """What is kept of earlier tokens: full, one slot per application of a layer; last, one per layer, as few as a plain model has."""
+    """KV cache: full, one slot per layer application; last, one per layer, as small as that of a plain model, but an approximation."""
     draft_cycles: int | None = None
-    """Draft with so many cycles and check several drafts at a time at full depth: the same text, sooner. 0 drafts with a plain pass."""
+    """Self-speculative decoding: draft tokens with so many cycles (0: a plain pass) and verify them at full depth. Greedy output is
+    identical in float32. Default: off."""
     draft_tokens: int = 16
-    """Draft at most so many tokens at a time; how many follows from how often drafts have been right."""
+    """Longest draft; the actual length adapts to the acceptance rate."""
 
     def validate(self) -> None:
         """As `EarlyExit.validate`."""
@@ -96,7 +97,7 @@ class DecodingOptions(EarlyExit):
                 raise UserError(f"--draft_cycles: expected --{name} {off} with it, got --{name} {value}; leave out one of the two")
 
     def generate_kwargs(self, model: Any) -> dict[str, Any]:
-        """What differs from the model's own way, as arguments of its `generate`; of a plain model of transformers nothing may differ.
+        """Non-default options as arguments of the model's `generate`; a plain model of transformers takes none.
 
         Raises:
             UserError: A model without cycles, drafts that are not shallower than the run, a `q_head` that was never trained.
@@ -122,7 +123,7 @@ class DecodingOptions(EarlyExit):
         if self.draft_cycles is not None and self.draft_cycles >= cycles:
             raise UserError(
                 f"--draft_cycles: expected fewer than the {cycles} cycles of the run, got {self.draft_cycles}: a draft as deep as the "
-                "check saves nothing"
+                "verification saves nothing"
             )
         # initialised at exactly 0, and moved by the first step that trains it
         if self.halt == "q_head" and not model.base_model.recursion.q_head.bias.any():
@@ -136,25 +137,25 @@ class DecodingOptions(EarlyExit):
         return int(model.config.H_cycles if self.H_cycles is None else self.H_cycles)
 
     def settled(self, model: Any) -> DecodingOptions:
-        """The effort alone, with the model's own cycles where none are asked for: equal for runs that can share a cache."""
+        """These options alone, with the cycles of the model filled in: equal for runs that can share a cache."""
         alone = DecodingOptions(**{field.name: getattr(self, field.name) for field in fields(DecodingOptions)})
         return replace(alone, H_cycles=alone.cycles(model)) if is_recursive(model) else alone
 
 
 @dataclass(kw_only=True)
 class Sampling(DecodingOptions):
-    """Sampling: how the next token is chosen, from which depth, and where the text ends."""
+    """Sampling: how the next token is chosen, and where the text ends."""
 
     max_new_tokens: int = 100
-    """Write at most so many tokens; an end token ends the text earlier."""
+    """Maximum number of new tokens; an end token ends the text earlier."""
     temperature: float = 0.8
-    """Randomness of the choice; 0 always takes the likeliest token (greedy)."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_p: float = 1.0
-    """Choose among the likeliest tokens that together have this probability; 1.0 is off."""
+    """Nucleus sampling: the smallest set of tokens with this total probability; 1.0 is off."""
     top_k: int = 0
-    """Choose among this many likeliest tokens; 0 is off."""
+    """Sample among so many most likely tokens; 0 is off."""
     stop: tuple[str, ...] = ()
-    """End the text before the first of these strings, e.g. --stop "Question:" "###"."""
+    """Stop strings, not included in the output, e.g. --stop "Question:" "###"."""
 
     def validate(self) -> None:
         """As `EarlyExit.validate`."""
@@ -167,11 +168,11 @@ class Sampling(DecodingOptions):
         if self.top_k < 0:
             raise UserError(f"--top_k: expected at least 0 (0 is off), got {self.top_k}")
         if "" in self.stop:
-            raise UserError("--stop: expected some text before which to end, got ''")
+            raise UserError("--stop: expected strings of at least one character, got ''")
         super().validate()
 
     def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
-        """The same in transformers' words. Penalties, cutoffs and several texts that a donor's generation_config.json sets are switched
+        """The same as a GenerationConfig. Penalties, cutoffs and num_return_sequences of the donor's generation_config.json are switched
         off: what is None here would be taken from there."""
         greedy = self.temperature < GREEDY_BELOW
         choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, **_NO_CUTOFF}

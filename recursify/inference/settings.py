@@ -1,4 +1,4 @@
-"""Flags of the commands that write text."""
+"""Flags of the commands that generate text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class WriteSettings(DeviceOptions, Sampling, TokenizerSource, ModelSource):
     """Text generation: what all commands that generate text share."""
 
     compute_budget: float | None = None
-    """Find the halt_threshold that spends this share of the layer applications, e.g. 0.6, on the text of calibration_file."""
+    """Target compute as a share of the layer applications at full depth, e.g. 0.6; calibrates halt_threshold on calibration_file. Default:
+    off."""
     calibration_file: str | None = None
-    """Text like what the model will write, for compute_budget."""
+    """Text for compute_budget, similar to what the model will generate."""
     show_recursive_steps: bool = False
-    """After the text, show for each token what every cycle would have said."""
+    """After the text, print for each token the prediction of every cycle."""
     seed: int | None = None
-    """Makes sampling repeatable."""
+    """Random seed of sampling. Default: none."""
 
     def validate(self) -> None:
         """Check all that can be checked without the model.
@@ -59,21 +60,21 @@ class WriteSettings(DeviceOptions, Sampling, TokenizerSource, ModelSource):
         if self.halt_threshold is not None:
             raise UserError("--compute_budget: finds the threshold itself, got --halt_threshold with it; leave out one of the two")
         if self.calibration_file is None:
-            raise UserError("--compute_budget: expected --calibration_file with it, a text like what the model will write, got none")
+            raise UserError("--compute_budget: expected --calibration_file with it, text similar to what the model will generate, got none")
 
 
 @dataclass(kw_only=True)
 class GenerateSettings(WriteSettings):
-    """Write text with a model: one prompt, one after the other, or a file of them."""
+    """Generate text from --prompt, from each line of --prompt_file, or interactively."""
 
     prompt: str | None = None
-    """Text to continue. Without it, and without prompt_file: interactive, one prompt after the other."""
+    """Prompt to continue. Default: interactive, unless prompt_file is given."""
     prompt_file: str | None = None
-    """Continue every line of this file: text, or .jsonl with a "prompt" in each line. What is finished is kept: run again to go on."""
+    """Continue every line of this text file, or every "prompt" of a .jsonl file, in batches; run again to resume."""
     output_file: str | None = None
-    """Where the results of prompt_file go, a JSON object per line. Default: its name with .out.jsonl."""
+    """JSON lines with the results of prompt_file. Default: its name with .out.jsonl."""
     batch_size: int = 8
-    """Prompts of prompt_file that are continued at a time."""
+    """Prompts of prompt_file per batch."""
 
     def validate(self) -> None:
         """As `WriteSettings.validate`."""

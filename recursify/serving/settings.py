@@ -17,38 +17,39 @@ API_KEY = "RECURSIFY_API_KEY"
 
 @dataclass(kw_only=True)
 class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
-    """Answer requests over HTTP, in the manner of OpenAI's API."""
+    """Serve a model over HTTP with an OpenAI-compatible API."""
 
     depths: tuple[int | str, ...] = ()
-    """Cycle counts among which a request chooses with H_cycles: 1 3 5, or 1,3,5. Each has a cache of its own. Default: the checkpoint's."""
+    """Cycle counts that requests choose from with H_cycles: 1 3 5, or 1,3,5. Each has a KV cache of its own. Default: that of the
+    checkpoint."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every one of this machine."""
+    """Address to listen on; 0.0.0.0 for all interfaces."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one and prints it."""
+    """Port to listen on; 0 picks a free one and prints it."""
     api_key: str | None = None
-    """Refuse requests without this key. Default: what the environment variable RECURSIFY_API_KEY holds, which other users cannot see."""
+    """Key that requests must send as a bearer token. Default: the environment variable RECURSIFY_API_KEY, which other users cannot see."""
     model_name: str | None = None
-    """Name that clients know the model by. Default: the checkpoint's."""
+    """Model name in the API. Default: the name of the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of weights and cache. Default: as stored."""
+    """Dtype of weights and KV cache. Default: as stored."""
     cache_tokens: int | None = None
-    """Tokens that the cache of each depth holds, of all its requests together. Default: 8192, 65536 on a GPU."""
+    """Tokens in the KV cache of each depth, over all requests. Default: 8192; 65536 on a GPU."""
     batch_tokens: int | None = None
-    """Tokens that go through the model in one pass at most; longer prompts are read in several. Default: 512, 2048 on a GPU."""
+    """Maximum tokens per forward pass; longer prompts are prefilled in chunks. Default: 512; 2048 on a GPU."""
     max_running: int = 32
-    """Texts that are written at once at each depth; more wait."""
+    """Maximum concurrent sequences per depth; more are queued."""
     max_queue: int = 128
-    """Texts that may wait, over all depths; a request beyond that is told to come back later."""
+    """Maximum queued sequences over all depths; further requests get status 429."""
     max_completion_tokens: int = 1024
-    """Most tokens that a request may ask for, for each text; a chat that names no number gets as many."""
+    """Largest max_tokens of a request; also the default of chats."""
     max_choices: int = 16
-    """Most texts that one request may ask for: its prompts times n."""
+    """Largest number of completions per request: prompts times n."""
     max_body_bytes: int = 2_000_000
-    """Longest request body."""
+    """Largest request body in bytes."""
     request_timeout: float = 600.0
-    """Seconds after which a request is given up, waiting included."""
+    """Seconds after which a request fails, queueing included."""
     shutdown_timeout: float = 30.0
-    """Seconds that running requests have to finish after Ctrl-C or SIGTERM."""
+    """Seconds that running requests may take to finish after Ctrl-C or SIGTERM."""
 
     def validate(self) -> None:
         """Check all that can be checked without the model.
@@ -70,7 +71,7 @@ class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
             raise UserError("--request_timeout: expected more than 0 seconds, got 0")
         if self.batch_tokens is not None and self.batch_tokens < self.max_running:
             raise UserError(
-                f"--batch_tokens: expected at least --max_running, {self.max_running}, since each text takes a token of a pass; "
+                f"--batch_tokens: expected at least --max_running, {self.max_running}, since each sequence takes a token of a pass; "
                 f"got {self.batch_tokens}"
             )
         for name in ("api_key", "model_name"):
@@ -92,7 +93,7 @@ class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
 
     @property
     def key(self) -> str | None:
-        """The key that requests must show; None where none is asked for."""
+        """The key that requests must send; None where none is needed."""
         return self.api_key or os.environ.get(API_KEY) or None
 
     def sizes(self, device: Any) -> tuple[int, int]:

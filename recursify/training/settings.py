@@ -83,7 +83,7 @@ class Recursion(Options):
     depth_curriculum: float = 0.0
     """Share of the run over which cycle_choices become available one after another, shallow ones first; 0 makes all available at once."""
     backprop: Literal["full", "cycle", "last"] = "full"
-    """Backpropagate through all cycles (full), each cycle separately at the memory of one (cycle), or the last one only (last, as in TRM)."""
+    """Backpropagate through all cycles (full), each separately at the memory of one (cycle), or the last only (last, as in TRM)."""
     start_gain: float | None = None
     """Initial gains. Default: unchanged; if all are 0, the largest of 0.45 to 0.05 that raises the validation loss by at most 0.02 nats."""
 
