@@ -18,6 +18,7 @@ from ..network.configuration_recursive_llm import RecursiveLLMConfig
 from ..network.plan import ConversionPlan, notes_of, plan_of
 from ..network.size import parameters_by_part, slot_bytes
 from ..utils.options import JsonOutput
+from ..utils.tables import table
 
 
 @dataclass(kw_only=True)
@@ -80,15 +81,15 @@ class Inspection:
             lines += [f"  layer {i:>3}  ->  {self.plan.place(i)}" for i in range(self.plan.donor_layers)]
             lines += [""]
         lines += [*_parameter_lines(self.parameters), "", "cost per token; the KV cache in kB at two bytes a number, by --cache_policy"]
-        lines += [f"  {'H_cycles':>8}  {'layer applications':>18}  {'x donor':>7}  {'full':>8}  {'last':>8}"]
+        rows: list[tuple[object, ...]] = []
         for cycles, cost in self.applications.items():
             ratio = f"{cost / self.donor_applications:.2f}" if self.donor_applications else "-"
             full, last = (self._kilobytes(of[cycles]) for of in self.cache_slots.values())
-            mark = "  <- this checkpoint" if cycles == c["H_cycles"] else ""
-            lines += [f"  {cycles:>8}  {cost:>18}  {ratio:>7}  {full:>8}  {last:>8}{mark}"]
+            rows.append((cycles, cost, ratio, full, last, "<- this checkpoint" if cycles == c["H_cycles"] else ""))
         if self.donor_applications:
-            lines += [f"  {'donor':>8}  {self.donor_applications:>18}  {'1.00':>7}  {self._kilobytes(self.donor_applications):>8}"]
-        return "\n".join(lines)
+            rows.append(("donor", self.donor_applications, "1.00", self._kilobytes(self.donor_applications)))
+        head = ("H_cycles", "layer applications", "x donor", "full", "last", "")
+        return "\n".join([*lines, *(f"  {line}" for line in table(head, rows))])
 
     def _kilobytes(self, slots: int) -> str:
         return f"{slots * self.slot_bytes / 1e3:,.1f}"
@@ -130,7 +131,8 @@ class PlainInspection:
 
 def _parameter_lines(parameters: Mapping[str, int]) -> list[str]:
     rows = {**parameters, "total": sum(parameters.values())}
-    return ["parameters", *(f"  {part:<12} {count:>14,}" for part, count in rows.items())]
+    cells = [(f"  {part}", f"{count:,}") for part, count in rows.items()]
+    return table(("parameters", " "), cells, left=1)
 
 
 def run(settings: InspectSettings) -> Inspection | PlainInspection:

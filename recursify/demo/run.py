@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..utils.device import check_seed
 from ..utils.machine import machine, versions
 from ..utils.options import Options
+from ..utils.tables import table
 from . import prose, report, state_tracking
 from .stages import Clock
 
@@ -56,11 +58,10 @@ def run(settings: DemoSettings) -> Path:
 
 
 def print_summary(page: report.DemoReport, path: Path, clock: Clock) -> None:
-    print(f"\n{'validation loss (nats per token)':<34}{'loss':>8}{'+-':>9}{'layer applications':>21}")
-    rows = [(b.name, b) for b in page.baselines] + [(prose.at_depth(d.H_cycles), d) for d in page.depths]
-    for name, row in rows:
-        error = f"{row.standard_error:.4f}" if row.standard_error is not None else "-"
-        print(f"{name:<34}{row.loss:>8.4f}{error:>9}{row.layer_applications:>21}")
+    found: list[tuple[str, Any]] = [(b.name, b) for b in page.baselines] + [(prose.at_depth(d.H_cycles), d) for d in page.depths]
+    errors = ["-" if row.standard_error is None else f"{row.standard_error:.4f}" for _, row in found]
+    rows = [(name, f"{row.loss:.4f}", error, row.layer_applications) for (name, row), error in zip(found, errors, strict=True)]
+    print("\n" + "\n".join(table(("validation loss (nats per token)", "loss", "+-", "layer applications"), rows, left=1)))
     if page.tracking is not None:
         print("\n" + "\n".join(state_tracking.lines(page.tracking)))
     for sample in page.samples:

@@ -23,6 +23,7 @@ from ..evaluation.accuracy import evaluate_questions
 from ..inference.options import DecodingOptions
 from ..network.configuration_recursive_llm import GAIN_MAX
 from ..training import TrainSettings, fit
+from ..utils.tables import table
 from .prose import raise_if_interrupted
 from .report_tracking import Share, Tracker, Tracking, finding, shown_lengths
 from .stages import Clock
@@ -159,8 +160,8 @@ def _spaced(values: Sequence[float]) -> str:
 def lines(tracking: Tracking) -> list[str]:
     """For a terminal: the short table of the page."""
     lengths = shown_lengths(tracking)
-    found = [f"{'right after so many letters, %':<36}" + "".join(f"{length:>7}" for length in lengths)]
-    for tracker in tracking.models:
-        cells = "".join(f"{100 * share.accuracy:>7.1f}" for share in tracker.shares if share.letters in lengths)
-        found.append(f"{tracker.name:<36}{cells}")
-    return [*found, "", finding(tracking)]
+    rows = [
+        (tracker.name, *(f"{100 * share.accuracy:.1f}" for share in tracker.shares if share.letters in lengths))
+        for tracker in tracking.models
+    ]
+    return [*table(("accuracy in % by sequence length", *map(str, lengths)), rows, left=1), "", finding(tracking)]

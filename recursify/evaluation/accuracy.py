@@ -31,13 +31,12 @@ from ..inference.prompt import prompt_ids
 from ..network.losses import read_out
 from ..utils.distributed import map_jobs
 from ..utils.models import evaluating
+from ..utils.tables import table
 from .statistics import mean_and_error
 from .text_loss import states_at
 
 Judge = Literal["answer", "labels"]
 Labelled = tuple[list[int], list[int], list[int]]  # ids of a question; the places of its labels; their ids
-
-_WIDTH = 16  # of a column of a table
 
 
 @dataclass(frozen=True)
@@ -88,17 +87,13 @@ class QuestionsReport:
     def lines(self) -> list[str]:
         """For a terminal: difficulties down, runs across."""
         columns = list(dict.fromkeys(column(row.H_cycles, row.halt) for row in self.rows))
-        judged = "the answer, as written" if self.judge == "answer" else "every label, as the likeliest token at its place"
-        lines = [
-            f"{self.name}: {self.items:,} questions, judged by {judged}; right in %, +- standard error",
-            "",
-            f"{'difficulty':>10}  {'count':>7}" + "".join(f"{name:>{_WIDTH}}" for name in columns),
-        ]
+        judged = "exact match of the generated answer" if self.judge == "answer" else "teacher-forced accuracy at every label"
+        rows: list[list[str]] = []
         for difficulty in dict.fromkeys(row.difficulty for row in self.rows):
-            rows = [row for row in self.rows if row.difficulty == difficulty]
-            cells = "".join(f"{_percent(row):>{_WIDTH}}" for row in rows)
-            lines += [f"{'all' if difficulty is None else difficulty:>10}  {rows[0].count:>7,}{cells}"]
-        return lines
+            same = [row for row in self.rows if row.difficulty == difficulty]
+            rows.append(["all" if difficulty is None else str(difficulty), f"{same[0].count:,}", *map(_percent, same)])
+        head = f"{self.name}: {self.items:,} questions, {judged}; accuracy in %, +- standard error"
+        return [head, "", *table(("difficulty", "count", *columns), rows)]
 
 
 def column(H_cycles: int | None, halt: str | None) -> str:

@@ -23,6 +23,7 @@ from ..checkpoints.loading import load_model
 from ..checkpoints.repository import split_revision
 from ..data.tasks import Item
 from ..network.modeling_recursive_llm import RecursiveLLM
+from ..utils.tables import table
 from .evaluate import EvaluateReport, Paired, evaluate_paired, join_processes
 from .settings import CompareSettings, question_sets
 from .statistics import format_p, mcnemar_p, mean_and_error, student_p
@@ -125,34 +126,30 @@ class Comparison:
 
     def render(self) -> str:
         parts = [report.render() for report in self.reports]
-        width = max(len(report.checkpoint) for report in self.reports)
         parts.append(f"against {self.baseline}, each model at its own cycle count, on the same items:")
         if self.text_differences:
-            head = f"{'loss (nats)':<{width}}  {'H_cycles':>8}  {'loss':>8}  {'baseline':>8}  {'difference':>10}  {'+-':>7}  {'p':>7}"
-            parts.append("\n".join([head, *(_text_line(line, width) for line in self.text_differences)]))
+            head = ("loss (nats)", "H_cycles", "loss", "baseline", "difference", "+-", "p")
+            parts.append("\n".join(table(head, map(_text_row, self.text_differences), left=1)))
         for name in dict.fromkeys(line.name for line in self.question_differences):
-            lines = [line for line in self.question_differences if line.name == name]
-            parts.append("\n".join([f"{name}, right in %:", _question_head(width), *(_question_line(line, width) for line in lines)]))
+            rows = [_question_row(line) for line in self.question_differences if line.name == name]
+            parts.append("\n".join([f"{name}, accuracy in %:", *table(_QUESTION_HEAD, rows, left=1)]))
         return "\n\n".join([*parts, *(line["reason"] for line in self.unpaired)])
 
 
-def _text_line(line: TextDifference, width: int) -> str:
+def _text_row(line: TextDifference) -> tuple[str, ...]:
     error = "-" if line.standard_error is None else f"{line.standard_error:.4f}"
-    figures = f"{line.loss:>8.4f}  {line.baseline_loss:>8.4f}  {line.difference:>+10.4f}  {error:>7}  {format_p(line.p):>7}"
-    return f"{line.model:<{width}}  {_cycles(line.H_cycles):>8}  {figures}"
+    figures = f"{line.loss:.4f}", f"{line.baseline_loss:.4f}", f"{line.difference:+.4f}"
+    return line.model, _cycles(line.H_cycles), *figures, error, format_p(line.p)
 
 
-def _question_head(width: int) -> str:
-    columns = f"{'right':>6}  {'baseline':>8}  {'difference':>10}  {'+-':>5}  {'only it':>7}  {'only baseline':>13}  {'p':>7}"
-    return f"{'':<{width}}  {'H_cycles':>8}  {'difficulty':>10}  {'count':>6}  {columns}"
+_QUESTION_HEAD = ("", "H_cycles", "difficulty", "count", "right", "baseline", "difference", "+-", "only it", "only baseline", "p")
 
 
-def _question_line(line: QuestionDifference, width: int) -> str:
+def _question_row(line: QuestionDifference) -> tuple[str, ...]:
     which = "all" if line.difficulty is None else str(line.difficulty)
-    shares = f"{100 * line.accuracy:>6.1f}  {100 * line.baseline_accuracy:>8.1f}  {100 * line.difference:>+10.1f}"
-    split = f"{line.model_only:>7}  {line.baseline_only:>13}  {format_p(line.p):>7}"
-    head = f"{line.model:<{width}}  {_cycles(line.H_cycles):>8}  {which:>10}  {line.count:>6,}"
-    return f"{head}  {shares}  {100 * line.standard_error:>5.1f}  {split}"
+    shares = f"{100 * line.accuracy:.1f}", f"{100 * line.baseline_accuracy:.1f}", f"{100 * line.difference:+.1f}"
+    split = f"{100 * line.standard_error:.1f}", str(line.model_only), str(line.baseline_only), format_p(line.p)
+    return line.model, _cycles(line.H_cycles), which, f"{line.count:,}", *shares, *split
 
 
 def _cycles(H_cycles: int | None) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..inference.early_exit import applications
 from ..network.decoding_recursive_llm import HALT_CRITERIA, HaltRule
 from ..network.losses import read_out
+from ..utils.tables import table
 from .statistics import mean_and_error
 
 Sums = dict[str, Tensor]  # name -> [rows, windows]
@@ -47,11 +48,11 @@ class Step:
     spoilt: float
     distance: float | None
 
-    def line(self) -> str:
+    def cells(self, mark: str = "") -> tuple[str, ...]:
+        """Of its row in a table."""
         error = "-" if self.gain_error is None else f"{self.gain_error:.4f}"
         moved = "" if self.distance is None else f"{self.distance:.4f}"
-        cells = f"{self.gain:>+9.4f}  {error:>7}  {self.corrected:>9.2%}  {self.spoilt:>8.2%}  {moved:>11}"
-        return f"{f'{self.before} -> {self.after}':>8}  {cells}"
+        return f"{self.before} -> {self.after}", f"{self.gain:+.4f}", error, f"{self.corrected:.2%}", f"{self.spoilt:.2%}", moved, mark
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,13 @@ class CycleStats:
         found: list[str] = []
         if self.steps:
             whole = Step(1, self.H_cycles, self.loop_gain, self.loop_gain_error, self.corrected, self.spoilt, None)
-            steps = self.steps if len(self.steps) > 1 else []
+            several = len(self.steps) > 1
+            rows = [*(step.cells() for step in self.steps), *([whole.cells("<- loop gain")] if several else [])]
             found = [
                 "what the cycles do, in nats per token and shares of the scored tokens:",
-                f"{'cycles':>8}  {'gain':>9}  {'+-':>7}  {'corrected':>9}  {'spoilt':>8}  {'state moved':>11}",
-                *(step.line() for step in steps or self.steps),
-                *([f"{whole.line().rstrip()}  <- loop gain"] if steps else []),
-                "  corrected: the likeliest token was wrong and became right; spoilt: right, became wrong; state moved: the distance",
-                "  between the two states that the head reads, over the length of the first",
+                *table(("cycles", "gain", "+-", "corrected", "spoilt", "state moved", ""), rows),
+                "  corrected: the top-1 prediction was wrong and became right; spoilt: right, became wrong; state moved: the distance",
+                "  between the two states that the head reads, relative to the norm of the first",
             ]
         if self.halting is not None:
             found += ["", *self.halting.lines()] if found else self.halting.lines()

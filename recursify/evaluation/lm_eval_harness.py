@@ -29,6 +29,7 @@ from ..errors import UserError
 from ..inference.options import DecodingOptions
 from ..utils.distributed import map_jobs
 from ..utils.models import evaluating
+from ..utils.tables import table
 from .accuracy import column
 
 _BESIDE = ("alias", "name", "sample_len", "sample_count")  # what stands beside the figures of a task
@@ -61,12 +62,8 @@ def lines(scores: Sequence[TaskScore]) -> list[str]:
     cells = {(score.task, score.metric, column(score.H_cycles, score.halt)): score for score in scores}
     names = list(dict.fromkeys((task, metric) for task, metric, _ in cells))
     runs = list(dict.fromkeys(run for _, _, run in cells))
-    first, second = (max(len(title), *(len(name[place]) for name in names)) for place, title in enumerate(("task", "metric")))
-    found = ["tasks of lm-eval, +- standard error", "", f"{'task':<{first}}  {'metric':<{second}}" + "".join(f"{run:>18}" for run in runs)]
-    for task, metric in names:
-        row = "".join(f"{_figure(cells.get((task, metric, run))):>18}" for run in runs)
-        found.append(f"{task:<{first}}  {metric:<{second}}{row}")
-    return found
+    rows = [(*name, *(_figure(cells.get((*name, run))) for run in runs)) for name in names]
+    return ["tasks of lm-eval, +- standard error", "", *table(("task", "metric", *runs), rows, left=2)]
 
 
 def _figure(score: TaskScore | None) -> str:

@@ -32,6 +32,7 @@ from ..network.losses import perplexity, read_out
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..utils.distributed import map_jobs, one_process_first
 from ..utils.models import evaluating
+from ..utils.tables import table
 from .cycle_stats import CycleStats, Sums, per_window, scored_places, summarise_halting, sums_of_cycles, sums_of_halting
 from .cycle_stats import summarise as summarise_cycles
 from .statistics import mean_and_error, standard_error
@@ -202,17 +203,17 @@ class TextReport:
             f"{self.dataset}: {self.windows} windows of {self.seq_len} tokens{overlap}",
             f"scored: {self.scored_tokens:,} tokens, {self.scored_bytes:,} bytes of text",
             "",
-            f"{'H_cycles':>8}  {'loss (nats)':>11}  {'+-':>7}  {'perplexity':>10}  {'bits/byte':>9}  {'layer applications':>18}",
         ]
+        rows = []
         for row in self.rows:
             name = "donor" if row.H_cycles is None else str(row.H_cycles)
             error = "-" if row.standard_error is None else f"{row.standard_error:.4f}"
             bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-            mark = "  <- the checkpoint's own" if row.H_cycles is not None and row.H_cycles == own else ""
-            figures = f"{row.loss:>11.4f}  {error:>7}  {row.perplexity:>10.2f}  {bits:>9}  {row.layer_applications:>18}"
-            lines += [f"{name:>8}  {figures}{mark}"]
-        told = [] if self.telemetry is None else self.telemetry.lines()
-        return [*lines, *([""] if told else []), *told]
+            mark = "<- the checkpoint's own" if row.H_cycles is not None and row.H_cycles == own else ""
+            rows.append((name, f"{row.loss:.4f}", error, f"{row.perplexity:.2f}", bits, row.layer_applications, mark))
+        lines += table(("H_cycles", "loss (nats)", "+-", "perplexity", "bits/byte", "layer applications", ""), rows)
+        cycles = [] if self.telemetry is None else self.telemetry.lines()
+        return [*lines, *([""] if cycles else []), *cycles]
 
 
 @dataclass(frozen=True)

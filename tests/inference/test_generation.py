@@ -561,7 +561,7 @@ def test_a_calibration_file_that_is_no_text(model: Any, tokenizer: Any, tmp_path
         ({"top_p": 1.5}, "--top_p: expected a number above 0 and at most 1 (1 is off), got 1.5"),
         ({"top_k": -1}, "--top_k: expected at least 0 (0 is off), got -1"),
         ({"H_cycles": -1}, "--H_cycles: expected at least 0 (0 is one plain pass), got -1"),
-        ({"stop": ("a", "")}, "--stop: expected some text before which to end, got ''"),
+        ({"stop": ("a", "")}, "--stop: expected strings of at least one character, got ''"),
         ({"halt": "kl", "draft_cycles": 1}, "--draft_cycles: expected --halt none with it, got --halt kl; leave out one of the two"),
         ({"halt_threshold": 0.5}, "--halt_threshold: expected --halt q_head, kl or entropy with it, got 0.5 and no --halt"),
         ({"compute_budget": 0.6}, "--compute_budget: expected --halt q_head, kl or entropy with it, got 0.6 and no --halt"),
