@@ -258,7 +258,8 @@ def test_the_documented_client_code_runs(server: Running, capsys: pytest.Capture
     names: dict[str, Any] = {}
     exec(code.replace("http://127.0.0.1:8000", server.url), names)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"{server.write('The old man', max_tokens=40)} 40" and printed[1]
+    assert printed[0] == f"{server.write('The old man', max_tokens=40)} 40"
+    assert len(printed) > 1  # drawn without a seed, the second text may be empty
     assert names["answer"].choices[0].finish_reason in ("length", "stop")
 
 
