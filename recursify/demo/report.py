@@ -17,16 +17,21 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..network.losses import perplexity
-from ..reports.charts import Axes, Level, Line, architecture_picture, count_undrawable, element, escape, is_drawable, line_chart
+from ..reports.charts import Axes, Level, Line, architecture_picture, count_undrawable, is_drawable, line_chart
 from ..reports.html import (
     NARROW,
     PLUS_MINUS,
     WIDE,
+    details,
     document,
     figure,
+    footer,
+    header,
     magnitude,
+    main,
     number,
     paragraph,
     plural,
@@ -35,11 +40,13 @@ from ..reports.html import (
     section,
     signed,
     table,
+    templates,
     tile,
     undrawn,
     visible,
     write_document,
 )
+from ..reports.html import findings as bullet_list
 from . import report_tracking
 from .report_tracking import Tracking
 
@@ -206,7 +213,7 @@ def render(report: DemoReport) -> str:
         _making(report),
         _limits(report),
     ]
-    return document(title, _header(report, title), element("main", *sections), _footer(report))
+    return document(title, _header(report, title), main(sections), _footer(report))
 
 
 # Findings
@@ -318,14 +325,12 @@ def _header(report: DemoReport, title: str) -> str:
         f"{looped} in a loop that every token passes {plural(plan.passes, 'time')} at the trained depth. Then it was fine-tuned, "
         f"beside the donor itself, on the same {plural(report.train_tokens, 'token')}."
     )
-    said = element("ul", *(element("li", escape(sentence)) for sentence in findings(report)), class_="findings")
-    eyebrow = paragraph("recursify demo", "eyebrow")
-    return element("header", eyebrow, element("h1", escape(title)), paragraph(lede, "lede"), _tiles(report), said)
+    return header("recursify demo", title, lede, _tiles(report), findings(report))
 
 
-def _tiles(report: DemoReport) -> str:
+def _tiles(report: DemoReport) -> list[str]:
     ours, best, compared = report.at_trained_depth, report.best_depth, difference_to_tuned(report)
-    tiles = []
+    tiles: list[str] = []
     if ours is not None:
         tiles.append(tile("s1", number(ours.loss), f"nats per token, {report.model_name}, {plural(ours.H_cycles, 'cycle')}"))
     tiles.append(tile("s2", number(report.donor_tuned.loss), f"nats per token, {report.donor_tuned.name}"))
@@ -336,7 +341,7 @@ def _tiles(report: DemoReport) -> str:
     if best is not None:
         measured = ", ".join(str(point.H_cycles) for point in report.depths)
         tiles.append(tile(None, plural(best.H_cycles, "cycle"), f"had the lowest loss, of {measured} measured"))
-    return element("ul", *tiles, class_="tiles")
+    return tiles
 
 
 def _plan(report: DemoReport) -> str:
@@ -460,67 +465,61 @@ def _sentence(report: DemoReport) -> str:
         "A space is shown as ·, a line break as ↵."
     )
     rows = [_token_row(row, depth) for row in report.sentence]
-    head = element("thead", element("tr", *_sentence_head(report, depth)))
-    foot = element("tfoot", element("tr", *_sentence_foot(report, depth)))
-    shown = scroll(element("table", head, element("tbody", *rows), foot, class_="tokens"), "What each cycle would have said")
-    return section("One sentence, cycle by cycle", paragraph(explained), element("figure", shown))
+    drawn = _own().sentence(_sentence_head(report, depth), rows, _sentence_foot(report, depth))
+    return section(
+        "One sentence, cycle by cycle", paragraph(explained), _own().unlabelled(scroll(drawn, "What each cycle would have said"))
+    )
 
 
-def _sentence_head(report: DemoReport, depth: int) -> list[str]:
+def _own() -> Any:
+    return templates(__package__, "report.html.j2")
+
+
+def _sentence_head(report: DemoReport, depth: int) -> list[dict[str, Any]]:
     trained = report.architecture.H_cycles
-    cells = [element("th", escape(words), scope="col") for words in ("reads", "true next")]
-    for cycle in range(1, depth + 1):
-        words = f"cycle {cycle}, trained depth" if cycle == trained else f"cycle {cycle}"
-        cells.append(element("th", escape(words), scope="col", class_="depth-trained" if cycle == trained else None))
-    return cells
+    cycles = [
+        {"words": f"cycle {cycle}, trained depth" if cycle == trained else f"cycle {cycle}", "trained": cycle == trained}
+        for cycle in range(1, depth + 1)
+    ]
+    return [*({"words": words, "trained": False} for words in ("reads", "true next")), *cycles]
 
 
 def _sentence_foot(report: DemoReport, depth: int) -> list[str]:
-    cells = [element("th", "right", scope="row"), element("td")]
+    cells = []
     for cycle in range(depth):
         judged = [row.guesses[cycle].right for row in report.sentence if cycle < len(row.guesses) and row.guesses[cycle].right is not None]
-        cells.append(element("td", escape(f"{sum(map(bool, judged))} of {len(judged)}")))
+        cells.append(f"{sum(map(bool, judged))} of {len(judged)}")
     return cells
 
 
-def _token_row(row: TokenRow, depth: int) -> str:
+def _token_row(row: TokenRow, depth: int) -> dict[str, Any]:
     following = visible(row.true_next) if row.true_next is not None else "?"
-    cells = [
-        element("th", escape(visible(row.token)), scope="row", class_="token"),
-        element("td", escape(following), class_="token next"),
-        *(_guess(guess) for guess in row.guesses),
-        *[element("td")] * (depth - len(row.guesses)),
-    ]
-    return element("tr", *cells)
+    guesses = [*map(_guess, row.guesses), *[None] * (depth - len(row.guesses))]
+    return {"token": visible(row.token), "next": following, "guesses": guesses}
 
 
-def _guess(guess: Guess) -> str:
+def _guess(guess: Guess) -> dict[str, Any]:
     known = math.isfinite(guess.probability)
     share = min(1.0, max(0.0, guess.probability)) if known else 0.0
+    chance = f"{guess.probability:.0%}" if known else number(guess.probability)
     verdict = {True: "right", False: "wrong", None: None}[guess.right]
-    mark = "✓ " if guess.right else ""
-    spoken = element("span", f", {verdict}", class_="hidden") if verdict else ""
-    chance = element("small", escape(f"{guess.probability:.0%}" if known else number(guess.probability)))
-    kind = f"token {verdict}" if verdict else "token"
-    return element("td", mark, escape(visible(guess.text)), spoken, chance, class_=kind, style=f"--p:{share:.3f}")
+    return {"text": visible(guess.text), "verdict": verdict, "share": f"{share:.3f}", "chance": chance}
 
 
 def _samples(report: DemoReport) -> str:
     if not report.samples:
         return ""
-    content = []
-    for prompt in dict.fromkeys(sample.prompt for sample in report.samples):
-        cards = [_sample(report, sample) for sample in report.samples if sample.prompt == prompt]
-        content += [element("p", escape(prompt), class_="prompt", dir="auto"), element("dl", *cards, class_="samples")]
-    return section("Samples", paragraph("Each prompt, and how each model went on.", "quiet"), *content)
+    prompts = [
+        {"text": prompt, "samples": [_sample(report, sample) for sample in report.samples if sample.prompt == prompt]}
+        for prompt in dict.fromkeys(sample.prompt for sample in report.samples)
+    ]
+    return section("Samples", paragraph("Each prompt, and how each model went on.", "quiet"), _own().samples(prompts))
 
 
-def _sample(report: DemoReport, sample: Sample) -> str:
+def _sample(report: DemoReport, sample: Sample) -> dict[str, Any]:
     fitting = [(name, colour) for name, colour in _colours(report).items() if sample.model.startswith(name)]
     colour = max(fitting, key=lambda pair: len(pair[0]))[1] if fitting else None
-    return element(
-        "div", element("dt", escape(sample.model)), element("dd", escape(sample.text.lstrip(" ") or "∅"), dir="auto"), class_=colour
-    )
+    return {"model": sample.model, "text": sample.text.lstrip(" ") or "∅", "colour": colour}
 
 
 def _numbers(report: DemoReport) -> str:
@@ -554,9 +553,7 @@ def _curve_details(curve: Curve) -> str:
     if not rows:
         return ""
     title = f"Fine-tuning of {curve.name}, {plural(len(rows), 'logged step')}"
-    head = element("thead", element("tr", *(element("th", words, scope="col") for words in ("step", "training loss", "validation loss"))))
-    whole = element("table", head, element("tbody", *rows))
-    return element("details", element("summary", escape(title)), scroll(whole, title, "scroll tall"))
+    return details(title, ("step", "training loss", "validation loss"), rows)
 
 
 def _making(report: DemoReport) -> str:
@@ -571,8 +568,8 @@ def _making(report: DemoReport) -> str:
         ("Machine", report.machine),
         ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions)),
     ]
-    listed = [element("dt", escape(name)) + element("dd", escape(value)) for name, value in facts if value]
-    return section("How it was made", element("dl", *listed, class_="facts"), _stages(report), _commands(report))
+    listed = [(name, value) for name, value in facts if value]
+    return section("How it was made", _own().facts(listed), _stages(report), _commands(report))
 
 
 def _stages(report: DemoReport) -> str:
@@ -581,26 +578,24 @@ def _stages(report: DemoReport) -> str:
     finite = [stage.seconds for stage in report.stages if math.isfinite(stage.seconds)]
     total, longest = math.fsum(finite), max(finite, default=0.0)
     rows = [_stage_row(stage, longest) for stage in report.stages]
-    return element("h3", "Time") + table(("stage", "seconds", ""), rows, f"{number(total, 1)} seconds in all", "stages")
+    return _own().titled("Time", table(("stage", "seconds", ""), rows, f"{number(total, 1)} seconds in all", "stages"))
 
 
 def _stage_row(stage: Stage, longest: float) -> str:
     share = stage.seconds / longest if longest > 0 and math.isfinite(stage.seconds) else 0.0
-    bar = element("td", element("i", style=f"--p:{share:.3f}", aria_hidden="true"))
-    return element("tr", element("th", escape(stage.name), scope="row"), element("td", escape(number(stage.seconds, 1))), bar)
+    return _own().stage(stage.name, number(stage.seconds, 1), f"{share:.3f}")
 
 
 def _commands(report: DemoReport) -> str:
     if not report.commands:
         return ""
-    return element("h3", "To repeat it") + element("pre", element("code", escape("\n".join(report.commands))), tabindex="0")
+    return _own().titled("To repeat it", _own().commands("\n".join(report.commands)))
 
 
 def _limits(report: DemoReport) -> str:
-    items = [element("li", escape(words)) for words in (*report.limits, *STANDING_LIMITS)]
-    return section("What this does not show", element("ul", *items, class_="findings"))
+    return section("What this does not show", bullet_list((*report.limits, *STANDING_LIMITS)))
 
 
 def _footer(report: DemoReport) -> str:
     version = dict(report.versions).get("recursify", "")
-    return element("footer", element("section", paragraph(f"Written by recursify {version}".strip() + ". This page holds all it needs.")))
+    return footer(f"Written by recursify {version}".strip() + ". This page holds all it needs.")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..reports.accuracy_chart import difficulty_figure, difficulty_line, shade
-from ..reports.charts import Level, Line, element, escape
-from ..reports.html import PLUS_MINUS, number, paragraph, plural, row, scroll, section, signed, table
+from ..reports.charts import Level, Line
+from ..reports.html import PLUS_MINUS, details, findings, number, paragraph, plural, row, section, signed, table
 
 CLEARLY = 2.0  # standard errors
 KNOWN, LOST = 0.9, 0.5  # right this often: the state is tracked; less than this: it is lost
@@ -95,7 +95,7 @@ def render(tracking: Tracking) -> str:
         f"words of {tracking.pretrained} letters. It was made recursive and fine-tuned on words of {tracking.trained}, and beside it the "
         "donor itself was, for the same time."
     )
-    said = element("ul", *(element("li", escape(sentence)) for sentence in sentences(tracking)), class_="findings")
+    said = findings(sentences(tracking))
     return section("Keeping track of a state", paragraph(explained), said, _chart(tracking), _summary(tracking), _details(tracking))
 
 
@@ -228,13 +228,11 @@ def _class(tracking: Tracking, tracker: Tracker) -> str | None:
 def _details(tracking: Tracking) -> str:
     """Every figure, with its error."""
     names = [tracker.name for tracker in tracking.models]
-    head = element("thead", element("tr", *(element("th", escape(words), scope="col") for words in ("letters", *names))))
     rows = [
         row(str(shares[0].letters), [_with_error(share) for share in shares])
         for shares in zip(*(tracker.shares for tracker in tracking.models), strict=True)
     ]
-    title = "Right after every letter, in percent, with standard errors"
-    return element("details", element("summary", title), scroll(element("table", head, element("tbody", *rows)), title, "scroll tall"))
+    return details("Right after every letter, in percent, with standard errors", ("letters", *names), rows)
 
 
 def _with_error(share: Share) -> str:

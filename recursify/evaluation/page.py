@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ..reports.accuracy_chart import Point, difficulty_figure, difficulty_line, shade
-from ..reports.charts import Axes, Level, Line, count_undrawable, element, escape, line_chart
+from ..reports.charts import Axes, Level, Line, count_undrawable, line_chart
 from ..reports.html import (
     PLUS_MINUS,
     chart_size,
     document,
     figure,
+    findings,
+    footer,
+    header,
+    main,
     number,
     paragraph,
     plural,
@@ -30,6 +34,7 @@ from ..reports.html import (
     signed,
     style_sheet,
     table,
+    templates,
     tile,
     undrawn,
     visible,
@@ -107,9 +112,9 @@ def render(report: Report) -> str:
         _passages(models),
         _cycles(models),
         _numbers(models),
-        section("How to read this", element("ul", *(element("li", escape(words)) for words in NOTES), class_="findings")),
+        section("How to read this", findings(NOTES)),
     ]
-    body = _header(report, models, title, together), element("main", *sections), _footer(together)
+    body = _header(report, models, title, together), main(sections), _footer(together)
     return document(title, *body, style=style_sheet(__package__, "page.css"))
 
 
@@ -125,14 +130,7 @@ def _coloured_models(reports: Iterable[Report]) -> list[Model]:
 def _header(report: Report, models: Sequence[Model], title: str, together: bool) -> str:
     tiles = _tiles_together(report) if together else _tiles(models[0])
     said = [words for model in models for words in _sentences(model)]
-    return element(
-        "header",
-        paragraph(f"recursify {'compare' if together else 'evaluate'}", "eyebrow"),
-        element("h1", escape(title)),
-        paragraph(_what_was_read(models), "lede"),
-        element("ul", *tiles, class_="tiles") if tiles else "",
-        element("ul", *(element("li", escape(words)) for words in said), class_="findings") if said else "",
-    )
+    return header(f"recursify {'compare' if together else 'evaluate'}", title, _what_was_read(models), tiles, said)
 
 
 def _what_was_read(models: Sequence[Model]) -> str:
@@ -148,7 +146,7 @@ def _what_was_read(models: Sequence[Model]) -> str:
 
 
 def _tiles(model: Model) -> list[str]:
-    found = []
+    found: list[str] = []
     if model.text is not None:
         best = _own_row(model.text["rows"], model)
         found.append(tile("s1", number(best["loss"]), f"nats per token, {_at(best['H_cycles'])}"))
@@ -166,7 +164,7 @@ def _tiles(model: Model) -> list[str]:
 
 def _tiles_together(report: Report) -> list[str]:
     base = report["baseline"]
-    found = [
+    found: list[str] = [
         tile(None, signed(line["difference"]), f"nats, {line['model']} against {base}: {_verdict(line, less_is_better=True)}")
         for line in report["text_differences"]
     ]
@@ -209,7 +207,7 @@ def _against_first(first: Mapping[str, Any], best: Mapping[str, Any], figure_of_
 
 def _differences(report: Report) -> str:
     base, text, asked = report["baseline"], report["text_differences"], report["question_differences"]
-    content = [
+    content: list[str] = [
         paragraph(
             f"Each model at its own cycle count, against {base}, on the same pieces of text and the same questions. "
             f"A difference is called one where p is below {SURE}."
@@ -394,25 +392,12 @@ def _passages(models: Sequence[Model]) -> str:
         "Each token is coloured by its loss at cycle 1 minus its loss at the last cycle. Rest the pointer on a token to see its figures."
     )
     figures = [_coloured(model, passages, full) for model, passages in found]
-    return section("Where in a text later cycles help", paragraph(explained), _legend(full), *figures)
+    return section("Where in a text later cycles help", paragraph(explained), _text().legend(number(full, 2)), *figures)
 
 
 def _gains(passage: Mapping[str, Any]) -> list[float]:
     """Of every token but the first: nats that later cycles took off its loss."""
     return [first - last for first, last in zip(passage["nats"][0], passage["nats"][-1], strict=True)]
-
-
-def _legend(full: float) -> str:
-    samples = [
-        element("b", "later cycles help", class_="helped", style="--p:1"),
-        escape(f"by {number(full, 2)} nats or more "),
-        element("b", "a little", class_="helped", style="--p:0.3"),
-        element("b", "no difference"),
-        element("b", "a little", class_="harmed", style="--p:0.3"),
-        element("b", "they harm", class_="harmed", style="--p:1"),
-        escape(f"by {number(full, 2)} nats or more, underlined"),
-    ]
-    return element("p", *samples, class_="legend quiet")
 
 
 def _coloured(model: Model, passages: Rows, full: float) -> str:
@@ -423,29 +408,29 @@ def _coloured(model: Model, passages: Rows, full: float) -> str:
         f"{model.name}: from cycle 1 to cycle {depth} the loss of these {plural(len(gains), 'token')} changes by "
         f"{signed(-math.fsum(gains) / len(gains))} nats on average, and falls at {share:.0%} of them."
     )
-    shown = [element("p", *_coloured_tokens(one, full), class_="passage", dir="auto") for one in passages]
-    return element("figure", *shown, element("figcaption", escape(caption)))
+    shown = [{"first": one["tokens"][0], "tokens": list(_coloured_tokens(one, full))} for one in passages]
+    return _text().coloured(shown, caption)
 
 
-def _coloured_tokens(passage: Mapping[str, Any], full: float) -> Iterable[str]:
-    """The text as spans; tokens that are the beginning of a character are taken together with its last one."""
-    first, *rest = passage["tokens"]
-    yield escape(first)
+def _text() -> Any:
+    return templates(__package__, "passages.html.j2")
+
+
+def _coloured_tokens(passage: Mapping[str, Any], full: float) -> Iterable[dict[str, str]]:
+    """What the template says of each; tokens that are the beginning of a character are taken together with its last one."""
     waiting = [0.0] * len(passage["nats"])
-    for token, losses in zip(rest, zip(*passage["nats"], strict=True), strict=True):
+    for token, losses in zip(passage["tokens"][1:], zip(*passage["nats"], strict=True), strict=True):
         waiting = [before + loss for before, loss in zip(waiting, losses, strict=True)]
         if token:
             yield _coloured_token(token, waiting, full)
             waiting = [0.0] * len(waiting)
 
 
-def _coloured_token(token: str, losses: Sequence[float], full: float) -> str:
+def _coloured_token(token: str, losses: Sequence[float], full: float) -> dict[str, str]:
     gain = losses[0] - losses[-1]
     by_cycle = ", ".join(f"{cycle}: {number(loss, 2)}" for cycle, loss in enumerate(losses, start=1))
     title = f"{visible(token)}  loss by cycle {by_cycle} nats; {signed(gain, 2)} gained"
-    return element(
-        "span", escape(token), class_="helped" if gain >= 0 else "harmed", style=f"--p:{min(1.0, abs(gain) / full):.2f}", title=title
-    )
+    return {"text": token, "class_": "helped" if gain >= 0 else "harmed", "strength": f"{min(1.0, abs(gain) / full):.2f}", "title": title}
 
 
 # Tables
@@ -471,7 +456,7 @@ def _tasks(models: Sequence[Model]) -> str:
 
 def _cycles(models: Sequence[Model]) -> str:
     tables = [_telemetry(model.name, model.text["telemetry"]) for model in models if model.text and model.text["telemetry"]]
-    content = [part for parts in tables for part in parts]
+    content: list[str] = [part for parts in tables for part in parts]
     explained = (
         "Gain: loss before minus loss after. Corrected: tokens whose likeliest guess was wrong and became right; spoilt: right, became "
         "wrong. State moved: the distance between the two states that the head reads, over the length of the first."
@@ -480,7 +465,7 @@ def _cycles(models: Sequence[Model]) -> str:
 
 
 def _telemetry(name: str, told: Mapping[str, Any]) -> list[str]:
-    content = []
+    content: list[str] = []
     if told["steps"]:
         whole = {
             "before": 1, "after": told["H_cycles"], "gain": told["loop_gain"], "gain_error": told["loop_gain_error"],
@@ -509,7 +494,7 @@ def _step(step: Mapping[str, Any], class_: str | None = None) -> str:
 
 
 def _numbers(models: Sequence[Model]) -> str:
-    content = [_text_table(models)] if any(model.text for model in models) else []
+    content: list[str] = [_text_table(models)] if any(model.text for model in models) else []
     for key in _question_sets(models):
         content += [_question_table(model, key) for model in models if model.questions(key)]
     return section("All numbers", *content) if content else ""
@@ -617,4 +602,4 @@ def _footer(together: bool) -> str:
     from .. import __version__
 
     words = f"Written by recursify {'compare' if together else 'evaluate'}, version {__version__}. This page holds all it needs."
-    return element("footer", element("section", paragraph(words)))
+    return footer(words)

@@ -122,10 +122,14 @@ class Label:
 # Markup
 
 
+def shown(text: str) -> str:
+    """Text whose characters can all be seen: those that cannot are named, as in ⟨200B⟩."""
+    return "".join(f"⟨{ord(c):02X}⟩" if unicodedata.category(c) in MARKED_CATEGORIES and c not in "\n\t" else c for c in text)
+
+
 def escape(text: str) -> str:
-    """Text that is safe in HTML and SVG, inside a tag's quotes too. Bytes that no reader could see are named, as in ⟨200B⟩."""
-    shown = (f"⟨{ord(c):02X}⟩" if unicodedata.category(c) in MARKED_CATEGORIES and c not in "\n\t" else c for c in text)
-    return html.escape("".join(shown), quote=True)
+    """Text that is safe in HTML and SVG, inside a tag's quotes too, and can be seen (`shown`)."""
+    return html.escape(shown(text), quote=True)
 
 
 def element(name: str, *children: str, **attributes: str | float | None) -> str:

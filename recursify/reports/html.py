@@ -1,9 +1,9 @@
-"""What all pages of results are made of: one file that asks for nothing from outside, its look, its parts, and numbers in words.
+"""What all pages of results share: one self-contained file, its style, its parts (parts.html.j2), and numbers in words.
 
 document         a whole page: style and pictures are inline, there is no script
-write_document   the same into a file, whole or not at all
-section, paragraph, figure, table, row, scroll, tiles    markup from text and numbers; text is escaped here
-number, signed, plural, magnitude, visible               for reading
+write_document   the same into a file, atomically
+section, paragraph, findings, figure, table, details, row, tiles    parts; text is escaped, markup (`Markup`) is not
+number, signed, plural, magnitude, visible                          for reading
 """
 
 from __future__ import annotations
@@ -13,13 +13,37 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from ..utils.atomic import write_text
-from .charts import Size, chart_style, element, escape
+from .charts import Size, chart_style, shown
 
 WIDE, NARROW = Size(820, 390), Size(360, 340)
 PLUS_MINUS = "±\N{NO-BREAK SPACE}"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def templates(package: str, name: str) -> Any:
+    """The macros of a template that lies in a package, as attributes. Each escapes what is no `Markup`, and gives `Markup`."""
+    return _environment(package).get_template(name).module
+
+
+@cache
+def _environment(package: str) -> Environment:
+    def finalize(value: Any) -> Any:
+        return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    return Environment(
+        loader=PackageLoader(package, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=finalize,
+    )  # fmt: skip
+
+
+def _parts() -> Any:
+    return templates(__package__, "parts.html.j2")
 
 
 def document(title: str, *body: str, style: str = "") -> str:
@@ -29,15 +53,8 @@ def document(title: str, *body: str, style: str = "") -> str:
         body: Markup.
         style: What this page has beyond the common look.
     """
-    head = [
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<link rel="icon" href="data:,">',
-        element("title", escape(title)),
-        element("style", chart_style(), style_sheet(__package__, "page.css"), style),
-    ]
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{"".join(head)}\n</head>\n<body>\n{"".join(body)}\n</body>\n</html>\n'
+    styles = [Markup(each) for each in (chart_style(), style_sheet(__package__, "page.css"), style)]
+    return str(_parts().document(title, Markup(POLICY), styles, body))
 
 
 @cache
@@ -94,19 +111,34 @@ def visible(token: str) -> str:
 # Parts of a page
 
 
-def section(title: str, *content: str) -> str:
-    return element("section", element("h2", escape(title)), *content)
+def header(eyebrow: str, title: str, lede: str, tiles: Sequence[str], said: Sequence[str]) -> Markup:
+    return _parts().header(eyebrow, title, lede, tiles, said)
 
 
-def paragraph(text: str, class_: str | None = None) -> str:
-    return element("p", escape(text), class_=class_)
+def main(sections: Sequence[str]) -> Markup:
+    return _parts().main(sections)
 
 
-def figure(draw: Callable[[bool], str], caption: str) -> str:
+def footer(words: str) -> Markup:
+    return _parts().footer(words)
+
+
+def section(title: str, *content: str) -> Markup:
+    return _parts().section(title, content)
+
+
+def paragraph(text: str, class_: str | None = None) -> Markup:
+    return _parts().paragraph(text, class_)
+
+
+def findings(sentences: Sequence[str]) -> Markup:
+    """A list of sentences."""
+    return _parts().findings(sentences)
+
+
+def figure(draw: Callable[[bool], str], caption: str) -> Markup:
     """A picture drawn twice, for wide and for narrow screens; the style sheet shows the one that fits."""
-    wide = element("div", draw(False), class_="wide")
-    narrow = element("div", draw(True), class_="narrow")
-    return element("figure", wide, narrow, element("figcaption", escape(caption)))
+    return _parts().figure(Markup(draw(False)), Markup(draw(True)), caption)
 
 
 def chart_size(narrow: bool, labels: int) -> Size:
@@ -115,24 +147,27 @@ def chart_size(narrow: bool, labels: int) -> Size:
     return Size(usual.width, max(usual.height, 110 + 40.0 * labels))
 
 
-def table(head: Sequence[str], rows: Iterable[str], caption: str, class_: str | None = None) -> str:
+def table(head: Sequence[str], rows: Iterable[str], caption: str, class_: str | None = None) -> Markup:
     """A table that scrolls by itself where the screen is narrow. Rows are markup, the head is text."""
-    heading = element("thead", element("tr", *(element("th", escape(words), scope="col") for words in head)))
-    whole = element("table", element("caption", escape(caption)), heading, element("tbody", *rows), class_=class_)
-    return scroll(whole, caption)
+    return _parts().table(head, list(rows), caption, class_)
 
 
-def scroll(content: str, label: str, class_: str = "scroll") -> str:
-    return element("div", content, class_=class_, tabindex="0", role="region", aria_label=label)
+def details(title: str, head: Sequence[str], rows: Iterable[str]) -> Markup:
+    """A table that opens under its title."""
+    return _parts().details(title, head, list(rows))
 
 
-def row(name: str, cells: Sequence[str], class_: str | None = None) -> str:
-    return element("tr", element("th", escape(name), scope="row"), *(element("td", escape(cell)) for cell in cells), class_=class_)
+def scroll(content: str, label: str, class_: str = "scroll") -> Markup:
+    return _parts().scroll(content, label, class_)
 
 
-def tile(colour: str | None, value: str, note: str) -> str:
+def row(name: str, cells: Sequence[str], class_: str | None = None) -> Markup:
+    return _parts().row(name, cells, class_)
+
+
+def tile(colour: str | None, value: str, note: str) -> Markup:
     """One figure in large type, of a list of the class `tiles`."""
-    return element("li", element("b", escape(value)), element("span", escape(note)), class_=colour)
+    return _parts().tile(colour, value, note)
 
 
 def undrawn(count: int) -> str:
