@@ -5,7 +5,6 @@ The commands stand here word for word; the scripts they name are those of the ch
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
@@ -306,12 +305,3 @@ def test_the_old_names_are_views_not_copies(hub: HubStandIn) -> None:
     assert isinstance(model, RecursiveLLM)
     layer = model.inner.L_level.layers[0]
     assert layer.self_attn.wq.weight is model.model.layers[0].self_attn.q_proj.weight
-
-
-def test_the_readmes_python(hub: HubStandIn) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert snippets
-    ids = torch.tensor([[5, 6, 7]])
-    for snippet in snippets:
-        exec(snippet, {"input_ids": ids, "labels": ids})
