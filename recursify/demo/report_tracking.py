@@ -90,13 +90,13 @@ def render(tracking: Tracking) -> str:
     """The section."""
     word, states = tracking.example
     explained = (
-        "Another donor, tiny and trained on one task: it reads a word letter by letter, each letter rearranges three things, and after "
-        f"each it must tell which of the {tracking.states} arrangements there is now; of {word} these are {states}. It was pretrained on "
-        f"words of {tracking.pretrained} letters. It was made recursive and fine-tuned on words of {tracking.trained}, and beside it the "
-        "donor itself was, for the same time."
+        "A second donor, tiny and trained on one synthetic task: it reads a sequence of permutations of three things, and after each "
+        f"element predicts the product so far, one of {tracking.states}; for {word} these are {states}. It was pretrained on sequences "
+        f"of length {tracking.pretrained}. It was made recursive and fine-tuned on length {tracking.trained}; as a baseline, the donor "
+        "itself was fine-tuned for the same time."
     )
     said = findings(sentences(tracking))
-    return section("Keeping track of a state", paragraph(explained), said, _chart(tracking), _summary(tracking), _details(tracking))
+    return section("State tracking", paragraph(explained), said, _chart(tracking), _summary(tracking), _details(tracking))
 
 
 # Findings
@@ -106,12 +106,12 @@ def finding(tracking: Tracking) -> str:
     """Against the donor that was fine-tuned for the same time."""
     lost, ours, theirs = tracking.lost, tracking.at_trained_depth, tracking.donor_tuned
     if not lost:
-        return "Keeping track of a state: the donor loses it at no length that was asked for, so there is nothing to gain."
+        return "State tracking: the donor solves every measured length, so there is nothing to gain."
     (mine, my_error), (other, other_error) = ours.over(lost), theirs.over(lost)
     difference, error = 100 * (mine - other), 100 * math.hypot(my_error, other_error)
     return (
-        f"Keeping track of a state over {_span(lost)}, where the donor is lost: after {plural(tracking.H_cycles, 'cycle')} the recursive "
-        f"model is right {_percent(mine)} of the time, the donor fine-tuned for the same time {_percent(other)}. The difference is "
+        f"State tracking over {_span(lost)}, where the donor fails: after {plural(tracking.H_cycles, 'cycle')} the recursive "
+        f"model has an accuracy of {_percent(mine)}, the donor fine-tuned for the same time {_percent(other)}. The difference is "
         f"{signed(difference, 1)} points {PLUS_MINUS}{number(error, 1)}: {_verdict(difference, error)}."
     )
 
@@ -123,15 +123,15 @@ def sentences(tracking: Tracking) -> list[str]:
 def _reach(tracking: Tracking) -> str:
     known = [share.letters for share in tracking.donor_as_is.shares if share.accuracy >= KNOWN]
     tracks = (
-        f"tracks the state over up to {plural(max(known), 'letter')}" if known else "tracks the state over no length that was asked for"
+        f"tracks the state up to length {max(known)}" if known else "tracks the state at no measured length"
     )
     if not tracking.lost:
-        return f"The donor as it came {tracks} ({KNOWN:.0%} right or more)."
+        return f"The pretrained donor {tracks} (accuracy of {KNOWN:.0%} or more)."
     last = max(tracking.lost)
     (after,) = (share.accuracy for share in tracking.donor_as_is.shares if share.letters == last)
     return (
-        f"The donor as it came {tracks} ({KNOWN:.0%} right or more), loses it from {plural(min(tracking.lost), 'letter')} on (less than "
-        f"{LOST:.0%}), and is right {_percent(after)} of the time at {last}, where guessing is right {_percent(1 / tracking.states)}."
+        f"The pretrained donor {tracks} (accuracy of {KNOWN:.0%} or more), fails from length {min(tracking.lost)} on (less than "
+        f"{LOST:.0%}), and has {_percent(after)} at length {last}, where chance is {_percent(1 / tracking.states)}."
     )
 
 
@@ -143,7 +143,7 @@ def _across_cycles(tracking: Tracking) -> str:
         return ""
     by_cycle = ", ".join(f"{H}: {_percent(mean)}" for H, mean, _ in found)
     (first, low, low_error), (best, high, high_error) = found[0], max(found, key=lambda depth: depth[1])
-    opening = f"By cycles, there: {by_cycle}."
+    opening = f"Accuracy by cycles at these lengths: {by_cycle}."
     gained, error = high - low, math.hypot(low_error, high_error)
     if gained < CLEARLY * error or best == first:
         return f"{opening} No depth is clearly better than {plural(first, 'cycle')}."
@@ -155,7 +155,7 @@ def _cost(tracking: Tracking) -> str:
     ours, theirs = tracking.at_trained_depth, tracking.donor_tuned
     return (
         f"The recursive model was fine-tuned for {number(ours.seconds, 0)} seconds, which were {plural(ours.steps or 0, 'step')}; the "
-        f"donor for {number(theirs.seconds, 0)}, which were {plural(theirs.steps or 0, 'step')} of as many words."
+        f"donor for {number(theirs.seconds, 0)}, which were {plural(theirs.steps or 0, 'step')} of the same batch size."
     )
 
 
@@ -175,17 +175,17 @@ def _chart(tracking: Tracking) -> str:
         _line(tracking.donor_as_is, "s3", "dotted"),
     ]
     caption = (
-        f"Right guesses after each letter of {tracking.words:,} words that begin as no word of the trainings does. One and the same "
-        "recursive model at several depths; dashed and dotted: the donor, and what guessing would give. Longer words than those of the "
-        "fine-tuning are right of the mark."
+        f"Accuracy at each position of {tracking.words:,} held-out sequences, whose beginnings occur in no training. The same "
+        "recursive model at several depths; dashed and dotted: the donor, and chance. Sequences longer than those of the "
+        "fine-tuning are to the right of the mark."
     )
-    chance = Level(name="guessing", y=100 / tracking.states, colour="muted")
+    chance = Level(name="chance", y=100 / tracking.states, colour="muted")
     return difficulty_figure(
-        "Accuracy by length of the word",
+        "Accuracy by sequence length",
         lines,
         caption,
         levels=[chance],
-        x_label="letters read",
+        x_label="length read",
         marked_x=tracking.trained,
         mark="trained length",
     )
@@ -212,7 +212,7 @@ def _summary(tracking: Tracking) -> str:
         )
         for tracker in tracking.models
     ]
-    return table(head, rows, "Right, in percent, after so many letters; steps and seconds of the fine-tuning.")
+    return table(head, rows, "Accuracy in percent by sequence length; steps and seconds of the fine-tuning.")
 
 
 def _cells(tracker: Tracker, lengths: Sequence[int]) -> list[str]:
@@ -232,7 +232,7 @@ def _details(tracking: Tracking) -> str:
         row(str(shares[0].letters), [_with_error(share) for share in shares])
         for shares in zip(*(tracker.shares for tracker in tracking.models), strict=True)
     ]
-    return details("Right after every letter, in percent, with standard errors", ("letters", *names), rows)
+    return details("Accuracy at every position, in percent, with standard errors", ("length", *names), rows)
 
 
 def _with_error(share: Share) -> str:
@@ -241,7 +241,7 @@ def _with_error(share: Share) -> str:
 
 
 def _span(letters: Sequence[int]) -> str:
-    return plural(letters[0], "letter") if len(letters) == 1 else f"{min(letters)} to {max(letters)} letters"
+    return f"length {letters[0]}" if len(letters) == 1 else f"lengths {min(letters)} to {max(letters)}"
 
 
 def _percent(share: float) -> str:

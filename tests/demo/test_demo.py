@@ -74,7 +74,7 @@ def test_the_tracker_s_figures_are_those_of_evaluate(out: Path) -> None:
         )
     ).questions
     page = (out / "report.html").read_text(encoding="utf-8")
-    table = re.search(r"<caption>Right, in percent, after so many letters.*?</table>", page, re.DOTALL)
+    table = re.search(r"<caption>Accuracy in percent by sequence length.*?</table>", page, re.DOTALL)
     assert table is not None
     rows = {name: cells for name, cells in re.findall(r'<tr[^>]*><th scope="row">(.*?)</th>(.*?)</tr>', table[0])}
     for H in state_tracking.DEPTHS:

@@ -62,7 +62,7 @@ def test_the_short_table_goes_somewhat_beyond_the_trained_length() -> None:
 )
 def test_the_finding_follows_the_figures(ours: float, tuned: float, words: str) -> None:
     said = finding(example(0.4, ours, tuned=tuned))
-    assert said.endswith(words) and "over 5 to 8 letters" in said
+    assert said.endswith(words) and "over lengths 5 to 8" in said
 
 
 def test_without_errors_any_difference_counts() -> None:
@@ -72,15 +72,15 @@ def test_without_errors_any_difference_counts() -> None:
 def test_a_donor_that_is_lost_nowhere_leaves_nothing_to_gain() -> None:
     tracking = replace(example(0.8, 0.9), donor_as_is=tracker("as is", 1.0))
     assert "nothing to gain" in finding(tracking)
-    assert "tracks the state over up to 10 letters" in sentences(tracking)[0]
-    assert "By cycles" in sentences(tracking)[2]
+    assert "tracks the state up to length 10" in sentences(tracking)[0]
+    assert "Accuracy by cycles" in sentences(tracking)[2]
 
 
 def test_the_donor_s_reach_is_read_from_its_figures() -> None:
     said = sentences(example(0.4, 0.8))[0]
-    assert "up to 4 letters" in said and "from 5 letters on" in said and "21.3\N{NO-BREAK SPACE}% of the time at 8" in said
+    assert "up to length 4" in said and "from length 5 on" in said and "has 21.3\N{NO-BREAK SPACE}% at length 8" in said
     blind = replace(example(0.4, 0.8), donor_as_is=tracker("as is", 0.1))
-    assert "over no length that was asked for" in sentences(blind)[0]
+    assert "at no measured length" in sentences(blind)[0]
 
 
 @pytest.mark.parametrize(
