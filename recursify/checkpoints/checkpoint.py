@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError, first_line
@@ -453,14 +453,26 @@ def write_folder(
     """
     from .model_card import recursive_card  # not needed to read checkpoints
 
-    with quiet():
+    with quiet(), _plain_generation_config(model):
         model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
+    # by itself: published donors have inconsistent ones, such as a temperature without sampling, which transformers refuses to save
+    model.generation_config.to_json_file(folder / "generation_config.json")
     fields = read_json(folder / "config.json")  # with dtype and record of the model in memory
     fields |= {"dtype": str(dtype).removeprefix("torch."), "conversion": conversion_record(plan, notes)}
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card or recursive_card(model, plan, notes), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _plain_generation_config(model: Any) -> Iterator[None]:
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def is_replaced(entry: Path) -> bool:

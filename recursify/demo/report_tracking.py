@@ -122,9 +122,7 @@ def sentences(tracking: Tracking) -> list[str]:
 
 def _reach(tracking: Tracking) -> str:
     known = [share.letters for share in tracking.donor_as_is.shares if share.accuracy >= KNOWN]
-    tracks = (
-        f"tracks the state up to length {max(known)}" if known else "tracks the state at no measured length"
-    )
+    tracks = f"tracks the state up to length {max(known)}" if known else "tracks the state at no measured length"
     if not tracking.lost:
         return f"The pretrained donor {tracks} (accuracy of {KNOWN:.0%} or more)."
     last = max(tracking.lost)

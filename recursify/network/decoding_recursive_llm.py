@@ -119,9 +119,6 @@ class RecursiveCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        for layer in self.layers:  # transformers before 5.19 zeroes what grows, and keeps its length
-            if isinstance(layer, DynamicLayer):
-                layer.keys, layer.values, layer.is_initialized = None, None, False
         self.cycles_used = None
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -258,9 +255,8 @@ class PagedCacheSlots(PagedAttentionCache):
     def __init__(self, cache: PagedAttentionCache, offset: int):
         self.cache, self.offset = cache, offset
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, **where: Any) -> Any:
-        """`where` says which blocks: two indices before transformers 5.19, all arguments of the attention since."""
-        return self.cache.update(key_states=key_states, value_states=value_states, layer_idx=layer_idx + self.offset, **where)
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]) -> Any:
+        return self.cache.update(key_states=key_states, value_states=value_states, layer_idx=layer_idx + self.offset, kwargs=kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)

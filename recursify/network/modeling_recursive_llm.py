@@ -898,12 +898,9 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         # A shallow copy: other threads may be reading this model's configuration.
         at_depth = copy.copy(self)
         at_depth.config = slotted(self.config, H, L, policy, halt)
-        given = model_kwargs.get("past_key_values")
-        if given is not None:  # transformers marks it from 5.17 on
-            given._is_user_defined = True
         result = GenerationMixin._prepare_cache_for_generation(at_depth, generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
-        if type(made) is DynamicCache and not made.offloading and made is not given:
+        if type(made) is DynamicCache and not made.offloading and not getattr(made, "_is_user_defined", False):
             model_kwargs["past_key_values"] = RecursiveCache(self.config, H, L, policy, halt)
             if generation_config.is_assistant:  # as transformers does with its own caches: rejected tokens are removed
                 model_kwargs["past_key_values"].activate_past_recording()

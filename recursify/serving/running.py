@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from packaging.version import Version
 
 from ..errors import UserError
 from ..utils.device import choose_device
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from .answering import Service
 
 _NEEDED = ("fastapi", "uvicorn")
-_TRANSFORMERS = "5.19"  # as in the extra `serve` of pyproject.toml
 _TICK = 0.05  # seconds between looks at whether all is answered
 _GOODBYE = 5  # seconds that connections have to take the last of their answers
 _KILLED = 130  # the shell's status of a program that was interrupted
@@ -54,15 +51,10 @@ def run(settings: ServeSettings, say: Callable[[str], object] | None = None) -> 
 
 
 def need_packages() -> None:
-    """Raises UserError where FastAPI or uvicorn is missing, or transformers' batch manager is too old."""
+    """Raises UserError where FastAPI or uvicorn is missing."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f'{" and ".join(missing)}: not installed, and the server needs it; pip install "recursify[serve]"')
-    if Version(transformers.__version__) < Version(_TRANSFORMERS):
-        raise UserError(
-            f"transformers {transformers.__version__}: expected at least {_TRANSFORMERS} for the server, whose continuous batching changed "
-            'there; pip install "recursify[serve]"'
-        )
 
 
 def load(settings: ServeSettings) -> Service:

@@ -129,7 +129,7 @@ class RecursiveTrainer(CycleTrainer):
         if not resuming:
             start_gains(module, train_dataset if eval_dataset is None else eval_dataset, collate, settings, device)
         if settings.gradient_checkpointing:
-            _checkpoint_layers(model)
+            checkpoint_layers(model)
         if settings.compile:
             compile_layers(model)
         if settings.fsdp:
@@ -304,7 +304,7 @@ def depth_schedule(config: Any, settings: RunSettings, total: int) -> DepthSched
     return DepthSchedule(choices, weights, round(settings.depth_curriculum * total), settings.seed)
 
 
-def _checkpoint_layers(model: Any) -> None:
+def checkpoint_layers(model: Any) -> None:
     """Layers keep their input only; under the name that transformers gives it, which changed in 5.23."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
@@ -314,7 +314,7 @@ def _checkpoint_layers(model: Any) -> None:
 
 
 def _keep_all(model: Any) -> None:
-    """Undoes `_checkpoint_layers`."""
+    """Undoes `checkpoint_layers`."""
     name = "activation_checkpointing_disable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_disable")()
 

@@ -518,8 +518,6 @@ def test_cache_is_bound_to_one_depth(kind: str) -> None:
     with pytest.raises(ValueError, match=r"filled at H_cycles=3, L_cycles=1, .* called at H_cycles=2, .*; use one cache for each"):
         model(ids(1, 1), past_key_values=past, H_cycles=2, L_cycles=1)
     past.reset()
-    if past.get_seq_length() > 0:
-        pytest.skip("before 5.19, transformers' own dynamic cache keeps its length at a reset")
     model(ids(1, 4), past_key_values=past, H_cycles=2, L_cycles=1)
 
 
@@ -894,8 +892,7 @@ def test_continuous_batching_gives_the_same_tokens(family: str, kernel: str) -> 
     expected = [greedy(model, prompt[None], new=6)[0].tolist() for prompt in prompts]
     model.set_attn_implementation(kernel)
     settings = GenerationConfig(max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=-1)
-    size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # before transformers 5.19
-    small = ContinuousBatchingConfig(**{size: 16}, num_blocks=16, max_batch_tokens=32, use_async_batching=False)
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32, use_async_batching=False)
     out = model.generate_batch([prompt.tolist() for prompt in prompts], generation_config=settings, continuous_batching_config=small)
     assert [result.generated_tokens for result in out.values()] == expected
 

@@ -180,12 +180,6 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
         run(ServeSettings(checkpoint="x.pt"))
 
 
-def test_a_transformers_that_is_too_old_for_the_server_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("transformers.__version__", "5.18.2")
-    with pytest.raises(UserError, match=r"transformers 5\.18\.2: expected at least 5\.19 for the server, .*recursify\[serve\]"):
-        run(ServeSettings(checkpoint=str(tmp_path)))
-
-
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="--port: .* cannot be had"):
         run(ServeSettings(checkpoint="nowhere.pt", port=taken.getsockname()[1]))

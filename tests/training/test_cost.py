@@ -23,6 +23,7 @@ from recursify.network.losses import CHUNK_ELEMENTS, Reference, losses_and_diver
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
 from recursify.training import cost
 from recursify.training.depth import DepthSchedule
+from recursify.training.fitting import checkpoint_layers
 from tests.support.tiny import FAMILIES, tiny_config, tiny_model
 
 B, T = 2, 48
@@ -44,7 +45,7 @@ def build(config: Any, checkpointing: bool = False, frozen: set[str] = frozenset
     for name, part in size._recursive_parts(model, config).items():
         part.requires_grad_(name not in frozen)
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     return model
 
 

@@ -18,6 +18,7 @@ from recursify.network.losses import HALT_MARGIN, Reference, cycle_shares, cycle
 from recursify.training import loss_module as module
 from recursify.training.approaches import NEXT_EMBEDDING, freeze_rest
 from recursify.training.cost import pass_flops
+from recursify.training.fitting import checkpoint_layers
 from recursify.training.loss_module import LossModule, Supervision, backpropagate_each, scored_tokens
 from recursify.training.settings import TrainSettings
 from tests.support.runs import blocks, logged, recursive, run, settings
@@ -100,7 +101,7 @@ def test_full_is_plain_autograd(L_cycles: int, checkpointed: bool) -> None:
     model, ids = recursive(L_cycles=L_cycles).train(), batch()
     expected = gradients(model, by_hand(model, ids, cycle_shares("constant", 0.5, 3)))
     if checkpointed:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     assert_same(gradients(model, LossModule(model, EVERY)(ids, ids)["loss"]), expected)
 
 
@@ -111,7 +112,7 @@ def test_cycle_is_autograd_on_the_detached_graph(L_cycles: int, checkpointed: bo
     model, ids = recursive(L_cycles=L_cycles).train(), batch()
     expected = gradients(model, by_hand(model, ids, cycle_shares("constant", 0.5, 3), detach=lambda cycle: cycle > 0))
     if checkpointed:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     supervision = Supervision(every_cycle=True, schedule="constant", backprop="cycle")
     found = gradients(model, LossModule(model, supervision)(ids, ids)["loss"])
     assert_same(found, expected)
@@ -125,7 +126,7 @@ def test_last_is_autograd_on_the_last_cycle(L_cycles: int, checkpointed: bool) -
     model, ids = as_trained(recursive(L_cycles=L_cycles), backprop="last").train(), batch()
     expected = gradients(model, by_hand(model, ids, [0.0, 0.0, 1.0], detach=lambda cycle: True))
     if checkpointed:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     found = gradients(model, LossModule(model, Supervision(backprop="last"))(ids, ids)["loss"])
     assert_same(found, expected)
     assert not any(name.endswith("_init") for name in found)

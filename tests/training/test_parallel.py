@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recursify.checkpoints import checkpoint
 from recursify.errors import UserError
 from recursify.network import losses
+from recursify.training.fitting import checkpoint_layers
 from recursify.training.loss_module import LossModule, Supervision
 from recursify.training.parallel import (
     check_launch,
@@ -96,7 +97,7 @@ def sharded_gradients(every_cycle: bool, checkpointing: bool, H_cycles: int) -> 
     expected = gradients(alone, rows)
     shard(ours, CPU, reads_every_cycle=every_cycle)
     if checkpointing:
-        ours.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(ours.model)
     ours.train()
     found, sent = counted_gradients(ours, share(rows))
     return {"difference": difference(found, expected), **sent}
