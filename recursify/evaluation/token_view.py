@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..inference.streaming import UNFINISHED
+from ..inference.streaming import TextPieces
 from ..network.losses import read_out
 from ..utils.models import evaluating
 from .text_loss import states_at
@@ -53,11 +53,13 @@ def read_passage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids
 def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """The text that each token adds; a character of several tokens comes with its last one. Special tokens are written out."""
     found: list[str] = []
-    told = ""
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-        shown = text if end == len(ids) else text.rstrip(UNFINISHED)
-        # a decoder may take back whole characters while the bytes behind them are incomplete
-        found.append(shown[len(told) :] if shown.startswith(told) else "")
-        told += found[-1]
+    out: list[str] = []
+    pieces = TextPieces(tokenizer, out.append, special=True)
+    pieces.put(torch.tensor([], dtype=torch.long))
+    for number, token in enumerate(ids, start=1):
+        pieces.put(torch.tensor([token]))
+        if number == len(ids):
+            pieces.end()
+        found.append("".join(out))
+        out.clear()
     return found

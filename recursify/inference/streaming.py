@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -17,40 +18,60 @@ UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no whole charact
 
 
 class TextPieces(BaseStreamer):
-    """Hands on text while `generate` writes it; every piece is final, and joined they are the whole text.
+    """Passes on text while `generate` runs; every piece is final, and joined they are the whole text.
 
-    transformers' own streamer waits for a space before it shows a word. This one waits only for the rest of a character. It decodes a
-    window that starts at the last whole character but one: decoders look at the token before (SentencePiece drops a leading space), and
-    a window keeps the work per token constant.
+    transformers' own streamer holds back a word until the next space. This one holds back only the bytes of an incomplete character, as
+    `DecodeStream` of tokenizers does; a tokenizer of transformers that is not built on that library decodes its text anew for each token.
+
+    Args:
+        special: Whether special tokens have text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object]):
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.window: list[int] = []
-        self.done = 0  # tokens of the window whose text is out
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object], special: bool = False):
+        self.tokenizer, self.on_text, self.special = tokenizer, on_text, special
+        self.backend = getattr(tokenizer, "_tokenizer", None)
+        self.stream: DecodeStream | None = None
+        self.waiting: list[int] = []  # tokens whose text is not out yet
+        self.ids: list[int] = []
+        self.shown = ""  # of `ids`, where the tokenizer is not built on tokenizers
         self.prompt_comes = True
 
     def put(self, value: torch.Tensor) -> None:
-        self.window += value.flatten().tolist()
+        ids = value.flatten().tolist()
         if self.prompt_comes:  # `generate` puts the prompt first
-            self.prompt_comes, self.done = False, len(self.window)
-        else:
-            self._emit(last=False)
+            self.prompt_comes, self.ids = False, ids
+            self.stream = DecodeStream(ids=ids, skip_special_tokens=not self.special)
+            self.shown = self._decode(ids) if ids and self.backend is None else ""
+            return
+        for token in ids:
+            self._add(token)
 
     def end(self) -> None:
-        self._emit(last=True)
+        """No more tokens come: what is left of an incomplete character is shown as such."""
+        if self.backend is None:
+            self._pass_on(self._decode(self.ids)[len(self.shown) :])
+        else:
+            self._pass_on(self._decode(self.waiting))
 
-    def _emit(self, last: bool) -> None:
-        text = self._decode(self.window)
-        if text.endswith(UNFINISHED) and not last:
+    def _add(self, token: int) -> None:
+        self.waiting.append(token)
+        if self.backend is not None:
+            assert self.stream is not None
+            self._pass_on(self.stream.step(self.backend, token) or "")
             return
-        piece = text[len(self._decode(self.window[: self.done])) :]
-        self.window, self.done = self.window[self.done :], len(self.window) - self.done
+        self.ids.append(token)
+        text = self._decode(self.ids)
+        if not text.endswith(UNFINISHED):
+            self._pass_on(text[len(self.shown) :])
+            self.shown = text
+
+    def _pass_on(self, piece: str) -> None:
         if piece:
+            self.waiting = []
             self.on_text(piece)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False))
 
 
 class UntilStop:
