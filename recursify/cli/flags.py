@@ -1,5 +1,5 @@
-"""Flags from the settings class of a job: every field is one flag, each class that declares fields is a group of `--help`,
-titled by what its docstring says before the colon.
+"""Command-line flags from the settings class of a command: every field is one flag, and each class that declares fields is a group of
+`--help`, titled by its docstring up to the colon.
 
 The text under a field is its help. transformers' names stand beside ours where they differ (`ALIASES`). What is of another type is
 refused in the words that recipes and Python give (`utils.typed`).

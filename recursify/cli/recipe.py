@@ -1,4 +1,4 @@
-"""Recipes: YAML files with the settings of several jobs, a section for each, read with the types of the settings classes.
+"""Recipes: YAML files with settings for several commands, one section each, typed by the settings classes.
 
     about: what the recipe is for         # for people, as `cost` is
     convert: {L_layers: 4, keep_donor: true}

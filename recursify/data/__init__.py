@@ -1,4 +1,4 @@
-"""From data sets to rows of token ids: text and questions, local files and the hub.
+"""From datasets to rows of token ids: text and questions, local files and the hub.
 
 Imports `utils` and, for the label that does not count, `network`. Start with `loading.py`: `load_blocks` is what training reads. On its
 way: `settings.py` (the flags), `documents.py` (finding and reading texts), `blocks.py` (tokenise, pack, cut), `cached_dataset.py` (made

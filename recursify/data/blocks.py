@@ -1,4 +1,4 @@
-"""Blocks of token ids: documents tokenised, written one after another and cut; and the documents in a block told apart again.
+"""Packing: tokenized documents concatenated and cut into blocks, and the document boundaries within a block.
 
     rows = encode_each(documents, tokenizer)         # ids of each document, ending in an end-of-text token
     cut_blocks(rows, seq_len=128)                    # the same ids, 128 in every block

@@ -1,4 +1,4 @@
-"""Tables on disk, in the cache of `datasets`: what was made once is found there, and not made again."""
+"""Datasets that are computed once and then read from the cache of `datasets`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that a choice is measured on before a job begins, such as a threshold of early exit or the place of the loop."""
+"""Calibration text, for example for an early-exit threshold or the position of the loop."""
 
 from __future__ import annotations
 

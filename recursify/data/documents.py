@@ -1,4 +1,4 @@
-"""Documents, wherever they are: in local files or on the hub, divided into those to train on and those to measure on.
+"""Documents from local files or the hub, split into training and validation.
 
     documents = load_documents(TextSource(dataset_name="wikitext"))     # tables, one document per row in a column `text`
     train, own = open_documents(TextSource(dataset_name="book.txt"))    # the same to be read again and again, and no table

@@ -1,4 +1,4 @@
-"""Blocks of token ids from a data set, for training and evaluation: of one data set or of several mixed, as tables or as streams.
+"""Blocks of token ids for training and evaluation, from one dataset or a mixture, materialized or streamed.
 
     blocks = load_blocks(DataSettings(dataset_name="wikitext", mix=("book.txt=0.2",)), tokenizer, seq_len=128, seed=42)
     blocks.train, blocks.validation                                 # column input_ids, 128 ids in every row

@@ -1,4 +1,4 @@
-"""Questions as token ids: rows to train on, and what it takes to ask for the states of one.
+"""Questions as token ids: training rows, and prompts with label positions for evaluation.
 
     question_rows(items, tokenizer, seq_len=128)     a table with `input_ids` and `labels`
     label_tokens(items[0], tokenizer)                ids of its prompt, and where in it which state is to be told

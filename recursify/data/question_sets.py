@@ -1,4 +1,4 @@
-"""Question sets by name. Their questions as tokens: question_rows.py.
+"""Question sets by name, as items; `question_rows.py` tokenizes them.
 
     load_questions("permutations:difficulty=4-32/4,count=200", "test")       made, to any difficulty
     load_questions("babi:qa2_two-supporting-facts_test.txt", "test")         read from a file

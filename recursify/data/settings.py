@@ -1,4 +1,4 @@
-"""Which text to train on and to measure on, as the settings name it. What is read of it: documents.py."""
+"""Flags that name the text to train and evaluate on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`recursify demo`: two small donors that ship in the folder donors, converted, fine-tuned, measured and reported in minutes, offline.
+"""`recursify demo`: two small bundled base models, converted, fine-tuned, measured and reported in minutes, offline.
 
 Uses every room but `hub`, `serving` and `cli`. Start with `run.py`; its halves are `prose.py` (loss and text at every depth) and
 `state_tracking.py` (accuracy by length). `report.py` and `report_tracking.py` are the page, `stages.py` the clock.

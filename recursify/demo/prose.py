@@ -1,4 +1,4 @@
-"""The demo's first half: the donor that ships, made recursive and fine-tuned on prose, measured at every depth beside itself, and writing.
+"""First half of the demo: a bundled language model, made recursive, fine-tuned on prose and measured at every depth beside its baselines.
 
 The text is the language reference that every CPython carries (`pydoc_data.topics`). The donor is also fine-tuned as it is, on the same
 tokens in the same order with the same settings: without that line nobody could tell what recursion did.

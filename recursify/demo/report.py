@@ -1,4 +1,4 @@
-"""The demo's result as one web page: what was done, what came out, and how far to trust it.
+"""The demo's report page: setup, results, and their limits.
 
 The page is one file that asks for nothing from outside: style and pictures are inline, there is no script. It is made
 only of what the caller measured: no number here is typed in by hand, and the findings are worded from the numbers, so

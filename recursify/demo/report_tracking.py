@@ -1,4 +1,4 @@
-"""The part of the demo's page on keeping track of a state: accuracy by length of the word, one line per cycle count, beside the donor.
+"""The state-tracking section of the demo's page: accuracy by sequence length, one line per cycle count, beside the baselines.
 
     Tracking    what was measured, as frozen values
     render      Tracking to the markup of one section

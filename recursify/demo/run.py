@@ -1,4 +1,4 @@
-"""The whole way in a few minutes, offline: pretrained models become recursive ones, learn, and get measured at every depth.
+"""The end-to-end demo, offline and in minutes: convert, fine-tune, evaluate and report.
 
 The first half (prose.py) is about prose, the second (state_tracking.py) about keeping track of a state. Both donors ship with the
 package. Every number in the report was measured in this run.

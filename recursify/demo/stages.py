@@ -1,4 +1,4 @@
-"""Seconds of the stages of a long job, each said as it begins."""
+"""Timed stages of a long job, each announced when it begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's second half: a donor that keeps track of a state over short words and loses it over long ones, made recursive.
+"""Second half of the demo: state tracking, with a base model that solves short sequences and fails on long ones.
 
 The task is made (`recursify.data.tasks`): each letter of a word rearranges three things, and after each the arrangement is asked for. The
 donor is fine-tuned as it is, too, for as long by the clock: it is faster, so it makes more steps.

@@ -1,4 +1,4 @@
-"""How good a model is at every depth: loss on text, accuracy on questions, tasks of lm-eval, and comparisons of several models.
+"""Model quality at every depth: loss on text, accuracy on questions, tasks of lm-eval, and comparisons of several models.
 
 Imports `inference`, `data`, `checkpoints`, `network` and `reports`. Start with `evaluate.py`, what `recursify evaluate` does;
 `compare.py` puts several models side by side; their flags are `settings.py`. They measure with `text_loss.py` (over `windows.py` and

@@ -1,4 +1,4 @@
-"""How many questions a model answers right, by difficulty and by cycle count; for a recursive model or a plain donor.
+"""Accuracy on questions by difficulty and cycle count, of a recursive or plain model.
 
     runs = [DecodingOptions(H_cycles=H) for H in (1, 2, 3)]
     report, rights = evaluate_questions(model, tokenizer, "permutations:difficulty=4-32/4", items, runs)

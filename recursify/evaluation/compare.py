@@ -1,4 +1,4 @@
-"""Several models on the same items, each against the first one: what `recursify compare` does.
+"""Several models on the same items, each paired with the first one, the baseline: the command `recursify compare`.
 
     run(settings)         measures one model after another, with one in memory at a time
     compare(...)          the differences between measured models, and how sure they are

@@ -1,4 +1,4 @@
-"""What each cycle does to a text: what it gains, which guesses it mends and spoils, how far it moves the state, where tokens halt.
+"""Statistics of the cycles on a text: loss gained, predictions corrected and spoilt, movement of the state, exit cycles.
 
     sums_of_cycles    what a batch of windows says about the cycles, as sums over the scored tokens of each window
     sums_of_halting   the same for a pass in which tokens halt

@@ -1,4 +1,4 @@
-"""How good is a model at every depth? Text, questions with one right answer, and tasks of lm-eval, for a checkpoint or a plain donor.
+"""Evaluation of one model at every depth, on text, questions and tasks of lm-eval.
 
     run(settings)                                         what `recursify evaluate` does
     evaluate(model, tokenizer, settings)                  the same for a model in memory

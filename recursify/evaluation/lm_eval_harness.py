@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval, run by the harness itself around a model at every cycle count.
+"""Tasks of EleutherAI's lm-evaluation-harness, run by the harness at every cycle count.
 
     rows = run_tasks(model, tokenizer, ["hellaswag"], [DecodingOptions(H_cycles=H) for H in (1, 2, 3)])
 

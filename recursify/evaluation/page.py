@@ -1,4 +1,4 @@
-"""Evaluations as one web page: loss by cycles, accuracy by difficulty, where in a text later cycles help, and all numbers.
+"""The report page of evaluations: loss by cycles, accuracy by difficulty, a text coloured by what later cycles change, and all numbers.
 
     render   what `recursify evaluate --json` or `recursify compare --json` prints, as HTML text
     write    the same into a file, whole or not at all

@@ -1,4 +1,4 @@
-"""How sure a mean is, and whether a difference is more than chance.
+"""Standard errors and significance tests.
 
     mean_and_error   of sums over windows, such as losses, with the standard error
     standard_error   the same of values that count alike

@@ -1,4 +1,4 @@
-"""A piece of text, token by token: what each cycle made of it.
+"""A passage token by token: its text, and the loss after every cycle.
 
 read_passage(model, tokenizer, ids, deepest)    the text that each token stands for, and the loss of each after every cycle
 """

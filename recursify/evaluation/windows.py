@@ -1,4 +1,4 @@
-"""A text in windows: what is read, what of it is scored, and how many bytes of text that is.
+"""Windows over a token stream: what is read, which tokens are scored, and their bytes of text.
 
     windows = Windows(blocks, stride=64)                          # blocks: rows of `seq_len` ids, one stream that was cut
     windows.ids(0, 8), windows.scored(0, 8)                       # [8, seq_len] ids, and of how many last tokens each is the judge

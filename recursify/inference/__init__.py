@@ -1,4 +1,4 @@
-"""Text out of a model: once, for a file of prompts, at the keyboard, in a conversation.
+"""Text generation: once, for a file of prompts, interactively, in a chat.
 
 Imports `network`, `checkpoints`, `data` and `utils`. Start with `generation.py`: `generate_text` and `generate_batch`. What shapes the
 text is `options.py` (depth, early exit, self-speculation, sampling), the flags are `settings.py`, a prompt becomes ids in `prompt.py`.

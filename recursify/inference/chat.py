@@ -1,4 +1,4 @@
-"""Talk with a model, turn by turn. Of the conversation so far, a turn reads only what is new."""
+"""Chat in turns; a turn prefills only what is new."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a conversation becomes a prompt: by the chat template of the tokenizer, or as plain lines where it has none."""
+"""Conversations as prompts, by the tokenizer's chat template, or as plain lines without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation at the keyboard: a line is a text, a line that begins with a slash is a command, Ctrl-C stops an answer.
+"""The interactive console: a line is a text, a line that begins with a slash is a command, Ctrl-C stops an answer.
 
     a line that ends in a backslash     goes on in the next one
     three double quotes                 begin and end a text of several lines, of which none is a command

@@ -1,4 +1,4 @@
-"""What every cycle would have written in place of each token, and where tokens halted: as values, and as a table for a terminal.
+"""The prediction of every cycle for each token, and exit cycles: as values, and as a table for a terminal.
 
 Probabilities are those of the model itself, before temperature, top_p and top_k. Shape letters: T tokens, D hidden size, V vocabulary.
 """

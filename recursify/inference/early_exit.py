@@ -1,4 +1,4 @@
-"""What halting saves and what it costs on a text, and the threshold that spends a given share of the compute.
+"""Early exit measured on a text: compute saved, loss added, and the threshold for a given compute budget.
 
     applications     what a token cost that halted at some cycle
     measure          loss, cycles and layer applications of a text at one threshold

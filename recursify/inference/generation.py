@@ -1,4 +1,4 @@
-"""Writing text with a model: prompts continued, with the KV cache, handed on piece by piece as they are written.
+"""Text generation from prompts, with a KV cache, streamed in pieces.
 
     generate_text     one prompt; with a `Memory`, only what is new of it is read
     generate_batch    several at a time

@@ -1,4 +1,4 @@
-"""Prompt after prompt at the keyboard, each continued by itself."""
+"""Interactive mode: one independent prompt after another."""
 
 from __future__ import annotations
 

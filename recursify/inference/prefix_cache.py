@@ -1,4 +1,4 @@
-"""The memory of a conversation: keys and values of what was read and written, so that a turn pays only for what is new."""
+"""The KV cache of a conversation, so that a turn prefills only what is new."""
 
 from __future__ import annotations
 

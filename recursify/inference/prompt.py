@@ -1,4 +1,4 @@
-"""A prompt as token ids, checked against what the model can read."""
+"""A prompt as token ids, checked against the model's vocabulary and positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of prompts, continued batch by batch, with results that survive an interruption.
+"""A file of prompts, generated in batches, with resumable results.
 
     prompts.txt             one prompt per line; or .jsonl, with a "prompt" in each line
     prompts.out.jsonl       a line per prompt, in order: {"index", "prompt", "text", "finish_reason", "tokens"}, with halting "cycles"

@@ -1,4 +1,4 @@
-"""What every command that writes text does around it: load the model, calibrate early exit, print the text and what it cost."""
+"""Shared steps of the commands that generate text: load the model, calibrate early exit, print text and statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text while it is written: whole characters, up to a stop string or an end token, for every row of a batch by itself.
+"""Streaming of generated text: whole characters, up to a stop string or an end token, per row of a batch.
 
 `generate` of transformers calls a stopping criterion once per new column of tokens; `Rows` is one that does all of it.
 """

@@ -1,4 +1,4 @@
-"""Conversations on disk: a JSON object of `format`, `messages` and `settings`."""
+"""Saved conversations: a JSON object of `format`, `messages` and `settings`."""
 
 from __future__ import annotations
 

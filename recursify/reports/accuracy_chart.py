@@ -1,4 +1,4 @@
-"""Accuracy by difficulty as a picture: what the pages of evaluations and of the demo draw alike.
+"""The chart of accuracy by difficulty, shared by the evaluation and demo pages.
 
 Accuracies come as shares and are drawn in percent. Lines of the same model at several depths are shades, from the first colour to the
 last (`shade`).

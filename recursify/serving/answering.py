@@ -1,4 +1,4 @@
-"""The texts that answer one request, from what was asked to pieces of text.
+"""From a request to its generated sequences and pieces of text.
 
 Service   model, tokenizer and engine, and what they can do for a request
 Answer    the texts of one request, on their way

@@ -1,4 +1,4 @@
-"""HTTP: routes, limits on what is read, errors in OpenAI's shape. Needs FastAPI."""
+"""HTTP: routes, body limits, errors in OpenAI's format. Needs FastAPI."""
 
 from __future__ import annotations
 

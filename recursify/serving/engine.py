@@ -1,4 +1,4 @@
-"""Who is written for when: a queue and one of transformers' batch managers for each depth, all over the same weights.
+"""Scheduling: a queue, and one of transformers' batch managers per depth, all over the same weights.
 
 A text is let in when the cache has room for its prompt and for as many tokens as it may become; until then it waits, first come, first
 served. So a text that has begun is never thrown out again, and no manager meets a cache that is full.

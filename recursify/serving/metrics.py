@@ -1,4 +1,4 @@
-"""What has happened so far, in Prometheus' text format."""
+"""Metrics in the Prometheus text format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a body may say, and what an answer looks like, as OpenAI's API has it. Needs pydantic, which comes with FastAPI."""
+"""Request and response bodies of OpenAI's API. Needs pydantic, which comes with FastAPI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the flags to a server that is up, and down again."""
+"""Start and shutdown of the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The next token of each text in a batch, by that text's own temperature, top_p and seed.
+"""Sampling in a batch with temperature, top_p and seed per request.
 
 transformers' batch manager samples all of a batch or none of it, from one random state, so that what one client gets would depend on
 who else is there. Here the manager always takes the largest score, and this puts noise on the scores of those who sample: the largest of

@@ -1,4 +1,4 @@
-"""The three approaches of the guides as one table: what starts as what, what is trained, and what for.
+"""The three training approaches as one table: initialisation, trained parts, objective.
 
     approach     embeddings       looped block          norm and head            trained           objective        writes text
     full         the checkpoint's, all of it                                     everything        next token       yes

@@ -1,4 +1,4 @@
-"""Our settings in the words of transformers' TrainingArguments."""
+"""Our settings as transformers' TrainingArguments, and the other way round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run prints and writes on the way. The bar goes to stderr, samples and summaries to stdout.
+"""Callbacks of a run: progress bar (stderr), samples and summaries (stdout), metrics file, validation, saving, signals.
 
 All intervals are counted in optimizer steps, never in micro-batches.
 """

@@ -1,4 +1,4 @@
-"""Rows of token ids as one batch."""
+"""Rows of token ids collated into a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training and decoding cost, from configurations and a few numbers alone: parameters, floating-point operations, bytes of memory.
+"""Cost of training and decoding from configurations alone: parameters, FLOPs, bytes of memory.
 
     parameters_by_part   how many numbers there are to train
     step_flops           the matrix products of one forward and backward pass, every application of the loop counted

@@ -1,4 +1,4 @@
-"""How deep each optimizer step trains: a draw from a few cycle counts, the same on every rank and in every resumed run.
+"""The depth of each optimizer step: sampled from the cycle choices, the same on every rank and in every resumed run.
 
 A few counts, never a long tail: the cost of a step stays known, and both ends of what is trained are met often. The draw depends on the
 seed and the number of the step alone, so there is no state to save and nothing to agree on.

@@ -1,4 +1,4 @@
-"""Fine-tune a model in memory on rows in memory; a plain causal model of transformers is trained by it, too, as one "cycle".
+"""Training of a model in memory: `RecursiveTrainer` and `fit`. A plain causal model is trained as one with a single cycle.
 
 Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps.
 """

@@ -1,4 +1,4 @@
-"""Where the gains of a loop start: as large as costs next to nothing.
+"""Initial gains of the loop: a sweep on validation text.
 
 At gain 0 the model is the donor exactly, but only two of the four gains get a gradient and the rest of the loop learns nothing; at a large
 gain the donor is broken before training begins. So the start is chosen on held-out text: the largest gain of a few whose cost at the

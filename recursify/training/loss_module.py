@@ -1,4 +1,4 @@
-"""A model together with what scores it: batches in, losses out; and the three ways back through the cycles.
+"""A model with its objective: batches in, losses out; and the three ways of backpropagating through cycles.
 
     full    one graph through all cycles; its activations are those of every application
     cycle   the states are detached between cycles and the loss of each cycle is back-propagated before the next one runs: supervising

@@ -1,4 +1,4 @@
-"""What turns gradients into weights: parameter groups, learning-rate schedules, the optimizers, and the average of the weights.
+"""Parameter groups, learning-rate schedules, optimizers, and the moving average of the weights.
 
     parameter_groups        which weights have which rate and decay
     learning_rate_factor    the schedules; warmup_of says how long the warm-up is

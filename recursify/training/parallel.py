@@ -1,4 +1,4 @@
-"""Several processes: who shares what with whom, and the whole state that they hold in parts.
+"""Several processes: DDP, FSDP2 and DeepSpeed, and full state dicts of sharded runs.
 
     torchrun --nproc_per_node N          every process holds the model and sees its own part of each batch (DDP, by transformers' Trainer)
     ... with --fsdp                      every process holds 1/N of the weights, gradients and optimizer state (FSDP2, `shard` below)

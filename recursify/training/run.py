@@ -1,4 +1,4 @@
-"""A run from its settings to its results.
+"""A training run from settings to files.
 
     train(settings)   from files to files: load or convert, find the text, fit, save
 

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and which of it a resumed run can go on from.
+"""Files of a run, and which of them a resumed run continues from.
 
     qwen_recursive_finetuned_best.pt   the weights with the lowest validation loss, in the dtype they were loaded in
     checkpoint_step_N.pt               the weights after optimizer step N, likewise

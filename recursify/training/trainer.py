@@ -1,4 +1,4 @@
-"""The loop, which is that of `transformers.Trainer`: ours are the objective, the depth of each step, what is measured, and what is saved.
+"""The training loop of `transformers.Trainer` with our objective, depth per step, validation and checkpoints.
 
 Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps, memory in GiB.
 """
