@@ -51,7 +51,7 @@ LOOPED_COLOURS, PLAIN_COLOURS = ("s1", "s2", "s4", "s5"), ("s3", "s4", "s5")
 NOTES = (
     "Standard errors and p say how far another sample of such texts or questions might be off. Another training run, with another seed, "
     "may be off by more.",
-    "Each p stands by itself: of twenty comparisons where there is nothing to find, one falls below 0.05 on average.",
+    "The p-values are not corrected for multiple comparisons: of twenty without a difference, one is below 0.05 on average.",
     "Layer applications are a count, not a timing: speed also depends on caches, kernels and batch size.",
 )
 
@@ -314,9 +314,9 @@ def _cycles_figure(title: str, y_label: str, models: Sequence[Model], lines: Seq
 def _accuracy(models: Sequence[Model], key: tuple[str, str]) -> str:
     shown = [model for model in models if model.questions(key)]
     words = (
-        "Right: the answer that the model writes, compared as recursify.data.tasks.is_right does."
+        "Exact match of the generated answer, by the rules of recursify.data.tasks.is_right."
         if key[1] == "answer"
-        else "Right: the likeliest token at the place of each label, in one pass over the question; difficulty is the label's number."
+        else "Teacher-forced accuracy: the top-1 prediction at each label, in one pass; difficulty is the index of the label."
     )
     drawn = _by_difficulty(shown, key) if len(_difficulties(shown, key)) > 1 else [_accuracy_by_cycles(shown, key)]
     return section(_set_name(key), paragraph(words), *drawn)
@@ -458,7 +458,7 @@ def _cycles(models: Sequence[Model]) -> str:
     tables = [_telemetry(model.name, model.text["telemetry"]) for model in models if model.text and model.text["telemetry"]]
     content: list[str] = [part for parts in tables for part in parts]
     explained = (
-        "Gain: loss before minus loss after. Corrected: tokens whose likeliest guess was wrong and became right; spoilt: right, became "
+        "Gain: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; spoilt: right, became "
         "wrong. State moved: the distance between the two states that the head reads, over the length of the first."
     )
     return section("What the cycles do", paragraph(explained), *content) if content else ""

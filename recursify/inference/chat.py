@@ -70,7 +70,7 @@ class Chat(Console):
         found = super().commands()
         cycles = found["/cycles"]
         found["/cycles"] = replace(cycles, obey=lambda value: self._new_depth(cycles.obey, value))
-        found["/system"] = Command("TEXT", "what the model is told before the conversation begins", self._system)
+        found["/system"] = Command("TEXT", "system message", self._system)
         found["/reset"] = Command("", "forget the conversation", lambda _: self._reset())
         return found
 

@@ -36,7 +36,7 @@ _QUOTES = '"""'
 _REMEMBERED = 1000  # lines
 # command -> (setting, type, what /help says)
 _VALUES: dict[str, tuple[str, type, str]] = {
-    "/temp": ("temperature", float, "randomness; 0 always takes the likeliest token"),
+    "/temp": ("temperature", float, "sampling temperature; 0 is greedy"),
     "/max": ("max_new_tokens", int, "write at most so many tokens"),
     "/cycles": ("H_cycles", int, "cycles per token; 0 is one plain pass"),
 }

@@ -139,7 +139,7 @@ def render_steps(steps: Sequence[TokenSteps], tokenizer: PreTrainedTokenizerBase
     for block in blocks:
         lines += ["  ".join(row).rstrip() for row in zip(*block, strict=True)]
         lines.append("")
-    lines.append("✓  this cycle's likeliest token is the one written")
+    lines.append("✓  the top-1 prediction of this cycle is the generated token")
     if ranks:
         lines.append("#  otherwise: rank and probability of the one written")
     if any(step.halted is not None for step in steps):

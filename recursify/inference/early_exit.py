@@ -134,8 +134,7 @@ def calibrate(model: Any, blocks: torch.Tensor, criterion: str, budget: float, H
     best, never = at(cheap), at(dear)
     if best.share > budget:
         raise UserError(
-            f"--compute_budget: expected at least {best.share:.2f}, what is spent where {criterion} halts every token as early as it can, "
-            f"got {budget}"
+            f"--compute_budget: expected at least {best.share:.2f}, the compute at the earliest possible exit by {criterion}, got {budget}"
         )
     if never.share <= budget:
         return Calibration(budget, never, full)

@@ -67,7 +67,7 @@ def run(settings: GenerateSettings) -> None:
                 written += (batched := generate_batch(model, tokenizer, texts, settings.sampling, seed=_seed(settings, batch)))
                 bar.update(results.add(batch, batched))
     except KeyboardInterrupt:
-        logger.info("Stopped: %d of %d prompts done; the same command goes on from there.", len(results.done), len(prompts))
+        logger.info("Stopped: %d of %d prompts done; the same command resumes from there.", len(results.done), len(prompts))
         raise
     if line := decoding_stats(*written):
         logger.info("%s", line)

@@ -291,7 +291,7 @@ def _ready(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
     if not settings.distill_weight:
         return None
     if teacher is None:
-        raise UserError("--distill_weight: expected a teacher to stay near to, got none")
+        raise UserError("--distill_weight: expected a teacher, got none")
     return teacher.to(device).eval().requires_grad_(False)
 
 

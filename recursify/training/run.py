@@ -83,7 +83,7 @@ def train(settings: RunSettings) -> TrainResult:
         return TrainResult(None, None)
     best = settings.folder / BEST
     if point is not None and step_of(point) >= total:
-        announce(f"{point} is the end of this run already; a larger --num_epochs or --max_steps would go on from it")
+        announce(f"{point} is the end of this run already; increase --num_epochs or --max_steps to continue")
         state = TrainerState.load_from_json(str(state_folder(point) / STATE))
         return TrainResult(best, result_of(state, interrupted=False))
 
@@ -95,7 +95,7 @@ def train(settings: RunSettings) -> TrainResult:
     )
     result = fit(found.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)
     if result.interrupted:
-        announce(f"Interrupted and saved at step {result.steps}; the same command with --resume goes on from there")
+        announce(f"Interrupted and saved at step {result.steps}; the same command with --resume continues from there")
     return TrainResult(best if result.best_eval_loss is not None else None, result)
 
 
@@ -128,7 +128,7 @@ def _load_teacher(settings: RunSettings, found: checkpoint.Checkpoint, device: t
     teacher = open_donor(name, revision=revision).load(dtype=dtype)
     words, own = (model.get_output_embeddings().out_features for model in (teacher, found.model))
     if words != own:
-        raise UserError(f"--teacher: expected one with the vocabulary of the model, but {name} knows {words} words, the model {own}")
+        raise UserError(f"--teacher: expected one with the vocabulary of the model, but {name} has {words} entries, the model {own}")
     return teacher
 
 

@@ -234,7 +234,7 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
         if any(not (math.isfinite(weight) and weight > 0) for weight in self.cycle_weights):
             raise UserError(f"--cycle_weights: expected numbers above 0, got {_listed(self.cycle_weights)}")
         if self.depth_curriculum and len(choices) < 2:
-            raise UserError("--depth_curriculum: there is one cycle count and nothing to open up; name several with --cycle_choices")
+            raise UserError("--depth_curriculum: expected several --cycle_choices, got one depth; name more or leave it out")
         if self.backprop == "cycle" and not self.enable_deep_supervision:
             raise UserError(
                 "--backprop cycle: back-propagates the loss of each cycle, but only the last one is scored; add --enable_deep_supervision, "

@@ -138,7 +138,7 @@ def test_the_table(tokenizer: Any) -> None:
         "2  ↵     ✓ ↵        25%            ␣castle  50%  #120 <1%",
         "agree      1 of 2                  1 of 2",
         "",
-        "✓  this cycle's likeliest token is the one written",
+        "✓  the top-1 prediction of this cycle is the generated token",
         "#  otherwise: rank and probability of the one written",
     ]
     assert render_steps([], tokenizer) == ""
@@ -166,7 +166,7 @@ def test_the_table_marks_where_tokens_halted(tokenizer: Any) -> None:
         "2  ↵     ✓ ↵        25%              ␣castle  50%    #120 <1%",
         "agree      1 of 2                    0 of 1",
         "",
-        "✓  this cycle's likeliest token is the one written",
+        "✓  the top-1 prediction of this cycle is the generated token",
         "#  otherwise: rank and probability of the one written",
         "■  the token halted here; · is a cycle that was not computed for it",
     ]

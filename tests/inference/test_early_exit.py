@@ -74,7 +74,9 @@ def test_the_whole_budget_never_halts_and_too_small_a_one_is_refused() -> None:
     model, blocks = recursive(H_cycles=4), ids(2, 12)
     assert calibrate(model, blocks, "q_head", 1.0).threshold == NEVER["q_head"]
     least = (2 + 2 * 2 + 2) / model.config.depth()
-    with pytest.raises(UserError, match=rf"--compute_budget: expected at least {least:.2f}, what is spent where q_head halts .*, got 0.1"):
+    with pytest.raises(
+        UserError, match=rf"--compute_budget: expected at least {least:.2f}, the compute at the earliest .* by q_head, got 0.1"
+    ):
         calibrate(model, blocks, "q_head", 0.1)
 
 
@@ -89,7 +91,7 @@ def test_the_range_of_thresholds_has_always_and_never_at_its_ends(criterion: str
     assert dearest.threshold == NEVER[criterion] and dearest.chosen.cycles == {1: 0, 2: 0, 3: 8}
     assert dearest.budget == 10.0 and dearest.full.cycles == {1: 0, 2: 0, 3: 8}
     assert dearest.full.share == 1.0 and dearest.full.threshold is None
-    with pytest.raises(UserError, match=f"what is spent where {criterion} halts every token as early as it can"):
+    with pytest.raises(UserError, match=f"the compute at the earliest possible exit by {criterion}"):
         calibrate(model, blocks, criterion, least - 1e-6)
 
 

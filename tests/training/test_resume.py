@@ -632,7 +632,7 @@ def real(words: list[str], log: Path) -> Life:
 def stops(life: Life, folder: Path) -> int:
     """The step at which a signal has stopped a run, with a checkpoint and a word about it."""
     assert life.wait() == 130, life.output
-    (step,) = re.findall(r"Interrupted and saved at step (\d+); the same command with --resume goes on from there", life.output)
+    (step,) = re.findall(r"Interrupted and saved at step (\d+); the same command with --resume continues from there", life.output)
     assert newest(folder) == int(step) and "Traceback" not in life.output
     return int(step)
 

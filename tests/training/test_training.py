@@ -393,7 +393,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert stopped.fit.interrupted and stopped.fit.steps == 2 and stopped.best is None and stopped.fit.eval_loss is None
     assert signal.getsignal(signal.SIGINT) is handler
     err = capsys.readouterr().err
-    assert "Stopping after this step" in err and "Interrupted and saved at step 2; the same command with --resume goes on from there" in err
+    assert (
+        "Stopping after this step" in err and "Interrupted and saved at step 2; the same command with --resume continues from there" in err
+    )
     resumed = train(replace(cut, resume=True))
     assert not resumed.fit.interrupted and same_run(resumed.fit, whole.fit)
 
@@ -1085,7 +1087,7 @@ def test_when_a_checkpoint_is_asked_for(every: int, at_once: list[int], after_va
         ({"cycle_choices": (1, 2), "cycle_weights": (1.0,)}, r"--cycle_weights: expected one for each of --cycle_choices \(1 2\), got 1.0"),
         ({"cycle_weights": (1.0,)}, r"--cycle_weights: expected one for each of --cycle_choices \(none\), got 1.0"),
         ({"cycle_choices": (1, 2), "cycle_weights": (1.0, 0.0)}, r"--cycle_weights: expected numbers above 0, got 1.0 0.0"),
-        ({"depth_curriculum": 0.5}, r"--depth_curriculum: there is one cycle count and nothing to open up"),
+        ({"depth_curriculum": 0.5}, r"--depth_curriculum: expected several --cycle_choices, got one depth"),
         ({"depth_curriculum": 1.0, "cycle_choices": (1, 2)}, r"--depth_curriculum: expected at least 0 and less than 1, got 1.0"),
         ({"backprop": "cycle", "enable_deep_supervision": False}, r"--backprop cycle: .* add --enable_deep_supervision"),
         ({"backprop": "last"}, r"--backprop last: only the last cycle has gradients, .* take --backprop cycle"),
