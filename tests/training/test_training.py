@@ -574,7 +574,7 @@ def test_the_teacher_is_the_donor_that_the_checkpoint_names(files: TrainSettings
 def test_a_teacher_of_another_vocabulary(files: TrainSettings, tmp_path: Path) -> None:
     for words in (tiny.VOCAB_SIZE + 8, tiny.VOCAB_SIZE - 8):
         tiny_donor("qwen2", tmp_path / str(words), num_hidden_layers=1, vocab_size=words)
-        with pytest.raises(UserError, match=rf"--teacher: .* {words} words, the model {tiny.VOCAB_SIZE}"):
+        with pytest.raises(UserError, match=rf"--teacher: .* {words} entries, the model {tiny.VOCAB_SIZE}"):
             train(replace(files, distill_weight=1.0, teacher=str(tmp_path / str(words))))
 
 
