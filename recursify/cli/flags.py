@@ -85,10 +85,9 @@ def _groups(settings_class: type, job: str, defaults: Mapping[str, Any]) -> dict
         owner = next(base for base in settings_class.__mro__ if field.name in vars(base).get("__annotations__", {}))
         title = job if owner is settings_class else str(inspect.getdoc(owner)).partition(":")[0]
         text = help_of(owner)[field.name]
-        own_name = (f"--{field.name}",) if field.name in ALIASES else None  # as an alias of its alias it is listed first
-        flag = tyro.conf.arg(
-            name=ALIASES.get(field.name), aliases=own_name, help=text, help_behavior_hint="" if "Default:" in text else None
-        )
+        alias = alias_of(owner, field.name)
+        own_name = (f"--{field.name}",) if alias else None  # as an alias of its alias it is listed first
+        flag = tyro.conf.arg(name=alias, aliases=own_name, help=text, help_behavior_hint="" if "Default:" in text else None)
         kind: Any = hints[field.name]
         hint: Any = Annotated[kind, flag]
         own = dataclasses.field(default=field.default, default_factory=field.default_factory)
@@ -96,6 +95,11 @@ def _groups(settings_class: type, job: str, defaults: Mapping[str, Any]) -> dict
             own = dataclasses.field(default=defaults[field.name])
         groups.setdefault(title, []).append((field.name, hint, own))
     return groups
+
+
+def alias_of(owner: type, field: str) -> str | None:
+    """What transformers calls a flag: of a training, all of them; elsewhere the model alone."""
+    return ALIASES.get(field) if field == "checkpoint" or ".training." in owner.__module__ else None
 
 
 @functools.cache
