@@ -66,10 +66,10 @@ def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float]
 
 
 def start_gains(
-    supervised: LossModule, blocks: Any, collate: Callable[[Any], dict[str, Tensor]], settings: RunSettings, device: torch.device
+    loss_module: LossModule, blocks: Any, collate: Callable[[Any], dict[str, Tensor]], settings: RunSettings, device: torch.device
 ) -> None:
     """The gains that the loop starts from (see `gains`): those of the settings, else the swept ones where the model's own are all 0."""
-    model = supervised.model
+    model = loss_module.model
     if not is_recursive(model):
         return
     if settings.start_gain is not None:
@@ -83,7 +83,7 @@ def start_gains(
     model.to(device).eval()
     rows = [blocks[i] for i in range(min(max(1, CALIBRATION_TOKENS // settings.seq_len), len(blocks)))]
     batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, len(rows), settings.batch_size)]
-    scorer = LossModule(model, objective=supervised.objective)
+    scorer = LossModule(model, objective=loss_module.objective)
     gain, sweep = calibrate(model, lambda: _loss_on(scorer, batches, device))
     (gain,) = broadcast_object_list([gain])  # of the first rank: others may round another way
     set_gains(model, gain)

@@ -24,13 +24,14 @@ from ..checkpoints.donor import open_donor
 from ..checkpoints.repository import split_revision
 from ..errors import UserError
 from ..utils.device import choose_device
+from ..utils.files import read_json
 from .approaches import from_donor
 from .arguments import computes_in_bf16, total_steps
 from .cost import estimate
 from .fitting import FitResult, fit, result_of
 from .optimizers import warmup_of
 from .parallel import announce, check_launch, describe_launch, processes
-from .saving import BEST, RUN, STATE, Saver, make_folder, read_json, resume_points, state_folder, step_of
+from .saving import BEST, RUN, STATE, Saver, make_folder, resume_points, state_folder, step_of
 from .settings import DonorSettings, RunSettings, TrainSettings
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ leaves behind, the next run in that folder clears away.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -29,6 +28,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from ..checkpoints import checkpoint
 from ..errors import UserError
 from ..network.plan import ConversionPlan
+from ..utils.files import read_json
 from .parallel import processes
 from .settings import RunSettings
 
@@ -38,7 +38,7 @@ RUN, STATE, MASTERS, AVERAGES = "run.json", "trainer_state.json", "float32_weigh
 KEPT_STATES = 2  # only the newest is ever resumed from; the one before it is for the day that the disk fails
 SOON_FILLED = 60.0  # seconds, of a folder aside that was just made
 # What of the settings a reader of the weights wants to know. Where the run lay and on what it ran is nobody's business elsewhere.
-_TOLD = (
+_RECORDED = (
     "dataset_name", "dataset_config_name", "mix", "seq_len", "separate_documents", "batch_size", "grad_accum_steps", "cycle_choices",
     "backprop", "lr", "gain_lr", "lr_schedule", "warmup_steps", "optimizer", "weight_decay", "ema_decay", "enable_deep_supervision",
     "distill_weight", "self_distill_weight", "monotone_weight", "halting_weight",
@@ -53,8 +53,8 @@ def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]
     The same run says the same: no times. Settings that are off (0, None, empty) are left out. `eval_loss_cycles` has the validation loss
     of each cycle, the shallowest first.
     """
-    told = {name: list(value) if isinstance(value, tuple) else value for name in _TOLD if (value := getattr(settings, name))}
-    notes = {"epoch": state.epoch, "tokens": state.num_input_tokens_seen, "processes": processes(), **told, "seed": settings.seed}
+    recorded = {name: list(value) if isinstance(value, tuple) else value for name in _RECORDED if (value := getattr(settings, name))}
+    notes = {"epoch": state.epoch, "tokens": state.num_input_tokens_seen, "processes": processes(), **recorded, "seed": settings.seed}
     measured = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), None)
     if measured is not None:
         cycles = [loss for name, loss in measured.items() if name.startswith("eval_loss_cycle_")]
@@ -143,10 +143,6 @@ def _drop_state(path: Path) -> None:
 
 def step_of(point: Path) -> int:
     return int(point.stem.rsplit("_", 1)[1])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def make_folder(folder: Path) -> None:

@@ -27,6 +27,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from ..errors import UserError
 from ..network.losses import counted, perplexity
 from ..utils.atomic import write_atomic
+from ..utils.files import read_json
 from .cost import pass_flops
 from .depth import DepthSchedule
 from .loss_module import LossModule, scored_tokens
@@ -41,7 +42,7 @@ from .parallel import (
     part_like,
     read_state,
 )
-from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, read_json, training_notes
+from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, training_notes
 from .settings import RunSettings
 
 GIB = 2**30
