@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.blocks import separate
 from ..network.losses import IGNORED
-
-if TYPE_CHECKING:
-    pass
 
 
 class Collate:
