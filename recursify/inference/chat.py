@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from .chat_prompt import Dialogue
-from .console import Command, Console, line_editing
+from .console import Command, Console
 from .generation import Generated, generate_text
 from .prefix_cache import PrefixCache
 from .session import calibrated, load, print_stats, replace_unencodable
@@ -37,8 +37,7 @@ def run(settings: ChatSettings) -> None:
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
     replace_unencodable(sys.stdout)
-    with line_editing():
-        Chat(model, tokenizer, settings, sign="You: " if sys.stdin.isatty() else "").run()
+    Chat(model, tokenizer, settings, sign="You: " if sys.stdin.isatty() else "").run()
 
 
 class Chat(Console):

@@ -3,22 +3,20 @@
     a line that ends in a backslash     goes on in the next one
     three double quotes                 begin and end a text of several lines, of which none is a command
 
-Answers and replies to commands go to stdout, everything else to stderr. Lines are edited and remembered where Python has readline.
+Answers and replies to commands go to stdout, everything else to stderr. How a line is edited and remembered: `keyboard.py`.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO, get_type_hints
 
 import torch
@@ -28,12 +26,12 @@ from ..errors import UserError
 from ..utils.models import is_recursive
 from ..utils.typed import typed
 from . import transcript
+from .keyboard import line_reader
 from .options import Sampling
 from .settings import WriteSettings
 from .transcript import Message
 
 _QUOTES = '"""'
-_REMEMBERED = 1000  # lines
 # command -> (setting, type, what /help says)
 _VALUES: dict[str, tuple[str, type, str]] = {
     "/temp": ("temperature", float, "sampling temperature; 0 is greedy"),
@@ -61,7 +59,8 @@ class Console:
     """Texts and commands, until `/quit` or the end of the input. Subclasses say what is answered, and may add commands.
 
     Args:
-        ask: Shows its argument and returns one line; EOFError ends the conversation, KeyboardInterrupt drops the line.
+        ask: Shows its argument and returns one line; EOFError ends the conversation, KeyboardInterrupt drops the line. None is the
+            keyboard, or whatever stdin is.
         out, err: Where answers and errors go; None is stdout and stderr.
     """
 
@@ -72,13 +71,13 @@ class Console:
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         settings: Any,
-        ask: Callable[[str], str] = input,
+        ask: Callable[[str], str] | None = None,
         out: TextIO | None = None,
         err: TextIO | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.settings: WriteSettings = settings
-        self.ask, self.out, self.err = ask, out or sys.stdout, err or sys.stderr
+        self.ask, self.out, self.err = ask or line_reader(self._completions), out or sys.stdout, err or sys.stderr
         self.messages: list[Message] = []
 
     def answer(self, text: str, pressed: threading.Event) -> None:
@@ -106,6 +105,9 @@ class Console:
             "/load": Command("FILE", "go on with one that was kept", self._load),
             "/help": Command("", "this list", lambda _: self._help()),
         }
+
+    def _completions(self) -> list[str]:
+        return [*self.commands(), "/quit"]
 
     def run(self) -> None:
         """The loop. The seed counts for the conversation as a whole."""
@@ -272,46 +274,6 @@ def ctrl_c() -> Iterator[threading.Event]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def line_editing() -> Iterator[None]:
-    """At a terminal `input` edits its line and has earlier ones behind the arrow keys, those of earlier sessions, too.
-
-    They are in a file that only the user can read; where none can be kept, nothing is said.
-    """
-    readline: Any = None
-    if sys.stdin is not None and sys.stdin.isatty():
-        with suppress(ImportError):
-            readline = importlib.import_module("readline")  # importing it is what gives `input` its editing
-    if readline is None:
-        yield
-        return
-    file = history_file()
-    with suppress(OSError):
-        readline.read_history_file(file)
-    readline.set_history_length(_REMEMBERED)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            _keep_history(readline, file)
-
-
-def history_file() -> Path:
-    """Where lines are remembered: below XDG_STATE_HOME, or its usual place."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state and Path(state).is_absolute() else Path.home() / ".local" / "state") / "recursify" / "history"
-
-
-def _keep_history(readline: Any, file: Path) -> None:
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    mask = os.umask(0o077)
-    try:
-        readline.write_history_file(file)
-        file.chmod(0o600)
-    finally:
-        os.umask(mask)
 
 
 def _settings_of(file: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 
-from .console import Console, line_editing
+from .console import Console
 from .session import calibrated, load, replace_unencodable, write_once
 from .settings import GenerateSettings
 
@@ -19,8 +19,7 @@ def run(settings: GenerateSettings) -> None:
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
     replace_unencodable(sys.stdout)
-    with line_editing():
-        Conversation(model, tokenizer, settings).run()
+    Conversation(model, tokenizer, settings).run()
 
 
 class Conversation(Console):

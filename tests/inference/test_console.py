@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import os
 import re
 import select
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from recursify.inference.console import history_file, read_text
+from recursify.inference.console import read_text
+from recursify.inference.keyboard import history_file
 
 LOBSTER = '"""'
 
@@ -87,8 +87,9 @@ def test_where_lines_are_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 # An answer repeats what was said, or, to "slow", goes on until Ctrl-C. Three sessions one after the other, the last of which cannot keep
 # its lines.
 SESSIONS = """
-import os, readline, sys, time
-from recursify.inference.console import Console, line_editing
+import os, time
+from types import SimpleNamespace
+from recursify.inference.console import Console
 from recursify.inference.settings import GenerateSettings
 
 class Echo(Console):
@@ -100,11 +101,9 @@ class Echo(Console):
         self.say("")
 
 for session in range(3):
-    readline.clear_history()
     if session == 2:
         os.environ["XDG_STATE_HOME"] = "/dev/null/nowhere"
-    with line_editing():
-        Echo(None, None, GenerateSettings(checkpoint="x")).run()
+    Echo(SimpleNamespace(config=None), None, GenerateSettings(checkpoint="x")).run()
 """
 
 
@@ -121,7 +120,7 @@ class Terminal:
         self.bytes = codecs.getincrementaldecoder("utf-8")()
         self.shown = ""
 
-    def wait_for(self, text: str, seconds: float = 120) -> str:
+    def wait_for(self, text: str, seconds: float = 60) -> str:
         """What is shown up to this text, which is taken from it."""
         limit = time.monotonic() + seconds
         while text not in self.shown:
@@ -134,15 +133,6 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
-    def interrupt_until(self, text: str) -> None:
-        """Press Ctrl-C, and again where readline was just about to look: it notices the first one at the next key only."""
-        for _ in range(30):
-            self.type("\x03")
-            with contextlib.suppress(AssertionError):
-                self.wait_for(text, seconds=3)
-                return
-        self.wait_for(text, seconds=0)
-
     def close(self) -> int:
         status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
         os.close(self.end)
@@ -151,44 +141,55 @@ class Terminal:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_at_a_real_terminal(tmp_path: Path) -> None:
-    pytest.importorskip("readline")
     up, ctrl_c = "\x1b[A", "\x03"
     environment = {
         "XDG_STATE_HOME": str(tmp_path / "state"),
         "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers questions about the cursor here
         "LC_ALL": "C.UTF-8",
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
     terminal = Terminal(textwrap.dedent(SESSIONS), environment)
-    for text, answer in (("龙虾 🦞\n", "heard '龙虾 🦞'"), (up + "\n", "heard '龙虾 🦞'"), ('"""\n/one\ntwo\n"""\n', r"heard '/one\ntwo'")):
-        terminal.wait_for("Say: ")
+    for text, answer in (("龙虾 🦞\r", "heard '龙虾 🦞'"), (up + "\r", "heard '龙虾 🦞'"), ('"""\r/one\rtwo\r"""\r', r"heard '/one\ntwo'")):
+        terminal.wait_for("Say:")
         terminal.type(text)
         terminal.wait_for(answer)
-    terminal.wait_for("Say: ")
-    terminal.type("slow\n")
+    terminal.wait_for("Say:")
+    terminal.type("slow\r")
     terminal.wait_for("heard 'slow'")
     terminal.type(ctrl_c)
     terminal.wait_for("(stopped)")
     for _ in range(2):  # at the prompt it tells how to quit, as often as one likes
-        terminal.wait_for("Say: ")
+        terminal.wait_for("Say:")
         terminal.type("unfinished")
         terminal.wait_for("unfinished")
-        terminal.interrupt_until("(/quit or Ctrl-D ends)")
-    terminal.wait_for("Say: ")
-    terminal.type("/quit\n")
+        terminal.type(ctrl_c)
+        terminal.wait_for("(/quit or Ctrl-D ends)")
+    terminal.wait_for("Say:")
+    terminal.type("/te\t")
+    terminal.wait_for("mp")
+    terminal.type("\r")
+    terminal.wait_for("temperature 0.8")
+    terminal.wait_for("Say:")
+    terminal.type("\x1b[200~pasted\rin two lines\x1b[201~")
+    terminal.wait_for("two lines")
+    terminal.type("\r")
+    terminal.wait_for(r"heard 'pasted\nin two lines'")
+    terminal.wait_for("Say:")
+    terminal.type("/quit\r")
     terminal.wait_for("Goodbye!")
     # the next session has the lines of the last one, and ends with Ctrl-D
-    terminal.wait_for("Say: ")
+    terminal.wait_for("Say:")
     file = tmp_path / "state" / "recursify" / "history"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-    terminal.type(f"{up}{up}\n")
+    terminal.type(f"{up * 5}\r")  # past /quit, the two pasted lines and /temp
     terminal.wait_for("heard 'slow'")
     terminal.type(ctrl_c)
-    terminal.wait_for("Say: ")
+    terminal.wait_for("Say:")
     terminal.type("\x04")
     terminal.wait_for("Goodbye!")
     # and where none can be kept, nobody is told
-    terminal.wait_for("Say: ")
-    terminal.type("/quit\n")
+    terminal.wait_for("Say:")
+    terminal.type("/quit\r")
     assert "rror" not in terminal.wait_for("Goodbye!")
     assert terminal.close() == 0
