@@ -54,9 +54,10 @@ evidence: .venv/.installed
 	$(INSTALL) -e ".[test]"
 	touch $@
 
-.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+.venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	sed -n 's/==.*/==/p' constraints-oldest.txt | grep -v -i -f - constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -c .venv-oldest/constraints.txt -e ".[test]"
 	touch $@
 
 clean:
