@@ -29,7 +29,7 @@ class ChatSettings(WriteSettings):
 
 
 def run(settings: ChatSettings) -> None:
-    """Talk at the terminal until the user has enough. From a pipe, every line is a turn, and stdout has nothing but the answers.
+    """Chat at the terminal. From a pipe, every line is a turn, and stdout has only the answers.
 
     Raises:
         UserError: A setting out of range; a checkpoint or tokenizer that cannot be read.
@@ -37,20 +37,20 @@ def run(settings: ChatSettings) -> None:
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
     replace_unencodable(sys.stdout)
-    Chat(model, tokenizer, settings, sign="You: " if sys.stdin.isatty() else "").run()
+    Chat(model, tokenizer, settings, input_prompt="You: " if sys.stdin.isatty() else "").run()
 
 
 class Chat(Console):
     """A conversation with a model.
 
     Args:
-        sign: What asks for a turn; "" at a pipe.
+        input_prompt: Printed before each turn; "" when reading from a pipe.
         args, kwargs: As `Console`.
     """
 
-    def __init__(self, *args: Any, sign: str = "You: ", **kwargs: Any):
+    def __init__(self, *args: Any, input_prompt: str = "You: ", **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.sign = sign
+        self.input_prompt = input_prompt
         self.dialogue = Dialogue(self.tokenizer)
         self.memory = PrefixCache()
         system = getattr(self.settings, "system", None)
@@ -62,19 +62,19 @@ class Chat(Console):
             self.say("The tokenizer has no chat template, so turns are given to the model as plain lines, User: and Assistant:.", self.err)
         self.say("", self.err)
 
-    def part(self) -> None:
+    def say_goodbye(self) -> None:
         self.say("Goodbye!", self.err)
 
     def commands(self) -> dict[str, Command]:
         found = super().commands()
         cycles = found["/cycles"]
-        found["/cycles"] = replace(cycles, obey=lambda value: self._new_depth(cycles.obey, value))
+        found["/cycles"] = replace(cycles, execute=lambda value: self._set_depth(cycles.execute, value))
         found["/system"] = Command("TEXT", "system message", self._system)
         found["/reset"] = Command("", "forget the conversation", lambda _: self._reset())
         return found
 
     def answer(self, text: str, pressed: threading.Event) -> None:
-        """Answer, and keep what was said; what a second Ctrl-C broke off, too."""
+        """Answer, and append both messages to the conversation, even if a second Ctrl-C interrupted the answer."""
         asked: Message = {"role": "user", "content": text}
         ids, room = self._fitting(asked)
         sampling = self.settings.sampling
@@ -103,7 +103,7 @@ class Chat(Console):
             self.say("(the conversation has filled the model's positions; /reset begins a new one)", self.err)
 
     def _writer(self, pieces: list[str]) -> Callable[[str], None]:
-        """Shows what comes, without the white space that a plain answer begins with, and notes it."""
+        """A callback that prints each piece, without the leading white space of an answer in the plain format, and collects it."""
 
         def show(piece: str) -> None:
             begun = self.dialogue.has_template or "".join(pieces).strip()
@@ -114,10 +114,10 @@ class Chat(Console):
         return show
 
     def _fitting(self, asked: Message) -> tuple[list[int], int]:
-        """The prompt of the next turn and how many tokens may follow it; with `forget_oldest` without turns that no longer fit.
+        """The prompt of the next turn and how many new tokens fit behind it; `forget_oldest` drops turns until they do.
 
         Raises:
-            UserError: The conversation has outgrown the model.
+            UserError: The conversation exceeds the model's context.
         """
         positions = getattr(self.model.config, "max_position_embeddings", None)
         ids = self.dialogue.prompt([*self.messages, asked])
@@ -135,7 +135,7 @@ class Chat(Console):
         return ids, positions - len(ids)
 
     def _drop_oldest(self) -> bool:
-        """Forget the first turn after the system's text; False where there is none."""
+        """Drop the oldest turn after the system message; False if there is none."""
         first = next((i for i, message in enumerate(self.messages) if message["role"] != "system"), None)
         if first is None:
             return False
@@ -144,10 +144,10 @@ class Chat(Console):
         del self.messages[first : first + (2 if paired else 1)]
         return True
 
-    def _new_depth(self, obey: Callable[[str], str], value: str) -> str:
-        """As every `/cycles`; the conversation so far was read at another depth."""
+    def _set_depth(self, execute: Callable[[str], str], value: str) -> str:
+        """`/cycles`, and drop the KV cache if the depth changed."""
         before = self._now("H_cycles")
-        reply = obey(value)
+        reply = execute(value)
         if self._now("H_cycles") == before or not self.memory.ids:
             return reply
         self.memory.forget()

@@ -19,8 +19,8 @@ class Dialogue:
     """Prompts for one tokenizer, from messages.
 
     Args:
-        ends: Tokens that end an answer, beside those of model and tokenizer: what the template puts behind one.
-        stop: Strings before which an answer ends; of the plain form, which has no such tokens.
+        ends: End tokens beside those of model and tokenizer: what the chat template puts behind an answer.
+        stop: Stop strings, for the plain format without a chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -48,11 +48,11 @@ class Dialogue:
             raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from error
 
     def said(self, answer: str) -> str:
-        """An answer as the content of a message: the plain form puts white space around it itself."""
+        """The content of an answer as it goes into the conversation: stripped in the plain format."""
         return answer if self.has_template else answer.strip()
 
     def _template_ends(self) -> tuple[int, ...]:
-        """The special token right behind an answer, such as <|im_end|>; none where the template writes something else there."""
+        """The special token right behind an answer, such as <|im_end|>; empty if the template puts anything else there."""
         conversation = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
         try:
             text = self.tokenizer.apply_chat_template(conversation, tokenize=False)

@@ -1,9 +1,9 @@
-"""The interactive console: a line is a text, a line that begins with a slash is a command, Ctrl-C stops an answer.
+"""The interactive console: a line is a prompt, a line that begins with a slash is a command, Ctrl-C stops the answer.
 
-    a line that ends in a backslash     goes on in the next one
-    three double quotes                 begin and end a text of several lines, of which none is a command
+    a line that ends in a backslash     continues on the next line
+    three double quotes                 begin and end a multi-line prompt, in which no line is a command
 
-Answers and replies to commands go to stdout, everything else to stderr. How a line is edited and remembered: `keyboard.py`.
+Answers and replies to commands go to stdout, everything else to stderr. Line editing and history: `keyboard.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .settings import WriteSettings
 from .transcript import Message
 
 _QUOTES = '"""'
-# command -> (setting, type, what /help says)
+# command -> (setting, type, help)
 _VALUES: dict[str, tuple[str, type, str]] = {
     "/temp": ("temperature", float, "sampling temperature; 0 is greedy"),
     "/max": ("max_new_tokens", int, "write at most so many tokens"),
@@ -42,58 +42,58 @@ _VALUES: dict[str, tuple[str, type, str]] = {
 
 @dataclass(frozen=True)
 class Command:
-    """A line that begins with a slash.
+    """A slash command.
 
     Args:
-        argument: What /help shows behind the name.
-        about: What /help says of it.
-        obey: Takes the rest of the line and returns what to say.
+        argument: Placeholder of the argument in /help.
+        about: Its line in /help.
+        execute: Takes the argument and returns the reply.
     """
 
     argument: str
     about: str
-    obey: Callable[[str], str]
+    execute: Callable[[str], str]
 
 
 class Console:
-    """Texts and commands, until `/quit` or the end of the input. Subclasses say what is answered, and may add commands.
+    """Reads prompts and commands until `/quit` or the end of the input. Subclasses define the answer and may add commands.
 
     Args:
-        ask: Shows its argument and returns one line; EOFError ends the conversation, KeyboardInterrupt drops the line. None is the
-            keyboard, or whatever stdin is.
-        out, err: Where answers and errors go; None is stdout and stderr.
+        read_line: Prints its argument and returns one line; EOFError ends the session, KeyboardInterrupt drops the line. None reads the
+            terminal or stdin.
+        out, err: Streams for answers and for errors; None is stdout and stderr.
     """
 
-    sign = "Prompt: "
+    input_prompt = "Prompt: "
 
     def __init__(
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
         settings: Any,
-        ask: Callable[[str], str] | None = None,
+        read_line: Callable[[str], str] | None = None,
         out: TextIO | None = None,
         err: TextIO | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.settings: WriteSettings = settings
-        self.ask, self.out, self.err = ask or line_reader(self._completions), out or sys.stdout, err or sys.stderr
+        self.read_line, self.out, self.err = read_line or line_reader(self._completions), out or sys.stdout, err or sys.stderr
         self.messages: list[Message] = []
 
     def answer(self, text: str, pressed: threading.Event) -> None:
-        """Answer a text on `out`; stop soon after Ctrl-C has set the event."""
+        """Write the answer to `out`; stop soon after Ctrl-C has set the event."""
         raise NotImplementedError
 
     def greet(self) -> None:
-        """Say on `err` how this works."""
+        """Print a short introduction to `err`."""
         raise NotImplementedError
 
-    def part(self) -> None:
-        """Say good-bye."""
+    def say_goodbye(self) -> None:
+        """Print a closing line."""
         self.say("Goodbye!")
 
     def commands(self) -> dict[str, Command]:
-        """Name -> command, in the order in which /help lists them."""
+        """Name -> command, in the order of /help."""
         values = {
             name: Command("X" if kind is float else "N", f"{about} (now {self._now(field)})", partial(self._set, name))
             for name, (field, kind, about) in _VALUES.items()
@@ -101,8 +101,8 @@ class Console:
         shown = f"table of cycles after each answer (now {_switch(self.settings.show_recursive_steps)})"
         return values | {
             "/show": Command("on|off", shown, self._show),
-            "/save": Command("FILE", "keep the conversation", self._save),
-            "/load": Command("FILE", "go on with one that was kept", self._load),
+            "/save": Command("FILE", "save the conversation", self._save),
+            "/load": Command("FILE", "continue a saved conversation", self._load),
             "/help": Command("", "this list", lambda _: self._help()),
         }
 
@@ -110,28 +110,28 @@ class Console:
         return [*self.commands(), "/quit"]
 
     def run(self) -> None:
-        """The loop. The seed counts for the conversation as a whole."""
+        """The read loop. The seed applies once, to the session as a whole."""
         if self.settings.seed is not None:
             torch.manual_seed(self.settings.seed)
         self.greet()
         while True:
             try:
-                text, literal = read_text(self.ask, self.sign)
+                text, literal = read_text(self.read_line, self.input_prompt)
                 if text.strip() == "/quit" and not literal:
                     break
                 self.handle(text, literal)
             except EOFError:
-                self.say("", self.out if self.sign else self.err)
+                self.say("", self.out if self.input_prompt else self.err)
                 break
             except KeyboardInterrupt:
                 self.say("\n(/quit or Ctrl-D ends)", self.err)
-        self.part()
+        self.say_goodbye()
 
     def handle(self, text: str, literal: bool = False) -> None:
-        """Obey a command, or answer a text. No error of one line ends the conversation.
+        """Execute a command, or answer a prompt. An error in one line does not end the session.
 
         Args:
-            literal: It is no command, whatever it begins with.
+            literal: Never treat the text as a command.
         """
         try:
             if text.startswith("/") and not text.startswith("//") and not literal:
@@ -144,11 +144,11 @@ class Console:
                 self.say("")
         except KeyboardInterrupt:
             self.say("(stopped)\n", self.err)
-        except BrokenPipeError:  # nobody reads any more
+        except BrokenPipeError:  # stdout was closed
             raise
         except UserError as error:
             self.say(f"error: {error}", self.err)
-        except Exception as error:  # out of memory, say: shown in full, and the next text may fare better
+        except Exception as error:  # such as out of memory: the next prompt may succeed
             if os.environ.get("RECURSIFY_DEBUG") == "1":
                 traceback.print_exc(file=self.err)
             self.say(f"error: {type(error).__name__}: {error}", self.err)
@@ -157,10 +157,10 @@ class Console:
         print(text, file=where or self.out, flush=True)
 
     def change(self, **values: Any) -> None:
-        """Other settings, all of them or none.
+        """Change settings, all of them or none.
 
         Raises:
-            UserError: One out of range, or that the model cannot do.
+            UserError: A value out of range, or one that the model does not support.
         """
         changed = replace(self.settings, **values)
         changed.sampling.validate()
@@ -168,12 +168,12 @@ class Console:
         self.settings = changed
 
     def _command(self, line: str) -> str:
-        """Obey, and return what to say."""
+        """Execute a command line and return the reply."""
         name, _, rest = line.strip().partition(" ")
         commands = self.commands()
         if name not in commands:
             raise UserError(f"unknown command {name}; /help lists the commands, and /{line.strip()} sends {line.strip()!r} as a prompt")
-        return commands[name].obey(rest.strip())
+        return commands[name].execute(rest.strip())
 
     def _set(self, name: str, value: str) -> str:
         field, kind, _ = _VALUES[name]
@@ -202,18 +202,18 @@ class Console:
 
     def _save(self, file: str) -> str:
         if not file:
-            raise UserError("/save: expected a file to write to, got none")
+            raise UserError("/save: expected a file name, got none")
         kept = {field.name: getattr(self.settings, field.name) for field in fields(Sampling)}
         place = transcript.save(file, self.messages, kept | {"show_recursive_steps": self.settings.show_recursive_steps})
-        return f"{_count(self.messages)} kept in {place}"
+        return f"saved {_count(self.messages)} to {place}"
 
     def _load(self, file: str) -> str:
         if not file:
-            raise UserError("/load: expected a file that /save wrote, got none")
+            raise UserError("/load: expected the name of a file written by /save, got none")
         messages, values = transcript.load(file)
         self.change(**_settings_of(file, values))
         self.messages = messages
-        return f"{_count(messages)} from {file}"
+        return f"loaded {_count(messages)} from {file}"
 
     def _now(self, field: str) -> Any:
         value = getattr(self.settings, field)
@@ -223,31 +223,31 @@ class Console:
         rows = [(f"{name} {command.argument}", command.about) for name, command in self.commands().items()]
         rows += [
             ("/quit", "end; so does Ctrl-D"),
-            ("//text", "send a text that begins with a slash: /text"),
-            (_QUOTES, "begins and ends a text of several lines; \\ at the end of a line goes on, too"),
+            ("//text", "send a prompt that begins with a slash: /text"),
+            (_QUOTES, "begins and ends a multi-line prompt; so does \\ at the end of a line"),
             ("Ctrl-C", "stop the answer"),
         ]
         return "\n".join(f"{command:<14}{about}" for command, about in rows)
 
 
-def read_text(ask: Callable[[str], str], sign: str) -> tuple[str, bool]:
-    """The next text of one or several lines, and whether it was in quotes, so that it is no command.
+def read_text(read_line: Callable[[str], str], input_prompt: str) -> tuple[str, bool]:
+    """The next prompt, of one or several lines, and whether it was quoted and so cannot be a command.
 
-    The end of the input ends the text that is open; at its beginning it is an EOFError, as `ask` raises it.
+    The end of the input ends an unfinished prompt; before its first line it raises EOFError.
     """
-    line = ask(sign)
-    more = "... " if sign else ""
+    line = read_line(input_prompt)
+    more = "... " if input_prompt else ""
     opened = line.lstrip().startswith(_QUOTES)
     lines = [line.lstrip().removeprefix(_QUOTES)] if opened else [line]
     try:
         if opened:
             while not lines[-1].rstrip().endswith(_QUOTES):
-                lines.append(ask(more))
+                lines.append(read_line(more))
             lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
         else:
             while lines[-1].endswith("\\"):
                 lines[-1] = lines[-1][:-1]
-                lines.append(ask(more))
+                lines.append(read_line(more))
     except EOFError:
         pass
     if opened:  # quotes on lines of their own add no empty lines
@@ -258,9 +258,9 @@ def read_text(ask: Callable[[str], str], sign: str) -> tuple[str, bool]:
 
 @contextmanager
 def ctrl_c() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, which ends the text after the token at hand; a second one interrupts at once."""
+    """The first Ctrl-C sets the event, which stops generation after the current token; a second one raises KeyboardInterrupt."""
     pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there can a signal be caught
+    if threading.current_thread() is not threading.main_thread():  # signal handlers need the main thread
         yield pressed
         return
     before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
@@ -277,7 +277,7 @@ def ctrl_c() -> Iterator[threading.Event]:
 
 
 def _settings_of(file: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a saved conversation with the types that they must have."""
+    """The settings of a saved conversation, checked and converted to their types."""
     hints = {name: hint for name, hint in get_type_hints(WriteSettings).items() if name in {field.name for field in fields(Sampling)}}
     hints["show_recursive_steps"] = bool
     for name, value in values.items():

@@ -20,18 +20,18 @@ from ..utils.models import evaluating, is_recursive
 from .options import DecodingOptions, Halt
 from .streaming import UNFINISHED
 
-# Of the table of cycles, roomiest first: terminal cells at which a token is cut, and whether ranks are shown.
+# Layouts from wide to narrow: terminal cells at which a token is cut, and whether ranks are shown.
 _LAYOUTS = ((16, True), (10, True), (10, False))
 
 
 @dataclass(frozen=True)
 class CycleGuess:
-    """What one cycle would have said in place of one token.
+    """The prediction of one cycle for one token.
 
     Args:
         cycle: Counted from 1; 0 is the plain pass of `H_cycles = 0`.
-        token, probability: The cycle's likeliest token.
-        written_rank, written_probability: Where the token that was written stands for this cycle; rank 1 is the likeliest.
+        token, probability: The cycle's most likely token.
+        written_rank, written_probability: Rank (1 is the most likely) and probability of the token that was generated.
     """
 
     cycle: int
@@ -43,11 +43,11 @@ class CycleGuess:
 
 @dataclass(frozen=True)
 class TokenSteps:
-    """One written token, and every cycle's own idea of it, earliest first.
+    """A generated token and the prediction of every cycle, earliest first.
 
     Args:
-        cycles: Those that were computed: none after `halted`.
-        halted: The cycle at which the token was ready to be said, where that is before the last one; else None.
+        cycles: The cycles that were computed: none after `halted`.
+        halted: The cycle of early exit, if before the last; else None.
     """
 
     token: int
@@ -65,19 +65,19 @@ def recursive_steps(
     halt: Halt = "none",
     halt_threshold: float | None = None,
 ) -> list[TokenSteps]:
-    """What every cycle would have said for each token of `ids` after the prompt.
+    """The prediction of every cycle for each token of `ids` after the prompt.
 
-    One pass without a cache over the whole text, so cycle c is exactly a run at `H_cycles = c`, given the same text before; with halting,
-    tokens halt in it as they did in writing.
+    One forward pass over the whole text without a cache, so cycle c is exactly a run at `H_cycles = c` with the same prefix; with halting,
+    tokens exit at the same cycles as during generation.
 
     Args:
-        prompt_length: How many of `ids` were read and not written; at least 1.
-        H_cycles: Depth to look at; None is the model's own.
-        chunk: Positions whose logits, `[chunk, V]`, are held at a time.
-        halt, halt_threshold: As in the run that wrote the text: of a token that halts, later cycles are left out.
+        prompt_length: Number of prompt tokens in `ids`; at least 1.
+        H_cycles: Depth; None is the model's own.
+        chunk: Number of positions whose logits, `[chunk, V]`, are in memory at a time.
+        halt, halt_threshold: As in the run that generated the text; cycles after the exit of a token are omitted.
 
     Raises:
-        UserError: Not a recursive model, or a halting that it cannot do.
+        UserError: Not a recursive model, or a halting criterion that it does not support.
     """
     if not is_recursive(model):
         raise UserError(f"--show_recursive_steps: expected a recursive model, got a {type(model).__name__}, which has no cycles")
@@ -92,7 +92,7 @@ def recursive_steps(
     deepest, rule = effort.cycles(model), effort.rule(model)
     with evaluating(model):
         base = model.model(batch, H_cycles=deepest, use_cache=False, output_cycle_states=True, halt_rule=rule)
-    # the state at t speaks of token t + 1
+    # the state at t predicts token t + 1
     ready = [deepest] * len(written) if rule is None else base.halt_cycles[0, prompt_length - 1 : -1].tolist()
     guesses: list[list[CycleGuess]] = [[] for _ in written]
     for cycle, state in enumerate(base.cycle_states, start=min(1, deepest)):
@@ -107,23 +107,23 @@ def recursive_steps(
 
 
 def _guesses(logits: torch.Tensor, written: torch.Tensor) -> list[tuple[int, float, int, float]]:
-    """Per row of `[T, V]` logits: likeliest token, its probability, rank and probability of the written one `[T]`."""
+    """Per row of `[T, V]` logits: most likely token, its probability, rank and probability of the generated token, each `[T]`."""
     logits = logits.float()
     log_total = logits.logsumexp(dim=-1)
     top, token = logits.max(dim=-1)
     own = logits.gather(-1, written.unsqueeze(-1)).squeeze(-1)
-    # the written token is counted as the first of its equals, except behind the very token that is shown as the top
+    # on ties the generated token ranks first, except behind the token shown as the most likely
     rank = 1 + (logits > own.unsqueeze(-1)).sum(dim=-1) + ((own == top) & (token != written)).long()
     columns = (token, (top - log_total).exp(), rank, (own - log_total).exp())
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def render_steps(steps: Sequence[TokenSteps], tokenizer: PreTrainedTokenizerBase, width: int | None = None, color: bool = False) -> str:
-    """A table for a terminal: one row per written token, one column per cycle.
+    """A table for a terminal: one row per generated token, one column per cycle.
 
     Args:
-        width: Cells of the terminal; None is without end. Where the table is too wide, long tokens are cut first, then ranks are left out,
-            and then the cycles go on below.
+        width: Cells of the terminal; None is unlimited. If the table is too wide, first long tokens are cut, then ranks are left out,
+            and then the cycles continue in a block below.
         color: Use ANSI colours.
     """
     if not steps:
@@ -150,7 +150,7 @@ def render_steps(steps: Sequence[TokenSteps], tokenizer: PreTrainedTokenizerBase
 def show_steps(
     model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt_length: int, effort: DecodingOptions, out: TextIO
 ) -> None:
-    """Write the table of a text to `out`: as wide as the terminal, in colour where it has any."""
+    """Write the table of a text to `out`: as wide as the terminal, in colour if it supports colour."""
     steps = recursive_steps(model, ids, prompt_length, effort.H_cycles, halt=effort.halt, halt_threshold=effort.halt_threshold)
     terminal = out.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
@@ -160,7 +160,7 @@ def show_steps(
 
 
 def _side_by_side(columns: list[list[str]], width: int | None) -> list[list[list[str]]]:
-    """As many columns beside each other as there is room for, the first one repeated in every block."""
+    """Lay columns side by side in blocks of the given width, repeating the first column in every block."""
     stub, *others = columns
     blocks: list[list[list[str]]] = []
     room = 0
@@ -184,7 +184,7 @@ def _cycle_column(steps: Sequence[TokenSteps], index: int, tokenizer: PreTrained
     """The column of the cycle at `index`."""
     computed = [step.cycles[index] for step in steps if index < len(step.cycles)]
     widest = max(cell_len(visible(tokenizer, guess.token, cells)) for guess in computed)
-    stops = any(step.halted is not None for step in steps)  # room for the sign of halting, in every column alike
+    stops = any(step.halted is not None for step in steps)  # room for the early-exit mark, in every column alike
     rows = []
     for step in steps:
         if index >= len(step.cycles):
@@ -207,7 +207,7 @@ def _column(title: str, rows: list[str], foot: str) -> list[str]:
 
 
 def visible(tokenizer: PreTrainedTokenizerBase, token: int, cells: int = 16) -> str:
-    """A token as a word of at most so many terminal cells: white space as signs, bytes that are no whole character in hexadecimal."""
+    """A token in at most `cells` terminal cells: white space as symbols, incomplete UTF-8 in hexadecimal."""
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     name = tokenizer.convert_ids_to_tokens(token)
     if not text or UNFINISHED in text:

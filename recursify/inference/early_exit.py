@@ -23,21 +23,21 @@ from ..network.decoding_recursive_llm import HaltRule
 from ..network.losses import read_out
 from ..utils.models import evaluating
 
-_STEPS = 24  # halvings of the range in which a threshold is looked for
-_CLOSE = 0.002  # share of the compute that two thresholds may differ in and still be as good as the same
-# Logits of q_head, and logarithms of nats: beyond these a criterion halts always or never.
+_STEPS = 24  # steps of the bisection
+_CLOSE = 0.002  # tolerance of the compute share
+# Search range: logits of q_head, or logarithms of nats; at its ends a criterion halts always or never.
 _RANGES = {"q_head": (-16.0, 16.0), "kl": (-20.0, 5.0), "entropy": (-20.0, 5.0)}
 
 
 @dataclass(frozen=True)
 class HaltingMeasure:
-    """A text at one threshold.
+    """Loss and compute of a text at one threshold.
 
     Args:
         threshold: None is full depth.
         loss: Nats per token.
-        cycles: Cycle -> how many tokens halted there.
-        share: Layer applications over those at full depth without halting.
+        cycles: Cycle -> number of tokens that halted there.
+        share: Layer applications as a fraction of those at full depth.
     """
 
     criterion: str
@@ -49,11 +49,11 @@ class HaltingMeasure:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, and what it does on the text that it was found on.
+    """A threshold and its measurement on the calibration text.
 
     Args:
-        budget: The share that was asked for; `chosen.share` is at most that.
-        full: The same text at full depth.
+        budget: The target share; `chosen.share` is at most this.
+        full: The calibration text at full depth.
     """
 
     budget: float
@@ -66,7 +66,7 @@ class Calibration:
         return self.chosen.threshold
 
     def render(self) -> str:
-        """In a line."""
+        """One line for the log."""
         tokens = sum(self.full.cycles.values())
         return (
             f"--halt_threshold {self.threshold:.6g}: {self.chosen.share:.0%} of the layer applications, loss {self.chosen.loss:.4f} "
@@ -75,10 +75,10 @@ class Calibration:
 
 
 def applications(config: Any, cycles: Iterable[int], criterion: str) -> list[int]:
-    """Layer applications that each token cost, given the cycle that it halted at; 0 for padding, which is given as cycle 0.
+    """Layer applications per token, given the cycle that it halted at (0 for padding, which costs nothing).
 
     Args:
-        config: The model's; its L_cycles count.
+        config: The model's configuration.
         criterion: One of `HALT_CRITERIA`.
     """
     of_cycle, around = config.L_layers * (config.L_cycles + 1), config.prelude_layers
@@ -90,11 +90,11 @@ def applications(config: Any, cycles: Iterable[int], criterion: str) -> list[int
 def measure(
     model: Any, blocks: torch.Tensor, criterion: str, threshold: float | None = None, H_cycles: int | None = None
 ) -> HaltingMeasure:
-    """Read `[blocks, tokens]` ids with tokens halting.
+    """Measure `[blocks, tokens]` ids with early exit.
 
     Args:
         threshold: None does not halt.
-        H_cycles: Cycles at most; the model's own where None.
+        H_cycles: Maximum number of cycles; None is the model's own.
     """
     H = model.config.H_cycles if H_cycles is None else H_cycles
     losses, used = [], []
@@ -114,16 +114,16 @@ def measure(
 
 
 def calibrate(model: Any, blocks: torch.Tensor, criterion: str, budget: float, H_cycles: int | None = None) -> Calibration:
-    """The threshold that spends at most a share of the compute on a text, and no less than it must.
+    """The threshold whose compute on a calibration text is closest to the budget without exceeding it.
 
     Args:
-        blocks: `[blocks, tokens]` ids of text like that to be written.
+        blocks: `[blocks, tokens]` ids of representative text.
         criterion: One of `HALT_CRITERIA`.
-        budget: Layer applications over those at full depth, above 0 and at most 1.
-        H_cycles: Cycles at most; the model's own where None.
+        budget: Layer applications as a fraction of those at full depth, in (0, 1].
+        H_cycles: Maximum number of cycles; None is the model's own.
 
     Raises:
-        UserError: A budget that even halting every token as early as can be exceeds.
+        UserError: Even the earliest possible exit of every token exceeds the budget.
     """
     full = measure(model, blocks, criterion, None, H_cycles)
 
@@ -142,7 +142,7 @@ def calibrate(model: Any, blocks: torch.Tensor, criterion: str, budget: float, H
         if budget - best.share < _CLOSE:
             break
         found = at((cheap + dear) / 2)
-        if found.share <= budget:  # more tokens halt than must
+        if found.share <= budget:  # more tokens halt than necessary
             cheap, best = (cheap + dear) / 2, found
         else:
             dear = (cheap + dear) / 2
@@ -150,7 +150,7 @@ def calibrate(model: Any, blocks: torch.Tensor, criterion: str, budget: float, H
 
 
 def _threshold(criterion: str, x: float) -> float:
-    """A point of the range as a threshold; its ends are always and never."""
+    """The threshold at a point of the search range; its ends mean always and never."""
     low, high = _RANGES[criterion]
     if criterion == "q_head":
         return 0.0 if x <= low else 1.0 if x >= high else 1 / (1 + math.exp(-x))

@@ -29,14 +29,14 @@ class Generated:
     """One continued prompt.
 
     Args:
-        text: The continuation alone; `prompt + text` is the whole.
-        prompt_ids, token_ids: Tokens read and tokens written. The last one written may be an end token, which has no text; a stop
-            string has tokens, but is not in the text.
-        finish_reason: `stop` at an end token or before a stop string, `length` at max_new_tokens, `interrupted` when the caller said so.
-        cycles: With halting, for each token written the cycle at which it was ready; else None.
-        of_cycles: The cycles of a run that does not halt; 0 for a model without.
-        applications, plain_applications: With halting, the layers applied for the tokens written, and what full depth would have applied.
-        drafted, accepted: With self-speculation, tokens drafted and found right. The rows of a batch draft together: what they did is told
+        text: The completion without the prompt.
+        prompt_ids, token_ids: Tokens of the prompt and of the completion. The last one may be an end token, which has no text; a stop
+            string is in the tokens, but not in the text.
+        finish_reason: `stop` at an end token or stop string, `length` at max_new_tokens, `interrupted` by `should_stop`.
+        cycles: With early exit, the exit cycle of each generated token; else None.
+        of_cycles: Cycles at full depth; 0 for a plain model.
+        applications, plain_applications: With early exit, layer applications for the generated tokens, and those at full depth.
+        drafted, accepted: With self-speculation, tokens drafted and accepted. The rows of a batch draft together: their counts are given
             with the first, and the others have 0.
     """
 
@@ -68,18 +68,18 @@ def generate_text(
     """Continue a prompt.
 
     Args:
-        model: A recursive model, or any causal language model of transformers. Its training mode is put back afterwards.
-        prompt: Text, encoded or not, or the token ids of it, which are taken as they are.
+        model: A recursive model, or any causal language model of transformers. Its training mode is restored afterwards.
+        prompt: Text, an `EncodedPrompt`, or token ids, which are used as they are.
         sampling: None is the defaults of `Sampling`.
-        seed: Makes the choice repeatable and leaves torch's global random state (cpu and cuda) alone; None draws from the global state.
+        seed: Makes sampling repeatable without touching torch's global random state (cpu and cuda); None uses the global state.
         on_text: Called with each piece of text as soon as it is final; a character whose bytes span tokens comes whole. The pieces
             joined are `Generated.text`.
-        should_stop: Asked after each token; True ends the text there.
-        memory: Of the conversation of which the prompt is the whole so far. Greedy text is the same with and without; see `Memory`.
-        ends: Tokens that end the text, beside those of the model and the tokenizer.
+        should_stop: Called after each token; True ends the text there.
+        memory: Prefix cache of the conversation that the prompt continues. Greedy text is the same with and without; see `PrefixCache`.
+        ends: End tokens beside those of the model and the tokenizer.
 
     Raises:
-        UserError: Empty prompt, a value out of range, more tokens than the model has positions, a tokenizer of another model.
+        UserError: An empty prompt, a value out of range, more tokens than the model has positions, a tokenizer of another model.
     """
     sampling = sampling or Sampling()
     sampling.validate()
@@ -105,10 +105,10 @@ def generate_batch(
     *,
     seed: int | None = None,
 ) -> list[Generated]:
-    """Continue several prompts at a time, each as `generate_text` would: greedy, the texts are the same.
+    """Continue several prompts as one batch; greedy texts are those of `generate_text`.
 
     Args:
-        seed: As in `generate_text`. Drawn texts depend on which prompts are written together.
+        seed: As in `generate_text`. Sampled texts depend on the composition of the batch.
 
     Raises:
         UserError: As `generate_text`.
@@ -133,7 +133,7 @@ def _write(
     should_stop: Callable[[], bool] | None = None,
     cache: Any = None,
 ) -> Any:
-    """Fill the rows; returns what `generate` does. Prompts are padded on the left, so that all end in the same column."""
+    """Generate into the rows; returns the output of `generate`. Prompts are left-padded."""
     ends = sorted(rows[0].ends)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
     width = max(len(row.prompt_ids) for row in rows)
@@ -164,7 +164,7 @@ def _results(model: Any, prompts: Sequence[str], rows: Sequence[Row], sampling: 
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         spent: dict[str, Any] = {}
         if sampling.criterion is not None:
-            # the token at t was ready when the one before it had been thought through
+            # the token at t was predicted from the position before it
             used = output.past_key_values.cycles_used[:, width - 1 : width - 1 + len(row.token_ids)]
             # a batch goes on until its last row has halted
             spent = _spent_on(model, used[index].tolist(), used.max(dim=0).values.tolist(), sampling)
@@ -182,12 +182,12 @@ def _spent_on(model: Any, cycles: list[int], computed: list[int], sampling: Samp
 
 
 def decoding_stats(*generated: Generated) -> str:
-    """What halting or self-speculation did for these texts together, in a line; empty where neither was on."""
+    """One line of statistics on early exit or self-speculation over these texts; empty if neither was on."""
     cycles = [cycle for one in generated for cycle in one.cycles or ()]
     if cycles:
         cost, plain = (sum(getattr(one, name) or 0 for one in generated) for name in ("applications", "plain_applications"))
         saved = f"{1 - cost / plain:.0%} of layer applications saved"
-        if cost > plain:  # with a coda, looking whether to halt costs more than a run that does not look
+        if cost > plain:  # with a coda, evaluating the criterion can cost more than it saves
             saved = f"{cost / plain - 1:.0%} more layer applications than without halting"
         return f"halting: {sum(cycles) / len(cycles):.1f} of {generated[0].of_cycles} cycles per token, {saved}"
     drafted, accepted = (sum(getattr(one, name) or 0 for one in generated) for name in ("drafted", "accepted"))

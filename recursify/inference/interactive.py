@@ -11,7 +11,7 @@ from .settings import GenerateSettings
 
 
 def run(settings: GenerateSettings) -> None:
-    """Ask for prompts at the terminal and continue them, until the user has enough.
+    """Read prompts at the terminal and continue each.
 
     Raises:
         UserError: A setting out of range; a checkpoint or tokenizer that cannot be read.
@@ -23,7 +23,7 @@ def run(settings: GenerateSettings) -> None:
 
 
 class Conversation(Console):
-    """Prompts and their continuations. A conversation that is kept lists them as messages of user and assistant."""
+    """Independent prompts and their completions; /save stores them as messages of user and assistant."""
 
     def greet(self) -> None:
         self.say("Type a prompt to continue. /help lists the commands.\n", self.err)

@@ -17,12 +17,12 @@ from ..network.decoding_recursive_llm import HaltRule
 from ..utils.models import is_recursive
 from ..utils.options import Options
 
-# Below this a distribution is its largest entry anyway, and logits divided by less are no longer finite.
+# Below this the distribution is one-hot, and dividing logits by less overflows.
 GREEDY_BELOW = 1e-5
-# What changes nothing, in transformers' words.
+# Neutral values of transformers' generation parameters.
 _NO_PENALTY: dict[str, Any] = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 _NO_CUTOFF: dict[str, Any] = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-WHERE_A_DONOR_HAS_IT: dict[str, Any] = {"min_length": 0, "min_new_tokens": 0, "min_p": 0.0}  # else they cost time, or a warning
+WHERE_A_DONOR_HAS_IT: dict[str, Any] = {"min_length": 0, "min_new_tokens": 0, "min_p": 0.0}  # otherwise they cost time, or a warning
 CachePolicy = Literal["full", "last"]
 Halt = Literal["none", "q_head", "kl", "entropy"]
 
@@ -38,10 +38,10 @@ class EarlyExit(Options):
     """Exit when q_head is above it, KL below it, or entropy below it. Default: 0.5, 5e-4 nats, 0.1 nats."""
 
     def validate(self) -> None:
-        """Check all that can be checked without the model.
+        """Check everything that needs no model.
 
         Raises:
-            UserError: A value out of range, or two that exclude each other.
+            UserError: A value out of range, or mutually exclusive ones.
         """
         _one_of("halt", self.halt, Halt)
         if self.halt_threshold is None:
@@ -55,17 +55,17 @@ class EarlyExit(Options):
 
     @property
     def criterion(self) -> str | None:
-        """Of `HALT_CRITERIA`; None for a run at fixed depth."""
+        """One of `HALT_CRITERIA`; None at fixed depth."""
         return None if self.halt == "none" else self.halt
 
     def rule(self, model: Any) -> HaltRule | None:
-        """The rule by which tokens of this model halt; None at fixed depth."""
+        """The halting rule for this model; None at fixed depth."""
         return HaltRule.of(model, self.criterion, self.halt_threshold)
 
 
 @dataclass(kw_only=True)
 class DecodingOptions(EarlyExit):
-    """Depth and KV cache: how many cycles a run has, and what it caches. None leaves the choice to the model."""
+    """Depth and KV cache: number of cycles and cache policy. None uses the model's default."""
 
     H_cycles: int | None = None
     """Cycles per token; 0 is one plain pass. Default: that of the checkpoint."""
@@ -97,10 +97,10 @@ class DecodingOptions(EarlyExit):
                 raise UserError(f"--draft_cycles: expected --{name} {off} with it, got --{name} {value}; leave out one of the two")
 
     def generate_kwargs(self, model: Any) -> dict[str, Any]:
-        """Non-default options as arguments of the model's `generate`; a plain model of transformers takes none.
+        """The options that are set, as arguments of the model's `generate`; empty for a plain model.
 
         Raises:
-            UserError: A model without cycles, drafts that are not shallower than the run, a `q_head` that was never trained.
+            UserError: A model without cycles, draft_cycles not below the depth, a `q_head` that was never trained.
         """
         own = {field.name: field.default for field in fields(DecodingOptions)}
         asked = {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
@@ -125,7 +125,7 @@ class DecodingOptions(EarlyExit):
                 f"--draft_cycles: expected fewer than the {cycles} cycles of the run, got {self.draft_cycles}: a draft as deep as the "
                 "verification saves nothing"
             )
-        # initialised at exactly 0, and moved by the first step that trains it
+        # initialised at exactly 0; the first training step changes it
         if self.halt == "q_head" and not model.base_model.recursion.q_head.bias.any():
             raise UserError(
                 "--halt q_head: this model's q_head was never trained; train it (recursify train --enable_deep_supervision "
@@ -133,18 +133,18 @@ class DecodingOptions(EarlyExit):
             )
 
     def cycles(self, model: Any) -> int:
-        """Cycles of a run of this recursive model."""
+        """The number of cycles for this recursive model."""
         return int(model.config.H_cycles if self.H_cycles is None else self.H_cycles)
 
     def settled(self, model: Any) -> DecodingOptions:
-        """These options alone, with the cycles of the model filled in: equal for runs that can share a cache."""
+        """These options with the model's defaults filled in: equal for runs that can share a KV cache."""
         alone = DecodingOptions(**{field.name: getattr(self, field.name) for field in fields(DecodingOptions)})
         return replace(alone, H_cycles=alone.cycles(model)) if is_recursive(model) else alone
 
 
 @dataclass(kw_only=True)
 class Sampling(DecodingOptions):
-    """Sampling: how the next token is chosen, and where the text ends."""
+    """Sampling: how the next token is chosen and when generation stops."""
 
     max_new_tokens: int = 100
     """Maximum number of new tokens; an end token ends the text earlier."""
@@ -172,7 +172,7 @@ class Sampling(DecodingOptions):
         super().validate()
 
     def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
-        """The same as a GenerationConfig. Penalties, cutoffs and num_return_sequences of the donor's generation_config.json are switched
+        """As a GenerationConfig. Penalties, cutoffs and num_return_sequences of the donor's generation_config.json are switched
         off: what is None here would be taken from there."""
         greedy = self.temperature < GREEDY_BELOW
         choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, **_NO_CUTOFF}

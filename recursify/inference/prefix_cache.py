@@ -9,30 +9,30 @@ from .options import DecodingOptions
 
 
 class PrefixCache:
-    """What one conversation with one model has left in its cache, kept from call to call.
+    """The KV cache of one conversation with one model, kept between calls.
 
-    A prompt that begins with what is remembered goes on from there; where it differs, the cache is cut back to what the two share. Another
-    depth, cache policy, halting or drafting means other keys and values, so the memory is dropped then; so it is where a cache cannot be
-    cut back (a sliding window forgets what it has slid past). Not for several threads at a time.
+    A prompt that starts with the cached tokens prefills only the rest; otherwise the cache is cropped to the common prefix. Another
+    depth, cache policy, halting or drafting means other keys and values, so the cache is dropped; so is one that cannot be
+    cropped (a sliding window has discarded older tokens). Not thread-safe.
 
-    Greedy text is the same as without, but where it matters which tokens are read at once: with `cache_policy="last"` they see each other
-    at every cycle and what was read before at its last, so there the turns are part of the text.
+    Greedy text is the same as without a cache, except with `cache_policy="last"`: there tokens of one prefill attend to each other at every
+    cycle and to earlier ones at their last, so the result depends on how the text was split into turns.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew; frees the cache."""
+        """Drop and free the cache."""
         self.cache: Any = None
         self.ids: list[int] = []
         self.model: Any = None
         self.effort: DecodingOptions | None = None
 
     def recall(self, model: Any, ids: Sequence[int], effort: DecodingOptions) -> Any:
-        """The cache of the longest beginning of `ids` that is remembered, at least one token short of them; None where there is none.
+        """The cache of the longest cached proper prefix of `ids`, or None.
 
-        It is forgotten here until `keep` brings it back: a run that breaks off leaves it half-written.
+        Ownership moves to the caller until `keep`: an interrupted run leaves it incomplete.
         """
         cache, known, fits = self.cache, self.ids, self.model is model and self.effort == effort
         self.forget()
@@ -49,16 +49,16 @@ class PrefixCache:
         return cache
 
     def keep(self, model: Any, ids: Sequence[int], effort: DecodingOptions, cache: Any) -> None:
-        """Remember the cache of a run.
+        """Store the cache of a run.
 
         Args:
-            ids: Read and written. The cache may lack the end of them: the last token written has not been read.
+            ids: Prompt and completion. The cache may be shorter: the last generated token has not been processed.
         """
         self.model, self.effort, self.cache = model, effort, cache
         self.ids = list(ids[: int(cache.get_seq_length())])
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     length = min(len(one), len(other))
     return next((i for i in range(length) if one[i] != other[i]), length)

@@ -13,14 +13,14 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt and its token ids, which a model was found to be able to continue."""
+    """A prompt with its token ids, checked against a model."""
 
     text: str
     ids: list[int]
 
 
 def encode_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 0) -> EncodedPrompt:
-    """A prompt that the model can continue, as token ids.
+    """Tokenize a prompt and check that the model can continue it.
 
     Raises:
         UserError: As `prompt_ids` and `check_ids`.
@@ -31,10 +31,10 @@ def encode_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, m
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt, with the leading special tokens that the tokenizer itself adds, and never an end token behind.
+    """Token ids of a prompt, with the leading special tokens that the tokenizer adds, and without a trailing end token.
 
     Raises:
-        UserError: Empty prompt, or no UTF-8.
+        UserError: An empty prompt, or one that is not valid UTF-8.
     """
     check_prompt(prompt)
     ids = list(tokenizer(prompt, verbose=False).input_ids)
@@ -50,10 +50,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def check_ids(model: Any, ids: Sequence[int], max_new_tokens: int = 0) -> None:
-    """Check that a model can read a prompt and write so many tokens after it.
+    """Check that a prompt and its completion fit the model's context and vocabulary.
 
     Raises:
-        UserError: No ids, too many for the model, or ids that it does not have.
+        UserError: No ids, too many for the model's positions, or ids outside its vocabulary.
     """
     if not ids:
         raise UserError("--prompt: expected some tokens to continue, got none")
@@ -67,7 +67,7 @@ def check_ids(model: Any, ids: Sequence[int], max_new_tokens: int = 0) -> None:
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a text: those of the model's generation config and the tokenizer's own. Chat models have several."""
+    """All end tokens: those of the model's generation config and the tokenizer's own. Chat models have several."""
     of_model = model.generation_config.eos_token_id
     found = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
     return [int(token) for token in dict.fromkeys(found) if token is not None]

@@ -33,7 +33,7 @@ from .settings import GenerateSettings
 logger = logging.getLogger(__name__)
 
 FORMAT = "recursify-prompts/1"
-_NAMED = 3  # so many faulty lines are named, and the others counted
+_NAMED = 3  # faulty lines listed in an error; the others are counted
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Prompt:
 
 
 def run(settings: GenerateSettings) -> None:
-    """Continue every prompt of `settings.prompt_file`, or those that an earlier run has left.
+    """Continue every prompt of `settings.prompt_file`, or the remaining ones of an interrupted run.
 
     Raises:
-        UserError: A file that cannot be read or has a faulty line, before anything is written; results of another run in the way.
+        UserError: An unreadable file or an invalid line, before anything is generated; an output file of a different run.
     """
     settings.validate()
     prompts = read_prompts(settings.prompt_file or "")
@@ -75,24 +75,24 @@ def run(settings: GenerateSettings) -> None:
 
 
 def output_path(settings: GenerateSettings) -> Path:
-    """Where the results go: `--output_file`, else beside the prompts."""
+    """Path of the results: `--output_file`, or beside the prompts."""
     return Path(settings.output_file) if settings.output_file else Path(settings.prompt_file or "").with_suffix(".out.jsonl")
 
 
 def read_prompts(file: str) -> list[Prompt]:
     """The prompts of a text or `.jsonl` file.
 
-    A line is a prompt as it stands: two characters that spell a line end stay two characters. In `.jsonl` they are what JSON makes of them.
+    In a text file a line is taken literally: a backslash followed by n stays two characters. In `.jsonl` JSON escapes apply.
 
     Raises:
-        UserError: Not readable as UTF-8, a line that is no JSON object with a "prompt", or no prompt at all.
+        UserError: Not UTF-8, a line that is not a JSON object with a "prompt", or no prompt at all.
     """
     try:
         content = Path(file).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
         raise UserError(f"--prompt_file: {file} cannot be read ({why}); name a UTF-8 text file with one prompt per line") from error
-    lines = [line.removesuffix("\r") for line in content.split("\n")]  # no other sign ends a line
+    lines = [line.removesuffix("\r") for line in content.split("\n")]  # no other character ends a line
     is_json = Path(file).suffix == ".jsonl"
     prompts = [Prompt(i, _field(file, i, line) if is_json else line) for i, line in enumerate(lines) if line.strip()]
     if not prompts:
@@ -111,7 +111,7 @@ def _field(file: str, index: int, line: str) -> str:
 
 
 def _encode_each(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[int, EncodedPrompt]:
-    """Every prompt as the model will read it, by its index, so that no faulty one ends the run hours later."""
+    """Tokenize and check every prompt up front, so that an invalid one does not end the run hours later."""
     faults, encoded = [], {}
     for prompt in prompts:
         try:
@@ -125,14 +125,14 @@ def _encode_each(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings
 
 
 def _seed(settings: GenerateSettings, batch: Sequence[Prompt]) -> int | None:
-    """A seed of its own for each batch, so that what is drawn does not depend on where an earlier run stopped."""
+    """One seed per batch, so that sampled texts do not depend on where an earlier run stopped."""
     if settings.seed is None:
         return None
     return int.from_bytes(hashlib.sha256(f"{settings.seed}/{batch[0].index}".encode()).digest()[:4])
 
 
 def _made_of(model: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[str, Any]:
-    """All that the results depend on, as JSON types."""
+    """Everything that the results depend on, in JSON types."""
     sampling: Sampling = settings.sampling
     texts = json.dumps([[prompt.index, prompt.text] for prompt in prompts])
     return {
@@ -148,7 +148,7 @@ def _made_of(model: Any, prompts: Sequence[Prompt], settings: GenerateSettings) 
 
 
 def _fingerprint(model: Any) -> str:
-    """Of the beginning of every weight: enough to tell checkpoints apart, wherever they lie."""
+    """A hash over the first values of every weight: identifies a checkpoint independently of its path."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name}{tuple(weight.shape)}{weight.flatten()[:16].tolist()}".encode())
@@ -156,10 +156,10 @@ def _fingerprint(model: Any) -> str:
 
 
 class Results:
-    """The file of results: what is in it is kept, and what comes is added.
+    """The output file; existing results are kept and new ones appended.
 
     Raises:
-        UserError: A file of another run, or one that is no file of results.
+        UserError: A file of a different run, or one that holds no results.
     """
 
     def __init__(self, path: Path, prompts: Sequence[Prompt], made_of: dict[str, Any]):
@@ -178,14 +178,14 @@ class Results:
                 ) from error
 
     def missing(self, batch_size: int) -> Iterator[list[Prompt]]:
-        """The batches that are not complete. They are always cut alike, since drawn texts depend on what is written together."""
+        """The incomplete batches. The split is fixed, since sampled texts depend on the composition of the batch."""
         for first in range(0, len(self.prompts), batch_size):
             batch = list(self.prompts[first : first + batch_size])
             if any(prompt.index not in self.done for prompt in batch):
                 yield batch
 
     def add(self, batch: Sequence[Prompt], generated: Sequence[Generated]) -> int:
-        """Append what is not there yet; returns how many that were."""
+        """Append the missing results; returns their number."""
         pairs = [(prompt, one) for prompt, one in zip(batch, generated, strict=True) if prompt.index not in self.done]
         lines = [json.dumps(_entry(prompt, one), ensure_ascii=False) + "\n" for prompt, one in pairs]
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
@@ -210,7 +210,7 @@ class Results:
                 raise UserError(f"--output_file: {self.path} was made with {what}; {cure}")
 
     def _read(self) -> None:
-        """Take note of what is there; a last line that was torn off is cut away."""
+        """Read existing results; a truncated last line is removed."""
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         known = {prompt.index for prompt in self.prompts}

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 AnySettings = TypeVar("AnySettings", bound="WriteSettings")
 
 
-# Of a calibration file, at most so many windows of so many tokens are read.
+# At most this many windows of this many tokens of a calibration file are used.
 _WINDOWS = 32
 _WINDOW_TOKENS = 128
 
@@ -43,10 +43,10 @@ def run(settings: GenerateSettings) -> None:
 
 
 def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model, on its device and ready to write, and tokenizer.
+    """Load model, on its device in evaluation mode, and tokenizer.
 
     Raises:
-        UserError: A setting out of range; a checkpoint or tokenizer that cannot be read; a model that cannot write, or not as asked.
+        UserError: A setting out of range; a checkpoint or tokenizer that cannot be read; a model that cannot generate as asked.
     """
     settings.validate()
     model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
@@ -55,9 +55,9 @@ def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def calibrated(settings: AnySettings, model: Any, tokenizer: PreTrainedTokenizerBase) -> AnySettings:
-    """The settings with the threshold that a compute budget means on the calibration text; unchanged where no budget is set.
+    """Replace `compute_budget` by the threshold calibrated for it; unchanged without a budget.
 
-    What is found is told on stderr.
+    Logs the result.
 
     Raises:
         UserError: A calibration file that cannot be read, or is too short; a budget that cannot be met.
@@ -80,10 +80,10 @@ def write_once(
     err: TextIO | None = None,
     **kwargs: Any,
 ) -> Generated:
-    """Write prompt and continuation to `out` as the text comes, then the table of cycles where it is asked for.
+    """Stream prompt and completion to `out`, then the table of cycles if asked for.
 
     Args:
-        err: Gets a line on what halting or self-speculation did; None is stderr.
+        err: Stream for statistics on early exit or self-speculation; None is stderr.
         kwargs: As in `generate_text`: seed, should_stop.
     """
 
@@ -91,7 +91,7 @@ def write_once(
         out.write(text)
         out.flush()
 
-    # what is wrong is said before any text comes
+    # errors come before any text
     settings.sampling.generate_kwargs(model)
     encoded = encode_prompt(model, tokenizer, prompt, settings.max_new_tokens)
     show(prompt)
@@ -106,7 +106,7 @@ def write_once(
 def print_stats(
     model: Any, tokenizer: PreTrainedTokenizerBase, generated: Generated, settings: WriteSettings, out: TextIO, err: TextIO | None = None
 ) -> None:
-    """What follows a text: a line on what it cost to `err`, and, unless it was interrupted, the table of cycles to `out` if asked for."""
+    """After a text: statistics to `err` and, unless interrupted, the table of cycles to `out` if asked for."""
     if line := decoding_stats(generated):
         print(line, file=err or sys.stderr, flush=True)
     if settings.show_recursive_steps and generated.finish_reason != "interrupted":
@@ -117,7 +117,7 @@ def print_stats(
 
 
 def replace_unencodable(stream: TextIO) -> TextIO:
-    """The stream, told to put ? for what its encoding cannot say: a terminal without emoji must not end the text."""
+    """Make the stream print ? for characters outside its encoding instead of raising."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return stream

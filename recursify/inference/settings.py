@@ -27,10 +27,10 @@ class WriteSettings(DeviceOptions, Sampling, TokenizerSource, ModelSource):
     """Random seed of sampling. Default: none."""
 
     def validate(self) -> None:
-        """Check all that can be checked without the model.
+        """Check everything that needs no model.
 
         Raises:
-            UserError: A value out of range, or two that exclude each other.
+            UserError: A value out of range, or mutually exclusive ones.
         """
         super().validate()
         self._check_budget()
@@ -44,7 +44,7 @@ class WriteSettings(DeviceOptions, Sampling, TokenizerSource, ModelSource):
 
     @property
     def sampling(self) -> Sampling:
-        """What shapes the text, alone."""
+        """The sampling and decoding options."""
         return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
 
     def _check_budget(self) -> None:

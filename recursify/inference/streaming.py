@@ -14,31 +14,31 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 Finish = Literal["stop", "length", "interrupted"]
-UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no whole character
+UNFINISHED = "\ufffd"  # replacement for incomplete UTF-8
 
 
 class TextPieces(BaseStreamer):
-    """Passes on text while `generate` runs; every piece is final, and joined they are the whole text.
+    """A streamer for `generate`: every piece of text is final, and joined they are the whole text.
 
-    transformers' own streamer holds back a word until the next space. This one holds back only the bytes of an incomplete character, as
-    `DecodeStream` of tokenizers does; a tokenizer of transformers that is not built on that library decodes its text anew for each token.
+    transformers' TextStreamer holds back a word until the next space. This one holds back only the bytes of an incomplete character, with
+    `DecodeStream` of tokenizers; for a tokenizer that is not built on that library, pending tokens are decoded again at each token.
 
     Args:
-        special: Whether special tokens have text.
+        special: Whether to keep special tokens in the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object], special: bool = False):
         self.tokenizer, self.on_text, self.special = tokenizer, on_text, special
         self.backend = getattr(tokenizer, "_tokenizer", None)
         self.stream: DecodeStream | None = None
-        self.waiting: list[int] = []  # tokens whose text is not out yet
+        self.waiting: list[int] = []  # tokens whose text is pending
         self.ids: list[int] = []
         self.shown = ""  # of `ids`, where the tokenizer is not built on tokenizers
         self.prompt_comes = True
 
     def put(self, value: torch.Tensor) -> None:
         ids = value.flatten().tolist()
-        if self.prompt_comes:  # `generate` puts the prompt first
+        if self.prompt_comes:  # the first call has the prompt
             self.prompt_comes, self.ids = False, ids
             self.stream = DecodeStream(ids=ids, skip_special_tokens=not self.special)
             self.shown = self._decode(ids) if ids and self.backend is None else ""
@@ -47,7 +47,7 @@ class TextPieces(BaseStreamer):
             self._add(token)
 
     def end(self) -> None:
-        """No more tokens come: what is left of an incomplete character is shown as such."""
+        """End of the tokens: flush, with the replacement character for an incomplete one."""
         if self.backend is None:
             self._pass_on(self._decode(self.ids)[len(self.shown) :])
         else:
@@ -75,12 +75,12 @@ class TextPieces(BaseStreamer):
 
 
 class UntilStop:
-    """Hands on text up to the first stop string. What may be the beginning of one is held back until that is known.
+    """Forwards text up to the first stop string, holding back what may be the beginning of one.
 
-    The string that is complete first counts, so it does not matter how the text is cut into pieces.
+    The stop string that completes first wins, so the result does not depend on how the text is split into pieces.
 
     Args:
-        stop: None of them empty.
+        stop: Stop strings, not empty.
     """
 
     def __init__(self, stop: Sequence[str], on_text: Callable[[str], object]):
@@ -97,7 +97,7 @@ class UntilStop:
         self._release(min(found)[1] if found else len(self.held) - self._may_begin())
 
     def end(self) -> None:
-        """No more text comes: what is held back was no stop string."""
+        """End of the text: flush what is held back."""
         if not self.met:
             self._release(len(self.held))
 
@@ -107,20 +107,20 @@ class UntilStop:
             self.on_text(piece)
 
     def _may_begin(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+        """Number of trailing characters that may begin a stop string."""
         longest = max((len(stop) - 1 for stop in self.stop), default=0)
         lengths = range(min(longest, len(self.held)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(self.held[-n:]) for stop in self.stop)), 0)
 
 
 class Row:
-    """One text of a batch while it is written.
+    """State of one sequence of a batch during generation.
 
     Args:
-        prompt_ids: What was read; decoders look at the token before.
-        ends: Tokens that end the text and have none themselves.
-        stop: Strings before which the text ends.
-        on_text: Gets each piece as soon as it is final.
+        prompt_ids: The prompt: decoders need the preceding token.
+        ends: End tokens, which are not part of the text.
+        stop: Stop strings, which are not part of the text.
+        on_text: Called with each piece as soon as it is final.
     """
 
     def __init__(
@@ -134,18 +134,18 @@ class Row:
         self.prompt_ids, self.ends, self.on_text = list(prompt_ids), ends, on_text
         self.token_ids: list[int] = []
         self.texts: list[str] = []
-        self.finish: Finish | None = None  # None while the text goes on
+        self.finish: Finish | None = None  # None while the sequence is running
         self._until = UntilStop(stop, self._emit)
         self._pieces = TextPieces(tokenizer, self._until.put)
         self._pieces.put(torch.tensor(self.prompt_ids))
 
     @property
     def text(self) -> str:
-        """What has been handed on so far."""
+        """The text so far."""
         return "".join(self.texts)
 
     def put(self, token: int) -> None:
-        """The next token of the text, which has not ended."""
+        """Add the next token of a running sequence."""
         self.token_ids.append(token)
         if token in self.ends:
             self.close("stop")
@@ -155,7 +155,7 @@ class Row:
             self.finish = "stop"
 
     def close(self, finish: Finish) -> None:
-        """The text ends here, unless it has ended; what is still held back comes out."""
+        """Finish the sequence, unless it has finished, and flush."""
         if self.finish is None:
             self._pieces.end()
             self._until.end()
@@ -168,12 +168,12 @@ class Row:
 
 
 class Rows(StoppingCriteria):
-    """Gives every row its tokens as they come, and says which rows have ended.
+    """A stopping criterion for `generate` that passes each row its tokens and reports which rows have finished.
 
     Args:
-        rows: One per row of the batch, in its order.
-        read: Columns of the batch that are prompt and padding.
-        should_stop: Asked after each column; True ends all rows there.
+        rows: One per row of the batch.
+        read: Number of columns of prompt and padding.
+        should_stop: Called after each column; True finishes all rows.
     """
 
     def __init__(self, rows: Sequence[Row], read: int, should_stop: Callable[[], bool] | None = None):
@@ -190,6 +190,6 @@ class Rows(StoppingCriteria):
         return torch.tensor([row.finish is not None for row in self.rows], device=input_ids.device)  # type: ignore[return-value]
 
     def close(self, finish: Finish) -> None:
-        """No more tokens come."""
+        """Finish all rows."""
         for row in self.rows:
             row.close(finish)

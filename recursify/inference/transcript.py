@@ -11,14 +11,14 @@ from ..utils.atomic import write_text
 
 FORMAT = "recursify-conversation/1"
 ROLES = ("system", "user", "assistant")
-Message = dict[str, str]  # role and content, as chat templates take them
+Message = dict[str, str]  # role and content, as in chat templates
 
 
 def save(path: str, messages: list[Message], settings: dict[str, Any]) -> Path:
-    """Write a conversation, whole or not at all; returns where.
+    """Write a conversation atomically; returns its path.
 
     Raises:
-        UserError: A file there that is no conversation, or one that cannot be written.
+        UserError: The file exists and is not a conversation, or cannot be written.
     """
     place = Path(path).expanduser()
     if place.exists():
@@ -35,10 +35,10 @@ def save(path: str, messages: list[Message], settings: dict[str, Any]) -> Path:
 
 
 def load(path: str) -> tuple[list[Message], dict[str, Any]]:
-    """Messages and settings of a saved conversation.
+    """Read the messages and settings of a saved conversation.
 
     Raises:
-        UserError: Not readable, or not a conversation as `save` writes it.
+        UserError: Not readable, or not a file written by `save`.
     """
     place = Path(path).expanduser()
     try:

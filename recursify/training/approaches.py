@@ -33,15 +33,15 @@ from .settings import DonorSettings, RunSettings
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises. `reader` is the module that says what a state means.
+    """What a run minimises.
 
     Args:
-        reader: `(model) -> module`: its head, or its embeddings.
-        loss: `(states, labels, reader, shares, num_items) -> (sum of share * loss, losses)`, for training; the losses, one for each of the
-            states, have no gradient.
+        reader: `(model) -> module` that states are scored with: the LM head, or the embedding table.
+        loss: `(states, labels, reader, shares, num_items) -> (sum of share * loss, losses)`, for training; `losses`, one per
+            state, are detached.
         token_losses: `(state, labels, reader) -> [B, T - 1]`, for validation.
-        token_hits: `(state, labels, reader) -> [B, T - 1]`, 1 where the prediction is right; validation gives the share of them. Without
-            it the loss is in nats and validation gives the perplexity.
+        token_hits: `(state, labels, reader) -> [B, T - 1]`, 1 where the prediction is right; validation reports the accuracy. None: the
+            loss is in nats and validation reports the perplexity.
     """
 
     reader: Callable[[Any], Any]
@@ -59,8 +59,8 @@ class Approach:
     """A row of the table.
 
     Args:
-        trained: `(model, settings) -> modules` whose parameters are trained, as far as the model itself has not frozen them.
-        writes: Whether the model can write text.
+        trained: `(model, settings) -> modules` whose parameters are trained, except those that are frozen already.
+        writes: Whether the model has a usable LM head.
     """
 
     trained: Callable[[Any, Any], Iterable[nn.Module]]
@@ -92,10 +92,10 @@ APPROACHES = {
 
 
 def freeze_rest(model: Any, settings: RunSettings) -> None:
-    """Freeze every parameter that the approach does not train, and what idles: DDP stops at a parameter without a gradient.
+    """Freeze every parameter that the approach does not train, and those that get no gradient, which DDP would raise on.
 
     Raises:
-        UserError: What is to be trained and what is to be frozen are one matrix.
+        UserError: A matrix to train is tied to one to freeze.
     """
     trained = {id(p) for module in APPROACHES[settings.approach].trained(model, settings) for p in module.parameters()}
     for parameter in model.parameters():
@@ -109,10 +109,10 @@ def freeze_rest(model: Any, settings: RunSettings) -> None:
 
 
 def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint.Checkpoint:
-    """The model that a run of these settings begins with, in the donor's dtype. The same seed makes the same one.
+    """Build the initial model of a run from a donor, in the donor's dtype; deterministic in the seed.
 
     Args:
-        say: Is told how the model was made.
+        say: Receives the log lines.
 
     Raises:
         UserError: A donor that cannot be used, or flags that do not fit it.
@@ -126,15 +126,17 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
     torch.manual_seed(settings.seed)
     model: Any = convert_tensors(donor, plan, wanted).model
     start = "fresh" if settings.starts_fresh else f"layers {list(plan.loop)}"
-    say(f"{settings.approach} approach: {len(plan.loop)} looped layers ({start}) learn between what stays as it is in {donor.name}")
+    say(f"{settings.approach} approach: {len(plan.loop)} looped layers ({start}) trained, everything else frozen, from {donor.name}")
     if settings.starts_fresh:
         reinitialise(model, looped_layers(model))
     if not APPROACHES[settings.approach].writes:
         reinitialise(model, [model.model.norm])  # all ones: it rescales the state, and a cosine does not see that
-        say("It predicts embeddings and has no head: no samples, and no text later. train_qwen_trm_hybrid.py makes a model that writes")
+        say("The model predicts embeddings and has no LM head: it cannot generate text. --approach hybrid trains one that can")
     if getattr(settings, "tune_lm_head", False) and model.config.tie_word_embeddings:
         model = untied(model)
-        say(f"--tune_lm_head: the head was tied to the embeddings; it is its own matrix now, {model.lm_head.weight.numel():,} parameters")
+        say(
+            f"--tune_lm_head: the head was tied to the embeddings; it is a separate matrix now, {model.lm_head.weight.numel():,} parameters"
+        )
     notes = {**donor.origin, "seq_len": settings.seq_len, "loop": "fresh" if settings.starts_fresh else "donor"}
     model.config.conversion = conversion_record(None if settings.starts_fresh else plan, notes)
     return checkpoint.Checkpoint(model, tokenizer)
@@ -147,7 +149,7 @@ def looped_layers(model: Any) -> list[nn.Module]:
 
 @torch.no_grad()
 def reinitialise(model: Any, parts: Iterable[nn.Module]) -> None:
-    """Start parts of a model anew, as the donor's own class starts them."""
+    """Re-initialise modules of a model with the donor class's own initialisation."""
     for part in parts:
         for parameter in part.parameters():
             parameter.__dict__.pop("_is_hf_initialized", None)  # transformers' mark on what was loaded, which it never initialises
@@ -156,7 +158,7 @@ def reinitialise(model: Any, parts: Iterable[nn.Module]) -> None:
 
 
 def untied(model: Any) -> RecursiveLLM:
-    """The same model whose head is a matrix of its own, a copy of the embeddings; everything else is shared with the old one."""
+    """The same model with a separate head, a copy of the embeddings; every other tensor is shared with the original."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     state = {**model.state_dict(), "lm_head.weight": model.lm_head.weight.detach().clone()}

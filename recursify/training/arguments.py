@@ -1,4 +1,4 @@
-"""Our settings as transformers' TrainingArguments, and the other way round."""
+"""Conversion between our settings and transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .settings import FitSettings, RunSettings
 
 
 def training_arguments(settings: RunSettings, device: torch.device, saver: Saver | None, validates: bool = True) -> TrainingArguments:
-    """Our settings in the words of transformers. What is not named here is decided by `CycleTrainer`.
+    """Our settings as TrainingArguments. What is not set here is decided by `CycleTrainer`.
 
     Args:
-        validates: Whether there is something to validate on.
+        validates: Whether there is a validation set.
 
     Raises:
         UserError: A second GPU, bfloat16 on a device without it, or an unknown tracker or one that is not installed.
@@ -61,8 +61,8 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
     return args
 
 
-# TrainingArguments that decide nothing of a run of ours, which validates at each epoch in any case.
-_NO_MATTER = {
+# TrainingArguments without effect on our runs, which validate after every epoch in any case.
+_IGNORED = {
     "dataloader_pin_memory", "disable_tqdm", "do_eval", "do_predict", "do_train", "eval_strategy", "log_level", "logging_dir",
     "logging_first_step", "run_name",
 }  # fmt: skip
@@ -75,10 +75,10 @@ _VALUES: dict[str, dict[Any, Any]] = {  # theirs -> ours
 
 
 def from_training_arguments(args: Any) -> FitSettings:
-    """transformers' TrainingArguments as our settings; what is left at its default there is left at ours.
+    """Our settings from TrainingArguments; an argument at transformers' default takes our default.
 
     Raises:
-        UserError: No TrainingArguments, or one of them has no counterpart here.
+        UserError: Not a TrainingArguments object, or an argument without a counterpart here.
     """
     if not isinstance(args, TrainingArguments):
         raise UserError(f"args: expected FitSettings, or transformers' TrainingArguments, got {type(args).__name__}")
@@ -86,7 +86,7 @@ def from_training_arguments(args: Any) -> FitSettings:
     names = {theirs: name for name, theirs in ALIASES.items() if name in ours} | {name: name for name in ours}
     names |= {"use_cpu": "device", "save_strategy": "save_every"}
     usual = TrainingArguments(output_dir=args.output_dir)
-    given = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init and field.name not in _NO_MATTER}
+    given = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init and field.name not in _IGNORED}
     given = {name: value for name, value in given.items() if name == "output_dir" or value != getattr(usual, name)}
     if other := sorted(name for name, value in given.items() if name not in names or (name == "save_strategy" and value != "no")):
         raise UserError(f"args: {', '.join(other)}: no counterpart here; give FitSettings, whose fields `recursify train --help` explains")
@@ -103,10 +103,10 @@ def _as_ours(name: str, value: Any) -> Any:
 
 
 def computes_in_bf16(settings: RunSettings, device: torch.device) -> bool:
-    """What the settings say; where they leave it open, whether it is a GPU that has it: a CPU's is slower than its float32.
+    """`settings.bf16`; None means bfloat16 on a GPU that supports it and float32 elsewhere: on a CPU bfloat16 is slower.
 
     Raises:
-        UserError: It is asked of a device without it.
+        UserError: The device does not support bfloat16.
     """
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if settings.bf16 and not (on_gpu or device.type == "cpu"):
@@ -125,8 +125,8 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def total_steps(blocks: Any, settings: RunSettings) -> int:
-    """Optimizer steps of a run: those that the settings name, else those of the epochs. The last step of an epoch may have fewer
-    micro-batches, the last micro-batch fewer sequences. A stream has no length, and is not asked for it."""
+    """Optimizer steps of a run: `max_steps` or `max_tokens` if set, else those of the epochs. The last step of an epoch may have fewer
+    micro-batches, the last micro-batch fewer sequences. Never takes the length of a stream, which has none."""
     if named := named_steps(settings):
         return named
     batches = math.ceil(len(blocks) / (settings.batch_size * processes()))
@@ -134,7 +134,7 @@ def total_steps(blocks: Any, settings: RunSettings) -> int:
 
 
 def named_steps(settings: RunSettings) -> int | None:
-    """max_steps, or as many as max_tokens take; None where the epochs decide."""
+    """`max_steps`, or the number of steps that reach `max_tokens`; None if neither is set and epochs decide."""
     if settings.max_tokens is None:
         return settings.max_steps
     return math.ceil(settings.max_tokens / (settings.seq_len * settings.batch_size * settings.grad_accum_steps * processes()))

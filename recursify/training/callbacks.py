@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 
 # As tqdm's own, without the rate.
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-SECONDS_BETWEEN_LINES = 30.0  # of a bar that is written to a file
+SECONDS_BETWEEN_LINES = 30.0  # of a progress bar in a log file
 SAMPLE_TOKENS = 50
-ENDS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers send before they take the machine away
-# What a validation may give beside the losses, and how a summary says it.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what cluster schedulers send before they kill a job
+# Validation metrics other than losses, and their line in the summary.
 FIGURES = {"eval_perplexity": "Perplexity: {:.2f}", "eval_nearest_right": "Nearest Embedding Right: {:.2%}"}
 
 
 def say(text: str) -> None:
-    """Print on stdout without tearing a bar apart."""
+    """Print on stdout without breaking a progress bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -77,14 +77,14 @@ class ProgressBar(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """Text that the model writes as it learns. Drawing it leaves the run's random numbers alone.
+    """Sample generations during training. They do not advance the run's random state.
 
     Args:
-        shown: Inside it the model is as it is to be shown: averaged, whole, uncompiled. All ranks must enter it.
+        shown: Context manager inside which the model has its averaged weights, unsharded and uncompiled. Collective: all ranks enter it.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: RunSettings, shown: Callable[[], Any]):
-        """Raises UserError for a prompt that the model cannot read."""
+        """Raises UserError for a prompt as long as the model's context."""
         self.model, self.tokenizer, self.shown = model, tokenizer, shown
         self.prompt, self.every, self.seed = settings.generation_prompt, settings.generate_every, settings.seed
         positions = getattr(model.config, "max_position_embeddings", None) or SAMPLE_TOKENS + len(self.prompt)
@@ -113,7 +113,7 @@ class AfterOptimizer(TrainerCallback):
 
 
 class Validate(TrainerCallback):
-    """Asks for a validation every so many steps. Those at the ends of epochs are the Trainer's own; no step has two."""
+    """Triggers a validation every `every` steps. The Trainer triggers those at epoch ends itself; no step is validated twice."""
 
     def __init__(self, every: int | None):
         self.every = every
@@ -128,7 +128,7 @@ class Validate(TrainerCallback):
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends the run when the validation loss has not fallen for a while. It looks at the log alone, so a resumed run needs no state."""
+    """Stops when the validation loss has not improved for `patience` validations. Reads the log history, so resuming needs no state."""
 
     def __init__(self, patience: int):
         self.patience = patience
@@ -143,11 +143,11 @@ class EarlyStopping(TrainerCallback):
 
 
 class Summary(TrainerCallback):
-    """After each validation: the summary, and the best model so far put aside.
+    """After each validation: prints the summary and saves the best model so far.
 
     Args:
-        save_best: Called on all ranks with the metrics when the validation loss is the lowest yet; returns where it saved, None if nowhere.
-        quiet: Save only.
+        save_best: Called on all ranks with the metrics when the validation loss is the lowest so far; returns the path saved to, or None.
+        quiet: Save without printing.
     """
 
     def __init__(self, save_best: Callable[[dict[str, float]], Path | None], quiet: bool = False):
@@ -162,7 +162,7 @@ class Summary(TrainerCallback):
             f"  Val Loss: {loss:.4f}",
             *(f"  {text.format(metrics[name])}" for name, text in FIGURES.items() if name in metrics),
         ]
-        # The trainer compares and remembers after its callbacks, so this is the best of the validations before.
+        # The Trainer updates best_metric after its callbacks, so this is still the best of the earlier validations.
         best = state.best_metric
         is_best = math.isfinite(loss) and (best is None or loss < best)
         saved = self.save_best(metrics) if is_best else None
@@ -173,9 +173,9 @@ class Summary(TrainerCallback):
 
 
 class SaveSteps(TrainerCallback):
-    """Asks for a checkpoint every so many steps, with everything before it logged.
+    """Triggers a checkpoint every `every` steps, after flushing the log.
 
-    At the end of an epoch the checkpoint waits for the validation: a run that is resumed from it would otherwise never make it.
+    At the end of an epoch the checkpoint is saved after the validation: a run resumed from an earlier one would skip that validation.
     """
 
     def __init__(self, every: int):
@@ -198,28 +198,28 @@ class SaveSteps(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the run after the current optimizer step, with a checkpoint; a second one ends it at once, without.
+    """Ctrl-C or SIGTERM stops the run after the current optimizer step and saves a checkpoint; a second one stops it at once, without.
 
     Args:
-        save: Who is asked for the checkpoint; None where nothing is saved.
-        agree: `(asked) -> bool`: whether any rank was asked. All ranks must stop at the same step.
+        save: Callback that is asked for the checkpoint; None saves nothing.
+        agree: `(asked) -> bool`, a collective "any": all ranks must stop at the same step.
     """
 
     def __init__(self, save: SaveSteps | None, agree: Callable[[bool], bool]):
         self.save, self.agree = save, agree
-        self.asked = self.stopped = False  # a signal in the last validation comes too late to stop anything
+        self.asked = self.stopped = False  # `asked` without `stopped`: the signal came in the last validation, too late to stop a step
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals while inside; only the main thread of a program may."""
+        """Handle the signals inside the context; does nothing outside the main thread, where Python has no signal handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = [signal.signal(number, self._on_signal) for number in ENDS]
+        before = [signal.signal(number, self._on_signal) for number in STOP_SIGNALS]
         try:
             yield
         finally:
-            for number, handler in zip(ENDS, before, strict=True):
+            for number, handler in zip(STOP_SIGNALS, before, strict=True):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -241,7 +241,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """`metrics.jsonl`: one line per log entry. A resumed run first puts back what was logged up to its checkpoint, and no more."""
+    """`metrics.jsonl`: one line per log entry. A resumed run first restores the entries up to its checkpoint and drops later ones."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -266,5 +266,5 @@ class MetricsFile(TrainerCallback):
 
 
 def at_epoch_end(state: TrainerState) -> bool:
-    """Whether the step just made is the last of an epoch or of the run."""
+    """Whether the last optimizer step ended an epoch or the run."""
     return state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()

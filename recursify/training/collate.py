@@ -16,7 +16,7 @@ class Collate:
     """Rows of equal length as one batch; the labels are those of the rows, else the tokens themselves, unshifted.
 
     Args:
-        eos_token_id: What ends a document, where no token is to see into another one; None lets them.
+        eos_token_id: The token that ends a document, if documents must not attend to each other; None lets them.
     """
 
     def __init__(self, eos_token_id: int | None):

@@ -33,14 +33,14 @@ READOUT = frozenset({"norm", "lm_head"})
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
 MUON_BYTES = 4
 
-# Per element of a chunk of logits: the logits as the head gives them, in float32, their log-probabilities, and the gradients of these;
-# and what stays of logits that are few enough to be kept for the backward pass.
+# Bytes per logit of a chunk: the logits in the head's dtype, in float32, their log-probabilities and their gradients;
+# and of logits that are few enough to be kept for the backward pass.
 _LOGIT_BYTES, _KEPT_LOGIT_BYTES = 16, 8
 GB = 1e9
 
 
 def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:
-    """The parts that a run of these settings trains.
+    """Names of the model parts that a run trains.
 
     Args:
         settings: A `RunSettings`: its `approach`, and `tune_lm_head` where it has one.
@@ -51,7 +51,7 @@ def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:
 
 
 def everything(config: Any) -> frozenset[str]:
-    """Every part that the configuration does not freeze; a head that is tied to frozen embeddings is frozen with them."""
+    """All parts except those that the configuration freezes; a head tied to frozen embeddings is frozen with them."""
     parts = frozenset(shape_of(config).parameters)
     if not getattr(config, "freeze_embeddings", False):
         return parts
@@ -76,20 +76,20 @@ def step_flops(
 ) -> float:
     """Floating-point operations of one forward and backward pass over `tokens` tokens in sequences of `seq_len`.
 
-    Embeddings and prelude are passed once, the looped block H * (L + 1) times, coda and head once for each cycle that is read out. A
-    frozen part costs its forward pass, and the gradient of its input where something below it is trained.
+    Embeddings and prelude run once, the looped block H * (L + 1) times, coda and head once per cycle that is scored. A
+    frozen part costs its forward pass, plus the gradient of its input if anything below it is trained.
 
     Args:
-        config: A recursive model's, or a plain donor's, which is one pass through its layers.
+        config: Configuration of a recursive model, or of a plain donor: one pass through its layers.
         H_cycles, L_cycles: The configuration's where None.
-        supervised: Cycles that are read out.
-        backprop: "full" goes back through all cycles, "cycle" through those that are read out, "last" through the last alone.
-        gradient_checkpointing: Layers with a gradient are passed forward a second time, but for their last product.
-        trained: Parts that get a gradient; `everything` where None.
-        reads_logits: Whether states are read through the head; not in embedding space.
-        recomputes_logits: Whether the head, too, is passed forward a second time (see `recomputes_logits`).
-        self_distills: Earlier cycles learn from the last: the head once more at each of them; with "cycle" a pass through the loop before.
-        teacher_config: A donor that is distilled from: one forward pass, and its head at every readout.
+        supervised: Number of cycles that are scored.
+        backprop: "full" back-propagates through all cycles, "cycle" through the scored ones, "last" through the last alone.
+        gradient_checkpointing: Layers with a gradient run forward a second time, except for their last matrix product.
+        trained: Parts that get a gradient; None is `everything`.
+        reads_logits: Whether the loss uses the LM head; False in embedding space.
+        recomputes_logits: Whether the head runs forward a second time as well (see `recomputes_logits`).
+        self_distills: Earlier cycles are distilled from the last: one more head per cycle; with "cycle" one more pass through the loop.
+        teacher_config: Configuration of the teacher: one forward pass, and its head for every scored cycle.
     """
     shape = shape_of(config)
     trained = everything(config) if trained is None else trained
@@ -104,7 +104,7 @@ def step_flops(
         back += 2 * matrices if part in trained else 0
         if below and part == "lm_head":
             back += once if recomputes_logits else 0
-        elif below and gradient_checkpointing:  # torch stops short of a layer's last product, the down projection: nobody waits for it
+        elif below and gradient_checkpointing:  # checkpointing stops before the down projection
             back += once - 2 * shape.hidden * shape.inner * shape.layers[part]
         if part != "lm_head" or reads_logits:
             flops += forward * once + backward * back
@@ -120,7 +120,7 @@ def step_flops(
 def _times(
     config: Any, shape: Shape, H_cycles: int | None, L_cycles: int | None, supervised: int, backprop: str
 ) -> dict[str, tuple[int, int]]:
-    """Part -> how often it is passed forward, and how often backward, in the order of the pass."""
+    """Part -> (forward passes, backward passes), in the order of the pass."""
     if not isinstance(config, RecursiveLLMConfig):
         return {"layers": (1, 1), "lm_head": (1, 1)}
     H = config.H_cycles if H_cycles is None else H_cycles
@@ -132,10 +132,10 @@ def _times(
 
 
 def _forward_flops(shape: Shape, seq_len: int, passes: dict[str, int]) -> float:
-    """Of one token, forward only.
+    """FLOPs of one token, forward only.
 
     Args:
-        passes: Part -> how often; once where it says nothing.
+        passes: Part -> number of passes; 1 for a missing part.
     """
     return sum(
         passes.get(part, 1) * (2 * matrices + 4 * shape.heads * seq_len * shape.layers.get(part, 0))
@@ -144,19 +144,19 @@ def _forward_flops(shape: Shape, seq_len: int, passes: dict[str, int]) -> float:
 
 
 def recomputes_logits(config: PreTrainedConfig, tokens: int, *, by_token: bool = False, references: int = 0) -> bool:
-    """Whether the logits of `tokens` tokens are computed in chunks, and each chunk once more in the backward pass (see `objective`).
+    """Whether the logits of `tokens` tokens are computed in chunks, each of which is recomputed in the backward pass (`network.losses`).
 
     Args:
-        by_token: Whether the loss has terms beside the next-token loss; if not, there is a chunked loss that does without.
-        references: Predictions that each cycle is compared with; a chunk has the logits of these, too.
+        by_token: Whether the loss has terms beside the next-token loss; without any, a chunked loss avoids the recomputation.
+        references: Distributions that each cycle is compared with; a chunk holds the logits of these as well.
     """
     return by_token and tokens * shape_of(config).vocabulary * (1 + references) > CHUNK_ELEMENTS
 
 
 def layer_bytes(config: PreTrainedConfig, bf16: bool) -> int:
-    """What autograd keeps of one layer for one token, of transformers' own classes with fused attention.
+    """Bytes that autograd keeps per layer and token, for transformers' own classes with fused attention.
 
-    In float32: of each of two norms its input, and twice its output, before and after its weight (24 D); queries, keys, values and the
+    In float32: for each of two norms its input and twice its output, before and after its weight (24 D); queries, keys, values and the
     result of attention (8 Q + 8 K); four vectors of the feed-forward (16 I). Under bfloat16 autocast the norms stay float32 (16 D), each
     of five projections casts its input for itself (10 D), and the rest is halved (4 Q + 4 K + 8 I). Norms of queries and keys add
     8 (Q + K), or 6. Q, K and I are the widths of all queries, all keys, and the feed-forward.
@@ -170,11 +170,11 @@ def layer_bytes(config: PreTrainedConfig, bf16: bool) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Over how many devices, and how.
+    """Number of devices and the kind of data parallelism.
 
     Args:
         fsdp: FSDP2; else DDP.
-        accumulates: Whether a step has several micro-batches. FSDP2 then keeps the whole gradients until the last of them.
+        accumulates: Whether a step has several micro-batches. FSDP2 then holds unsharded gradients until the last of them.
     """
 
     devices: int = 1
@@ -200,15 +200,15 @@ def memory_by_part(
     spread: Spread = Spread(),
     teacher_config: PreTrainedConfig | None = None,
 ) -> dict[str, float]:
-    """Bytes on one device at the peak of a step, by what they are for. An estimate: docs/scaling.md has what was measured beside it.
+    """Estimated bytes on one device at the peak of a step, by purpose. docs/scaling.md compares it with measurements.
 
-    weights, gradients and the average of the weights (ema) are float32; bfloat16 is autocast, which keeps a copy of every matrix for the
-    step. Not counted: the device's own context, work space of kernels, and what the allocator cannot use.
+    Weights, gradients and the moving average (ema) are float32; bfloat16 is autocast, which keeps a copy of every matrix for the
+    step. Not counted: the device context, kernel workspaces and allocator fragmentation.
 
     Args:
-        tokens: In one micro-batch of one device.
+        tokens: Tokens in one micro-batch of one device.
         by_token: Whether the loss has terms beside the next-token loss.
-        The others are those of `step_flops`, and of `RunSettings`.
+        The others: as in `step_flops` and `RunSettings`.
     """
     shape = shape_of(config)
     trained = everything(config) if trained is None else trained
@@ -219,7 +219,7 @@ def memory_by_part(
     waiting = _applications_kept(config, shape, trained, H_cycles, L_cycles, supervised, backprop)
     kinds = {
         "weights": 4 * sum(shape.parameters.values()) / share,
-        # "cycle" adds up those of its cycles beside the sum over the micro-batches so far
+        # "cycle" accumulates the gradients of its cycles beside those of the earlier micro-batches
         "gradients": 4 * learning * (2 if backprop == "cycle" and spread.accumulates else 1) / share,
         "optimizer": (STATE_BYTES[optimizer] * learning - (MUON_BYTES * in_layers if optimizer == "muon" else 0)) / share,
         "ema": 4 * learning / share if ema else 0,
@@ -233,16 +233,16 @@ def memory_by_part(
 
 
 def _logit_bytes(elements: int, readouts: int, by_token: bool) -> int:
-    """Of a chunk at a time. Where one chunk is enough (for all readouts together, if the loss has no terms by token) all are kept."""
+    """Bytes of one chunk of logits. If one chunk is enough (for all scored cycles, if the loss has no per-token terms), all are kept."""
     if elements * (1 if by_token else readouts) > CHUNK_ELEMENTS:
         return _LOGIT_BYTES * min(elements, CHUNK_ELEMENTS)
     return (_LOGIT_BYTES + _KEPT_LOGIT_BYTES * (readouts - 1)) * elements
 
 
 def _exchange(shape: Shape, trained: Collection[str], spread: Spread, supervised: int) -> float:
-    """What devices hold in order to exchange it.
+    """Bytes of communication buffers.
 
-    DDP: buckets as large as the gradients. FSDP2: its root unit whole, weights and gradients (`training.parallel` says what is in it), and
+    DDP: buckets as large as the gradients. FSDP2: the unsharded root unit, weights and gradients (see `training.parallel`), and
     three times a layer: the one that computes, its gradients, and the next one; or all gradients, where they accumulate.
     """
     learning = sum(count for part, count in shape.parameters.items() if part in trained)
@@ -260,14 +260,14 @@ def _exchange(shape: Shape, trained: Collection[str], spread: Spread, supervised
 def _applications_kept(
     config: Any, shape: Shape, trained: Collection[str], H_cycles: int | None, L_cycles: int | None, supervised: int, backprop: str
 ) -> dict[str, int]:
-    """Part -> applications that wait for their gradient at the same time: with "cycle" those of one cycle, as with "last"."""
+    """Part -> applications whose activations are held at the same time: those of one cycle with "cycle" and "last"."""
     times = _times(config, shape, H_cycles, L_cycles, 1 if backprop == "cycle" else supervised, backprop)
     kept = {part: backward for part, (_, backward) in times.items()}
     return kept if {"embeddings", "prelude"} & set(trained) else kept | {"prelude": 0}
 
 
 def _activations(config: Any, shape: Shape, waiting: dict[str, int], bf16: bool, gradient_checkpointing: bool) -> float:
-    """Bytes per token: of each layer `layer_bytes`, or its input alone and all of one that is being recomputed; the two differences of
+    """Bytes per token: `layer_bytes` per layer, or its input alone plus one layer that is being recomputed; the two differences of
     each mix; of each readout two states of the final norm and one of the head."""
     layer, state = layer_bytes(config, bf16), 4 * shape.hidden
     passes = sum(layers * waiting.get(part, 0) for part, layers in shape.layers.items())
@@ -277,14 +277,14 @@ def _activations(config: Any, shape: Shape, waiting: dict[str, int], bf16: bool,
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What a run costs.
+    """The cost of a run.
 
     Args:
-        steps, tokens: Optimizer steps, and training tokens that they read on all devices.
-        flops: Of the whole run, on all devices; validation is not in it.
-        parameters, trained_parameters: Of the model, and of those of its parts that learn.
-        memory: Bytes on one device, by what they are for.
-        devices: How many there are.
+        steps, tokens: Optimizer steps, and their training tokens on all devices.
+        flops: Of the whole run on all devices, without validation.
+        parameters, trained_parameters: Number of parameters, and of those that are trained.
+        memory: Bytes on one device, by purpose.
+        devices: Number of devices.
     """
 
     steps: int
@@ -304,7 +304,7 @@ class TrainingCost:
         return {**asdict(self), "memory_total": self.memory_total}
 
     def render(self) -> str:
-        """The same for a person."""
+        """A table for the terminal."""
         devices = f", each of {self.devices} devices" if self.devices > 1 else ""
         lines = [
             f"{'steps':<12} {self.steps:>16,}",
@@ -322,14 +322,14 @@ class TrainingCost:
 def estimate(
     config: PreTrainedConfig, settings: Any, steps: int, world_size: int = 1, teacher_config: PreTrainedConfig | None = None
 ) -> TrainingCost:
-    """What a run of these settings costs.
+    """Estimate the cost of a run.
 
     Args:
-        config: Of the model that is trained.
-        settings: A `RunSettings`. `bf16` None is taken as true. DeepSpeed's file is not read: its memory is given as DDP's.
+        config: Configuration of the model that is trained.
+        settings: A `RunSettings`. `bf16=None` counts as True. DeepSpeed's configuration is not read: memory is estimated as for DDP.
         steps: Optimizer steps.
-        world_size: Devices.
-        teacher_config: Of the donor that is distilled from, where one is.
+        world_size: Number of devices.
+        teacher_config: Configuration of the teacher, if there is one.
     """
     tokens, bf16, trained = settings.batch_size * settings.seq_len, settings.bf16 is not False, trained_parts(config, settings)
     depths = depth_shares(config, settings)
@@ -338,7 +338,7 @@ def estimate(
         config,
         tokens,
         H_cycles=max(depths),
-        supervised=_read_out(max(depths), settings),
+        supervised=_scored_cycles(max(depths), settings),
         backprop=settings.backprop,
         gradient_checkpointing=settings.gradient_checkpointing,
         trained=trained,
@@ -363,7 +363,7 @@ def estimate(
 
 
 def _references(settings: Any, teacher_config: PreTrainedConfig | None) -> int:
-    """Predictions that each cycle is compared with."""
+    """Number of distributions that each cycle is compared with."""
     return (teacher_config is not None) + (settings.self_distill_weight > 0)
 
 
@@ -375,14 +375,14 @@ def _by_token(settings: Any, teacher_config: PreTrainedConfig | None) -> bool:
 def pass_flops(
     config: PreTrainedConfig, settings: Any, tokens: int, H_cycles: int, teacher_config: PreTrainedConfig | None = None
 ) -> float:
-    """`step_flops` of one micro-batch of a run of these settings, at the depth that was drawn for it."""
+    """`step_flops` of one micro-batch at the depth drawn for it."""
     by_token, references = _by_token(settings, teacher_config), _references(settings, teacher_config)
     return step_flops(
         config,
         tokens,
         settings.seq_len,
         H_cycles=H_cycles,
-        supervised=_read_out(H_cycles, settings),
+        supervised=_scored_cycles(H_cycles, settings),
         backprop=settings.backprop,
         gradient_checkpointing=settings.gradient_checkpointing,
         trained=trained_parts(config, settings),
@@ -393,14 +393,14 @@ def pass_flops(
     )
 
 
-def _read_out(H_cycles: int, settings: Any) -> int:
+def _scored_cycles(H_cycles: int, settings: Any) -> int:
     return H_cycles if settings.enable_deep_supervision else 1
 
 
 def depth_shares(config: Any, settings: Any) -> dict[int, float]:
-    """Cycle count -> expected share of the steps that draw it. A plain donor has one "cycle".
+    """Cycle count -> expected share of the steps that run it. A plain donor has one "cycle".
 
-    The curriculum divides its part of the run into as many equal stages as there are choices; in stage k the first k can be drawn.
+    The curriculum is divided into as many equal stages as there are choices; in stage k the first k choices can be drawn.
     """
     choices = settings.cycle_choices or (getattr(config, "H_cycles", 1),)
     weights = settings.cycle_weights or (1.0,) * len(choices)

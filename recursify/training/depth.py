@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DepthSchedule:
-    """Cycle counts and when they are drawn.
+    """The cycle count of every optimizer step.
 
     Args:
         choices: Cycle counts, ascending.
-        weights: How often each is drawn, relative to the others.
-        opening: Optimizer steps in which the curriculum opens the choices one after another, shallow ones first; 0 has all from the start.
+        weights: Relative probability of each choice.
+        opening: Optimizer steps over which the curriculum adds the choices one by one, shallow ones first; 0 allows all from the start.
             (A shallow start saves compute and did no harm in arXiv 2511.07384 and 2511.08653.)
     """
 
@@ -32,13 +32,13 @@ class DepthSchedule:
         return max(self.choices)
 
     def open_at(self, step: int) -> int:
-        """How many of the choices can be drawn in an optimizer step, counted from 0."""
+        """Number of choices available in an optimizer step (from 0)."""
         if step >= self.opening:
             return len(self.choices)
         return 1 + step * len(self.choices) // (self.opening + 1)
 
     def at(self, step: int) -> int:
-        """The cycle count of an optimizer step, counted from 0."""
+        """The cycle count of an optimizer step (from 0)."""
         count = self.open_at(step)
         draw = random.Random(f"{self.seed} {step}")
         return draw.choices(self.choices[:count], self.weights[:count])[0]

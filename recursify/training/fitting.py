@@ -34,21 +34,21 @@ from .trainer import CycleTrainer
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run did.
+    """Result of a training run.
 
     Args:
         history: Every log entry, in order, each with `step`, `epoch`, `tokens`, `flops` and `seconds` so far. Training entries have `loss`
-            (what was minimised), `loss_cycle_i` of the scored cycles, `loss_<term>` of each further term, `learning_rate`, `grad_norm`,
-            `tokens_per_second`: means since the entry before; and `memory`, the most that was held so far, in GiB. Validation entries
-            have `train_loss` (last cycle, mean since the one before), `eval_loss` (at H_cycles), `eval_loss_cycle_i`, and
+            (the objective), `loss_cycle_i` of the scored cycles, `loss_<term>` of each further term, `learning_rate`, `grad_norm`,
+            `tokens_per_second`: means since the previous entry; and `memory`, the peak so far in GiB. Validation entries
+            have `train_loss` (last cycle, mean since the previous validation), `eval_loss` (at H_cycles), `eval_loss_cycle_i`, and
             `eval_perplexity`; in embedding space `eval_nearest_right` instead: the share of tokens, 0 to 1, for which the embedding nearest
             to the last cycle's state is the right one.
-        steps: Optimizer steps made, those before a resumption included.
-        tokens: Tokens read.
+        steps: Optimizer steps, those before a resume included.
+        tokens: Training tokens.
         seconds: Wall-clock time, validation and samples included.
-        eval_loss: The last validation loss, None if the run was interrupted before any.
-        best_eval_loss: The lowest one that is a number.
-        interrupted: Whether Ctrl-C or SIGTERM ended it.
+        eval_loss: The last validation loss; None if the run was interrupted before the first validation.
+        best_eval_loss: The lowest finite validation loss.
+        interrupted: Whether Ctrl-C or SIGTERM stopped the run.
     """
 
     history: list[dict[str, Any]]
@@ -61,7 +61,7 @@ class FitResult:
 
 
 class RecursiveTrainer(CycleTrainer):
-    """transformers' Trainer for a recursive model: a loss at every cycle, the depth of each step, exact checkpoints.
+    """transformers' Trainer for a recursive model: deep supervision over the cycles, a depth per step, exact resume.
 
         trainer = RecursiveTrainer(
             model=model, args=FitSettings(lr=1e-4), train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
@@ -69,22 +69,22 @@ class RecursiveTrainer(CycleTrainer):
         trainer.train()
         trainer.save_model("out")
 
-    `fit` and `recursify train` are this trainer, too.
+    `fit` and `recursify train` use this trainer.
 
     Args:
-        model: A recursive model, or any causal language model of transformers for comparison. It is changed in place: to float32, on the
-            device of the settings, and what the approach does not train is frozen.
+        model: A recursive model, or any causal language model of transformers as a baseline. Changed in place: to float32, on the
+            device of the settings; parameters that the approach does not train are frozen.
         args: `FitSettings`, or those of another approach; their fields are the flags of `recursify train`. Or transformers'
-            TrainingArguments, of which what has no counterpart here is refused.
-        train_dataset: Rows with `input_ids`, all of one length, and `labels` where not every token counts; or with a column `text`, which
-            is tokenized and packed into blocks of `seq_len`. A stream of rows with `input_ids` trains, too.
-        eval_dataset: Likewise; None validates nothing, and so keeps no best checkpoint.
+            TrainingArguments; arguments without a counterpart here are refused.
+        train_dataset: Rows with `input_ids`, all of one length, and `labels` if not every token is scored; or with a column `text`, which
+            is tokenized and packed into blocks of `seq_len`. A stream of rows with `input_ids` works as well.
+        eval_dataset: Likewise; None disables validation and the best checkpoint.
         processing_class: The tokenizer.
-        data_collator: Rows to a batch of `input_ids`, `labels` and, where documents are kept apart, `position_ids`.
-        callbacks: As of the Trainer.
-        teacher: The causal model that `distill_weight` distills from.
-        saver: Where checkpoints and metrics.jsonl go. Default: `output_dir` of the settings. None writes nothing at all.
-        resuming: Whether the model has the weights of the checkpoint already that `train(resume_from_checkpoint=)` continues.
+        data_collator: Rows to a batch of `input_ids`, `labels` and, if documents must not attend to each other, `position_ids`.
+        callbacks: As for transformers' Trainer.
+        teacher: The causal model that `distill_weight` refers to.
+        saver: Writes checkpoints and metrics.jsonl. Default: into `output_dir` of the settings. None writes nothing.
+        resuming: Whether the model already holds the weights of the checkpoint that `train(resume_from_checkpoint=)` continues.
         console: Whether to show the bar, samples and summaries.
 
     Raises:
@@ -123,7 +123,7 @@ class RecursiveTrainer(CycleTrainer):
         depths = depth_schedule(model.config, settings, total)
         deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
         module = LossModule(
-            model, Supervision.of(settings), APPROACHES[settings.approach].objective, deepest, _ready(teacher, settings, device)
+            model, Supervision.of(settings), APPROACHES[settings.approach].objective, deepest, _frozen_teacher(teacher, settings, device)
         )
         collate = data_collator or Collate(_separator(settings, processing_class))
         if not resuming:
@@ -153,13 +153,13 @@ class RecursiveTrainer(CycleTrainer):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None) -> Any:
-        """Train; the model is left in evaluation mode, with `fsdp` each process has its share of it.
+        """Train. Leaves the model in evaluation mode; with `fsdp` each process holds its shard.
 
         Args:
-            resume_from_checkpoint: A checkpoint_step_N.pt that a run like this one wrote; True is the newest in `output_dir`.
+            resume_from_checkpoint: A checkpoint_step_N.pt of a run with these settings; True is the newest in `output_dir`.
 
         Raises:
-            UserError: A loss that is not a number, or no such checkpoint.
+            UserError: A non-finite gradient, or no such checkpoint.
         """
         model, point = self.model.model, _point(resume_from_checkpoint, self.settings)
         if point is not None and not self.resuming:
@@ -170,12 +170,12 @@ class RecursiveTrainer(CycleTrainer):
                 return super().train(state, trial, ignore_keys_for_eval)
         finally:
             self.bar.close()
-            _keep_all(model)
+            _disable_checkpointing(model)
             uncompile_layers(model)
             model.eval()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model, or its moving average where the run has one, in either form of a checkpoint: a folder, or a `.pt` file."""
+        """Save the model, or its moving average if the run has one, as a folder or a `.pt` file."""
         saver = self.saver or _own_saver(self.model.model, self.settings, self.processing_class)
         with self.shown():
             if self.args.should_save:
@@ -197,17 +197,17 @@ def fit(
     console: bool = True,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> FitResult:
-    """Train a model in memory with `RecursiveTrainer`, which says what the arguments are, and return what the run did.
+    """Train a model in memory with `RecursiveTrainer`; its documentation describes the arguments.
 
     Args:
-        model: As of `RecursiveTrainer`; so are train_blocks and eval_blocks (its datasets), settings (its args) and teacher.
+        model: As for `RecursiveTrainer`; so are train_blocks and eval_blocks (its datasets), settings (its args) and teacher.
         tokenizer: Its processing_class.
-        saver: Where checkpoints and metrics.jsonl go; None writes nothing at all.
-        resume_from: A checkpoint_step_N.pt that a run like this one wrote, whose weights `model` holds already.
-        console: Whether to show the bar, samples and summaries.
+        saver: Writes checkpoints and metrics.jsonl; None writes nothing.
+        resume_from: A checkpoint_step_N.pt of a run with these settings, whose weights `model` already holds.
+        console: Whether to show the progress bar, samples and summaries.
 
     Raises:
-        UserError: As of `RecursiveTrainer` and its `train`.
+        UserError: As `RecursiveTrainer` and its `train`.
     """
     trainer = RecursiveTrainer(
         model, settings, train_blocks, eval_blocks, tokenizer, callbacks=callbacks, teacher=teacher, saver=saver,
@@ -218,10 +218,10 @@ def fit(
 
 
 def rows_of(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
-    """Rows with `input_ids`; a table of texts is tokenized and packed into blocks.
+    """The dataset as rows with `input_ids`; a column `text` is tokenized and packed into blocks.
 
     Raises:
-        UserError: Neither, or no tokenizer for a text.
+        UserError: The dataset has neither column, or a `text` and no tokenizer.
     """
     columns = getattr(dataset, "column_names", None)
     if dataset is None or not columns or "input_ids" in columns:
@@ -246,7 +246,7 @@ def _point(named: Any, settings: RunSettings) -> Path | None:
 
 
 def _separator(settings: RunSettings, tokenizer: Any) -> int | None:
-    """The token that ends a document, where documents are kept apart."""
+    """The token that ends a document, if documents must not attend to each other."""
     if not settings.separates:
         return None
     if tokenizer is None:
@@ -260,7 +260,7 @@ def _own_saver(model: Any, settings: RunSettings, tokenizer: Any) -> Saver:
 
 
 def _console(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, bar: ProgressBar) -> list[TrainerCallback]:
-    """What a run shows on its way."""
+    """Callbacks that print."""
     settings, model = trainer.settings, trainer.model.model
     shows_text = settings.generate_every and tokenizer is not None and APPROACHES[settings.approach].writes
     samples = [Samples(model, tokenizer, settings, trainer.shown)] if shows_text else []
@@ -268,7 +268,7 @@ def _console(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, b
 
 
 def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallback]:
-    """What measures, writes down and keeps, and so decides what is the best."""
+    """Callbacks that log metrics and save checkpoints."""
     settings, saver = trainer.settings, trainer.saver
     for callback in trainer.callback_handler.callbacks:  # TensorBoard's files go beside the others, unless its own variable says where
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and saver is not None:
@@ -282,11 +282,11 @@ def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallbac
     ]
 
 
-def _ready(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
-    """The teacher, frozen and on the device.
+def _frozen_teacher(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
+    """Freeze the teacher and move it to the device.
 
     Raises:
-        UserError: There is a distillation term and no teacher.
+        UserError: The loss has a distillation term and there is no teacher.
     """
     if not settings.distill_weight:
         return None
@@ -296,7 +296,7 @@ def _ready(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
 
 
 def depth_schedule(config: Any, settings: RunSettings, total: int) -> DepthSchedule | None:
-    """The depths of a run of `total` steps; None for a model without cycles."""
+    """The depth schedule of a run of `total` steps; None for a model without cycles."""
     if not hasattr(config, "H_cycles"):
         return None
     choices = settings.cycle_choices or (config.H_cycles,)
@@ -305,7 +305,7 @@ def depth_schedule(config: Any, settings: RunSettings, total: int) -> DepthSched
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Layers keep their input only; under the name that transformers gives it, which changed in 5.23."""
+    """Turn on gradient checkpointing of every layer. The method's name changed in transformers 5.23."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -313,14 +313,14 @@ def checkpoint_layers(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def _keep_all(model: Any) -> None:
-    """Undoes `checkpoint_layers`."""
+def _disable_checkpointing(model: Any) -> None:
+    """Undo `checkpoint_layers`."""
     name = "activation_checkpointing_disable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_disable")()
 
 
 def compile_layers(model: Any) -> None:
-    """Each layer by itself: its code is compiled once for all layers and all of their applications, so no depth compiles anew."""
+    """Compile each layer by itself: one compilation serves all layers and all applications, so no depth recompiles."""
     for layer in model.base_model.layers:
         layer.compile()
 
@@ -331,7 +331,7 @@ def uncompile_layers(model: Any) -> None:
 
 
 def _save_best(trainer: CycleTrainer) -> Path | None:
-    """All ranks take part; the first one writes."""
+    """A function that saves the best model. Collective; rank 0 writes."""
     saver = trainer.saver
     if saver is None:
         return None

@@ -28,32 +28,32 @@ CALIBRATION_TOKENS = 8192  # fewer gave costs that differed by 0.04 nats from on
 
 
 def injections(model: Any) -> list[AnchoredInjection]:
-    """Those that have gains; none with the bare sum."""
+    """The injections that have gains; empty for the `sum` injection."""
     return [module for module in model.model.recursion.children() if isinstance(module, AnchoredInjection)]
 
 
 def all_zero(model: Any) -> bool:
-    """Whether the model has gains, and all are 0: as it was converted, and never trained."""
+    """Whether the model has gains and all are 0: converted and never trained."""
     return bool(injections(model)) and not any(p.any() for module in injections(model) for p in module.parameters())
 
 
 @torch.no_grad()
 def set_gains(model: Any, gain: float) -> None:
-    """One gain for all channels."""
+    """Set all channels of all gains to one value."""
     for module in injections(model):
         for theta in module.parameters():
             theta.fill_(math.atanh(gain))
 
 
 def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float] = CANDIDATES) -> tuple[float, list[tuple[float, float]]]:
-    """Set the largest of the candidates that costs at most MAX_COST, else the smallest.
+    """Set the gain to the largest candidate whose loss is at most MAX_COST above that of gain 0, else to the smallest.
 
     Args:
-        loss: The model's loss at its trained depth on some held-out text, as it is then.
-        candidates: From the largest.
+        loss: Measures the model's current loss at its trained depth on held-out text.
+        candidates: Gains in descending order.
 
     Returns:
-        The gain, and the sweep: (gain, cost over gain 0) of all that were tried.
+        The gain, and the sweep: (gain, loss above that of gain 0) for each candidate tried.
     """
     set_gains(model, 0.0)
     exact, sweep = loss(), []
@@ -68,7 +68,7 @@ def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float]
 def start_gains(
     loss_module: LossModule, blocks: Any, collate: Callable[[Any], dict[str, Tensor]], settings: RunSettings, device: torch.device
 ) -> None:
-    """The gains that the loop starts from (see `gains`): those of the settings, else the swept ones where the model's own are all 0."""
+    """Set the initial gains: `start_gain` of the settings if given, else by the sweep if the model's own are all 0."""
     model = loss_module.model
     if not is_recursive(model):
         return
@@ -94,7 +94,7 @@ def start_gains(
 
 @torch.no_grad()
 def _loss_on(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
-    """The mean loss of the cycle that is read out."""
+    """The mean loss of the cycle H_cycles."""
     tokens = sum(int(counted(batch["labels"])) for batch in batches)
     parts = [scorer(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=tokens) for batch in batches]
     return float(sum(part["loss"] for part in parts))

@@ -26,10 +26,10 @@ from .settings import RunSettings
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a loss is made of; the words and defaults are those of the flags in `RunSettings`.
+    """The terms of the loss; names and defaults are those of the flags in `RunSettings`.
 
     Args:
-        every_cycle: Whether every cycle is scored, or the last alone.
+        every_cycle: Whether every cycle is scored, or only the last.
     """
 
     every_cycle: bool = False
@@ -57,25 +57,25 @@ class Supervision:
         )
 
     def shares(self, H: int) -> list[float]:
-        """The share of each cycle in the loss; 0 for a cycle that is not scored."""
+        """The loss weight of each cycle; 0 for a cycle that is not scored."""
         return cycle_shares(self.schedule, self.weight, H) if self.every_cycle else [0.0] * (H - 1) + [1.0]
 
     @property
     def by_token(self) -> bool:
-        """Whether a term needs more of a cycle than its summed loss."""
+        """Whether a term needs the loss or distribution of every token rather than the summed loss."""
         return bool(self.distill or self.self_distill or self.monotone or self.halting)
 
 
 class LossModule(nn.Module):
-    """The one module that training sees, so that whatever wraps a model for it (DDP, FSDP) wraps the pass to the loss.
+    """The module that is trained: model and objective in one forward pass, so that DDP and FSDP wrap both.
 
-    It has no `config` on purpose: the Trainer would write `use_cache = False` into it, and every saved model would generate without a
+    It deliberately has no `config`: the Trainer would set `use_cache = False` in it, and saved models would generate without a
     cache.
 
     Args:
-        model: A recursive model, or a plain causal model of transformers, whose only "cycle" is its own pass.
-        deepest: The deepest pass that is asked for or measured; the configuration's H_cycles where None.
-        teacher: A frozen causal model with the same vocabulary, on the same device; not a part of this module, so it is neither wrapped
+        model: A recursive model, or a plain causal model of transformers, which counts as one cycle.
+        deepest: The largest number of cycles trained or evaluated; None is the configuration's H_cycles.
+        teacher: A frozen causal model with the same vocabulary, on the same device; not a submodule, so it is neither wrapped
             nor saved nor averaged.
     """
 
@@ -104,20 +104,20 @@ class LossModule(nn.Module):
         H_cycles: int | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> dict[str, Any]:
-        """What is minimised, and what there is to say of it.
+        """The loss and its components.
 
         Args:
-            input_ids, labels: `[B, T]`; labels unshifted, -100 where a token does not count.
-            position_ids: `[B, T]`, restarting where a document begins that sees nothing of the one before it.
-            H_cycles: Cycles of this pass; the configuration's where None.
-            num_items_in_batch: Counted tokens to divide by: those of all batches that are accumulated. Those of this batch where None.
+            input_ids, labels: `[B, T]`; labels unshifted, -100 for ignored tokens.
+            position_ids: `[B, T]`, restarting at each document if documents must not attend to each other.
+            H_cycles: Cycles of this pass; None is the configuration's.
+            num_items_in_batch: Number of scored tokens to divide by, over all accumulated batches; None counts those of this batch.
 
         Returns:
-            `loss`, with its gradients; detached, `cycle_losses` `[deepest]`, `scored` `[deepest]` (1 for cycles that were, else 0), and
-            `terms`, a value for each further term that is on; all per counted token.
+            `loss`; and detached: `cycle_losses` `[deepest]`, `scored` `[deepest]` (1 for scored cycles, else 0), and
+            `terms`, a value for each further active term. All are means per scored token.
         """
         H = H_cycles or (self.model.config.H_cycles if is_recursive(self.model) else 1)
-        score = Score(self, labels, num_items_in_batch, H, self._donors_view(input_ids, position_ids))
+        score = BatchLoss(self, labels, num_items_in_batch, H, self._teacher_reference(input_ids, position_ids))
         if not is_recursive(self.model):
             state = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
             return score.outputs(score.cycle(0, state, None))
@@ -132,8 +132,8 @@ class LossModule(nn.Module):
 
     @torch.no_grad()
     def row_sums(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """`[B, cycles]`: the summed loss of each sequence at every cycle up to the deepest; where hits are counted, one more column with
-        those at the cycle that the model is read out at."""
+        """`[B, cycles]`: the summed loss of each sequence at every cycle up to the deepest; one more column with the hits at cycle H_cycles
+        if the objective counts them."""
         states = self._states(input_ids, position_ids)
         columns = [self.objective.token_losses(state, labels, self.reader) for state in states]
         if self.objective.token_hits is not None:
@@ -148,7 +148,7 @@ class LossModule(nn.Module):
         return [read(z_H) for z_H in base.recursion.steps(e, block, self.deepest, self.model.config.L_cycles)]
 
     @torch.no_grad()
-    def _donors_view(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Reference]:
+    def _teacher_reference(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Reference]:
         (teacher,) = self.teacher
         if teacher is None:
             return []
@@ -161,12 +161,12 @@ class LossModule(nn.Module):
 
     @property
     def main_cycle(self) -> int:
-        """The cycle that the model is read out at, from 1."""
+        """The cycle whose output is the model's output, from 1."""
         return self.model.config.H_cycles if is_recursive(self.model) else 1
 
 
-class Score:
-    """One batch, cycle by cycle."""
+class BatchLoss:
+    """Accumulates the loss of one batch over its cycles."""
 
     def __init__(self, owner: LossModule, labels: Tensor, num_items: Any, H: int, references: list[Reference]):
         self.owner, self.want, self.objective, self.labels = owner, owner.supervision, owner.objective, labels
@@ -175,18 +175,22 @@ class Score:
         self.found = torch.zeros(owner.deepest, device=labels.device)
         self.scored = torch.zeros(owner.deepest, device=labels.device)
         self.terms: dict[str, Tensor] = {}
-        self.tokens: list[Tensor] = []  # the loss of every token at each cycle, where a term asks for it
-        self.halts: list[Tensor] = []  # what the halting head reads at each cycle, where it is trained
+        self.tokens: list[Tensor] = []  # per-token losses of each scored cycle, if a term needs them
+        self.halts: list[Tensor] = []  # inputs of the halting head at each cycle, if it is trained
 
     def cycles(self, steps: Callable[[], Iterator[Tensor]], read: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        """What adds up to the loss, as soon as it is known: the share of each scored cycle, or of all of them where nothing is gained by
-        less. `steps` runs the loop anew each time it is called."""
+        """Yields the summands of the loss as early as possible: one per scored cycle, or one for all of them if nothing needs them apart.
+
+        Args:
+            steps: Runs the loop from its start at every call and yields the states.
+            read: State to output.
+        """
         states: Iterator[tuple[Tensor, Tensor | None]] = ((z, read(z) if self._is_scored(c) else None) for c, z in enumerate(steps()))
         last = None
         if self.want.self_distill and self.want.backprop == "full":
             together = list(states)
             states, last = iter(together), together[-1][1]
-        elif self.want.self_distill:  # what teaches comes last, and is needed first: once more, without gradients
+        elif self.want.self_distill:  # the last cycle is the teacher of all: an extra pass without gradients computes it first
             with torch.no_grad():
                 *_, z = steps()
                 last = read(z)
@@ -207,11 +211,11 @@ class Score:
         return self.want.every_cycle or c == self.H - 1
 
     def cycle(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
-        """The share of cycle `c`, from 0, in the loss."""
+        """The weighted loss of cycle `c` (from 0)."""
         return self._with_terms(c, state, last) if self.want.by_token else self.together({c: state})
 
     def together(self, states: dict[int, Tensor]) -> Tensor:
-        """The share of these cycles, from 0, in a loss without further terms."""
+        """The weighted loss of these cycles (from 0), without further terms."""
         shares = [self.shares[c] for c in states]
         total, losses = self.objective.loss(list(states.values()), self.labels, self.owner.reader, shares, self.items)
         for c, loss in zip(states, losses, strict=True):
@@ -219,7 +223,7 @@ class Score:
         return total
 
     def _with_terms(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
-        """The share of cycle `c` in a loss with further terms."""
+        """The weighted loss of cycle `c`, with its further terms."""
         head, want = self.owner.reader, self.want
         references = list(self.references)
         if last is not None and c < self.H - 1:
@@ -236,7 +240,7 @@ class Score:
         return self.shares[c] * total
 
     def _note(self, name: str, c: int, tokens: Tensor) -> Tensor:
-        """The mean of a term over tokens; what is logged of it is the mean over cycles, by their shares."""
+        """The mean of a term over tokens. Its logged value is the mean over cycles, by their loss weights."""
         mean = tokens.sum() / self.items
         self.terms[name] = self.terms.get(name, torch.zeros_like(mean)) + self.shares[c] * mean.detach()
         return mean
@@ -250,46 +254,49 @@ class Score:
 
 
 def backpropagate_each(losses: Callable[[Tensor], Iterator[Tensor]], e: Tensor, model: nn.Module) -> Tensor:
-    """The sum of losses, each of which has been back-propagated before the next one was computed; its gradient is theirs.
+    """The sum of losses, back-propagating each one before the next is computed; the gradient of the sum is unchanged.
 
-    The gradients are added up on the way and handed on in the backward pass of the sum: whoever waits for gradients (DDP, accumulation,
-    clipping) sees one backward pass with one gradient for each parameter.
+    The gradients are accumulated on the way and returned by the backward pass of the sum: DDP, gradient accumulation and clipping see one
+    backward pass with one gradient per parameter.
 
     Args:
-        losses: From `e` to the losses, one by one; no loss may need the graph of one before it.
-        e: `[B, T, D]`, what the losses and the graph before them have in common.
-        model: What the losses are computed with; those of its parameters that are trained get the gradients.
+        losses: Maps `e` to the losses one by one; no loss may need the graph of an earlier one.
+        e: `[B, T, D]`, the only tensor that connects the losses to the graph before them.
+        model: The model that the losses are computed with; its trainable parameters get the gradients.
     """
     leaf = e.detach().requires_grad_(e.requires_grad)
     total = torch.zeros((), device=e.device)
-    with _shadow_parameters(model) as stand_ins:
+    with _shadow_parameters(model) as shadows:
         for loss in losses(leaf):
             loss.backward()
             total = total + loss.detach()
-    torch.clear_autocast_cache()  # which holds copies of the stand-ins
-    originals, leaves = [*stand_ins, e], [*stand_ins.values(), leaf]
+    torch.clear_autocast_cache()  # which holds copies of the shadows
+    originals, leaves = [*shadows, e], [*shadows.values(), leaf]
     return _PrecomputedGrad.apply(total, [each.grad for each in leaves], *originals)
 
 
 @contextmanager
 def _shadow_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Inside, the trained parameters of a model are others over the same numbers, so that gradients add up, in place, where nobody waits
-    for them. Gives parameter -> stand-in."""
-    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+    """Swap the trainable parameters for others that share their storage, so that gradients accumulate without triggering DDP's hooks.
+
+    Yields:
+        parameter -> its shadow.
+    """
+    shadows: dict[nn.Parameter, nn.Parameter] = {}
     places = [
         (module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None and p.requires_grad
     ]
     try:
         for module, name, p in places:  # a tied one stands in several places
-            module._parameters[name] = stand_ins.setdefault(p, nn.Parameter(p.detach()))
-        yield stand_ins
+            module._parameters[name] = shadows.setdefault(p, nn.Parameter(p.detach()))
+        yield shadows
     finally:
         for module, name, p in places:
             module._parameters[name] = p
 
 
 class _PrecomputedGrad(torch.autograd.Function):
-    """A value whose gradients are known already."""
+    """A value with precomputed gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
@@ -303,5 +310,5 @@ class _PrecomputedGrad(torch.autograd.Function):
 
 
 def scored_tokens(labels: Tensor) -> Tensor:
-    """`[B]`: positions of each row whose next token counts."""
+    """`[B]`: number of scored next tokens per row."""
     return (labels[:, 1:] != IGNORED).sum(dim=1)

@@ -29,7 +29,7 @@ ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def parameter_groups(model: Any, settings: RunSettings) -> list[dict[str, Any]]:
-    """What the optimizer trains, in three groups: matrices, which decay; norms and biases; the recursion's own parameters. Any of them
+    """Trainable parameters in three groups: matrices (with weight decay), norms and biases, and the recursion's own parameters. Any group
     may be empty."""
     own = {id(p) for p in model.model.recursion.parameters()} if is_recursive(model) else set()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -42,16 +42,16 @@ def parameter_groups(model: Any, settings: RunSettings) -> list[dict[str, Any]]:
 
 
 def learning_rate_factor(schedule: str, step: int, warmup: int, total: int, decay_share: float) -> float:
-    """What the learning rate is multiplied with in optimizer step `step`, from 0.
+    """Factor on the learning rate in optimizer step `step` (from 0).
 
-    Every schedule goes up to 1 at the end of the warm-up and is down at 0 after the last step; no step has a rate of 0.
+    Every schedule rises to 1 at the end of the warm-up and would reach 0 one step after the last; no step has a rate of 0.
 
     Args:
-        schedule: linear falls evenly from the end of the warm-up on; cosine along half a cosine; wsd (warm-up, stable, decay) stays at 1
-            and falls evenly over the last part of the run.
-        warmup: Steps of the warm-up, fewer than `total`.
+        schedule: linear decays linearly after the warm-up; cosine along half a cosine; wsd (warm-up, stable, decay) stays at 1
+            and decays linearly over the last part of the run.
+        warmup: Warm-up steps, fewer than `total`.
         total: Steps of the run.
-        decay_share: How large that last part is, of the whole run, 0 to 1; at most all that follows the warm-up. Only wsd has it.
+        decay_share: That last part as a fraction of the run, at most everything after the warm-up. Only for wsd.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -65,14 +65,14 @@ def learning_rate_factor(schedule: str, step: int, warmup: int, total: int, deca
 
 
 def warmup_of(settings: RunSettings, total: int) -> int:
-    """The warm-up in optimizer steps: a tenth of the run where the one asked for would take more than half of it."""
+    """Warm-up steps: those of the settings, or a tenth of the run if they would exceed half of it."""
     return settings.warmup_steps if settings.warmup_steps <= total // 2 else total // 10
 
 
 def build_optimizer(model: Any, settings: RunSettings) -> Optimizer:
-    """The optimizer that the settings name, over `parameter_groups`.
+    """Build the optimizer of the settings over `parameter_groups`.
 
-    Its first group has the rate `lr`, which is the one that the logs show.
+    The first group has the rate `lr`, which is the one in the logs.
 
     Raises:
         UserError: adamw_8bit without torchao.
@@ -86,13 +86,13 @@ def build_optimizer(model: Any, settings: RunSettings) -> Optimizer:
 
 
 def _ends(model: Any) -> set[int]:
-    """Identities of the parameters that turn tokens into states and back, whose rows are entries of a table rather than a linear map."""
+    """Ids of the embedding and head parameters, whose rows are entries of a table rather than a linear map."""
     modules = [*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings()]
     return {id(p) for module in modules for p in module.parameters()}
 
 
 def _split(groups: list[dict[str, Any]], ends: set[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The groups for Muon and those for AdamW: Muon's are the donor's matrices but for both ends; a stack of matrices is none."""
+    """Groups for Muon and for AdamW: Muon gets the donor's matrices except embeddings and head; 3-D stacks of matrices go to AdamW."""
     matrices, *others = groups
     inside = [p for p in matrices["params"] if p.ndim == 2 and id(p) not in ends]
     taken = {id(p) for p in inside}
@@ -106,7 +106,7 @@ class MuonAdamW(Optimizer):
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the momentum of a matrix orthogonal before each step. Its
     steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate and one decay serve both.
 
-    Groups and state are kept here, where schedulers, checkpoints and accelerate look for them; the two optimizers of torch within
+    Groups and state live here, where schedulers, checkpoints and accelerate expect them; the two torch optimizers inside
     compute the steps, each over the groups whose `method` names it.
 
     Args:
@@ -122,13 +122,13 @@ class MuonAdamW(Optimizer):
         super().__init__([group | {"method": name} for name, method in self.methods.items() for group in method.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both. `closure`, where there is one, computes the loss again, and its value is returned."""
+        """One step of both optimizers. Returns the value of `closure`, which recomputes the loss, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for name, method in self.methods.items():
-            # Each time: loading a state puts new groups and a new state in the place of the old.
+            # At every step: load_state_dict replaces the group and state objects.
             method.param_groups = [group for group in self.param_groups if group["method"] == name]
             method.state = self.state
             method.step()
@@ -138,11 +138,11 @@ class MuonAdamW(Optimizer):
 def adamw_8bit() -> type[Optimizer]:
     """torchao's AdamW, which keeps its two moments in 8 bits each where a parameter has 4,096 elements or more.
 
-    It compiles its step for every shape of parameter: the first step takes longer, and on a CPU needs a C++ compiler. Its learning rates
+    It compiles its step for every parameter shape: the first step is slow and needs a C++ compiler on a CPU. Its learning rates
     are tensors.
 
     Raises:
-        UserError: No torchao here, or one from before 0.11.
+        UserError: torchao is not installed, or older than 0.11.
     """
     try:
         from torchao.optim import AdamW8bit
@@ -156,14 +156,14 @@ def adamw_8bit() -> type[Optimizer]:
 
 
 class EMA:
-    """An exponential moving average of the weights that are trained: average = d * average + (1 - d) * weights after every step.
+    """Exponential moving average of the trained weights: average = d * average + (1 - d) * weights after every step.
 
-    After n updates d is min(decay, (1 + n) / (10 + n)), so that a short run does not keep the weights that it began with: as long as d
-    grows, n updates leave 1 / C(n + 9, 9) of them, a ten-millionth after 20. It reaches `decay` after about 9 / (1 - decay) updates.
+    After n updates d is min(decay, (1 + n) / (10 + n)), so that the initial weights fade in short runs: while d
+    grows, n updates leave 1 / C(n + 9, 9) of them, 1e-7 after 20. It reaches `decay` after about 9 / (1 - decay) updates.
 
     Args:
-        parameters: Those of the model, on the device, and cut up among the ranks, where they stay. Frozen ones are left out.
-        decay: From 0 to 1, both excluded; the average is over about the last 1 / (1 - decay) steps.
+        parameters: The model's parameters on their final device, sharded if they will be. Frozen ones are ignored.
+        decay: In (0, 1); the average spans about 1 / (1 - decay) steps.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
@@ -172,17 +172,17 @@ class EMA:
         self.decay, self.updates = decay, 0
 
     def update(self) -> None:
-        """Take in the weights as they are now; to be called after every optimizer step."""
+        """Update the average with the current weights; call after every optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(self.averages, [p.detach().float() for p in self.parameters], self.updates)
         self.updates += 1
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The model has the averages for weights meanwhile, and exactly its own again afterwards; not to be trained in between.
+        """Context in which the model has the averaged weights; its own are restored bit for bit. No training inside.
 
-        Takes the memory of one more copy of the weights, as much as the gradients of a step. Under FSDP2, a unit that is still gathered
-        at either end computes on with the weights it has: `reshard` it before.
+        Needs the memory of one more copy of the weights, as much as the gradients of a step. Under FSDP2 a unit that is unsharded at
+        entry or exit goes on with its current weights: `reshard` it first.
         """
         own = [p.detach().clone() for p in self.parameters]
         try:
@@ -197,15 +197,15 @@ class EMA:
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """`updates` so far, and the `averages` in the order of the parameters; not copies, as with optimizers."""
+        """`updates` so far, and the `averages` in the order of the parameters (references, as in optimizers)."""
         return {"updates": self.updates, "averages": self.averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Load what `state_dict` returned.
 
         Raises:
-            ValueError: The averages of another number of parameters.
+            ValueError: The number of averages is not the number of parameters.
         """
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.copy_(saved)

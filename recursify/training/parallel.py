@@ -54,18 +54,18 @@ _MARK = "_is_fsdp_managed_module"  # torch's, on every module whose weights are 
 
 
 def processes() -> int:
-    """How many processes share the run: those that have found each other, else as many as the launcher has promised."""
+    """World size: that of the process group, or of the launcher's environment before there is a group."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_launch(settings: RunSettings, device: torch.device) -> None:
-    """Whether a run could be spread as its flags say.
+    """Check that the flags of distributed training fit each other and the machine.
 
     Raises:
         UserError: --fsdp without a second process, or with --deepspeed, --backprop cycle or --optimizer adamw_8bit; --deepspeed without the
-            package or a launcher, on a device that it does not know, with a file that cannot be read or partitions the weights, or with
+            package or a launcher, on an unsupported device, with a configuration that cannot be read or partitions the weights, or with
             --gradient_checkpointing, --resume or another optimizer than adamw.
     """
     if settings.fsdp and settings.deepspeed is not None:
@@ -127,7 +127,7 @@ def _zero_stage(file: str) -> int:
 
 
 def describe_launch(settings: RunSettings, device: torch.device) -> str:
-    """One line for the start of a run, such as "cpu, 2 processes (DDP over gloo)"; once the processes have found each other."""
+    """One line for the start of a run, such as "cpu, 2 processes (DDP over gloo)"; needs the process group."""
     count = processes()
     if count == 1 and settings.deepspeed is None:
         return f"{device.type}, 1 process{_ignored_launcher(device)}"
@@ -136,7 +136,7 @@ def describe_launch(settings: RunSettings, device: torch.device) -> str:
 
 
 def _ignored_launcher(device: torch.device) -> str:
-    """On a CPU `accelerate launch --num_processes N` starts one process without a word; it leaves an address to meet at, and no count."""
+    """Whether `accelerate launch --num_processes N` silently started one process on a CPU: it sets a master address and no world size."""
     if device.type == "cpu" and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= set(os.environ) and "WORLD_SIZE" not in os.environ:
         return "; accelerate launch starts only one on a CPU, whatever --num_processes says: torchrun --nproc_per_node N starts several"
     return ""
@@ -145,31 +145,31 @@ def _ignored_launcher(device: torch.device) -> str:
 # Sharding
 
 
-def shard(supervised: Any, device: torch.device, *, reads_every_cycle: bool, methods: Sequence[str] = ("row_sums",)) -> None:
-    """Spread a model over all processes with FSDP2, in place, and move it to the device. Collective.
+def shard(loss_module: Any, device: torch.device, *, reads_every_cycle: bool, methods: Sequence[str] = ("row_sums",)) -> None:
+    """Shard a model over all processes with FSDP2, in place, and move it to the device. Collective.
 
-    What is frozen must be frozen and the weights must be float32 before; the optimizer is made after. The Trainer then takes the model
-    as it is. The parameters are DTensors from here on, and plain tensors while the model computes.
+    Freeze parameters and cast to float32 before, build the optimizer after. The Trainer does not wrap the model again. The parameters are
+    DTensors from here on, and plain tensors during forward and backward passes.
 
     Args:
-        supervised: A module whose `model` is a recursive model, or a plain causal model of transformers.
-        reads_every_cycle: Whether a training pass reads out every cycle, so that the coda is applied several times.
-        methods: Names of methods of `supervised` that compute as `forward` does, without gradients.
+        loss_module: A module whose `model` is a recursive model, or a plain causal model of transformers.
+        reads_every_cycle: Whether a training pass scores every cycle, so that the coda is applied several times.
+        methods: Names of methods of `loss_module` that compute as `forward` does, without gradients.
     """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    for unit in _units(supervised.model, reads_every_cycle):
+    for unit in _units(loss_module.model, reads_every_cycle):
         fully_shard(unit, mesh=mesh)
-    fully_shard(supervised, mesh=mesh)
+    fully_shard(loss_module, mesh=mesh)
     for name in methods:
-        register_fsdp_forward_method(supervised, name)
-        setattr(supervised, name, _then_freed(supervised, getattr(supervised, name)))
-    supervised._get_fsdp_state()._lazy_init()  # now: else the first unit that computes by itself would take itself for the root
-    # What the Trainer looks for, beside _MARK, in a model that was sharded before it came: it prepares the optimizer and wraps nothing.
-    supervised.is_distributed_loading_by_transformers = True
+        register_fsdp_forward_method(loss_module, name)
+        setattr(loss_module, name, _then_freed(loss_module, getattr(loss_module, name)))
+    loss_module._get_fsdp_state()._lazy_init()  # otherwise the first unit that runs by itself would become the root
+    # With _MARK, this tells the Trainer that the model is sharded already: it prepares the optimizer and does not wrap the model.
+    loss_module.is_distributed_loading_by_transformers = True
 
 
 def _units(model: Any, reads_every_cycle: bool) -> list[nn.Module]:
-    """The layers that a pass applies once."""
+    """The layers that a pass applies exactly once, each a unit of its own."""
     names = model._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not is_recursive(model):
@@ -189,16 +189,16 @@ def _then_freed(root: Any, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forget_passes(root: Any) -> None:
-    """After passes without a backward pass: free what is gathered, which would outlive the next change of the weights, and drop the order
-    in which it was used, which the next backward pass would follow. Not between the micro-batches of a step, whose gradients it drops."""
+    """After forward-only passes: free unsharded weights, which would go stale at the next update, and the recorded order of units, which
+    the next backward pass would follow. Not between the micro-batches of a step, whose gradients it would drop."""
     root.reset_iter_state()
 
 
 @contextmanager
 def gathered(root: nn.Module) -> Iterator[None]:
-    """Inside, every process holds the whole model, as if it were alone, and may use it or leave that to one of them; without gradients.
+    """Context in which every rank holds the unsharded model and may use it by itself, without gradients.
 
-    Collective at both ends. Not between the micro-batches of a step. A model that is not sharded is left as it is.
+    Collective at entry and exit. Not between the micro-batches of a step. Does nothing for a model that is not sharded.
     """
     units = [module for module in root.modules() if isinstance(module, FSDPModule)]
     if not units:
@@ -219,11 +219,11 @@ def gathered(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unmarked(root: nn.Module) -> Iterator[None]:
-    """Inside, nothing tells that the model is a sharded one: `generate` waits for no other process, `state_dict` gives what is there."""
+    """Hide the sharding: `generate` does not synchronise with other ranks and `state_dict` returns the unsharded tensors."""
     modules: list[Any] = list(root.modules())
     marks = [(module, getattr(module, _MARK, False), module._state_dict_pre_hooks) for module in modules]
     for module in modules:
-        module._state_dict_pre_hooks = OrderedDict()  # FSDP2's would free the weights and give this process's part of them
+        module._state_dict_pre_hooks = OrderedDict()  # FSDP2's would reshard and return this rank's shard
         setattr(module, _MARK, False)
     try:
         yield
@@ -234,10 +234,10 @@ def _unmarked(root: nn.Module) -> Iterator[None]:
 
 
 def check_sharding(prepared: Any, settings: RunSettings) -> None:
-    """Whether what the flags ask for has happened to the model that the Trainer has prepared.
+    """Check that the model that the Trainer prepared is wrapped as the flags ask.
 
     Raises:
-        RuntimeError: It has not, and every process would train a model of its own.
+        RuntimeError: It is not, and every rank would train a model of its own.
     """
     kind = type(prepared).__name__
     if settings.fsdp and not any(isinstance(module, FSDPModule) for module in prepared.modules()):
@@ -252,7 +252,7 @@ def check_sharding(prepared: Any, settings: RunSettings) -> None:
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of one process alone, on the CPU, in the first process; the others get an empty one. Collective.
+    """The unsharded state dict, on the CPU of rank 0; empty on the others. Collective.
 
     Tied weights are one tensor under both names.
     """
@@ -262,20 +262,19 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def full_optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """`optimizer.state_dict()` as one process alone would have it, on the CPU, in the first process; the others get an empty one.
-    Collective."""
+    """The unsharded `optimizer.state_dict()`, on the CPU of rank 0; empty on the others. Collective."""
     state = _mapped(optimizer.state_dict(), lambda tensor: _whole(tensor, {}))
     return state if _is_first() else {}
 
 
 def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set the weights from a state dict of one process alone; every process brings it and keeps its part."""
+    """Load an unsharded state dict, which every rank passes; each keeps its shard."""
     own = module.state_dict()
     module.load_state_dict({name: part_like(own[name], tensor) if name in own else tensor for name, tensor in state.items()})
 
 
 def load_full_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Set an optimizer from the state dict of one process alone; every process brings it and keeps its part."""
+    """Load an unsharded optimizer state, which every rank passes; each keeps its shard."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=True))
@@ -288,7 +287,7 @@ def _is_first() -> bool:
 
 
 def _whole(tensor: Tensor, seen: dict[int, Tensor]) -> Tensor:
-    """A tensor on the CPU, in the first process; anything in the others. Collective for a DTensor."""
+    """The unsharded tensor, on the CPU of rank 0; unspecified on the others. Collective for a DTensor."""
     if id(tensor) not in seen:
         bare = tensor.detach()
         if isinstance(bare, DTensor):
@@ -298,14 +297,14 @@ def _whole(tensor: Tensor, seen: dict[int, Tensor]) -> Tensor:
 
 
 def part_like(like: Tensor, whole: Tensor) -> Tensor:
-    """This process's part of a tensor that is spread as `like` is; a tensor of another shape, such as a step count, is everyone's."""
+    """This rank's shard of a tensor, sharded as `like`; a tensor of another shape, such as a step count, is replicated."""
     if not isinstance(like, DTensor) or like.shape != whole.shape:
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same nest of dicts and lists with every tensor changed."""
+    """Apply `change` to every tensor in nested dicts and lists."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -316,11 +315,11 @@ def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 class ShardedTrainerMixin(_Mixed):
-    """What a Trainer needs for a model that `shard` has spread, before `Trainer` among the bases. Without one it changes nothing."""
+    """Makes a Trainer work with a model from `shard`; place it before `Trainer` among the bases. No effect on other models."""
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Around all micro-batches of a step but the last. The Trainer's own looks into the configuration of a model it has sharded."""
+        """Context of all micro-batches of a step but the last. The Trainer's own expects a model that it has sharded itself."""
         root: Any = self.model
         root.set_requires_gradient_sync(False)
         try:
@@ -329,12 +328,12 @@ class ShardedTrainerMixin(_Mixed):
             root.set_requires_gradient_sync(True)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm over all processes, which torch leaves as a sum that is yet to be made."""
+        """The gradient norm over all ranks: torch returns a DTensor whose partial sums are not reduced yet."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """From files that know nothing of processes; DeepSpeed has its own."""
+        """Load unsharded states; DeepSpeed loads its own."""
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -344,11 +343,11 @@ class ShardedTrainerMixin(_Mixed):
 
 
 def read_state(path: Path) -> Any:
-    """What a checkpoint's state folder holds in one file, on the CPU."""
+    """Load one file of a checkpoint's state folder to the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def announce(text: str) -> None:
-    """A line of the log, from the first process alone."""
+    """Log a line from rank 0."""
     if PartialState().is_main_process:
         logger.info("%s", text)

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left on disk, and what it did.
+    """Result of the training command.
 
     Args:
-        best: The best checkpoint, None if there was no validation.
+        best: Path of the best checkpoint; None without validation.
         fit: None for a dry run.
     """
 
@@ -52,11 +52,11 @@ class TrainResult:
 
 
 def train(settings: RunSettings) -> TrainResult:
-    """Train a checkpoint, or what an approach makes of a donor, on a data set; leave checkpoints, the best one and metrics.jsonl.
+    """Train a checkpoint, or the model that an approach builds from a donor; writes checkpoints, the best one and metrics.jsonl.
 
     Raises:
-        UserError: A setting out of range, a checkpoint, donor or data set that cannot be used, a folder that cannot be written, or a run to
-            resume that was another one.
+        UserError: A setting out of range, a checkpoint, donor or dataset that cannot be used, a folder that cannot be written, or a resume
+            from a run with other settings.
     """
     settings.validate()
     device = choose_device(settings.device)
@@ -118,7 +118,7 @@ def _load_text(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Blo
 
 
 def _load_teacher(settings: RunSettings, found: checkpoint.Checkpoint, device: torch.device) -> Any:
-    """The donor that is distilled from, once, in bfloat16 where the GPU has it; None where the run has no such term."""
+    """Load the teacher, in bfloat16 if the GPU supports it; None if the run does not distill."""
     if not settings.distill_weight:
         return None
     notes = found.notes
@@ -137,7 +137,7 @@ def _load_teacher(settings: RunSettings, found: checkpoint.Checkpoint, device: t
 
 
 def _point_to_resume(settings: RunSettings) -> Path | None:
-    """The newest whole checkpoint; None where a run was stopped before its first one, and so begins again."""
+    """The newest complete checkpoint; None if the run stopped before its first one and starts over."""
     points = resume_points(settings.folder)
     if not points:
         announce(f"--resume: no checkpoint_step_N.pt with its _state folder in {settings.folder.absolute()}; starting from the beginning")
@@ -159,7 +159,7 @@ def _point_to_resume(settings: RunSettings) -> Path | None:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """The value after a JSON round trip."""
     return list(value) if isinstance(value, tuple) else value
 
 

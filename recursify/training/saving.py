@@ -35,22 +35,22 @@ from .settings import RunSettings
 BEST = "qwen_recursive_finetuned_best.pt"
 METRICS = "metrics.jsonl"
 RUN, STATE, MASTERS, AVERAGES = "run.json", "trainer_state.json", "float32_weights.pt", "averaged_weights.pt"  # in a state folder
-KEPT_STATES = 2  # only the newest is ever resumed from; the one before it is for the day that the disk fails
-SOON_FILLED = 60.0  # seconds, of a folder aside that was just made
-# What of the settings a reader of the weights wants to know. Where the run lay and on what it ran is nobody's business elsewhere.
+KEPT_STATES = 2  # a run resumes from the newest; the one before it is a backup
+SOON_FILLED = 60.0  # seconds before an empty temporary folder counts as abandoned
+# Settings that matter to a reader of the weights. Paths and devices are left out.
 _RECORDED = (
     "dataset_name", "dataset_config_name", "mix", "seq_len", "separate_documents", "batch_size", "grad_accum_steps", "cycle_choices",
     "backprop", "lr", "gain_lr", "lr_schedule", "warmup_steps", "optimizer", "weight_decay", "ema_decay", "enable_deep_supervision",
     "distill_weight", "self_distill_weight", "monotone_weight", "halting_weight",
 )  # fmt: skip
-_STEP = re.compile(r"checkpoint_step_\d+")  # a copy that somebody put by as checkpoint_step_1000_good.pt is none of ours
+_STEP = re.compile(r"checkpoint_step_\d+")  # does not match a user's copy such as checkpoint_step_1000_good.pt
 _SAVED = re.compile(rf"({_STEP.pattern}|{Path(BEST).stem})(\.pt|_tokenizer|_state)")  # what a save has in its folder aside
 
 
 def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]:
-    """What a checkpoint says of the run behind it, in JSON types: how far it was, on what and how it trained, and the last validation.
+    """Training metadata of a checkpoint, in JSON types: progress, data, settings and the last validation.
 
-    The same run says the same: no times. Settings that are off (0, None, empty) are left out. `eval_loss_cycles` has the validation loss
+    Deterministic: no timestamps. Settings that are off (0, None, empty) are omitted. `eval_loss_cycles` has the validation loss
     of each cycle, the shallowest first.
     """
     recorded = {name: list(value) if isinstance(value, tuple) else value for name in _RECORDED if (value := getattr(settings, name))}
@@ -64,11 +64,11 @@ def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Saver:
-    """Where a run saves, and what goes into a file beside the weights.
+    """Writes the checkpoints of a run.
 
     Args:
         dtype: Type of the saved weights: that of the checkpoint the run began with, so a bfloat16 donor gives bfloat16 files.
-        keep_last: Checkpoints that stay; 0 keeps all.
+        keep_last: Number of checkpoints to keep; 0 keeps all.
     """
 
     folder: Path
@@ -83,24 +83,24 @@ class Saver:
         return path
 
     def save_step(self, step: int, model: Any, write_state: Callable[[Path], Any] | None, **notes: Any) -> Path:
-        """A checkpoint that a run can go on from; older ones are thinned out.
+        """Write a checkpoint that can be resumed, and delete old ones.
 
         Args:
-            write_state: Writes what only a resumed run needs into a folder. None leaves a checkpoint that no run can go on from.
+            write_state: Writes the resume state into a folder; None writes weights only.
         """
         path = self.folder / f"checkpoint_step_{step}.pt"
-        _drop_state(path)  # an earlier run's, which does not belong to these weights
+        _drop_state(path)  # of an earlier run; does not belong to these weights
         self.save(path, model, {} if write_state is None else {state_folder(path): write_state}, step=step, **notes)
-        # What was just written comes first even where the clock was put back.
+        # The checkpoint just written counts as the newest even if the clock was set back.
         points = [path, *(point for point in resume_points(self.folder) if point != path)]
         for old in points[KEPT_STATES:]:
             _drop_state(old)
         if self.keep_last:
-            self._thin_out(points)
+            self._delete_old(points)
         return path
 
-    def _thin_out(self, points: list[Path]) -> None:
-        """Delete all but the newest. Those that lost their states long ago are older than those that have them."""
+    def _delete_old(self, points: list[Path]) -> None:
+        """Delete all but the newest. Checkpoints without a state are older than those with one."""
         others = [path for path in _checkpoints(self.folder) if path not in points]
         newest_first = points + sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
         for old in newest_first[self.keep_last :]:
@@ -115,7 +115,7 @@ def state_folder(path: Path) -> Path:
 
 
 def resume_points(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, the one that was written last first: an earlier run may have left a higher step behind."""
+    """Complete checkpoints in a folder, last written first: an earlier run may have left one with a higher step."""
     written = {path: when for path in _checkpoints(folder) if (when := _saved_at(path)) is not None}
     return sorted(written, key=written.__getitem__, reverse=True)
 
@@ -125,18 +125,18 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _saved_at(path: Path) -> float | None:
-    """When a checkpoint was written, in seconds; None where it is not whole.
+    """Modification time of a checkpoint in seconds; None if it is incomplete.
 
-    A .pt is a zip archive, whose list of contents stands at its end: a truncated one is none.
+    A .pt is a zip archive with its directory at the end, so a truncated file is not a valid one.
     """
     try:
         return float(read_json(state_folder(path) / RUN)["saved_at"]) if is_zipfile(path) else None
-    except (OSError, ValueError, KeyError, TypeError):  # no state, or one that a failing disk has damaged
+    except (OSError, ValueError, KeyError, TypeError):  # no state, or a damaged one
         return None
 
 
 def _drop_state(path: Path) -> None:
-    """Delete a checkpoint's state; the file that makes it one goes first, so that a kill in between leaves nothing to go on from."""
+    """Delete a checkpoint's state, its marker file first, so that a kill in between leaves nothing that looks resumable."""
     (state_folder(path) / RUN).unlink(missing_ok=True)
     shutil.rmtree(state_folder(path), ignore_errors=True)
 
@@ -146,7 +146,7 @@ def step_of(point: Path) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """The output folder, checked by writing into it, without what killed runs left there.
+    """Create the output folder, check that it is writable and clean up after killed runs.
 
     Raises:
         UserError: It cannot be made or written.
@@ -161,8 +161,8 @@ def make_folder(folder: Path) -> None:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Delete the folders aside of saves that were killed, and states whose weights never came. Two runs do not share a folder; another
-    command may write in it right now, so its folder aside stays, and an empty one, which may be about to be filled, until it is old."""
+    """Delete temporary folders of killed saves, and states whose weights were never written. Two runs do not share a folder; another
+    command may be writing in it, so its temporary folder stays, and so does an empty one until it is old."""
     for aside in folder.glob(".recursify-*"):
         entries = list(aside.iterdir())
         if entries and all(_SAVED.fullmatch(entry.name.removesuffix(".old")) for entry in entries):

@@ -49,18 +49,18 @@ GIB = 2**30
 
 
 class MetricWindow:
-    """Sums since they were last asked for: of each cycle's loss, of further terms, and the tokens that they were summed over."""
+    """Running sums since the last `drain`: each cycle's loss, further terms, and their numbers of tokens."""
 
     def __init__(self, deepest: int):
         self.deepest = deepest
         self.sums: dict[str, Tensor] = {}
 
     def add(self, outputs: dict[str, Any], scale: Any, tokens: Tensor, H: int) -> None:
-        """One micro-batch.
+        """Add a micro-batch.
 
         Args:
-            outputs: Of `LossModule`, divided by `scale` tokens.
-            tokens: Those that count, on this rank.
+            outputs: Outputs of `LossModule`, divided by `scale` tokens.
+            tokens: Scored tokens on this rank.
         """
         found, scored = outputs["cycle_losses"] * scale, outputs["scored"] * tokens
         self._add("cycles", torch.stack([found, scored]))
@@ -72,7 +72,11 @@ class MetricWindow:
         self.sums[name] = self.sums[name] + values if name in self.sums else values
 
     def drain(self, accelerator: Any) -> tuple[dict[str, float], float, float]:
-        """Over all ranks: the means, `loss_cycle_i` of scored cycles and `loss_<term>`; the last cycle's summed loss; its tokens."""
+        """Reduce over all ranks and reset.
+
+        Returns:
+            The means, `loss_cycle_i` of scored cycles and `loss_<term>`; the last cycle's summed loss; its tokens.
+        """
         sums = {name: accelerator.reduce(value.double(), "sum") for name, value in sorted(self.sums.items())}
         self.sums = {}
         found, scored = sums.pop("cycles").tolist()
@@ -85,7 +89,7 @@ class MetricWindow:
 
 
 class CycleTrainer(ShardedTrainerMixin, Trainer):
-    """`Trainer` with our objective, parameter groups and depths, a validation loss per token, and checkpoints in our form."""
+    """`Trainer` with our objective, parameter groups and depths, a validation loss per token, and our checkpoint format."""
 
     loss_is_scaled_for_ga = True
     model: Any  # a LossModule
@@ -109,7 +113,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.epoch_loss, self.epoch_tokens = 0.0, 0.0
         self.started = time.perf_counter()
         self.clock = Throughput()
-        self.batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
+        self.batches: list[dict[str, Any]] = []  # of the current optimizer step
         self.cycle_losses: Tensor | None = None
         self.flops: dict[tuple[int, int], int] = {}  # of a micro-batch, by its tokens and its depth
 
@@ -130,27 +134,27 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
     @property
     def depth(self) -> int | None:
-        """Cycles of the optimizer step that is under way; None for a model that has none."""
+        """Cycles of the current optimizer step; None for a model without cycles."""
         return None if self.depths is None else self.depths.at(self.state.global_step)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Every application of the loop counted, and what the way back does."""
+        """FLOPs of forward and backward pass, with every application of the loop."""
         key = tokens, depth = inputs["input_ids"].numel(), self.depth or 1
-        if key not in self.flops:  # asked at every micro-batch
+        if key not in self.flops:  # called at every micro-batch
             (teacher,) = self.model.teacher
             self.flops[key] = int(pass_flops(self.model.model.config, self.settings, tokens, depth, teacher and teacher.config))
         return self.flops[key]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """After the backward pass and before the optimizer: the last moment at which the weights are still good."""
+        """Also checks for a non-finite gradient: after the backward pass and before the optimizer can spoil the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(float(norm)):
-            raise self._not_a_number(float(norm))
+            raise self._non_finite_gradient(float(norm))
         self.batches = []
         return norm
 
-    def _not_a_number(self, norm: float) -> UserError:
-        """What happened, with the data of the step beside it."""
+    def _non_finite_gradient(self, norm: float) -> UserError:
+        """The error for a non-finite gradient; dumps the batches of the step."""
         step = self.state.global_step + 1
         losses = [] if self.cycle_losses is None else self.cycle_losses.tolist()
         first = next((f"; the loss of cycle {i} is {loss}" for i, loss in enumerate(losses, start=1) if not math.isfinite(loss)), "")
@@ -203,7 +207,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the weights are their moving average, if the run has one: what is validated, shown and kept."""
+        """Context in which the weights are their moving average, if the run has one: for validation, samples and saving."""
         if self.ema is None:
             yield
         else:
@@ -212,13 +216,13 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Inside, the model is whole on each rank, averaged, and not compiled for every length that is generated. Collective."""
+        """Context in which the model is unsharded, averaged, and not recompiled for every generated length. Collective."""
         eager = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
         with self.averaged(), gathered(self.model), eager:
             yield
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether it is true of any rank. Collective."""
+        """Logical or over all ranks. Collective."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum").item())
@@ -259,7 +263,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return {f"{prefix}_{name}": value for name, value in figures}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_runtime" in logs:  # the Trainer's closing summary, which says nothing new
+        if "train_runtime" in logs:  # the Trainer's closing summary
             return
         if "loss" in logs:
             logs |= self._drain_window()
@@ -277,17 +281,17 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
     # Saving and going on
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The weights, and beside them what only a resumed run needs. All ranks take part; the first one writes."""
+        """Save the weights and the resume state. Collective; rank 0 writes."""
         if self.saver is None:
             return
-        if self.is_deepspeed_enabled:  # its states are in parts that only DeepSpeed can put together
+        if self.is_deepspeed_enabled:  # its states are sharded in a way that only DeepSpeed can merge
             if self.args.should_save:
                 self.saver.save_step(self.state.global_step, self.model.model, None, **self.notes())
             return
         assert self.lr_scheduler is not None
         state: dict[str, Any] = {OPTIMIZER_NAME: full_optimizer_state(self.optimizer), SCHEDULER_NAME: self.lr_scheduler.state_dict()}
         if self.saver.dtype != torch.float32 or self.ema is not None:
-            # On a CPU these are the weights themselves, which the averages overwrite while the checkpoint is written: hence the copy.
+            # A copy: on a CPU these would alias the weights, which the averages overwrite while the checkpoint is written.
             weights = full_state(self.model.model)
             state[MASTERS] = weights if self.ema is None else copy.deepcopy(weights)
         if self.ema is not None:
@@ -307,7 +311,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
                 self.saver.save_step(self.state.global_step, self.model.model, write, **self.notes())
 
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint of this moment says of the run."""
+        """Training metadata at this moment (`training_notes`)."""
         return training_notes(self.settings, self.state)
 
     def _so_far(self) -> dict[str, Any]:
@@ -315,12 +319,12 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return {**sums, "approach": self.settings.approach, "settings": asdict(self.settings)}
 
     def _random_states(self) -> dict[str, bytes]:
-        """File name -> contents, of all ranks. Collective."""
+        """File name -> random state, of all ranks. Collective."""
         try:
             with tempfile.TemporaryDirectory() as folder:
                 self._save_rng_state(folder)
                 own = [(file.name, file.read_bytes()) for file in Path(folder).iterdir()]
-        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk with an error of its own
+        except (OSError, RuntimeError) as error:  # torch's writer raises its own error on a full disk
             raise UserError(
                 f"{tempfile.gettempdir()}: the random states of a checkpoint could not be written there on their way ({error}); the "
                 "checkpoints saved so far are whole. Free some space, or name another folder with TMPDIR, and go on with --resume"
@@ -328,7 +332,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return dict(gather_object(own))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The model was read from the .pt; what that has rounded or averaged comes from here."""
+        """Restore full-precision, unaveraged weights from the state folder: the .pt may hold rounded or averaged ones."""
         folder = Path(resume_from_checkpoint)
         if (folder / MASTERS).is_file():
             load_full_state(self.model.model, read_state(folder / MASTERS))
@@ -344,7 +348,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
 
 class Throughput:
-    """Tokens per second of training: validation stops it."""
+    """Training tokens per second; paused during validation."""
 
     def __init__(self) -> None:
         self.start(0)
@@ -353,7 +357,7 @@ class Throughput:
         self.tokens, self.since = tokens, time.perf_counter()
 
     def rate(self, tokens: int) -> float:
-        """Since it was last asked."""
+        """Rate since the previous call."""
         now = time.perf_counter()
         rate = (tokens - self.tokens) / max(1e-9, now - self.since)
         self.tokens, self.since = tokens, now
@@ -369,7 +373,7 @@ class Throughput:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: what the GPU has had allocated at most, else what the process has had resident at most."""
+    """Peak memory in bytes: allocated on the GPU, or resident in the process without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -43,13 +43,13 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 class Talk:
     """Turns in, what was shown out."""
 
-    def __init__(self, model: Any, tokenizer: Any, settings: ChatSettings = SETTINGS, sign: str = "You: "):
+    def __init__(self, model: Any, tokenizer: Any, settings: ChatSettings = SETTINGS, input_prompt: str = "You: "):
         self.out, self.err = io.StringIO(), io.StringIO()
         self.lines: Iterator[Any] = iter(())
-        self.chat = Chat(model, tokenizer, settings, self._ask, self.out, self.err, sign=sign)
+        self.chat = Chat(model, tokenizer, settings, self._ask, self.out, self.err, input_prompt=input_prompt)
 
-    def _ask(self, sign: str) -> str:
-        self.out.write(sign)
+    def _ask(self, input_prompt: str) -> str:
+        self.out.write(input_prompt)
         line = next(self.lines, EOFError())
         if isinstance(line, BaseException):
             raise line
@@ -105,7 +105,7 @@ def test_what_is_shown_at_a_terminal_and_from_a_pipe(model: Any) -> None:
     out, err = Talk(model, tokenizer)("The")
     assert out.startswith(f"You: {answer}") and out.endswith("\n\nYou: ")
     assert err.startswith(HELLO) and "has no chat template" in err and err.endswith("Goodbye!\n")
-    piped, _ = Talk(model, tokenizer, sign="")("The")
+    piped, _ = Talk(model, tokenizer, input_prompt="")("The")
     assert piped == out.replace("You: ", "")
     assert "template" not in Talk(model, with_template())("The")[1]
 
@@ -144,11 +144,11 @@ def test_another_depth_reads_the_conversation_again(talk: Talk, model: Any, toke
 def test_a_conversation_that_was_kept_goes_on(talk: Talk, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     out, _ = talk("/max 4", "The 龙虾 🦞", f"/save {file}")
-    assert f"2 messages kept in {file}\n" in out
+    assert f"saved 2 messages to {file}\n" in out
     assert json.loads(file.read_text(encoding="utf-8"))["messages"] == talk.chat.messages
     other = Talk(model, tokenizer)
     out, _ = other("A castle", f"/load {file}", "/max", "Why")
-    assert f"2 messages from {file}\n" in out and "max_new_tokens 4\n" in out
+    assert f"loaded 2 messages from {file}\n" in out and "max_new_tokens 4\n" in out
     talk("Why")
     assert other.chat.messages == talk.chat.messages
 
@@ -236,7 +236,7 @@ def test_what_was_said_before_ctrl_c_was_said(model: Any, tokenizer: Any, times:
     out, err = PressesCtrlC(times), io.StringIO()
     lines = iter(["The old lobster", "Why", "/quit"])
     settings = replace(SETTINGS, max_new_tokens=40)
-    talk = Chat(model, tokenizer, settings, lambda _: next(lines), out, err, sign="")
+    talk = Chat(model, tokenizer, settings, lambda _: next(lines), out, err, input_prompt="")
     talk.run()
     first, again = (message["content"] for message in talk.messages if message["role"] == "assistant")
     assert whole.startswith(first) and 0 < len(first) < len(whole)

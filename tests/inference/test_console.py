@@ -26,8 +26,8 @@ def reading(*lines: str | type[BaseException]) -> tuple[Callable[[str], str], li
     left: Iterator[str | type[BaseException]] = iter(lines)
     asked: list[str] = []
 
-    def ask(sign: str) -> str:
-        asked.append(sign)
+    def ask(input_prompt: str) -> str:
+        asked.append(input_prompt)
         line = next(left, EOFError)
         if isinstance(line, str):
             return line
@@ -93,7 +93,7 @@ from recursify.inference.console import Console
 from recursify.inference.settings import GenerateSettings
 
 class Echo(Console):
-    sign = "Say: "
+    input_prompt = "Say: "
     def greet(self): self.say("ready", self.err)
     def answer(self, text, pressed):
         self.out.write("heard " + repr(text)); self.out.flush()

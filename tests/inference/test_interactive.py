@@ -122,8 +122,8 @@ def test_help_lists_every_command(talk: Any) -> None:
         ("/max 2.5", "/max: expected a whole number, got '2.5'"),
         ("/cycles -1", "/cycles: expected at least 0 (0 is one plain pass), got -1"),
         ("/show maybe", "/show: expected on or off, got 'maybe'"),
-        ("/save", "/save: expected a file to write to, got none"),
-        ("/load", "/load: expected a file that /save wrote, got none"),
+        ("/save", "/save: expected a file name, got none"),
+        ("/load", "/load: expected the name of a file written by /save, got none"),
         ("/load missing.json", "missing.json cannot be read (No such file or directory)"),
         ("/dance now", "unknown command /dance; /help lists the commands, and //dance now sends '/dance now' as a prompt"),
         ("/", "unknown command /; /help lists the commands, and // sends '/' as a prompt"),
@@ -183,7 +183,7 @@ def test_a_prompt_of_several_lines(talk: Any, model: Any, tokenizer: Any) -> Non
 def test_what_was_written_is_kept_and_comes_back(talk: Any, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "kept.json"
     out, _, first = talk("/max 3", "The", f"/save {file}")
-    assert f"2 messages kept in {file}\n" in out
+    assert f"saved 2 messages to {file}\n" in out
     out, _, second = talk(f"/load {file}", "The")
     assert f"Generating...\nThe{continuation(model, tokenizer, 'The', max_new_tokens=3)}\n" in out
     assert second.messages == first.messages * 2

@@ -163,8 +163,10 @@ def test_only_what_the_table_says_moves(
     assert found.notes["approach"] == approach and found.notes["donor"] == str(corner / donor) and "eval_loss" in found.notes["training"]
     err = capsys.readouterr().err
     start = "fresh" if wanted.starts_fresh else "layers [0, 2]"
-    assert f"{approach} approach: 2 looped layers ({start}) learn between what stays as it is in {corner / donor}" in err
-    assert ("the head was tied to the embeddings; it is its own matrix now, 12,288 parameters" in err) == (donor == "tied" and bool(more))
+    assert f"{approach} approach: 2 looped layers ({start}) trained, everything else frozen, from {corner / donor}" in err
+    assert ("the head was tied to the embeddings; it is a separate matrix now, 12,288 parameters" in err) == (
+        donor == "tied" and bool(more)
+    )
 
 
 def test_without_L_cycles_their_injection_stays_idle(corner: Path) -> None:
@@ -304,7 +306,7 @@ def test_the_summary_says_what_was_measured(corner: Path, tmp_path: Path, capsys
     expected = f"  Train Loss: {entry['train_loss']:.4f}\n  Val Loss: {entry['eval_loss']:.4f}\n"
     assert f"{expected}  Nearest Embedding Right: {entry['eval_nearest_right']:.2%}\n  ✓ New best model saved" in captured.out
     assert "Perplexity" not in captured.out and "Generating sample" not in captured.out
-    assert "It predicts embeddings and has no head: no samples, and no text later" in captured.err
+    assert "The model predicts embeddings and has no LM head: it cannot generate text" in captured.err
     again = train(settings("hybrid", corner, tmp_path, generate_every=1))
     captured = capsys.readouterr()
     assert f"  Perplexity: {again.fit.history[-1]['eval_perplexity']:.2f}\n" in captured.out and "Generating sample" in captured.out
