@@ -129,7 +129,7 @@ def _local(name: str | Path, revision: str | None, token: str | None) -> Path:
         raise UserError(f"{expected}; the hub does not have it or cannot be reached ({first_line(error)})") from error
 
 
-def need_tokenizer(found: Checkpoint, path: str | Path) -> PreTrainedTokenizerBase:
+def require_tokenizer(found: Checkpoint, path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 
     Raises:

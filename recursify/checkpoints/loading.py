@@ -43,6 +43,6 @@ def load_model(
     if is_recursive_checkpoint(name, **hub):
         found = checkpoint.load(name, tokenizer_path=tokenizer_path, **hub)
         checkpoint.require_head(found, name)
-        return found.model, checkpoint.need_tokenizer(found, name)
+        return found.model, checkpoint.require_tokenizer(found, name)
     donor = open_donor(name, **hub)
     return donor.load(), donor_tokenizer(donor, tokenizer_path)

@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 
-# Tokenized at once: so many documents, or fewer that hold so much text.
+# Tokenized at once: at most this many documents and this much text.
 DOCUMENTS_AT_ONCE = 64
 TEXT_AT_ONCE = 8 << 20
 
 
 def encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Column ``input_ids``: the ids of each text, ending in exactly one end-of-text token even where the tokenizer writes one itself."""
+    """Column ``input_ids``: the ids of each text, ending in exactly one end-of-text token even if the tokenizer appends one itself."""
     eos = tokenizer.eos_token_id
     # verbose=False: documents may well be longer than the model's context, they are cut afterwards
     rows = tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
@@ -33,7 +33,7 @@ def encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def encode_each(documents: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, np.ndarray]]:
-    """The rows that ``encode`` would give for a table of these documents, tokenised a small batch at a time."""
+    """The rows of ``encode`` for these documents, tokenized in small batches."""
     texts: list[str] = []
     size = 0
     for document in documents:
@@ -51,7 +51,7 @@ def _encoded_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Itera
 
 
 def cut_blocks(encoded: Iterable[Any], seq_len: int) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks of ``seq_len`` ids from the concatenation of all rows (arrays), holding one row and one unfinished block at a time."""
+    """Blocks of ``seq_len`` ids from the concatenation of all rows (arrays), holding one row and one partial block in memory."""
     rest = np.empty(0, np.int32)
     for row in encoded:
         ids = np.concatenate([rest, row["input_ids"]])
@@ -62,18 +62,18 @@ def cut_blocks(encoded: Iterable[Any], seq_len: int) -> Iterator[dict[str, np.nd
 
 
 def separate(input_ids: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor]:
-    """Keep the documents in each row of a batch apart, where rows are blocks and every document ends in an end-of-text token.
+    """Position ids that give packed documents a block-diagonal attention mask; every document ends in an end-of-text token.
 
-    Given to a model of transformers without an attention mask and without a cache, position ids that begin anew are taken for packed
-    documents: none attends to another (``transformers.masking_utils``).
+    Without an attention mask and a cache, transformers treats restarting position ids as packed documents, none of which attends to
+    another (``transformers.masking_utils``).
 
     Args:
         input_ids: [B, T] ids.
 
     Returns:
-        position_ids: [B, T], 0 at the start of the row and after every end-of-text token, then counting on.
-        starts: [B, T], whether a document begins here, the row's first one excepted. Position t is scored against label t + 1, so a label
-            at such a place would have a token predicted from another document.
+        position_ids: [B, T], 0 at the start of the row and after every end-of-text token, then counting up.
+        starts: [B, T], whether a document begins here, except at the row's first position. Position t is scored against label
+            t + 1, so a label there would have a token predicted from another document.
     """
     starts = torch.zeros_like(input_ids, dtype=torch.bool)
     starts[:, 1:] = input_ids[:, :-1] == eos_token_id

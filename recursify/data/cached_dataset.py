@@ -16,7 +16,7 @@ from ..errors import UserError
 
 
 def make_table(generator: Callable[..., Iterator[Any]], gen_kwargs: dict[str, Any], features: Features, key: Any, at_once: int) -> Dataset:
-    """What the generator yields, as a table on disk. ``key`` must change whenever the contents would: a known key is not made again."""
+    """The rows of a generator as a cached table on disk. ``key`` identifies the contents: a known key is read from the cache."""
     if next(generator(**gen_kwargs), None) is None:  # from_generator cannot make an empty table
         return Dataset.from_dict({name: [] for name in features}, features=features)
     fingerprint = Hasher.hash([generator.__name__, key])
@@ -32,7 +32,7 @@ def make_table(generator: Callable[..., Iterator[Any]], gen_kwargs: dict[str, An
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Silence the progress bars of ``datasets`` where stderr is a file or a pipe, and leave the setting as it was."""
+    """Disable the progress bars of ``datasets`` inside the context if stderr is not a terminal."""
     silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
     if silence:
         datasets.disable_progress_bars()

@@ -9,16 +9,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 
-_CHARACTERS = 16  # read for each token that is wanted, which is more than any text needs
+_CHARACTERS = 16  # characters read per requested token: an upper bound
 
 
 def calibration_windows(file: str, tokenizer: PreTrainedTokenizerBase, size: int, most: int, least: int | None = None) -> torch.Tensor:
     """`[windows, size]` token ids from the beginning of a text file.
 
     Args:
-        size: Tokens of a window.
-        most: Windows at most.
-        least: Tokens that the text must have; `size` where None. A text with fewer than `size` is one shorter window.
+        size: Tokens per window.
+        most: Maximum number of windows.
+        least: Minimum tokens of the text; None is `size`. A text with fewer than `size` gives one shorter window.
 
     Raises:
         UserError: Not a UTF-8 text, or too short.

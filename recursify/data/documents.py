@@ -41,7 +41,7 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", **dict.fromkeys(VALIDATION_NAMES, "validation")}
 
-# Read and written at once: fewer than datasets' own 1000, so that a book each still fits in memory.
+# Rows per batch: fewer than datasets' default of 1000, so that a batch of books fits in memory.
 DOCUMENTS_AT_ONCE = 64
 
 # 64-bit offsets: a batch of books may pass the 2 GiB that plain strings can hold.
@@ -53,14 +53,14 @@ Reader = Callable[[], Iterator[dict[str, str]]]
 
 @dataclass(frozen=True)
 class Documents:
-    """Text to train on and text to measure on: each a table with one document per row in the column ``text``."""
+    """Training and validation text: tables with one document per row in the column ``text``."""
 
     train: Dataset
     validation: Dataset
 
 
 def load_documents(settings: TextSource) -> Documents:
-    """Find the data set that ``dataset_name`` names and give it as documents, in tables.
+    """Load the dataset ``dataset_name`` as tables of documents.
 
     The validation documents are the data set's own (``validation``, ``valid``, ``val`` or ``dev``; in a folder, the files with such
     a word in their name). Where it has none, 5 % of the documents, at least one, are set aside by a fixed seed. A
@@ -82,7 +82,7 @@ def load_documents(settings: TextSource) -> Documents:
 
 
 def open_documents(settings: TextSource) -> tuple[Reader, Reader | None]:
-    """What reads the documents to train on, and those of the data set's own validation split, None where it has none.
+    """Readers of the training documents and of the dataset's own validation split (None if it has none).
 
     Raises:
         UserError: As `load_documents`, as far as the first document shows it; what comes later is raised while it is read.
@@ -91,7 +91,7 @@ def open_documents(settings: TextSource) -> tuple[Reader, Reader | None]:
 
 
 def hold_out(documents: Dataset, name: str) -> Documents:
-    """Set documents aside for validation, by a fixed seed; a single document is cut in two. ``name`` is for the messages."""
+    """Hold out documents for validation, with a fixed seed; a single document is split in two. ``name`` is for error messages."""
     count = len(documents)
     if count == 1:
         train, validation = split_text(documents[0]["text"])
@@ -106,7 +106,7 @@ def hold_out(documents: Dataset, name: str) -> Documents:
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """Cut a text before its last 5 %, moved back by at most another 5 % to the end of a paragraph, a line or a word."""
+    """Split a text before its last 5 %, or up to another 5 % earlier at the end of a paragraph, line or word."""
     latest = int(len(text) * (1 - HELD_OUT_SHARE))
     earliest = int(len(text) * (1 - 2 * HELD_OUT_SHARE))
     for boundary in ("\n\n", "\n", " "):
@@ -117,7 +117,7 @@ def split_text(text: str) -> tuple[str, str]:
 
 
 def _from_text(text: str) -> Dataset:
-    """A table on disk: only what is made from such a one is found in the cache again."""
+    """A table on disk: datasets caches only what derives from one."""
     return make_table(_one_document, {"text": text}, DOCUMENT_FEATURES, text, DOCUMENTS_AT_ONCE)
 
 
@@ -129,7 +129,7 @@ def _one_document(text: str) -> Iterator[dict[str, str]]:
 
 
 def _is_local(name: str) -> bool:
-    """Whether the name means a path. ``wikitext`` never does: ``./wikitext`` names a folder of that name."""
+    """Whether the name is a local path. ``wikitext`` is always the hub's; use ``./wikitext`` for a folder of that name."""
     if name in ("wikitext", WIKITEXT):
         return False
     shaped = name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
@@ -166,7 +166,7 @@ def _local_splits(settings: TextSource) -> dict[str, list[Path]]:
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
-    """Files by split, sorted. A single file is for training; in a folder the names tell, the nearest part of the path first."""
+    """Files by split, sorted. A single file is for training; in a folder the split is taken from the path, innermost part first."""
     if not path.exists():
         raise UserError(f"no file or folder {path}; {ACCEPTED}, or a data set of the Hugging Face hub by its name")
     if path.is_file():

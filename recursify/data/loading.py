@@ -53,10 +53,10 @@ STREAM_BUFFER_BLOCKS = 2048
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks to train on and to measure on: rows with one column ``input_ids``, all of one length.
+    """Training and validation blocks: rows with one column ``input_ids``, all of one length.
 
     Args:
-        train: A table, or a stream without end.
+        train: A table, or an endless stream.
         validation: A table.
     """
 
@@ -65,7 +65,7 @@ class Blocks:
 
 
 def load_blocks(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> Blocks:
-    """Find the data sets that the settings name, and give their blocks, mixed.
+    """Load the datasets of the settings as blocks, mixed by weight.
 
     Tables: with n blocks of ``dataset_name``, a data set of weight w adds exactly round(w n), so that one pass over the mixture is one pass
     over ``dataset_name``. A longer one gives a choice without repetition, a shorter one all its blocks as often as they fit and
@@ -102,7 +102,7 @@ def load_blocks(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_
 
 
 def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Dataset:
-    """Write the documents one after another, an end-of-text token after each, and cut that into blocks.
+    """Tokenize and pack documents: concatenate them, an end-of-text token after each, and split into blocks.
 
     Blocks run across documents and are not shuffled; the tail that fills no block is dropped. Equal input gives equal blocks.
 
@@ -133,13 +133,13 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: in
 
 
 def _batch_size(documents: Dataset) -> int:
-    """Documents to tokenize at once: a tokenizer needs some hundred bytes per token until it is done, and a document may be a book."""
+    """Documents to tokenize at once: a tokenizer needs some hundred bytes per token, and a document may be a book."""
     average = documents.data.nbytes / max(1, documents.data.num_rows)
     return max(1, min(BLOCKS_AT_ONCE, int(TEXT_AT_ONCE / max(1.0, average))))
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What the ids depend on. A fast tokenizer's pickle changes with its first use, which would make every cached table useless."""
+    """A cache key of the tokenizer. The pickle of a fast tokenizer changes at its first use, so it cannot serve as one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return tokenizer if backend is None else [backend.to_str(), tokenizer.eos_token_id]
 
@@ -167,7 +167,7 @@ def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tok
 
 
 def _tables_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[Dataset, Dataset]:
-    """Rows of one data set to train on and to validate on: blocks of text, or questions."""
+    """Training and validation rows of one dataset: blocks of text, or questions."""
     if is_questions(settings.dataset_name):
         train, held_out = divide(settings.dataset_name)
         return question_rows(train, tokenizer, seq_len), question_rows(held_out, tokenizer, seq_len)
@@ -176,14 +176,14 @@ def _tables_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_l
 
 
 def _with_labels(blocks: Dataset, seq_len: int) -> Dataset:
-    """Text beside questions: its labels are its tokens."""
+    """Add labels to text that is mixed with questions: every token is scored."""
     if "labels" in blocks.column_names:
         return blocks
     return blocks.map(lambda rows: {"labels": rows["input_ids"]}, batched=True, features=row_features(seq_len))
 
 
 def choose_blocks(blocks: Dataset, wanted: int, rng: np.random.Generator) -> list[Dataset]:
-    """Tables that together have ``wanted`` rows: all blocks as often as they fit, then a random choice without repetition, in order."""
+    """Tables that together have ``wanted`` rows: all blocks as often as they fit, then a random subset, in order."""
     times, rest = divmod(wanted, len(blocks))
     chosen = np.sort(rng.choice(len(blocks), rest, replace=False))
     return [blocks] * times + ([blocks.select(chosen)] if rest else [])
@@ -209,11 +209,11 @@ def _make_streams(own: DataSettings, mixed: list[tuple[DataSettings, float]], to
 
 @dataclass(frozen=True)
 class TextStream:
-    """The documents to train on of one data set, which are read anew for every pass.
+    """The training documents of one dataset, read again for every epoch.
 
     Args:
         name: For messages.
-        skipped: How many documents at its beginning are set aside for validation.
+        skipped: Number of documents at the beginning that are held out for validation.
     """
 
     name: str
@@ -221,7 +221,7 @@ class TextStream:
     skipped: int
 
     def without_end(self) -> Iterator[dict[str, str]]:
-        """The documents, over and over. Raises UserError if there are none."""
+        """The documents, repeated forever. Raises UserError if there are none."""
         while True:
             document = None
             for document in islice(self.read(), self.skipped, None):
@@ -234,13 +234,13 @@ class TextStream:
 
 
 def stream_blocks(stream: TextStream, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks without end; where the text begins anew, a block runs on across the seam."""
+    """Endless blocks; a block may span the end and the next beginning of the text."""
     for block in cut_blocks(encode_each(stream.without_end(), tokenizer), seq_len):
         yield {"input_ids": block["input_ids"].copy()}  # a slice would keep its whole document in memory while the block is in the buffer
 
 
 def _open_stream(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[TextStream, list[np.ndarray]]:
-    """The stream to train on, and the validation blocks."""
+    """The training stream and the validation blocks."""
     name = settings.dataset_name
     train, own = open_documents(settings)
     if own is not None and next(own(), None) is None:
@@ -260,5 +260,5 @@ def _open_stream(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq
     stream = TextStream(name, train, 0 if own else len(lengths))
     if own is None:
         logger.info("data set %r has no validation split: its first %d documents are set aside", name, len(lengths))
-    next(stream.without_end())  # says now, not when the model is loaded, that nothing is left
+    next(stream.without_end())  # raises now rather than after the model is loaded if no document is left
     return stream, validation

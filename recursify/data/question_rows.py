@@ -20,19 +20,19 @@ from .tasks import Item, as_text, label_ends, prompt
 
 
 def question_rows(items: Sequence[Item], tokenizer: Any, seq_len: int) -> Dataset:
-    """Questions with their answers, as many to a row as fit, each with an end-of-text token; the rest of a row is such tokens.
+    """Pack questions with answers into rows, each followed by an end-of-text token; rows are padded with that token.
 
-    Train on them with documents separated, or a question sees the ones before it.
+    Train on them with `separate_documents`, or questions attend to earlier ones.
 
     Args:
-        tokenizer: One with an end-of-text token that knows the places of its tokens in the text (a fast one).
+        tokenizer: A fast tokenizer (it must map tokens to characters) with an end-of-text token.
         seq_len: Tokens per row.
 
     Returns:
         A table with `input_ids` and `labels`, `seq_len` each: labels are -100 but for answers, their end-of-text token, and states.
 
     Raises:
-        UserError: A tokenizer that cannot, or a question that is longer than a row.
+        UserError: An unsuitable tokenizer, or a question longer than a row.
     """
     filler = (tokenizer.eos_token_id, IGNORED)
     rows: list[list[tuple[int, int]]] = [[]]
@@ -55,7 +55,7 @@ def row_features(seq_len: int) -> Features:
 
 
 def _labelled(item: Item, tokenizer: Any, known: dict[str, int | None]) -> list[tuple[int, int]]:
-    """Ids of question, answer and end of text, each with its label."""
+    """Ids and labels of question, answer and end of text."""
     begins = len(prompt(item))
     ids, spans = _tokens(as_text(item), tokenizer)
     labels = [token if end > begins else IGNORED for token, (_, end) in zip(ids, spans, strict=True)]
@@ -69,10 +69,10 @@ def _labelled(item: Item, tokenizer: Any, known: dict[str, int | None]) -> list[
 
 
 def label_tokens(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]] | None:
-    """What it takes to ask a model for every state of one item in a single pass.
+    """Inputs and targets to predict every state of an item in a single forward pass.
 
     Returns:
-        The ids of the prompt; at which of them each state is to be told; the id that tells it. None for an item without labels, or with a
+        The prompt ids; the position at which each state is predicted; the target ids. None for an item without labels, or with a
         label that is not one token.
     """
     ids, spans = _tokens(prompt(item), tokenizer)
@@ -81,10 +81,10 @@ def label_tokens(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list
 
 
 def _states(item: Item, spans: Sequence[tuple[int, int]], tokenizer: Any, known: dict[str, int | None]) -> list[tuple[int, int]]:
-    """Token by which each state is known, and the id that tells it; none where a state is not one token.
+    """Position from which each state is known, and its target id; empty if a state is not one token.
 
     Args:
-        known: Ids of states so far, which are few and in many questions; those that are new are put there.
+        known: Cache of state ids, updated in place.
     """
     covering = [next(i for i, (start, end) in enumerate(spans) if start < at <= end) for at in label_ends(item)]
     known |= {label: _one_token(label, tokenizer) for label in set(item.labels) - set(known)}
@@ -93,7 +93,7 @@ def _states(item: Item, spans: Sequence[tuple[int, int]], tokenizer: Any, known:
 
 
 def _one_token(label: str, tokenizer: Any) -> int | None:
-    """The id of a word, with the space before it where the vocabulary has it so."""
+    """The id of a word, with a leading space if the vocabulary has it with one."""
     for written in (f" {label}", label):
         ids = tokenizer(written, add_special_tokens=False)["input_ids"]
         if len(ids) == 1:
@@ -102,7 +102,7 @@ def _one_token(label: str, tokenizer: Any) -> int | None:
 
 
 def _tokens(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids, and which characters of the text each stands for."""
+    """Ids and their character spans."""
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise UserError(
             f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r}: questions need one with an eos_token that knows where its "

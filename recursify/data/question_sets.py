@@ -30,16 +30,16 @@ _RANGES = "a number, a range such as 4-32, every fourth of it as 4-32/4, or seve
 
 
 def is_questions(name: str) -> bool:
-    """Whether a name is that of a question set: a task's, or a format's with a file."""
+    """Whether a name is a question set: a synthetic task, or a format with a file."""
     head, colon, _ = name.partition(":")
     return head in GENERATED or (head in FORMATS and bool(colon))
 
 
 def load_questions(name: str, split: str) -> list[Item]:
-    """The items of a set, by difficulty where they are made, in the order of the file where they are read.
+    """The items of a question set: by difficulty for synthetic tasks, in file order otherwise.
 
     Args:
-        split: "train" or "test", for sets that are made; a file is what it is.
+        split: "train" or "test", for synthetic tasks; ignored for files.
 
     Raises:
         UserError: No such set, task option or file, a file that is not in that format, or a difficulty that the split has no items of.
@@ -59,8 +59,8 @@ def load_questions(name: str, split: str) -> list[Item]:
 
 
 def divide(name: str) -> tuple[list[Item], list[Item]]:
-    """Items to train on, and items to validate on: one in twenty, at least one; the last of a file, where stories may have several
-    questions each, and any of those that are made.
+    """Training and validation items: one in twenty, at least one; the last ones of a file, where stories may have several
+    questions each, random ones of a synthetic task.
 
     Raises:
         UserError: As `load_questions`; a set of a single item.
@@ -85,7 +85,7 @@ def _options(name: str, rest: str) -> dict[str, Any]:
 
 
 def _difficulties(name: str, written: str) -> list[int]:
-    """Ascending, each once."""
+    """Sorted, without duplicates."""
     found: set[int] = set()
     for part in written.split("+"):
         span, slash, step = part.partition("/")
@@ -107,7 +107,7 @@ def _whole(name: str, key: str, value: Any) -> int:
 
 
 def _file(written: str) -> Path:
-    """A local file, or the local copy of one of a data set on the hub, named owner/name/path."""
+    """A local file, or the local copy of a file in a hub dataset, given as owner/name/path."""
     local, parts = Path(written).expanduser(), written.split("/")
     if local.exists() or len(parts) < 3 or written.startswith((".", "/", "~")):
         return local

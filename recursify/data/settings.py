@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..utils.options import Options
 
-# What is set aside for validation where a data set has no split for it.
+# Held out for validation if a dataset has no validation split.
 HELD_OUT_SHARE = 0.05
 HELD_OUT_SEED = 0
 

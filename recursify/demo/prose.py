@@ -28,25 +28,25 @@ from ..network.plan import ConversionPlan
 from ..training import FitResult, TrainSettings, fit
 from ..training.saving import BEST
 from . import report
-from .stages import Clock
+from .stages import Clock, raise_if_interrupted
 
 DEPTHS = (1, 2, 3, 4, 5)
 RECURSIVE, TUNED, AS_IS = "recursive", "donor fine-tuned", "donor as is"
 PROMPT = "The statement is executed"
 SENTENCE_TOKENS = 24
-HELD_OUT_EVERY = 6  # topics: more than the usual share, for an error bar that shows something
+HELD_OUT_EVERY = 6  # topics: more than the usual share, for a meaningful error bar
 
 
 def donor_folder() -> Path:
-    """Where the donor lies inside the package."""
+    """The donor's folder inside the package."""
     return Path(str(resources.files(__package__) / "donors" / "prose"))
 
 
 def run(out: Path, steps: int, seed: int, clock: Clock) -> report.DemoReport:
-    """Convert, fine-tune twice, measure and write; leaves checkpoint and text in the folder.
+    """Convert, fine-tune twice, evaluate and generate; writes checkpoint and text into the folder.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C ended a fine-tuning, and there is nothing to show.
+        KeyboardInterrupt: Ctrl-C stopped a fine-tuning.
     """
     convert = conversion.ConvertSettings(
         qwen_model=str(donor_folder()), keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1,
@@ -55,7 +55,7 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> report.DemoReport:
     with clock.stage("convert"):
         conversion.run(convert)
     found = checkpoint.load(convert.output_path)
-    model, tokenizer = found.model.float(), checkpoint.need_tokenizer(found, convert.output_path)
+    model, tokenizer = found.model.float(), checkpoint.require_tokenizer(found, convert.output_path)
     donor = open_donor(convert.qwen_model).load(dtype=torch.float32).eval()
 
     text = write_text(out)
@@ -85,13 +85,6 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> report.DemoReport:
     )  # fmt: skip
 
 
-def raise_if_interrupted(fitted: FitResult) -> FitResult:
-    """A run that Ctrl-C has ended has nothing to show."""
-    if fitted.interrupted:
-        raise KeyboardInterrupt
-    return fitted
-
-
 def make_page(
     plan: ConversionPlan | None,
     model: Any,
@@ -102,13 +95,13 @@ def make_page(
     losses: tuple[torch.Tensor, torch.Tensor],
     **rest: Any,
 ) -> report.DemoReport:
-    """What was measured, in the words of the report.
+    """The report's data from the measurements.
 
     Args:
         data: Validation tokens, and the donor's loss on them before any training.
         runs: The two fine-tunings, of the recursive model and of the donor.
         losses: Of both afterwards, `[depths, windows]` and `[1, windows]`.
-        rest: Fields of the report that are passed on.
+        rest: Further fields of the report.
     """
     assert plan is not None
     (validation_tokens, as_is), (fitted, tuned), (ours, theirs), config = data, runs, losses, model.config
@@ -135,7 +128,7 @@ def make_page(
 
 
 def write_text(folder: Path) -> Path:
-    """The language reference as a folder of two files, one topic per line, so that the commands in the report can read it too."""
+    """Write the language reference as two files, one topic per line, for the commands in the report."""
     from pydoc_data.topics import topics
 
     path = folder / "language_reference"
@@ -163,13 +156,13 @@ def at_depth(H_cycles: int) -> str:
 
 
 def first_sentence(texts: Iterable[str]) -> str:
-    """The first paragraph of prose, on one line: headings, rules and code are not what one wants to read a guess at."""
+    """The first paragraph of prose, on one line, without headings, rules and code."""
     paragraphs = (" ".join(part.split()) for text in texts for part in text.split("\n\n"))
     return next(part for part in paragraphs if len(part) > 120 and part[0].isalpha() and "**" not in part)
 
 
 def guess_sentence(model: Any, tokenizer: Any, text: str) -> tuple[report.TokenRow, ...]:
-    """What every cycle would have said for each token of the first words of a text that was not trained on."""
+    """The prediction of every cycle for each token at the beginning of a held-out text."""
     ids = tokenizer(text)["input_ids"][:SENTENCE_TOKENS]
     words = [tokenizer.decode([i]) for i in ids]
     rows = []
@@ -199,7 +192,7 @@ def baseline(name: str, point: text_loss.DepthLoss) -> report.Baseline:
 
 
 def commands(convert: conversion.ConvertSettings, train: TrainSettings, out: Path) -> tuple[str, ...]:
-    """The same steps one by one, from the shell."""
+    """The same steps as shell commands."""
     return (
         f"recursify convert --qwen_model {convert.qwen_model} --keep_donor --L_layers {convert.L_layers} --H_cycles {convert.H_cycles} "
         f"--L_cycles {convert.L_cycles} --output_path {convert.output_path}",

@@ -70,7 +70,7 @@ class Donor:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Which donor layers became prelude, loop and coda, and how often the loop is applied at the trained depth."""
+    """The donor layers of prelude, loop and coda, and the number of loop applications at the trained depth."""
 
     prelude: tuple[int, ...]
     loop: tuple[int, ...]
@@ -81,13 +81,13 @@ class Architecture:
 
     @property
     def passes(self) -> int:
-        """How often a token goes through the loop at the trained depth; one plain pass where there are no cycles."""
+        """Loop applications per token at the trained depth; one plain pass without cycles."""
         return max(1, self.H_cycles * (self.L_cycles + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of the demo and how long it took."""
+    """One step of the demo and its duration."""
 
     name: str
     seconds: float
@@ -95,7 +95,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Loss over the optimizer steps of one fine-tuning run. `name` is that of a model shown elsewhere, so that colours agree."""
+    """Loss over the optimizer steps of one fine-tuning run. `name` is the model's, for consistent colours."""
 
     name: str
     steps: tuple[int, ...]
@@ -116,7 +116,7 @@ class DepthPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """Validation loss of a model that the recursive one is compared with, on the same text."""
+    """Validation loss of a baseline on the same text."""
 
     name: str
     loss: float
@@ -126,7 +126,7 @@ class Baseline:
 
 @dataclass(frozen=True, kw_only=True)
 class Guess:
-    """What one cycle would have said: its top token. `right` is None where the true next token is not known."""
+    """The top token of one cycle. `right` is None if the true next token is unknown."""
 
     text: str
     probability: float
@@ -135,7 +135,7 @@ class Guess:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """One position of the sentence, and the guess after each cycle, first cycle first."""
+    """One position of the sentence, and the prediction of each cycle, first cycle first."""
 
     token: str
     true_next: str | None
@@ -144,7 +144,7 @@ class TokenRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A continuation. `text` does not repeat the prompt; `model` starts with the name of the model shown elsewhere."""
+    """A completion without its prompt; `model` starts with the model's name in other parts of the page."""
 
     model: str
     prompt: str
@@ -153,7 +153,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """All that the page shows.
+    """The data of the page.
 
     `donor_tuned` is the donor fine-tuned on the same tokens, in the same order, as the recursive model: without it a
     conversion looks better or worse for the data it saw. `difference_error` is the standard error of (recursive at its
@@ -195,7 +195,7 @@ class DemoReport:
 
 
 def write(report: DemoReport, path: str | Path) -> Path:
-    """Write the page to `path`, making its folder. A crash leaves the old file, never half a new one."""
+    """Write the page to `path` atomically, creating its folder."""
     return write_document(render(report), path)
 
 
@@ -220,7 +220,7 @@ def render(report: DemoReport) -> str:
 
 
 def difference_to_tuned(report: DemoReport) -> tuple[float, float | None] | None:
-    """Recursive at its trained depth minus the fine-tuned donor, and the standard error of that; None if either is missing."""
+    """Loss of the recursive model at its trained depth minus the fine-tuned donor's, and its standard error; None if either is missing."""
     ours, theirs = report.at_trained_depth, report.donor_tuned
     if ours is None or not (math.isfinite(ours.loss) and math.isfinite(theirs.loss)):
         return None
@@ -231,7 +231,7 @@ def difference_to_tuned(report: DemoReport) -> tuple[float, float | None] | None
 
 
 def findings(report: DemoReport) -> list[str]:
-    """What the numbers say, in sentences. Each is left out, or says that it cannot be told, where its numbers are missing."""
+    """Findings as sentences; each is omitted, or says that nothing can be concluded, if its numbers are missing."""
     sentences = [_against_tuned(report), _across_cycles(report), _against_as_is(report), _cost(report)]
     if report.tracking is not None:
         sentences.append(report_tracking.finding(report.tracking))
@@ -429,7 +429,7 @@ def _fine_tuning(report: DemoReport) -> str:
 
 
 def _given(lines: Iterable[Line]) -> list[Line]:
-    """The lines that show values as they were handed in, not means of them."""
+    """Names of lines with raw values rather than running means."""
     return [line for line in lines if line.stroke != "solid"]
 
 
@@ -448,7 +448,7 @@ def _window(curve: Curve) -> int:
 
 
 def running_mean(steps: Sequence[int], values: Sequence[float], window: int) -> tuple[list[int], list[float]]:
-    """Means of the last `window` values that are drawable, at the steps where they end."""
+    """Running means of the last `window` finite values, at the steps where the windows end."""
     kept = [(step, value) for step, value in zip(steps, values, strict=True) if is_drawable(value)]
     ends = range(min(window, len(kept)), len(kept) + 1) if kept else range(0)
     means = [math.fsum(value for _, value in kept[max(0, end - window) : end]) / min(window, end) for end in ends]

@@ -20,12 +20,12 @@ from ..reports.charts import Level, Line
 from ..reports.html import PLUS_MINUS, details, findings, number, paragraph, plural, row, section, signed, table
 
 CLEARLY = 2.0  # standard errors
-KNOWN, LOST = 0.9, 0.5  # right this often: the state is tracked; less than this: it is lost
+KNOWN, LOST = 0.9, 0.5  # accuracy above which the state counts as tracked, and below which as lost
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Right guesses after so many letters."""
+    """Accuracy after a number of moves."""
 
     letters: int
     accuracy: float
@@ -34,7 +34,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Tracker:
-    """A model at one depth. `H_cycles` is None for a donor; `steps` and `seconds` are those of its fine-tuning, None where it had none."""
+    """A model at one depth. `H_cycles` is None for a donor; `steps` and `seconds` are of its fine-tuning, None without one."""
 
     name: str
     shares: tuple[Share, ...]
@@ -43,7 +43,7 @@ class Tracker:
     seconds: float | None = None
 
     def over(self, letters: Sequence[int]) -> tuple[float, float]:
-        """Mean accuracy over these lengths, and at most what its standard error is: guesses of one word may be wrong together."""
+        """Mean accuracy over these lengths, and an upper bound of its standard error: predictions within a sequence are correlated."""
         found = [share for share in self.shares if share.letters in letters]
         errors = [share.standard_error or 0.0 for share in found]
         return math.fsum(share.accuracy for share in found) / len(found), math.fsum(errors) / len(found)
@@ -51,13 +51,13 @@ class Tracker:
 
 @dataclass(frozen=True, kw_only=True)
 class Tracking:
-    """All that the section shows.
+    """The data of the section.
 
     Args:
-        states: How many there are to guess among.
-        words: How many were asked.
-        example: One of them, and its states.
-        pretrained, trained: Letters of the words that the donor was pretrained on, and of those of the fine-tuning.
+        states: Number of states.
+        words: Number of evaluated sequences.
+        example: One sequence and its states.
+        pretrained, trained: Sequence lengths of the donor's pretraining and of the fine-tuning.
         H_cycles: The trained depth.
         depths: The recursive model, by depth.
     """
@@ -82,7 +82,7 @@ class Tracking:
 
     @property
     def lost(self) -> list[int]:
-        """The lengths of the fine-tuning at which the donor as it came is right less than half of the time."""
+        """The fine-tuning lengths at which the pretrained donor's accuracy is below one half."""
         return [share.letters for share in self.donor_as_is.shares if share.accuracy < LOST and share.letters <= self.trained]
 
 
@@ -103,7 +103,7 @@ def render(tracking: Tracking) -> str:
 
 
 def finding(tracking: Tracking) -> str:
-    """Against the donor that was fine-tuned for the same time."""
+    """The finding against the donor fine-tuned for the same time."""
     lost, ours, theirs = tracking.lost, tracking.at_trained_depth, tracking.donor_tuned
     if not lost:
         return "State tracking: the donor solves every measured length, so there is nothing to gain."
@@ -134,7 +134,7 @@ def _reach(tracking: Tracking) -> str:
 
 
 def _across_cycles(tracking: Tracking) -> str:
-    """Over the lengths where the donor is lost; else over all."""
+    """Over the lengths at which the donor fails; over all if there are none."""
     letters = tracking.lost or [share.letters for share in tracking.donor_as_is.shares]
     found = [(tracker.H_cycles or 0, *tracker.over(letters)) for tracker in tracking.depths]
     if len(found) < 2:
@@ -195,7 +195,7 @@ def _line(tracker: Tracker, colour: str, stroke: Literal["solid", "dotted", "das
 
 
 def shown_lengths(tracking: Tracking) -> list[int]:
-    """The lengths of the short table: every second one up to 4 letters more than those of the fine-tuning."""
+    """The lengths of the short table: every second one up to 4 beyond those of the fine-tuning."""
     return [share.letters for share in tracking.donor_as_is.shares if share.letters % 2 == 0 and share.letters <= tracking.trained + 4]
 
 
@@ -224,7 +224,7 @@ def _class(tracking: Tracking, tracker: Tracker) -> str | None:
 
 
 def _details(tracking: Tracking) -> str:
-    """Every figure, with its error."""
+    """All figures with standard errors."""
     names = [tracker.name for tracker in tracking.models]
     rows = [
         row(str(shares[0].letters), [_with_error(share) for share in shares])

@@ -34,7 +34,7 @@ class DemoSettings(Options):
 
 
 def run(settings: DemoSettings) -> Path:
-    """The demo; returns the path of the report.
+    """Run the demo; returns the path of the report.
 
     Raises:
         UserError: The output folder cannot be made.

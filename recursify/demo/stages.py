@@ -1,4 +1,4 @@
-"""Timed stages of a long job, each announced when it begins."""
+"""Stages of the demo: timed, announced at their start, ended by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..training.fitting import FitResult
+
 
 class Clock:
-    """Counts the stages and keeps their seconds."""
+    """Numbers the stages and records their seconds."""
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, float]] = []
@@ -23,3 +25,10 @@ class Clock:
     @property
     def seconds(self) -> float:
         return sum(seconds for _, seconds in self.stages)
+
+
+def raise_if_interrupted(fitted: FitResult) -> FitResult:
+    """The result of a run; KeyboardInterrupt if Ctrl-C stopped it, since a partial run has nothing to report."""
+    if fitted.interrupted:
+        raise KeyboardInterrupt
+    return fitted

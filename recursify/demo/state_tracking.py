@@ -24,13 +24,12 @@ from ..inference.options import DecodingOptions
 from ..network.configuration_recursive_llm import GAIN_MAX
 from ..training import TrainSettings, fit
 from ..utils.tables import table
-from .prose import raise_if_interrupted
 from .report_tracking import Share, Tracker, Tracking, finding, shown_lengths
-from .stages import Clock
+from .stages import Clock, raise_if_interrupted
 
 STEPS = 220
 PRETRAINED, TRAINED, ASKED = 8, 10, 14  # letters
-FRAME = 7  # tokens of a question besides its letters, with its answer and the end
+FRAME = 7  # tokens of an item besides its moves, answer and end token included
 WORDS = 400
 ASKED_SET = f"permutations:difficulty={ASKED},count={WORDS}"
 L_LAYERS, H_CYCLES, L_CYCLES = 2, 3, 1
@@ -41,15 +40,15 @@ AS_IS, TUNED, RECURSIVE = "tracker as is", "tracker fine-tuned for the same time
 
 
 def tracker_folder() -> Path:
-    """Where the donor lies inside the package."""
+    """The donor's folder inside the package."""
     return Path(str(resources.files(__package__) / "donors" / "tracker"))
 
 
 def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:
-    """Convert, fine-tune twice and ask; leaves the checkpoint `tracker.pt` in the folder.
+    """Convert, fine-tune twice and evaluate; writes the checkpoint `tracker.pt` into the folder.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C ended a fine-tuning, and there is nothing to show.
+        KeyboardInterrupt: Ctrl-C stopped a fine-tuning.
     """
     train = settings(out, steps, seed)
     convert = conversion.ConvertSettings(
@@ -59,10 +58,10 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:
     with clock.stage("convert the tracker"):
         conversion.run(convert)
     found = checkpoint.load(convert.output_path)
-    model, tokenizer = found.model.float(), checkpoint.need_tokenizer(found, convert.output_path)
+    model, tokenizer = found.model.float(), checkpoint.require_tokenizer(found, convert.output_path)
     donor = open_donor(convert.qwen_model).load().float()
     for each in (model, donor):
-        each.set_attn_implementation("eager")  # at these lengths faster than sdpa
+        each.set_attn_implementation("eager")  # faster than sdpa at these lengths
     with clock.stage("make words and ask the tracker as it is"):
         words = load_blocks(DataSettings(dataset_name=train.dataset_name), tokenizer, train.seq_len, seed)
         held = words.validation.select(range(min(train.batch_size, len(words.validation))))
@@ -73,7 +72,7 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:
     checkpoint.save(out / "tracker.pt", model, tokenizer, found.plan, {**found.notes, "trained_on": train.dataset_name})
     with clock.stage("fine-tune the tracker itself for the same time"):
         pace = seconds_per_step(copy.deepcopy(donor), tokenizer, words.train, held, train)
-        longer = replace(train, **of_a_donor(max(1, round(fitted.seconds / pace))))
+        longer = replace(train, **baseline_settings(max(1, round(fitted.seconds / pace))))
         tuned = raise_if_interrupted(fit(donor, tokenizer, words.train, held, longer))
     with clock.stage("ask both about words of every length"):
         depths = accuracy_by_length(model, tokenizer, items, DEPTHS)
@@ -95,7 +94,7 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:
 
 
 def settings(out: Path, steps: int, seed: int) -> TrainSettings:
-    """Of the recursive model, which reads every word four times; depths around its own are trained, too, or they would fall apart."""
+    """Training settings of the recursive model: four epochs, with depths around its own drawn as well so that they keep working."""
     count = max(40, steps * BATCH_SIZE // 4)
     return TrainSettings(
         checkpoint=str(out / "tracker_init.pt"), dataset_name=f"permutations:difficulty={TRAINED},count={count},seed={seed}",
@@ -106,8 +105,8 @@ def settings(out: Path, steps: int, seed: int) -> TrainSettings:
     )  # fmt: skip
 
 
-def of_a_donor(steps: int) -> dict[str, Any]:
-    """What is other for a model without a loop."""
+def baseline_settings(steps: int) -> dict[str, Any]:
+    """Settings that differ for a model without a loop."""
     return {
         "max_steps": steps, "warmup_steps": steps // 10, "start_gain": None, "gain_lr": None, "enable_deep_supervision": False,
         "cycle_choices": (), "cycle_weights": (),
@@ -115,15 +114,15 @@ def of_a_donor(steps: int) -> dict[str, Any]:
 
 
 def seconds_per_step(donor: Any, tokenizer: Any, blocks: Any, held: Any, train: TrainSettings) -> float:
-    """How long a step of the donor takes; it is spoilt by that."""
-    probe = replace(train, **of_a_donor(PACE_STEPS), log_every=PACE_STEPS // 2)  # the first half is slower: nothing is warm yet
+    """Seconds per training step of the donor, which is modified by the measurement."""
+    probe = replace(train, **baseline_settings(PACE_STEPS), log_every=PACE_STEPS // 2)  # the first half is a warm-up
     fitted = raise_if_interrupted(fit(donor, tokenizer, blocks, held, probe, console=False))
     logged = [entry for entry in fitted.history if "loss" in entry]
     return train.batch_size * train.seq_len / float(logged[-1]["tokens_per_second"])
 
 
 def accuracy_by_length(model: Any, tokenizer: Any, items: list[Item], depths: tuple[int | None, ...]) -> list[tuple[Share, ...]]:
-    """Right guesses after each letter, at each depth."""
+    """Accuracy after each move, at each depth."""
     runs = [DecodingOptions(H_cycles=H) for H in depths]
     found, _ = evaluate_questions(model, tokenizer, "permutations", items, runs, "labels", batch_size=100)
     by_depth: dict[int | None, list[Share]] = {H: [] for H in depths}
@@ -138,7 +137,7 @@ def at_depth(H_cycles: int) -> str:
 
 
 def commands(out: Path, steps: int, seed: int) -> tuple[str, ...]:
-    """The recursive tracker one by one, from the shell."""
+    """The steps of the recursive tracker as shell commands."""
     train = settings(out, steps, seed)
     return (
         f"recursify convert --qwen_model {tracker_folder()} --keep_donor --L_layers {L_LAYERS} --H_cycles {H_CYCLES} --L_cycles {L_CYCLES} "
@@ -158,7 +157,7 @@ def _spaced(values: Sequence[float]) -> str:
 
 
 def lines(tracking: Tracking) -> list[str]:
-    """For a terminal: the short table of the page."""
+    """The short table of the page, for the terminal."""
     lengths = shown_lengths(tracking)
     rows = [
         (tracker.name, *(f"{100 * share.accuracy:.1f}" for share in tracker.shares if share.letters in lengths))

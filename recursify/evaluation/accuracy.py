@@ -36,18 +36,18 @@ from .statistics import mean_and_error
 from .text_loss import states_at
 
 Judge = Literal["answer", "labels"]
-Labelled = tuple[list[int], list[int], list[int]]  # ids of a question; the places of its labels; their ids
+Labelled = tuple[list[int], list[int], list[int]]  # prompt ids; label positions; label ids
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of right guesses of one run.
+    """Accuracy of one run.
 
     Args:
         H_cycles: None for a plain donor.
-        halt: What halted tokens; None in a run without halting.
+        halt: The halting criterion; None at fixed depth.
         difficulty: None for all difficulties together.
-        standard_error: Of the share; None for a single question.
+        standard_error: Of the accuracy; None for a single question.
     """
 
     H_cycles: int | None
@@ -67,11 +67,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class QuestionsReport:
-    """What was measured on one question set.
+    """Results on one question set.
 
     Args:
-        items: How many questions were asked.
-        rows: Run by run; of each, all difficulties together, then each by itself.
+        items: Number of questions.
+        rows: Per run: all difficulties together, then each separately.
     """
 
     name: str
@@ -80,12 +80,12 @@ class QuestionsReport:
     rows: list[Accuracy]
 
     def to_dict(self) -> dict[str, Any]:
-        """Runs with halting stand by themselves: at one cycle count there may be both."""
+        """Runs with halting are listed separately: one cycle count may have both kinds."""
         rows, halting = ([row.to_dict() for row in self.rows if (row.halt is not None) == halts] for halts in (False, True))
         return {**vars(self), "rows": rows, "halting": halting}
 
     def lines(self) -> list[str]:
-        """For a terminal: difficulties down, runs across."""
+        """A table for the terminal: one row per difficulty, one column per run."""
         columns = list(dict.fromkeys(column(row.H_cycles, row.halt) for row in self.rows))
         judged = "exact match of the generated answer" if self.judge == "answer" else "teacher-forced accuracy at every label"
         rows: list[list[str]] = []
@@ -97,7 +97,7 @@ class QuestionsReport:
 
 
 def column(H_cycles: int | None, halt: str | None) -> str:
-    """What a run is called at the head of a column."""
+    """The column heading of a run."""
     name = "donor" if H_cycles is None else f"H_cycles {H_cycles}"
     return f"<= {H_cycles}, {halt}" if halt else name
 
@@ -117,33 +117,33 @@ def evaluate_questions(
     *,
     batch_size: int = 8,
 ) -> tuple[QuestionsReport, Tensor]:
-    """Ask a model all questions of a set in every run.
+    """Evaluate a model on a question set in every run.
 
     Where `torch.distributed` has several processes, all of them must call this.
 
     Args:
-        name: Of the set, for report and messages.
+        name: Name of the set, for the report and error messages.
         items: At least one.
-        runs: Each one's cycles and halting; for a plain donor one `DecodingOptions()`.
+        runs: Cycles and halting of each run; one `DecodingOptions()` for a plain donor.
 
     Returns:
-        The report, and `[runs, items]` whether the answer itself is right: of labels, the last one.
+        The report, and `[runs, items]`: whether the answer is right (with `labels`, the last label).
 
     Raises:
-        UserError: Questions longer than the model has positions; `labels` of more tokens than one, or none.
+        UserError: Questions longer than the model's context; with `labels`, a label that is missing or not one token.
     """
     if judge == "answer":
-        found = _written(model, tokenizer, name, items, runs, batch_size)
+        found = _generated_answers(model, tokenizer, name, items, runs, batch_size)
         difficulties = [[item.difficulty] for item in items]
     else:
-        found = _told(model, tokenizer, name, items, runs, batch_size)
+        found = _label_guesses(model, tokenizer, name, items, runs, batch_size)
         difficulties = [list(range(1, len(guesses) + 1)) for guesses in found[0]]
     rows = [row for run, guesses in zip(runs, found, strict=True) for row in _accuracies(run, guesses, difficulties)]
     return QuestionsReport(name, judge, len(items), rows), torch.tensor([[guesses[-1] for guesses in run] for run in found])
 
 
 def _accuracies(run: DecodingOptions, guesses: Sequence[Sequence[bool]], difficulties: Sequence[Sequence[int]]) -> list[Accuracy]:
-    """Of all difficulties together, then of each; `guesses` and `difficulties` have a list for every item."""
+    """Accuracy over all difficulties, then over each; `guesses` has a list per item."""
     rows = []
     for wanted in (None, *sorted({difficulty for each in difficulties for difficulty in each})):
         kept = [
@@ -157,7 +157,7 @@ def _accuracies(run: DecodingOptions, guesses: Sequence[Sequence[bool]], difficu
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Numbers of the items, those of like length together."""
+    """Batches of item indices, grouped by length."""
     order = sorted(range(len(lengths)), key=lambda number: lengths[number])
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
@@ -181,14 +181,14 @@ def _check_positions(model: Any, name: str, tokens: int) -> None:
 # Judged by the answer
 
 
-def _written(
+def _generated_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item], runs: Sequence[DecodingOptions], batch_size: int
 ) -> list[list[list[bool]]]:
     """`[runs][items][1]`."""
     lengths = [len(prompt_ids(tokenizer, prompt(item))) for item in items]
     wholes = [len(prompt_ids(tokenizer, as_text(item, with_steps=True))) for item in items]
     longest = max(whole - length for whole, length in zip(wholes, lengths, strict=True))
-    new = longest + 1  # an answer that goes on is another one
+    new = longest + 1  # an answer that continues is a different one
     _check_positions(model, name, max(lengths) + new)
     stop = ("\n\n", "\nQuestion:") if any(item.steps for item in items) else ("\n",)
     batches = _batches(lengths, batch_size)
@@ -209,7 +209,7 @@ def _written(
 # Judged by the labels
 
 
-def _told(
+def _label_guesses(
     model: Any, tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Item], runs: Sequence[DecodingOptions], batch_size: int
 ) -> list[list[list[bool]]]:
     """`[runs][items][labels]`."""
@@ -240,7 +240,7 @@ def _labelled(item: Item, tokenizer: PreTrainedTokenizerBase, name: str) -> Labe
 
 
 def _as_batch(rows: Sequence[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, T]` ids, filled up behind where nothing before can see it; `[B, T]` labels, each after its place; `[B, T - 1]` places."""
+    """`[B, T]` ids, right-padded (causality hides the padding); `[B, T]` labels, each one after its position; `[B, T - 1]` positions."""
     shape = len(rows), max(len(ids) for ids, _, _ in rows) + 1
     batch, targets, places = (torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.long, torch.bool))
     for row, (ids, spots, labels) in enumerate(rows):
@@ -251,7 +251,7 @@ def _as_batch(rows: Sequence[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _states(model: Any, ids: Tensor, runs: Sequence[DecodingOptions]) -> list[Tensor]:
-    """What the head reads in each run, `[B, T, D]`; those without halting are one pass."""
+    """Final hidden states of each run, `[B, T, D]`; one forward pass serves all runs without halting."""
     plain = iter(states_at(model, ids, depths) if (depths := [run.H_cycles for run in runs if run.criterion is None]) else [])
     return [next(plain) if run.criterion is None else _halted(model, ids, run) for run in runs]
 

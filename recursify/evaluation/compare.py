@@ -30,14 +30,14 @@ from .statistics import format_p, mcnemar_p, mean_and_error, student_p
 
 
 class Measured(NamedTuple):
-    """A model that is in memory no more."""
+    """Results of a model, kept after it is freed."""
 
     report: EvaluateReport
     paired: Paired
 
     @property
     def own(self) -> int:
-        """Row of its own cycle count."""
+        """Index of the row at its own cycle count."""
         return self.paired.depths.index(self.report.trained_cycles)
 
     @property
@@ -51,7 +51,7 @@ class TextDifference:
 
     Args:
         H_cycles, baseline_H_cycles: None for a plain donor.
-        standard_error, p: Of the difference, window by window; None for a single window.
+        standard_error, p: Of the difference, paired by window; None for a single window.
     """
 
     model: str
@@ -66,15 +66,15 @@ class TextDifference:
 
 @dataclass(frozen=True)
 class QuestionDifference:
-    """Share of right answers of a model minus that of the baseline, each at its own cycle count.
+    """Accuracy of a model minus that of the baseline, each at its own cycle count.
 
     Args:
-        name: Of the question set.
-        difficulty: Of the items; None for all of them.
-        count: How many questions.
-        model_only, baseline_only: Questions that only the one, or only the other, answered right.
+        name: Name of the question set.
+        difficulty: Difficulty of the items; None for all.
+        count: Number of questions.
+        model_only, baseline_only: Number of questions that only this model answered right.
         standard_error: Of the difference.
-        p: That a split of these questions is as uneven by chance.
+        p: Of McNemar's exact test.
     """
 
     model: str
@@ -95,12 +95,12 @@ class QuestionDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several evaluations, the baseline first, and the differences to it.
+    """Several evaluations, the baseline first, and the differences from it.
 
     Args:
-        paths: Of the models, as they were given; the reports have short names.
-        same_windows: Whether all models read the same windows of the text.
-        unpaired: Model and reason, for text that cannot be compared window by window.
+        paths: Paths or hub ids of the models as given; the reports have short names.
+        same_windows: Whether all models were measured on the same windows of the text.
+        unpaired: (model, reason) if text cannot be compared window by window.
     """
 
     paths: list[str]
@@ -157,10 +157,10 @@ def _cycles(H_cycles: int | None) -> str:
 
 
 def run(settings: CompareSettings) -> Comparison:
-    """What `recursify compare` does.
+    """Run `recursify compare`.
 
     Raises:
-        UserError: Bad input.
+        UserError: Invalid input.
     """
     join_processes(settings)
     settings.validate()
@@ -172,14 +172,14 @@ def run(settings: CompareSettings) -> Comparison:
 
 
 def _measure(path: str, name: str, settings: CompareSettings, sets: Mapping[str, list[Item]]) -> Measured:
-    """At the cycles of the settings and at the model's own; nothing of it stays in memory."""
+    """Measure at the cycles of the settings and at the model's own, and free the model."""
     source, revision = split_revision(path)
     model, tokenizer = load_model(source, settings.tokenizer_path, revision=revision)
     if isinstance(model, RecursiveLLM):
         cycles = tuple(dict.fromkeys((*settings.cycles, model.config.H_cycles))) if settings.cycles else ()
         settings = replace(settings, cycles=cycles)
     else:
-        settings = replace(settings, halt="none", halt_threshold=None)  # there is nothing to halt
+        settings = replace(settings, halt="none", halt_threshold=None)  # a plain model cannot halt
     measured = Measured(*evaluate_paired(model, tokenizer, settings, name, sets))
     del model
     gc.collect()
@@ -189,7 +189,7 @@ def _measure(path: str, name: str, settings: CompareSettings, sets: Mapping[str,
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path, as many as it takes to tell them apart."""
+    """The shortest trailing parts of the paths that distinguish them."""
     parts = [PurePath(path).parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = [str(PurePath(*each[-count:])) for each in parts]
@@ -199,11 +199,11 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def compare(paths: Sequence[str], measured: Sequence[Measured], difficulties: dict[str, list[int]]) -> Comparison:
-    """Each model against the first.
+    """Compare each model with the first.
 
     Args:
-        paths: Of the models.
-        difficulties: Of the items of each question set, by its name.
+        paths: Paths of the models.
+        difficulties: Name of a question set -> difficulties of its items.
     """
     base, others = measured[0], measured[1:]
     paired = [model for model in others if _same_windows(model, base)]
@@ -212,8 +212,10 @@ def compare(paths: Sequence[str], measured: Sequence[Measured], difficulties: di
         reports=[model.report for model in measured],
         same_windows=len(paired) == len(others),
         text_differences=[_text_difference(model, base) for model in paired if model.paired.text is not None],
-        question_differences=[line for name, each in difficulties.items() for model in others for line in _asked(model, base, name, each)],
-        unpaired=[{"model": model.name, "reason": _why_unpaired(model, base)} for model in others if model not in paired],
+        question_differences=[
+            line for name, each in difficulties.items() for model in others for line in _on_questions(model, base, name, each)
+        ],
+        unpaired=[{"model": model.name, "reason": _unpaired_reason(model, base)} for model in others if model not in paired],
     )
 
 
@@ -237,7 +239,7 @@ def _depths(model: Measured, base: Measured) -> tuple[int | None, int | None]:
     return model.report.trained_cycles, base.report.trained_cycles
 
 
-def _why_unpaired(model: Measured, base: Measured) -> str:
+def _unpaired_reason(model: Measured, base: Measured) -> str:
     bits = [_bits_per_byte(each) for each in (model, base)]
     return (
         f"{model.name} cuts the text into other tokens than {base.name}, so their losses cannot be paired; bits per byte can be compared: "
@@ -251,8 +253,8 @@ def _bits_per_byte(model: Measured) -> str:
     return "unknown" if bits is None else f"{bits:.4f}"
 
 
-def _asked(model: Measured, base: Measured, name: str, difficulties: Sequence[int]) -> list[QuestionDifference]:
-    """Of all items, then of each difficulty where there are several."""
+def _on_questions(model: Measured, base: Measured, name: str, difficulties: Sequence[int]) -> list[QuestionDifference]:
+    """Differences over all items, then over each difficulty if there are several."""
     ours, theirs = model.paired.rights[name][model.own].bool(), base.paired.rights[name][base.own].bool()
     each, [judge] = torch.tensor(difficulties), {asked.judge for asked in model.report.questions if asked.name == name}
     graded = sorted(set(difficulties))

@@ -1,4 +1,4 @@
-"""Statistics of the cycles on a text: loss gained, predictions corrected and spoilt, movement of the state, exit cycles.
+"""Statistics of the cycles on a text: loss gained, predictions corrected and broken, movement of the state, exit cycles.
 
     sums_of_cycles    what a batch of windows says about the cycles, as sums over the scored tokens of each window
     sums_of_halting   the same for a pass in which tokens halt
@@ -29,15 +29,15 @@ Sums = dict[str, Tensor]  # name -> [rows, windows]
 
 @dataclass(frozen=True)
 class Step:
-    """From one cycle to a later one; shares are of scored tokens, gains are in nats per token.
+    """The change from one cycle to a later one; shares of scored tokens, gains in nats per token.
 
     Args:
         gain: Loss before minus loss after.
-        gain_error: Standard error of that difference, window by window.
-        corrected: Share of tokens whose guess was wrong before and is right after.
-        spoilt: Share of tokens whose guess was right before and is wrong after.
-        distance: ||z_after - z_before|| / ||z_before|| of the states that the head reads, where a scored token is predicted, as a mean;
-            None where cycles lie between.
+        gain_error: Standard error of that difference, paired by window.
+        corrected: Share of tokens whose top-1 prediction was wrong before and is right after.
+        broken: Share of tokens whose top-1 prediction was right before and is wrong after.
+        distance: Mean of ||z_after - z_before|| / ||z_before|| over final hidden states that predict a scored token; None if the cycles are
+            not adjacent.
     """
 
     before: int
@@ -45,28 +45,28 @@ class Step:
     gain: float
     gain_error: float | None
     corrected: float
-    spoilt: float
+    broken: float
     distance: float | None
 
     def cells(self, mark: str = "") -> tuple[str, ...]:
-        """Of its row in a table."""
+        """Cells of a table row."""
         error = "-" if self.gain_error is None else f"{self.gain_error:.4f}"
         moved = "" if self.distance is None else f"{self.distance:.4f}"
-        return f"{self.before} -> {self.after}", f"{self.gain:+.4f}", error, f"{self.corrected:.2%}", f"{self.spoilt:.2%}", moved, mark
+        return f"{self.before} -> {self.after}", f"{self.gain:+.4f}", error, f"{self.corrected:.2%}", f"{self.broken:.2%}", moved, mark
 
 
 @dataclass(frozen=True)
 class Halting:
-    """A text where tokens halt.
+    """Results on a text with early exit.
 
     Args:
-        threshold: The criterion's own where none was given.
-        H_cycles: Cycles at most.
+        threshold: As used; the criterion's default if none was given.
+        H_cycles: Maximum number of cycles.
         loss, standard_error: Nats per scored token.
-        extra_loss, extra_loss_error: Over the loss of a run of `H_cycles` in which no token halts, with the error of that difference.
-        cycles: Cycle -> share of tokens that halted there; of those that predict a scored token.
-        layer_applications: Per token, as a mean.
-        share: Of the layer applications of that run.
+        extra_loss, extra_loss_error: Loss minus that of full depth, and the standard error of that difference.
+        cycles: Cycle -> share of scored predictions that halted there.
+        layer_applications: Mean per token.
+        share: Layer applications as a fraction of full depth.
     """
 
     criterion: str
@@ -93,14 +93,14 @@ class Halting:
 
 @dataclass(frozen=True)
 class CycleStats:
-    """Depth telemetry of a recursive model on a text, from one pass at the deepest count.
+    """Statistics of the cycles of a recursive model on a text, from one pass at the largest cycle count.
 
     Args:
-        H_cycles: The deepest.
-        losses: Of every cycle, first one first, in nats per token.
-        right: Share of tokens that each cycle guesses right.
-        loop_gain, loop_gain_error: Loss at cycle 1 minus that at the last, and the error of that difference.
-        corrected, spoilt: From cycle 1 to the last.
+        H_cycles: The largest cycle count.
+        losses: Loss of each cycle in nats per token.
+        right: Top-1 accuracy of each cycle.
+        loop_gain, loop_gain_error: Loss at cycle 1 minus that at the last, and the standard error of that difference.
+        corrected, broken: From cycle 1 to the last.
         steps: From each cycle to the next.
     """
 
@@ -110,7 +110,7 @@ class CycleStats:
     loop_gain: float
     loop_gain_error: float | None
     corrected: float
-    spoilt: float
+    broken: float
     steps: list[Step]
     halting: Halting | None = None
 
@@ -119,16 +119,16 @@ class CycleStats:
         return {**vars(self), "steps": [vars(step) for step in self.steps], "halting": halting}
 
     def lines(self) -> list[str]:
-        """For a terminal; none where there is one cycle and no halting."""
+        """Lines for the terminal; none for a single cycle without halting."""
         found: list[str] = []
         if self.steps:
-            whole = Step(1, self.H_cycles, self.loop_gain, self.loop_gain_error, self.corrected, self.spoilt, None)
+            whole = Step(1, self.H_cycles, self.loop_gain, self.loop_gain_error, self.corrected, self.broken, None)
             several = len(self.steps) > 1
             rows = [*(step.cells() for step in self.steps), *([whole.cells("<- loop gain")] if several else [])]
             found = [
                 "what the cycles do, in nats per token and shares of the scored tokens:",
-                *table(("cycles", "gain", "+-", "corrected", "spoilt", "state moved", ""), rows),
-                "  corrected: the top-1 prediction was wrong and became right; spoilt: right, became wrong; state moved: the distance",
+                *table(("cycles", "gain", "+-", "corrected", "broken", "state moved", ""), rows),
+                "  corrected: the top-1 prediction was wrong and became right; broken: right, became wrong; state moved: the distance",
                 "  between the two states that the head reads, relative to the norm of the first",
             ]
         if self.halting is not None:
@@ -138,23 +138,23 @@ class CycleStats:
 
 def scored_places(ids: Tensor, scored: Tensor) -> Tensor:
     """`[B, T - 1]`, True at the places that predict one of the last `scored` `[B]` tokens of their window."""
-    behind = torch.arange(ids.shape[1] - 1, 0, -1, device=ids.device)  # tokens that follow each place
+    behind = torch.arange(ids.shape[1] - 1, 0, -1, device=ids.device)  # tokens after each position
     return behind <= scored.to(ids.device)[:, None]
 
 
 def per_window(values: Tensor, places: Tensor) -> Tensor:
-    """`[rows, N]` values of the N places to `[rows, B]` sums over each window, in float64 on the CPU."""
+    """Sum `[rows, N]` values of the N positions over each window: `[rows, B]`, in float64 on the CPU."""
     numbers = places.nonzero()[:, 0].cpu()
     sums = torch.zeros(len(values), len(places), dtype=torch.float64)
     return sums.index_add_(1, numbers, values.cpu().double())
 
 
 def sums_of_cycles(head: Any, states: Sequence[Tensor], ids: Tensor, places: Tensor) -> Sums:
-    """Sums over the scored tokens of each window of a batch, from the `[B, T, D]` states of cycles 1 to H that the head reads.
+    """Sums over the scored tokens of each window of a batch, from the `[B, T, D]` final hidden states of cycles 1 to H.
 
     Returns:
-        nats, right: `[H, B]`; corrected, spoilt, distance: `[H - 1, B]`, from each cycle to the next; first_to_last: `[2, B]`, corrected
-        and spoilt.
+        nats, right: `[H, B]`; corrected, broken, distance: `[H - 1, B]`, from each cycle to the next; first_to_last: `[2, B]`, corrected
+        and broken.
     """
     read = [read_out(head, state, ids, places) for state in states]
     right = torch.stack([row for _, row in read])
@@ -164,7 +164,7 @@ def sums_of_cycles(head: Any, states: Sequence[Tensor], ids: Tensor, places: Ten
         "nats": torch.stack([row for row, _ in read]),
         "right": right,
         "corrected": (1 - right[:-1]) * right[1:],
-        "spoilt": right[:-1] * (1 - right[1:]),
+        "broken": right[:-1] * (1 - right[1:]),
         "distance": torch.stack(moved) if moved else right[:0],
         "first_to_last": torch.stack([(1 - first) * last, first * (1 - last)]),
     }
@@ -177,10 +177,10 @@ def _relative(new: Tensor, old: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sums_of_halting(model: Any, ids: Tensor, places: Tensor, criterion: str, threshold: float | None, H_cycles: int) -> Sums:
-    """The same of a pass in which tokens halt.
+    """Sums of a pass with early exit.
 
     Returns:
-        halted_nats, applications: `[1, B]`; halted_at: `[H_cycles, B]`, how many tokens halted at each cycle.
+        halted_nats, applications: `[1, B]`; halted_at: `[H_cycles, B]`, number of tokens that halted at each cycle.
     """
     rule = HaltRule.of(model, criterion, threshold)
     outputs = model.model(ids, H_cycles=H_cycles, use_cache=False, halt_rule=rule)
@@ -193,12 +193,12 @@ def sums_of_halting(model: Any, ids: Tensor, places: Tensor, criterion: str, thr
 
 
 def summarise(sums: Sums, tokens: Tensor, per_piece: int, halting: Halting | None = None) -> CycleStats:
-    """The figures of all windows.
+    """Statistics over all windows.
 
     Args:
-        sums: As `sums_of_cycles` gives them, of all windows.
-        tokens: `[windows]` scored tokens of each.
-        per_piece: Windows that a standard error takes as one, see `mean_and_error`.
+        sums: As from `sums_of_cycles`, of all windows.
+        tokens: `[windows]` numbers of scored tokens.
+        per_piece: Windows per independent piece, see `mean_and_error`.
     """
     nats, H = sums["nats"], len(sums["nats"])
 
@@ -206,20 +206,20 @@ def summarise(sums: Sums, tokens: Tensor, per_piece: int, halting: Halting | Non
         return mean_and_error(row, tokens)[0]
 
     steps = [
-        Step(c + 1, c + 2, *mean_and_error(nats[c] - nats[c + 1], tokens, per_piece), share(sums["corrected"][c]), share(sums["spoilt"][c]),
+        Step(c + 1, c + 2, *mean_and_error(nats[c] - nats[c + 1], tokens, per_piece), share(sums["corrected"][c]), share(sums["broken"][c]),
              share(sums["distance"][c]))
         for c in range(H - 1)
     ]  # fmt: skip
     gain, error = mean_and_error(nats[0] - nats[-1], tokens, per_piece)
-    corrected, spoilt = (share(row) for row in sums["first_to_last"])
+    corrected, broken = (share(row) for row in sums["first_to_last"])
     losses, right = [share(row) for row in nats], [share(row) for row in sums["right"]]
-    return CycleStats(H, losses, right, gain, error if H > 1 else None, corrected, spoilt, steps, halting)
+    return CycleStats(H, losses, right, gain, error if H > 1 else None, corrected, broken, steps, halting)
 
 
 def summarise_halting(
     sums: Sums, tokens: Tensor, per_piece: int, config: Any, criterion: str, threshold: float | None, H_cycles: int
 ) -> Halting:
-    """The figures of all windows; `sums` are those of `sums_of_cycles`, at `H_cycles` or deeper, and of `sums_of_halting`."""
+    """Statistics over all windows; `sums` has those of `sums_of_cycles`, at `H_cycles` or deeper, and of `sums_of_halting`."""
     nats, cost = sums["halted_nats"][0], mean_and_error(sums["applications"][0], tokens)[0]
     rule_threshold = HALT_CRITERIA[criterion] if threshold is None else threshold
     spread = {cycle: mean_and_error(row, tokens)[0] for cycle, row in enumerate(sums["halted_at"], start=1)}

@@ -33,19 +33,19 @@ from .settings import EvaluateSettings, MeasureSettings, question_sets
 from .text_loss import PairedText, Text, TextReport, measure_text, open_text
 from .token_view import Passage, read_passage
 
-_PASSAGES, _PASSAGE_TOKENS = 3, 128  # of a text, what is shown on a page
+_PASSAGES, _PASSAGE_TOKENS = 3, 128  # tokens of a passage on the page
 
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """What was measured of one model.
+    """Results of one model.
 
     Args:
-        trained_cycles: The checkpoint's own; None for a plain donor.
-        text: None where none was measured.
-        questions: Of every set.
-        tasks: Every figure of every task.
-        passages: Pieces of the text token by token, where a page is asked for.
+        trained_cycles: H_cycles of the checkpoint; None for a plain donor.
+        text: None if no text was measured.
+        questions: Results of each question set.
+        tasks: All metrics of all harness tasks.
+        passages: Passages with per-token losses, if a page is written.
     """
 
     checkpoint: str
@@ -56,7 +56,7 @@ class EvaluateReport:
     passages: list[Passage] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is of the text stands at the top, too, as it does where nothing else is measured."""
+        """JSON types. The results on text are repeated at the top level, where they are when nothing else is measured."""
         text = None if self.text is None else self.text.to_dict()
         parts = {name: [part.to_dict() for part in getattr(self, name)] for name in ("questions", "tasks", "passages")}
         return {"checkpoint": self.checkpoint, "trained_cycles": self.trained_cycles, **(text or {}), "text": text, **parts}
@@ -70,12 +70,12 @@ class EvaluateReport:
 
 @dataclass(frozen=True)
 class Paired:
-    """What it takes to compare two models on the same items, in runs without halting.
+    """Per-item results for paired comparisons, without halting.
 
     Args:
         depths: Cycle counts; `[None]` for a plain donor.
-        text: The losses of every window; None where no text was measured.
-        rights: Of each question set, by its name, `[depths, items]` whether the answer is right.
+        text: Losses of every window; None if no text was measured.
+        rights: Name of a question set -> `[depths, items]` whether the answer is right.
     """
 
     depths: list[int | None]
@@ -84,16 +84,16 @@ class Paired:
 
 
 def join_processes(settings: MeasureSettings) -> None:
-    """Under torchrun, the processes find each other here."""
+    """Under torchrun, initialise the process group."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=choose_device(settings.device).type == "cpu")
 
 
 def run(settings: EvaluateSettings) -> EvaluateReport:
-    """What `recursify evaluate` does.
+    """Run `recursify evaluate`.
 
     Raises:
-        UserError: Bad input.
+        UserError: Invalid input.
     """
     settings.validate()
     sets = question_sets(settings)
@@ -103,23 +103,23 @@ def run(settings: EvaluateSettings) -> EvaluateReport:
 
 
 def evaluate(model: Any, tokenizer: Any, settings: EvaluateSettings) -> EvaluateReport:
-    """As `evaluate_paired`, the report alone."""
+    """As `evaluate_paired`, returning only the report."""
     return evaluate_paired(model, tokenizer, settings, settings.checkpoint, question_sets(settings))[0]
 
 
 def evaluate_paired(
     model: Any, tokenizer: Any, settings: MeasureSettings, name: str, sets: Mapping[str, list[Item]]
 ) -> tuple[EvaluateReport, Paired]:
-    """Measure a model in memory on what the settings name; it is left on the device of the settings.
+    """Evaluate a model in memory as the settings say; it stays on the device of the settings.
 
-    Where `torch.distributed` has several processes, all of them must call this; each does its share and returns the whole report.
+    Collective under `torch.distributed`: the work is divided, and every rank returns the whole report.
 
     Args:
-        name: Of the model, for the report.
-        sets: The questions, as `question_sets` gives them.
+        name: Name of the model in the report.
+        sets: The questions, as from `question_sets`.
 
     Raises:
-        UserError: Text, questions or tasks that cannot be used, more tokens than the model has positions, or halting that it cannot do.
+        UserError: Unusable text, questions or tasks, more tokens than the model has positions, or an unsupported halting criterion.
     """
     own = model.config.H_cycles if isinstance(model, RecursiveLLM) else None
     depths: list[int | None] = [None] if own is None else [*(settings.cycles or range(1, 2 * own + 1) or (0,))]
@@ -146,7 +146,7 @@ def _scores(model: Any, tokenizer: Any, settings: MeasureSettings, runs: Sequenc
 
 
 def _halting(model: Any, settings: MeasureSettings) -> DecodingOptions | None:
-    """The run in which tokens halt, with its cycles at most; None where none was asked for."""
+    """The run with early exit and its maximum number of cycles; None if not requested."""
     if settings.criterion is None:
         return None
     effort = DecodingOptions(H_cycles=max(settings.cycles, default=None), halt=settings.halt, halt_threshold=settings.halt_threshold)

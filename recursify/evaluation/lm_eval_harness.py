@@ -32,18 +32,18 @@ from ..utils.models import evaluating
 from ..utils.tables import table
 from .accuracy import column
 
-_BESIDE = ("alias", "name", "sample_len", "sample_count")  # what stands beside the figures of a task
+_BESIDE = ("alias", "name", "sample_len", "sample_count")  # entries of a result that are not metrics
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One figure of one task in one run.
+    """One metric of one task in one run.
 
     Args:
-        metric: As the harness calls it, such as `acc`; with its filter, such as `exact_match,strict-match`, where it has one.
+        metric: The harness's name, such as `acc`, with its filter if any, such as `exact_match,strict-match`.
         H_cycles: None for a plain donor.
-        halt: What halted tokens; None in a run without halting.
-        standard_error: As the harness has it; None where it has none.
+        halt: The halting criterion; None at fixed depth.
+        standard_error: The harness's; None if it has none.
     """
 
     task: str
@@ -58,7 +58,7 @@ class TaskScore:
 
 
 def lines(scores: Sequence[TaskScore]) -> list[str]:
-    """For a terminal: tasks down, runs across."""
+    """A table for the terminal: one row per task, one column per run."""
     cells = {(score.task, score.metric, column(score.H_cycles, score.halt)): score for score in scores}
     names = list(dict.fromkeys((task, metric) for task, metric, _ in cells))
     runs = list(dict.fromkeys(run for _, _, run in cells))
@@ -73,15 +73,15 @@ def _figure(score: TaskScore | None) -> str:
 
 
 def split_names(tasks: Sequence[str]) -> tuple[str, ...]:
-    """`a,b` and `a b` are the same tasks."""
+    """Split task names at commas and spaces."""
     return tuple(name for word in tasks for name in word.split(",") if name)
 
 
 def check(tasks: Sequence[str], folder: str | None = None) -> None:
-    """Whether the harness is there and knows the tasks.
+    """Check that the harness is installed and knows the tasks.
 
     Raises:
-        UserError: It is not installed, does not know one, or there is no such folder.
+        UserError: It is not installed, a task is unknown, or the folder is missing.
     """
     if find_spec("lm_eval") is None:
         raise UserError('--tasks: the package lm_eval is not installed; pip install "recursify[lm_eval]"')
@@ -96,7 +96,7 @@ def check(tasks: Sequence[str], folder: str | None = None) -> None:
 
 @lru_cache(maxsize=1)
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
-    """What the harness knows of tasks. Its own are more than 10,000 files: they are left out where the folder has all that is asked for."""
+    """The harness's task manager. Skips its own index of more than 10,000 files if the folder has all requested tasks."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
@@ -116,18 +116,18 @@ def run_tasks(
     batch_size: int = 8,
     max_items: int | None = None,
 ) -> list[TaskScore]:
-    """Every figure that the harness finds for every task, in every run.
+    """Evaluate all tasks in all runs; returns all metrics.
 
     Where `torch.distributed` has several processes, all of them must call this.
 
     Args:
         tasks: Names of tasks, groups and tags.
-        runs: Each one's cycles and halting; for a plain donor one `DecodingOptions()`.
-        folder: With YAML tasks of one's own.
-        max_items: Measure only the first so many documents of each task.
+        runs: Cycles and halting of each run; one `DecodingOptions()` for a plain donor.
+        folder: A folder with additional YAML tasks.
+        max_items: Limit on the documents of each task.
 
     Raises:
-        UserError: As `check`; a task that the harness cannot load or run.
+        UserError: As `check`, or a task that the harness cannot load or run.
     """
     check(tasks, folder)
     manager = _manager(tuple(tasks), folder)
@@ -142,12 +142,12 @@ def run_tasks(
 
 
 def _evaluate(wrapped: Any, task: str, manager: Any, max_items: int | None) -> dict[str, Any]:
-    """What the harness says of one task and, if it is a group, of its parts."""
+    """The harness's results of a task or of all tasks of a group."""
     from lm_eval import simple_evaluate
 
     try:
         results = simple_evaluate(wrapped, tasks=[task], task_manager=manager, limit=max_items, log_samples=False)
-    except Exception as error:  # tasks are code and data of others: whatever they raise is about them
+    except Exception as error:  # tasks are third-party code and data, and may raise anything
         raise UserError(f"--tasks {task}: lm-eval could not run it: {type(error).__name__}: {error}") from error
     assert results is not None  # `_alone`
     return results["results"]
@@ -170,7 +170,7 @@ def _scores(results: dict[str, Any], run: DecodingOptions) -> list[TaskScore]:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """As in a single process: the harness gives results to the process of local rank 0 only, and here each has tasks of its own."""
+    """Hide the process group: the harness returns results on rank 0 only, whereas here each rank has tasks of its own."""
     rank = os.environ.pop("LOCAL_RANK", None)
     try:
         yield
@@ -180,10 +180,10 @@ def _alone() -> Iterator[None]:
 
 
 def _at_depth(model: Any, tokenizer: PreTrainedTokenizerBase, run: DecodingOptions, batch_size: int) -> Any:
-    """The harness's own wrapper of a transformers model, each pass at the depth of the run."""
+    """The harness's wrapper of a transformers model, with each forward pass at the depth of the run."""
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)  # it warns that the model is there already
+    logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)  # it warns about an initialised model
     depth = run.generate_kwargs(model)
 
     class AtDepth(HFLM):

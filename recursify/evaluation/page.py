@@ -45,8 +45,8 @@ from .statistics import format_p
 Report = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
-SURE = 0.05  # a difference with a smaller p is called one
-DEPTHS_DRAWN = 7  # as many lines as have colours of their own and room for a label; the tables have all
+SURE = 0.05  # significance level
+DEPTHS_DRAWN = 7  # maximum number of lines with distinct colours and labels; tables have no limit
 LOOPED_COLOURS, PLAIN_COLOURS = ("s1", "s2", "s4", "s5"), ("s3", "s4", "s5")
 NOTES = (
     "Standard errors and p say how far another sample of such texts or questions might be off. Another training run, with another seed, "
@@ -69,7 +69,7 @@ class Model:
 
     @property
     def own(self) -> int | None:
-        """Its own cycle count; None where it has no loop."""
+        """Its own cycle count; None without a loop."""
         count: int | None = self.report["trained_cycles"]
         return count
 
@@ -79,10 +79,10 @@ class Model:
         return found
 
     def questions(self, key: tuple[str, str], halting: bool = False) -> Rows:
-        """Rows of a question set, by its name and its judge; empty where it was not asked.
+        """Rows of a question set, by its name and metric; empty if it was not evaluated.
 
         Args:
-            halting: Those of a run in which tokens halt, too.
+            halting: Include runs with early exit.
         """
         rows = [line for asked in self.report["questions"] if _key(asked) == key for line in asked["rows"]]
         return [line for line in rows if halting or line["halt"] is None]
@@ -119,7 +119,7 @@ def render(report: Report) -> str:
 
 
 def _coloured_models(reports: Iterable[Report]) -> list[Model]:
-    """Those without a loop begin with grey, so that beside the lines of one model's depths they are not taken for one of these."""
+    """Plain models get grey first, to distinguish them from the lines of one model's depths."""
     looped, plain = iter(LOOPED_COLOURS), iter(PLAIN_COLOURS)
     return [Model(one, next(plain if one["trained_cycles"] is None else looped, "s6")) for one in reports]
 
@@ -181,7 +181,7 @@ def _tiles_together(report: Report) -> list[str]:
 
 
 def _sentences(model: Model) -> list[str]:
-    """What the numbers say about the cycles of a model."""
+    """Findings about the cycles of a model."""
     if model.own is None:
         return []
     found = []
@@ -269,7 +269,7 @@ def _loss_by_cycles(models: Sequence[Model], same_windows: bool) -> str:
 
 
 def _by_cycles(rows: Iterable[tuple[Model, Rows]], key: str, error: str, scale: float = 1.0) -> tuple[list[Line], list[Level]]:
-    """A line for each model with a loop, a level for each without; None becomes a value that is not drawn."""
+    """A line per model with a loop, a level per plain model; None is not drawn."""
     rows, lines, levels = list(rows), [], []
     alone = len(rows) == 1  # more would cover each other's values
     for model, found in rows:
@@ -337,7 +337,7 @@ def _accuracy_by_cycles(models: Sequence[Model], key: tuple[str, str]) -> str:
 
 
 def _by_difficulty(models: Sequence[Model], key: tuple[str, str]) -> list[str]:
-    """All models at their own depth, where there are several; then each one that has a loop, one line per cycle count."""
+    """All models at their own depth, if there are several; then each model with a loop, one line per cycle count."""
     title = f"Accuracy by difficulty, {_set_name(key)}"
     looped, plain = [model for model in models if model.own is not None], [model for model in models if model.own is None]
     figures = []
@@ -369,7 +369,7 @@ def _graded(model: Model, key: tuple[str, str], H_cycles: int | None) -> list[Po
 
 
 def _some_depths(depths: Sequence[int], own: int | None) -> list[int]:
-    """All of them, or where they are many, some from the first to the last, and the model's own."""
+    """All depths, or an even selection of them including the model's own."""
     ordered = sorted(depths)
     if len(ordered) <= DEPTHS_DRAWN:
         return ordered
@@ -396,7 +396,7 @@ def _passages(models: Sequence[Model]) -> str:
 
 
 def _gains(passage: Mapping[str, Any]) -> list[float]:
-    """Of every token but the first: nats that later cycles took off its loss."""
+    """Loss at cycle 1 minus that at the last, for every token but the first."""
     return [first - last for first, last in zip(passage["nats"][0], passage["nats"][-1], strict=True)]
 
 
@@ -417,7 +417,7 @@ def _text() -> Any:
 
 
 def _coloured_tokens(passage: Mapping[str, Any], full: float) -> Iterable[dict[str, str]]:
-    """What the template says of each; tokens that are the beginning of a character are taken together with its last one."""
+    """Template data per token; tokens of one character are merged."""
     waiting = [0.0] * len(passage["nats"])
     for token, losses in zip(passage["tokens"][1:], zip(*passage["nats"], strict=True), strict=True):
         waiting = [before + loss for before, loss in zip(waiting, losses, strict=True)]
@@ -458,7 +458,7 @@ def _cycles(models: Sequence[Model]) -> str:
     tables = [_telemetry(model.name, model.text["telemetry"]) for model in models if model.text and model.text["telemetry"]]
     content: list[str] = [part for parts in tables for part in parts]
     explained = (
-        "Gain: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; spoilt: right, became "
+        "Gain: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; broken: right, became "
         "wrong. State moved: the distance between the two states that the head reads, over the length of the first."
     )
     return section("What the cycles do", paragraph(explained), *content) if content else ""
@@ -469,9 +469,9 @@ def _telemetry(name: str, told: Mapping[str, Any]) -> list[str]:
     if told["steps"]:
         whole = {
             "before": 1, "after": told["H_cycles"], "gain": told["loop_gain"], "gain_error": told["loop_gain_error"],
-            "corrected": told["corrected"], "spoilt": told["spoilt"], "distance": None,
+            "corrected": told["corrected"], "broken": told["broken"], "distance": None,
         }  # fmt: skip
-        head = ("cycles", "gain, nats", "std. error", "corrected", "spoilt", "state moved")
+        head = ("cycles", "gain, nats", "std. error", "corrected", "broken", "state moved")
         rows = [_step(step) for step in told["steps"]] + ([_step(whole, "trained")] if len(told["steps"]) > 1 else [])
         content.append(table(head, rows, f"{name}; the last line is the loop gain." if len(rows) > 1 else name))
     halting = told["halting"]
@@ -488,7 +488,7 @@ def _telemetry(name: str, told: Mapping[str, Any]) -> list[str]:
 
 
 def _step(step: Mapping[str, Any], class_: str | None = None) -> str:
-    shares = [f"{step['corrected']:.2%}", f"{step['spoilt']:.2%}"]
+    shares = [f"{step['corrected']:.2%}", f"{step['broken']:.2%}"]
     cells = [signed(step["gain"]), number(step["gain_error"]), *shares, number(step["distance"])]
     return row(f"{step['before']} to {step['after']}", cells, class_)
 
@@ -524,7 +524,7 @@ def _text_table(models: Sequence[Model]) -> str:
 
 
 def _question_table(model: Model, key: tuple[str, str]) -> str:
-    """Difficulties down, cycle counts across."""
+    """One row per difficulty, one column per cycle count."""
     rows = model.questions(key, halting=True)
     runs = list(dict.fromkeys((line["H_cycles"], line["halt"]) for line in rows))
     found = {(line["difficulty"], line["H_cycles"], line["halt"]): line for line in rows}
@@ -555,13 +555,13 @@ def _set_name(key: tuple[str, str]) -> str:
 
 
 def _together(rows: Rows) -> Rows:
-    """The rows of all difficulties together, by cycles."""
+    """The rows over all difficulties, by cycles."""
     found = [line for line in rows if line["difficulty"] is None]
     return sorted(found, key=lambda line: -1 if line["H_cycles"] is None else line["H_cycles"])
 
 
 def _own_row(rows: Rows, model: Model) -> Mapping[str, Any]:
-    """At the model's own cycle count, or at the deepest where that was not measured."""
+    """The row at the model's own cycle count, or at the largest if that was not measured."""
     return next((line for line in rows if line["H_cycles"] == model.own), rows[-1])
 
 

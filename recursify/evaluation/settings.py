@@ -21,7 +21,7 @@ from .lm_eval_harness import split_names
 DEFAULT_TEXT = "wikitext"
 
 
-_OF_TEXT = ("dataset_config_name", "stride", "max_windows")  # settings that say nothing where no text is measured
+_OF_TEXT = ("dataset_config_name", "stride", "max_windows")  # settings without effect if no text is measured
 
 
 @dataclass(kw_only=True)
@@ -68,10 +68,10 @@ class MeasureSettings(TextMeasurement, EarlyExit, JsonOutput):
     """Write a self-contained HTML page with charts to this file, e.g. report.html."""
 
     def validate(self) -> None:
-        """Check all that can be checked without the model.
+        """Check everything that needs no model.
 
         Raises:
-            UserError: A value out of range, two that exclude each other, questions or tasks that are not there.
+            UserError: A value out of range, mutually exclusive ones, missing questions or tasks.
         """
         if self.seq_len < 2 or self.batch_size < 1:
             raise UserError(f"--seq_len must be at least 2 and --batch_size at least 1, got {self.seq_len} and {self.batch_size}")
@@ -105,7 +105,7 @@ class MeasureSettings(TextMeasurement, EarlyExit, JsonOutput):
 
     @property
     def text(self) -> str | None:
-        """The data set that is measured; None for none."""
+        """The dataset to measure on; None for none."""
         return self.dataset_name or (None if self.questions or self.tasks else DEFAULT_TEXT)
 
     @property
@@ -124,7 +124,7 @@ def _check_page(path: Path) -> None:
 
 
 def question_sets(settings: MeasureSettings) -> dict[str, list[Item]]:
-    """The items of every set that is asked for, by its name."""
+    """Name -> items of every requested question set."""
     found: dict[str, list[Item]] = {}
     for name in settings.questions:
         if not is_questions(name):

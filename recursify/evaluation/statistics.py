@@ -18,12 +18,12 @@ from torch import Tensor
 
 
 def student_p(difference: float, error: float, pieces: int) -> float:
-    """How likely a mean as far from 0 as this one is where there is no difference, by Student's t with `pieces - 1` degrees of freedom.
+    """Two-sided p-value of a paired t-test with `pieces - 1` degrees of freedom.
 
     Args:
-        difference: Mean of the differences of pairs.
+        difference: Mean of the paired differences.
         error: Its standard error.
-        pieces: At least 2, the number of pairs.
+        pieces: Number of pairs, at least 2.
     """
     if error == 0:
         return 1.0 if difference == 0 else 0.0
@@ -40,32 +40,32 @@ def student_p(difference: float, error: float, pieces: int) -> float:
 
 
 def mcnemar_p(ours: int, theirs: int) -> float:
-    """How likely a split as uneven as this one is where each question is as likely to fall to the one model as to the other.
+    """Two-sided p-value of McNemar's exact test.
 
     Args:
-        ours, theirs: Questions that only the one model, or only the other, got right. Those that both or neither got right say nothing.
+        ours, theirs: Number of questions that only the one or only the other model answered right; concordant ones do not count.
     """
     count, term, tail = ours + theirs, 1, 0
     for number in range(min(ours, theirs) + 1):
-        tail += term  # term is "count choose number"
+        tail += term  # term is binom(count, number)
         term = term * (count - number) // (number + 1)
     return min(1.0, 2 * tail / 2**count)
 
 
 def format_p(p: float | None) -> str:
-    """A p for reading; a dash where it is not known."""
+    """Format a p-value; a dash for None."""
     return "-" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def mean_and_error(sums: Tensor, counts: Tensor, per_piece: int = 1) -> tuple[float, float | None]:
-    """The mean over all tokens and its standard error, which takes pieces of neighbouring windows as independent; None for one piece.
+    """The mean over all tokens and its standard error over independent pieces of adjacent windows; None for one piece.
 
-    Pieces of unequal length count by their length (a ratio estimate); of equal length, this is the standard error of the mean of means.
+    Pieces of unequal length are weighted by length (a ratio estimator); for equal lengths it is the standard error of the mean of means.
 
     Args:
-        sums: `[windows]` sums over the tokens of each window.
-        counts: `[windows]` tokens of each.
-        per_piece: Windows that are one piece.
+        sums: `[windows]` sums over the tokens of a window.
+        counts: `[windows]` numbers of tokens.
+        per_piece: Windows per piece.
     """
     total, tokens = sums.double().sum().item(), counts.double().sum().item()
     mean = total / tokens
@@ -78,5 +78,5 @@ def mean_and_error(sums: Tensor, counts: Tensor, per_piece: int = 1) -> tuple[fl
 
 
 def standard_error(values: Tensor) -> float | None:
-    """Of the mean of `[windows]` values that count alike; None for a single one."""
+    """Standard error of the mean of `[n]` values; None for a single one."""
     return mean_and_error(values, torch.ones_like(values))[1]

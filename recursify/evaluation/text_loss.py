@@ -50,9 +50,9 @@ class DepthLoss:
     Args:
         H_cycles: None for a plain donor.
         loss: Nats per token.
-        standard_error: Of the loss, over windows; None for a single one.
-        layer_applications: Cost of one token.
-        bits_per_byte: Of the text of the scored tokens; None where it is not known.
+        standard_error: Of the loss, over windows; None for a single window.
+        layer_applications: Per token.
+        bits_per_byte: Over the text of the scored tokens; None if unknown.
     """
 
     H_cycles: int | None
@@ -77,8 +77,8 @@ def window_losses(model: PreTrainedModel, blocks: Rows, cycles: Sequence[int] = 
 
     Args:
         model: A `RecursiveLLM`, or any causal language model of transformers, which has one depth.
-        blocks: Of equal length of at least 2.
-        cycles: Cycle counts, for a `RecursiveLLM` only; its configuration's where empty.
+        blocks: Rows of equal length, at least 2.
+        cycles: Cycle counts, for a `RecursiveLLM` only; empty is its configuration's.
     """
     depths, windows = _depths(model, cycles), Windows(blocks)
     found: list[Tensor] = []
@@ -95,7 +95,7 @@ def measure(model: PreTrainedModel, blocks: Rows, cycles: Sequence[int] = (), *,
 
 
 def summarise(model: PreTrainedModel, losses: torch.Tensor, cycles: Sequence[int] = ()) -> list[DepthLoss]:
-    """Means and standard errors of what `window_losses` returned for the same model and cycles."""
+    """Means and standard errors of `window_losses` for the same model and cycles."""
     depths = _depths(model, cycles)
     errors = [standard_error(row) for row in losses]
     cost = [_cost(model, H) for H in depths]
@@ -103,13 +103,13 @@ def summarise(model: PreTrainedModel, losses: torch.Tensor, cycles: Sequence[int
 
 
 def states_at(model: Any, ids: torch.Tensor, depths: Sequence[int | None]) -> list[torch.Tensor]:
-    """What the head reads at each depth, each `[B, T, D]`; a plain model has the one depth None."""
+    """Final hidden states at each depth, each `[B, T, D]`; a plain model has the single depth None."""
     if not isinstance(model, RecursiveLLM):
         return [model.get_decoder()(ids, use_cache=False).last_hidden_state]
     deepest = max(H for H in depths if H is not None)
     cycles = model.model(ids, H_cycles=deepest, output_cycle_states=True, use_cache=False).cycle_states if deepest else ()
     plain = model.model(ids, H_cycles=0, use_cache=False).last_hidden_state if 0 in depths else None
-    return [cycles[H - 1] if H else plain for H in depths]  # type: ignore[misc]  # plain is there where 0 was asked for
+    return [cycles[H - 1] if H else plain for H in depths]  # type: ignore[misc]  # plain is set if 0 was requested
 
 
 def _depths(model: Any, cycles: Sequence[int]) -> list[int | None]:
@@ -121,7 +121,7 @@ def _cost(model: Any, H_cycles: int | None) -> int:
 
 
 def _batch(model: Any, windows: Windows, first: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """`[B, T]` ids of some windows on the model's device, and the `[B, T - 1]` places whose next tokens are scored."""
+    """`[B, T]` ids of a batch of windows on the model's device, and the `[B, T - 1]` positions whose next tokens are scored."""
     behind = min(first + batch_size, len(windows))
     ids = windows.ids(first, behind).to(model.device)
     return ids, scored_places(ids, windows.scored(first, behind))
@@ -137,12 +137,12 @@ def _nats(model: Any, states: Sequence[Tensor], ids: Tensor, places: Tensor) -> 
 
 @dataclass(frozen=True)
 class Text:
-    """A text as one tokenizer reads it.
+    """A tokenized text.
 
     Args:
-        name: Of the data set.
+        name: Name of the dataset.
         documents: Table with a column `text`.
-        windows: Of the stream that the documents make.
+        windows: Windows over the concatenated documents.
     """
 
     name: str
@@ -160,7 +160,7 @@ class Text:
         return self.windows.bytes_scored(stream_bytes(self.documents, self.tokenizer, self.windows.tokens_read))
 
     def key(self) -> str:
-        """Equal for equal windows of equal tokens, and else not."""
+        """A hash of the windows and their tokens."""
         windows = self.windows
         found = hashlib.sha256(f"{windows.seq_len} {windows.step} {len(windows)}".encode())
         for number in range(math.ceil(windows.tokens_read / windows.seq_len)):
@@ -170,13 +170,13 @@ class Text:
 
 @dataclass(frozen=True)
 class TextReport:
-    """What was measured on a text.
+    """Results on a text.
 
     Args:
-        windows: How many were read.
-        stride: Tokens from one to the next.
-        scored_tokens, scored_bytes: What the losses are means over, and the bytes of text that it stands for.
-        telemetry: What the cycles do; None for a plain donor, and where no cycle was asked for.
+        windows: Number of windows.
+        stride: Tokens between the starts of consecutive windows.
+        scored_tokens, scored_bytes: Number of scored tokens, and the bytes of their text.
+        telemetry: Statistics of the cycles; None for a plain donor, and if no cycle was requested.
     """
 
     dataset: str
@@ -193,10 +193,10 @@ class TextReport:
         return {**vars(self), "rows": [row.to_dict() for row in self.rows], "telemetry": telemetry}
 
     def lines(self, own: int | None) -> list[str]:
-        """For a terminal.
+        """Lines for the terminal.
 
         Args:
-            own: The checkpoint's own cycle count, to be marked.
+            own: The checkpoint's own cycle count, which is marked.
         """
         overlap = "" if self.stride == self.seq_len else f", {self.stride} tokens apart"
         lines = [
@@ -218,14 +218,14 @@ class TextReport:
 
 @dataclass(frozen=True)
 class PairedText:
-    """What it takes to compare two models window by window.
+    """Per-window losses, to compare two models.
 
     Args:
         nats: `[depths, windows]` summed losses.
-        tokens: `[windows]` scored tokens of each.
-        per_piece: Windows that a standard error takes as one, see `mean_and_error`.
-        key: Equal for models that have read the same windows.
-        scored_bytes: Of all scored tokens, for models that have not.
+        tokens: `[windows]` numbers of scored tokens.
+        per_piece: Windows per independent piece, see `mean_and_error`.
+        key: Equal for models measured on the same windows.
+        scored_bytes: Bytes of all scored tokens, to compare models that were not.
     """
 
     nats: Tensor
@@ -238,10 +238,10 @@ class PairedText:
 def open_text(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, stride: int | None = None, max_windows: int | None = None
 ) -> Text:
-    """The validation split of a data set, in windows.
+    """The validation split of a dataset, in windows.
 
     Raises:
-        UserError: Text that cannot be used.
+        UserError: Unusable text.
     """
     from ..data.loading import load_documents, tokenize  # here: the losses of a model on blocks need no library for data sets
 
@@ -254,11 +254,11 @@ def open_text(
 def measure_text(
     model: Any, text: Text, depths: Sequence[int | None], halting: DecodingOptions | None = None, *, batch_size: int = 8
 ) -> tuple[TextReport, PairedText]:
-    """Measure a model on a text, and what its cycles do to it.
+    """Loss of a model on a text at every depth, and the statistics of its cycles.
 
     Args:
         depths: Cycle counts; `[None]` for a plain donor.
-        halting: A run in which tokens halt, no deeper than the deepest; None is no such run.
+        halting: A run with early exit, at most as deep as the largest depth; None for none.
     """
     windows, tokens = text.windows, text.tokens
     with evaluating(model), torch.no_grad():
@@ -280,7 +280,7 @@ def measure_text(
 
 
 def _rule(model: Any, halting: DecodingOptions) -> tuple[str, float | None, int]:
-    """Criterion, threshold, and cycles at most."""
+    """Criterion, threshold and maximum number of cycles."""
     return halting.halt, halting.halt_threshold, halting.cycles(model)
 
 
@@ -290,8 +290,8 @@ def _row(model: Any, H_cycles: int | None, nats: Tensor, text: Text) -> DepthLos
 
 
 def _read(model: Any, ids: Tensor, places: Tensor, depths: Sequence[int | None], halting: DecodingOptions | None) -> Sums:
-    """All that is to be known of every window of a batch, `[rows, B]` each: `asked`, the summed loss at every depth, and for a recursive
-    model what `sums_of_cycles` gives of all cycles up to the deepest, and `sums_of_halting`."""
+    """All sums of every window of a batch, `[rows, B]` each: `asked`, the summed loss at every depth, and for a recursive model
+    `sums_of_cycles` of all cycles up to the largest and `sums_of_halting`."""
     deepest = max((H for H in depths if H is not None), default=0)
     if deepest == 0:
         return {"asked": _nats(model, states_at(model, ids, depths), ids, places)}

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a byte that no token covers, in vocabularies of SentencePiece
-_SPACE = "▁"  # how these write a space
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # byte fallback in SentencePiece vocabularies
+_SPACE = "▁"  # SentencePiece's space
 
 
 def stream_bytes(documents: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> np.ndarray:
-    """Bytes of text, in UTF-8, of each of the first `tokens` tokens of the stream that `loading.tokenize` makes of the documents.
+    """UTF-8 bytes of the text of each of the first `tokens` tokens of the documents as packed by `loading.tokenize`.
 
-    A token that is part of a character has its own bytes of it. Special tokens have none, nor has a space that a tokenizer puts before a
-    text by itself. The tokens of a document add up to the bytes of its text: where a tokenizer changes the text before it cuts it, or has
-    a token for whatever it does not know, all tokens of that document are scaled to that.
+    A token that is part of a character counts its own bytes. Special tokens count none, nor does a space that the tokenizer prepends to a
+    text. The tokens of a document add up to the bytes of its text: if the tokenizer normalises the text or has an unknown token, the
+    counts of that document are scaled.
 
     Args:
         documents: Table with a column `text`.
@@ -49,7 +49,7 @@ def _of_document(text: str, ids: np.ndarray, table: np.ndarray, spaced: np.ndarr
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """`[vocabulary]`: bytes of the text that each token stands for; 0 for special ones."""
+    """`[vocabulary]`: bytes of the text of each token; 0 for special ones."""
     names, added = _names(tokenizer), tokenizer.added_tokens_decoder
     of_bytes = _is_of_bytes(tokenizer)
     sizes = np.array([len(name) if of_bytes else _size(name) for name in names], np.float64)
@@ -60,7 +60,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def _names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """By id; empty where there is a gap."""
+    """Token strings by id; empty for an unused id."""
     vocabulary = tokenizer.get_vocab()
     names = [""] * (max(vocabulary.values()) + 1)
     for name, number in vocabulary.items():
@@ -77,6 +77,6 @@ def _size(name: str) -> int:
 
 
 def _is_of_bytes(tokenizer: Any) -> bool:
-    """Whether tokens are written in the alphabet of 256 characters that stand for a byte each, as GPT-2, Llama 3 and Qwen have it."""
+    """Whether the vocabulary is byte-level (256 characters that stand for a byte each), as in GPT-2, Llama 3 and Qwen."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is not None and "ByteLevel" in json.dumps(json.loads(backend.to_str())["decoder"])

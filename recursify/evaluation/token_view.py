@@ -20,12 +20,12 @@ from .text_loss import states_at
 
 @dataclass(frozen=True)
 class Passage:
-    """Some tokens of a text.
+    """A passage with per-token losses.
 
     Args:
-        tokens: The text of each, empty where a token is only the beginning of a character; joined, they are the text.
-        nats: One row per cycle, first cycle first: the loss of every token but the first, which nothing came before. A plain donor, and a
-            run without cycles, have one row.
+        tokens: The text of each token, empty if it only begins a character; joined, they are the text.
+        nats: One row per cycle, first cycle first: the loss of every token but the first. A plain donor and a run without cycles have one
+            row.
     """
 
     tokens: tuple[str, ...]
@@ -36,7 +36,7 @@ class Passage:
 
 
 def read_passage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, deepest: int) -> Passage:
-    """What a model makes of at least two tokens that follow each other.
+    """Per-token losses of a model on at least two consecutive tokens.
 
     Args:
         ids: `[T]`.
@@ -51,7 +51,7 @@ def read_passage(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens comes with its last one. Special tokens are written out."""
+    """The text that each token adds; a character of several tokens belongs to its last one. Special tokens are kept."""
     found: list[str] = []
     out: list[str] = []
     pieces = TextPieces(tokenizer, out.append, special=True)

@@ -39,9 +39,9 @@ class Windows:
     """Windows of `seq_len` tokens over a stream.
 
     Args:
-        blocks: Of one length, `seq_len`, at least 2; end to end they are the stream.
+        blocks: Rows of one length `seq_len`, at least 2; concatenated they are the stream.
         stride: 1 to `seq_len`; None is `seq_len`.
-        most: Take only the first so many.
+        most: Maximum number of windows.
     """
 
     blocks: Rows
@@ -62,11 +62,11 @@ class Windows:
 
     @property
     def tokens_read(self) -> int:
-        """Of the stream, from its beginning."""
+        """Tokens of the stream that are read."""
         return (len(self) - 1) * self.step + self.seq_len
 
     def ids(self, first: int, behind: int) -> Tensor:
-        """`[behind - first, seq_len]` ids of the windows from `first` up to `behind`."""
+        """`[behind - first, seq_len]` ids of the windows from `first` up to but excluding `behind`."""
         length, begin = self.seq_len, first * self.step
         end = (behind - 1) * self.step + length
         rows = (self.blocks[n]["input_ids"] for n in range(begin // length, math.ceil(end / length)))
@@ -74,7 +74,7 @@ class Windows:
         return stream.unfold(0, length, self.step)[: behind - first]
 
     def scored(self, first: int, behind: int) -> Tensor:
-        """`[behind - first]`: how many tokens each window scores, its last ones."""
+        """`[behind - first]`: number of scored tokens of each window, its last ones."""
         counts = torch.full((behind - first,), min(self.step, self.seq_len - 1))
         if first == 0:
             counts[0] = self.seq_len - 1
@@ -82,11 +82,11 @@ class Windows:
 
     @property
     def per_piece(self) -> int:
-        """Windows that together score about `seq_len` tokens: the pieces that a standard error takes as independent."""
+        """Number of windows that together score about `seq_len` tokens: one independent piece for standard errors."""
         return math.ceil(self.seq_len / self.step)
 
     def bytes_scored(self, sizes: np.ndarray) -> float:
-        """Bytes of the text of all scored tokens, given those of every token of the stream."""
+        """Bytes of the text of all scored tokens, given the bytes of every token of the stream."""
         starts = np.arange(len(self)) * self.step
         ends = starts + self.seq_len
         sums = np.concatenate([[0.0], np.cumsum(sizes)])

@@ -94,7 +94,7 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
     if settings.push is not None:
         upload.check(settings.push)
     found = checkpoint.load(settings.checkpoint, tokenizer_path=settings.tokenizer_path, revision=settings.revision)
-    tokenizer = checkpoint.need_tokenizer(found, settings.checkpoint)
+    tokenizer = checkpoint.require_tokenizer(found, settings.checkpoint)
     if settings.donor:
         checkpoint.require_head(found, settings.checkpoint)
     model = _in_dtype(found.model, settings)

@@ -12,14 +12,14 @@ from typing import Any, Literal
 from .charts import Axes, Level, Line, count_undrawable, line_chart
 from .html import chart_size, figure, undrawn
 
-Point = tuple[int, float, float | None]  # difficulty, share of right answers, its standard error
+Point = tuple[int, float, float | None]  # difficulty, accuracy, its standard error
 
 SHADES = 7
-TICKS = 12  # more difficulties than these are not named one by one
+TICKS = 12  # maximum number of labelled difficulties
 
 
 def shade(index: int, count: int) -> str:
-    """Colour of one of several depths, from the shallowest to the deepest."""
+    """Colour of a depth, from the shallowest to the deepest."""
     return f"d{round(index * (SHADES - 1) / max(1, count - 1))}"
 
 

@@ -66,8 +66,8 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The words of a chart. `x_ticks` gives each labelled x its rows of text; empty means ticks are chosen. `y_reach` are values that the
-    y axis reaches in any case."""
+    """Titles and ticks of a chart. `x_ticks` maps each labelled x to rows of text; empty chooses ticks. `y_reach` are values that the
+    y axis always includes."""
 
     title: str
     description: str
@@ -93,7 +93,7 @@ class Frame:
 
     @property
     def decimals(self) -> int:
-        """Of values written in the plot: finer than the ticks, so that neighbours differ."""
+        """Decimals of values in the plot: one more than the ticks'."""
         return min(4, nice_ticks(*self.y_range, 5)[1] + 2)
 
     def x(self, value: float) -> float:
@@ -107,7 +107,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Label:
-    """Direct label of a line: rows of text that want to stand at height `y`."""
+    """Direct label of a line: rows of text, ideally at height `y`."""
 
     full: str
     rows: tuple[str, ...]
@@ -123,17 +123,17 @@ class Label:
 
 
 def shown(text: str) -> str:
-    """Text whose characters can all be seen: those that cannot are named, as in ⟨200B⟩."""
+    """Text with invisible characters replaced by their code, as in ⟨200B⟩."""
     return "".join(f"⟨{ord(c):02X}⟩" if unicodedata.category(c) in MARKED_CATEGORIES and c not in "\n\t" else c for c in text)
 
 
 def escape(text: str) -> str:
-    """Text that is safe in HTML and SVG, inside a tag's quotes too, and can be seen (`shown`)."""
+    """Escape text for HTML and SVG, attributes included, after `shown`."""
     return html.escape(shown(text), quote=True)
 
 
 def element(name: str, *children: str, **attributes: str | float | None) -> str:
-    """One element. Children are markup already; attributes are escaped here.
+    """An element. Children are markup; attributes are escaped here.
 
     Underscores in attribute names become hyphens and a trailing one is dropped (`class_`); floats get two decimals; None is left out.
     """
@@ -174,11 +174,11 @@ def chart_style() -> str:
 
 
 def standalone(svg: str, margin: float = 16.0) -> str:
-    """A picture as a file of its own: with its style, and on paper of its own, since nobody knows what it will be laid on.
+    """A picture as a standalone file, with its style and a background.
 
     Args:
         svg: What a function of this module returned.
-        margin: Paper on each side, in pixels.
+        margin: Margin in pixels.
     """
     opening, rest = svg.split(">", 1)
     width, height = (float(number) for number in opening.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split())
@@ -199,12 +199,12 @@ def _text(x: float, y: float, words: str, **attributes: str | float | None) -> s
 
 
 def text_width(text: str, size: float = FONT) -> float:
-    """Estimated width in pixels: no font is asked, so wide scripts count full and all others a little generously."""
+    """Estimated width in pixels, without font metrics: wide scripts count full, others slightly too wide."""
     return sum(size if unicodedata.east_asian_width(c) in "WF" else 0.56 * size for c in text)
 
 
 def wrap(text: str, width: float, rows: int) -> list[str]:
-    """Break at spaces into at most `rows` lines of `width` pixels; what does not fit ends in an ellipsis."""
+    """Wrap at spaces into at most `rows` lines of `width` pixels, with an ellipsis if truncated."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -234,7 +234,7 @@ def is_drawable(value: float) -> bool:
 
 
 def drawable_points(line: Line) -> list[tuple[float, float, float | None]]:
-    """The (x, y, error) of a line that can be drawn, in the order given; an error that cannot be drawn becomes None."""
+    """The finite (x, y, error) of a line in order; a non-finite error becomes None."""
     errors = [*line.errors, *[None] * (len(line.xs) - len(line.errors))]
     points = zip(line.xs, line.ys, errors, strict=True)
     return [(x, y, _drawable_error(error)) for x, y, error in points if is_drawable(x) and is_drawable(y)]
@@ -245,12 +245,12 @@ def _drawable_error(error: float | None) -> float | None:
 
 
 def count_undrawable(lines: Iterable[Line], levels: Iterable[Level] = ()) -> int:
-    """How many of the values given a chart leaves out."""
+    """Number of non-finite values that a chart leaves out."""
     return sum(len(line.xs) - len(drawable_points(line)) for line in lines) + sum(not is_drawable(level.y) for level in levels)
 
 
 def padded_range(values: Sequence[float], margin: float = 0.08) -> tuple[float, float]:
-    """The values' range with air around it; never empty, even where all values are equal."""
+    """The values' range with a margin; never empty, even if all values are equal."""
     low, high = min(values), max(values)
     smallest = 1e-6 * max(1.0, abs(low), abs(high))
     if high - low < smallest:
@@ -259,7 +259,7 @@ def padded_range(values: Sequence[float], margin: float = 0.08) -> tuple[float, 
 
 
 def nice_ticks(low: float, high: float, count: int) -> tuple[list[float], int]:
-    """About `count` round values within [low, high], and the decimals that tell them apart."""
+    """About `count` round values within [low, high], and the decimals that distinguish them."""
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -268,9 +268,9 @@ def nice_ticks(low: float, high: float, count: int) -> tuple[list[float], int]:
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
-    """Centres for labels of these heights, near where they want to be, in the same order, not overlapping, within [low, high].
+    """Centres of non-overlapping labels of these heights within [low, high], in order, close to the wanted ones.
 
-    Where they do not all fit they run on below `high` rather than cover each other.
+    If they do not all fit, they continue below `high` rather than overlap.
     """
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     tops = [0.0] * len(wanted)
@@ -362,7 +362,7 @@ def _x_axis(frame: Frame, axes: Axes, size: Size) -> list[str]:
 
 
 def _chosen_x_ticks(frame: Frame) -> list[tuple[float, list[str]]]:
-    """Whole numbers only: x counts something."""
+    """Integer ticks: x is a count."""
     ticks, _ = nice_ticks(*frame.x_range, max(2, int((frame.right - frame.left) / 80)))
     return [(tick, [f"{tick:,.0f}"]) for tick in ticks if abs(tick - round(tick)) < 1e-6]
 
@@ -442,7 +442,7 @@ def _label(right: float, label: Label, centre: float) -> str:
     return element("g", element("title", escape(label.full)), leader, *rows, class_=f"{label.colour} label")
 
 
-# The picture of the architecture
+# The diagram of the architecture
 
 CELL, GAP, PAD, ARROW = 26.0, 4.0, 12.0, 26.0
 LOOP_ROOM = 62.0
@@ -450,7 +450,7 @@ LOOP_ROOM = 62.0
 
 @dataclass(frozen=True)
 class Block:
-    """One box of the picture: its name, and the donor layers in it (none for the embedding and the head)."""
+    """One box of the diagram: its name, and the donor layers in it (none for the embedding and the head)."""
 
     name: str
     colour: str
@@ -469,9 +469,9 @@ class Block:
 def architecture_picture(
     *, prelude: Sequence[int], loop: Sequence[int], coda: Sequence[int], donor_layers: int, H_cycles: int, L_cycles: int, narrow: bool
 ) -> str:
-    """Above, the donor's layers in order, coloured by where they went; below, the model made of them.
+    """Diagram: above, the donor's layers, coloured by the part they went to; below, the recursive model.
 
-    Wide pictures run from left to right; narrow ones, for phones, from top to bottom.
+    Wide diagrams run left to right, narrow ones (for phones) top to bottom.
     """
     named = [Block("prelude", "s4", tuple(prelude)), Block("loop", "s1", tuple(loop)), Block("coda", "s5", tuple(coda))]
     blocks = [Block("embed", "muted"), *(block for block in named if block.layers), Block("norm + head", "muted")]

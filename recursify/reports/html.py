@@ -27,7 +27,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def templates(package: str, name: str) -> Any:
-    """The macros of a template that lies in a package, as attributes. Each escapes what is no `Markup`, and gives `Markup`."""
+    """The macros of a package's template, as attributes. Each escapes everything but `Markup` and returns `Markup`."""
     return _environment(package).get_template(name).module
 
 
@@ -51,7 +51,7 @@ def document(title: str, *body: str, style: str = "") -> str:
 
     Args:
         body: Markup.
-        style: What this page has beyond the common look.
+        style: Additional style sheet of this page.
     """
     styles = [Markup(each) for each in (chart_style(), style_sheet(__package__, "page.css"), style)]
     return str(_parts().document(title, Markup(POLICY), styles, body))
@@ -59,23 +59,23 @@ def document(title: str, *body: str, style: str = "") -> str:
 
 @cache
 def style_sheet(package: str, name: str) -> str:
-    """A style sheet that lies in a package."""
+    """A style sheet of a package."""
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def write_document(html: str, path: str | Path) -> Path:
-    """Write a page to `path`, making its folder. A crash leaves the old file, never half a new one."""
+    """Write a page to `path` atomically, creating its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, html)
     return path
 
 
-# Numbers in words
+# Formatting of numbers
 
 
 def number(value: float | None, decimals: int = 4) -> str:
-    """A number for reading: fixed decimals, a true minus sign, powers of ten where it is huge, words where it is none."""
+    """Format a number: fixed decimals, a true minus sign, powers of ten if huge, words if not finite."""
     if value is None:
         return ""
     if math.isnan(value):
@@ -87,12 +87,12 @@ def number(value: float | None, decimals: int = 4) -> str:
 
 
 def signed(value: float, decimals: int = 4) -> str:
-    """The same with its sign always shown."""
+    """As `number`, always with a sign."""
     return ("+" if value > 0 else "") + number(value, decimals)
 
 
 def magnitude(count: int) -> str:
-    """A count in short: 12.6 million."""
+    """A short count, such as 12.6 million."""
     for size, word in ((10**9, "billion"), (10**6, "million")):
         if count >= size:
             return f"{count / size:.3g} {word}"
@@ -104,7 +104,7 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with its white space shown: spaces as ·, line breaks as ↵, tabs as ⇥; an empty one as ∅."""
+    """A token with visible white space: spaces as ·, line breaks as ↵, tabs as ⇥; an empty one as ∅."""
     return token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 
@@ -137,23 +137,23 @@ def findings(sentences: Sequence[str]) -> Markup:
 
 
 def figure(draw: Callable[[bool], str], caption: str) -> Markup:
-    """A picture drawn twice, for wide and for narrow screens; the style sheet shows the one that fits."""
+    """A figure drawn for wide and for narrow screens; the style sheet shows one of them."""
     return _parts().figure(Markup(draw(False)), Markup(draw(True)), caption)
 
 
 def chart_size(narrow: bool, labels: int) -> Size:
-    """Of a chart that is tall enough for a label of about two rows for every line."""
+    """Size of a chart that has room for a label of about two rows per line."""
     usual = NARROW if narrow else WIDE
     return Size(usual.width, max(usual.height, 110 + 40.0 * labels))
 
 
 def table(head: Sequence[str], rows: Iterable[str], caption: str, class_: str | None = None) -> Markup:
-    """A table that scrolls by itself where the screen is narrow. Rows are markup, the head is text."""
+    """A table that scrolls horizontally on narrow screens. Rows are markup, the head is text."""
     return _parts().table(head, list(rows), caption, class_)
 
 
 def details(title: str, head: Sequence[str], rows: Iterable[str]) -> Markup:
-    """A table that opens under its title."""
+    """A collapsible table."""
     return _parts().details(title, head, list(rows))
 
 
@@ -166,10 +166,10 @@ def row(name: str, cells: Sequence[str], class_: str | None = None) -> Markup:
 
 
 def tile(colour: str | None, value: str, note: str) -> Markup:
-    """One figure in large type, of a list of the class `tiles`."""
+    """One key figure in large type."""
     return _parts().tile(colour, value, note)
 
 
 def undrawn(count: int) -> str:
-    """The end of a caption: how many values its chart leaves out."""
+    """The end of a caption: number of values that the chart leaves out."""
     return f" {plural(count, 'value')} not drawn, being infinite, not a number, or too large." if count else ""

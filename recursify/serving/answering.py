@@ -21,31 +21,31 @@ from ..inference.chat_prompt import Dialogue
 from ..inference.prompt import encode_prompt, end_tokens
 from ..inference.streaming import Row
 from ..network.modeling_recursive_llm import RecursiveLLM
-from .engine import Depth, Engine, Event, Job, QueueFull, Ticket, Unavailable
+from .engine import Depth, Engine, Event, Job, QueueFull, Request, Unavailable
 from .metrics import Labels, Metrics, labelled
 from .protocol import ApiError, BaseRequest, ChatRequest, CompletionRequest
 from .sampling import Choice
 from .settings import ServeSettings
 
-_COMPLETION_TOKENS = 16  # of OpenAI's completions that name no number
+_COMPLETION_TOKENS = 16  # default of OpenAI's completions API
 _RETRY_SECONDS = 1
-_CONTEXT = 8  # tokens of the prompt that a decoder may look at before the first that is written
+_CONTEXT = 8  # prompt tokens that a decoder may need before the first generated one
 
 
 class Service:
-    """What there is to serve.
+    """The served model: tokenizer, engine, metrics.
 
     Args:
-        model, tokenizer: As `recursify.checkpoints.loading.load_model` gives them; the model on its device.
+        model, tokenizer: As from `recursify.checkpoints.loading.load_model`; the model on its device.
 
     Raises:
-        UserError: Depths of a plain donor, a tokenizer of another model, caches that do not fit.
+        UserError: Depths for a plain donor, a tokenizer of another model, caches that do not fit.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, settings: ServeSettings):
         self.model, self.tokenizer, self.name, self.settings = model, tokenizer, name, settings
         self.ends = [*dict.fromkeys([*end_tokens(model, tokenizer), *Dialogue(tokenizer).ends])]
-        encode_prompt(model, tokenizer, "a")  # says so if they do not belong together
+        encode_prompt(model, tokenizer, "a")  # checks that they belong together
         depths = _depths(model, settings)
         cache_tokens, batch_tokens = settings.sizes(model.device)
         sizes = {"cache_tokens": cache_tokens, "batch_tokens": batch_tokens, "max_running": settings.max_running}
@@ -55,7 +55,7 @@ class Service:
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self.metrics = Metrics()
         self.created = int(time.time())
-        # One thread, so that a long prompt does not hold up the event loop, nor two meet in the tokenizer.
+        # One thread: a long prompt does not block the event loop, and the tokenizer is not thread-safe.
         self.reader = ThreadPoolExecutor(1, "tokenizer")
 
     @property
@@ -63,10 +63,10 @@ class Service:
         return [depth for depth in self.engine.batchers if depth is not None]
 
     async def answer(self, ask: BaseRequest) -> Answer:
-        """Begin to answer.
+        """Start answering a request.
 
         Raises:
-            ApiError: Something that this server has not got, a prompt that is too long, a queue that is full.
+            ApiError: An unknown model or depth, a prompt that is too long, a full queue.
         """
         depth = self._depth(ask.H_cycles)
         if ask.model is not None and ask.model != self.name:
@@ -90,7 +90,7 @@ class Service:
         return answer
 
     def gauges(self) -> dict[str, dict[Labels, float]]:
-        """What `Metrics.render` cannot know."""
+        """Current values for `Metrics.render`."""
         by_depth = {labelled(H_cycles=name_of(depth)): batcher for depth, batcher in self.engine.batchers.items()}
         return {
             "recursify_running": {key: len(batcher.running) for key, batcher in by_depth.items()},
@@ -101,7 +101,7 @@ class Service:
         }
 
     def close(self) -> None:
-        """End all threads. Any thread may call it."""
+        """Stop all threads. Thread-safe."""
         self.engine.stop()
         self.reader.shutdown()
 
@@ -115,7 +115,7 @@ class Service:
         return wanted
 
     def _read(self, ask: BaseRequest) -> list[list[int]]:
-        """Token ids of every prompt. Runs in the thread of the tokenizer."""
+        """Token ids of every prompt. Runs in the tokenizer's thread."""
         if isinstance(ask, ChatRequest):
             return [self._read_chat(ask)]
         assert isinstance(ask, CompletionRequest)
@@ -127,7 +127,7 @@ class Service:
                 raise ApiError(400, f"prompt: token ids are 0 to {self.vocabulary - 1} here, got {max(prompt)}", param="prompt")
             return prompt
         try:
-            # Its length is checked later, together with what is to come.
+            # The length is checked later, together with max_tokens.
             return encode_prompt(_NoMemoryLimit(self.model), self.tokenizer, prompt).ids
         except UserError as error:
             raise ApiError(400, str(error).removeprefix("--"), param="prompt") from None
@@ -140,14 +140,14 @@ class Service:
         messages = [message.as_template() for message in ask.messages]
         try:
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except (TemplateError, TypeError, ValueError) as error:  # templates are programs, and expect what they expect
+        except (TemplateError, TypeError, ValueError) as error:  # templates are programs and may raise anything
             raise ApiError(400, f"messages: the model's chat template refuses them: {error}", param="messages") from None
         if not ids:
             raise ApiError(400, "messages: the model's chat template makes nothing of them", param="messages")
         return list(ids)
 
     def _jobs(self, ask: BaseRequest, prompts: list[list[int]], n: int) -> list[Job]:
-        """One for each text, in the order of the choices."""
+        """One job per choice, in order."""
         seed = secrets.randbits(64) if ask.seed is None else ask.seed
         temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, ask.top_p or 1.0
         jobs: list[Job] = []
@@ -157,7 +157,7 @@ class Service:
         return jobs
 
     def _limit(self, ask: BaseRequest, prompt: int) -> int:
-        """How many tokens may follow a prompt of so many."""
+        """Maximum number of new tokens for a prompt of the given length."""
         room, most = self.longest - prompt, self.settings.max_completion_tokens
         param = "messages" if isinstance(ask, ChatRequest) else "prompt"
         if room < 1:
@@ -180,7 +180,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Piece:
-    """Of choice number `index`: text that is certain, and, with the last one, why it ends there."""
+    """A piece of final text of choice `index`; the last one has the finish reason."""
 
     index: int
     text: str
@@ -188,35 +188,35 @@ class Piece:
 
 
 class Answer:
-    """The texts of one request. Whoever has one calls `close`, whatever happens."""
+    """The choices of one request. The owner must call `close`."""
 
     def __init__(self, service: Service, depth: Depth, prompts: list[list[int]], n: int, stops: list[str]):
         self.service, self.depth, self.label = service, depth, name_of(depth)
         self.prompt_tokens = sum(map(len, prompts))
-        self.fresh: list[list[str]] = [[] for _ in range(len(prompts) * n)]  # text of each choice that has not been handed on
+        self.fresh: list[list[str]] = [[] for _ in range(len(prompts) * n)]  # pending text of each choice
         starts = [prompt[-_CONTEXT:] for prompt in prompts for _ in range(n)]
         self.rows = [
             Row(service.tokenizer, start, service.ends, stops, fresh.append) for start, fresh in zip(starts, self.fresh, strict=True)
         ]
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self.open: dict[int, Ticket] = {}
+        self.open: dict[int, Request] = {}
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens written so far, end tokens included."""
+        """Tokens generated so far, end tokens included."""
         return sum(len(row.token_ids) for row in self.rows)
 
     def begin(self, jobs: list[Job]) -> None:
-        """Raises QueueFull, Unavailable: nothing has begun."""
-        tickets = self.service.engine.submit(self.depth, jobs, lambda number, event: self.events.put_nowait((number, event)))
-        self.open = dict(enumerate(tickets))
+        """Submit all jobs, or none: raises QueueFull or Unavailable."""
+        requests = self.service.engine.submit(self.depth, jobs, lambda number, event: self.events.put_nowait((number, event)))
+        self.open = dict(enumerate(requests))
         self.service.metrics.add("recursify_prompt_tokens_total", self.prompt_tokens, H_cycles=self.label)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Text as it comes, of all choices in turn; one piece with a reason for each.
+        """Text of all choices as it is generated, ending with one piece with a finish reason per choice.
 
         Raises:
-            ApiError: The engine has given up.
+            ApiError: The engine has stopped.
         """
         while self.open:
             index, event = await self.events.get()
@@ -229,14 +229,14 @@ class Answer:
                 yield piece
 
     def close(self) -> None:
-        """Give up what is not over; its place is free again."""
+        """Cancel what is still running."""
         for index in list(self.open):
             self._over(index, "cancelled")
 
     def _piece(self, index: int, event: list[int] | None) -> Piece:
         row = self.rows[index]
         for token in event or ():
-            if row.finish is None:  # the manager may be a token ahead of a stop string
+            if row.finish is None:  # the manager may be a token past the stop string
                 row.put(token)
         if event is None:
             row.close("length")
@@ -254,7 +254,7 @@ class Answer:
 
 
 def name_of(depth: Depth) -> str:
-    """A depth as a label; a plain donor has none."""
+    """The label of a depth; empty for a plain donor."""
     return "" if depth is None else str(depth)
 
 
@@ -269,7 +269,7 @@ def _depths(model: Any, settings: ServeSettings) -> tuple[int, ...]:
 
 
 class _NoMemoryLimit:
-    """A model for `encode_prompt`, whose words on length speak of flags."""
+    """Stands in for the model in `encode_prompt` and disables its length check, whose message is about flags."""
 
     def __init__(self, model: Any):
         self.get_input_embeddings = model.get_input_embeddings

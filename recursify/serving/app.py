@@ -19,21 +19,21 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_GONE = 499  # not sent, counted: the client went before its answer
+_GONE = 499  # for the metrics only: the client disconnected before its answer
 _KINDS: dict[str, tuple[type[Any], type[Shape]]] = {
     "/v1/completions": (CompletionRequest, CompletionShape),
     "/v1/chat/completions": (ChatRequest, ChatShape),
 }
 _ROUTES = (*_KINDS, "/v1/models", "/health", "/metrics")
-_DRAIN_SECONDS = 2.0  # that a body which is too long may go on, so that its sender gets to reading why
+_DRAIN_SECONDS = 2.0  # that an oversized body is still read for, so that the client sees the error
 
 
 class ClientDisconnected(Exception):
-    """The client went away."""
+    """The client has disconnected."""
 
 
 def make_app(service: Service) -> Any:
-    """The ASGI application over a service that has been started."""
+    """The ASGI application of a running service."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     for path, (ask_kind, shape_kind) in _KINDS.items():
         app.add_api_route(path, _generating(service, ask_kind, shape_kind), methods=["POST"], response_model=None)
@@ -61,16 +61,16 @@ def make_app(service: Service) -> Any:
         page = service.metrics.render(service.gauges())
         return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
 
-    app.add_exception_handler(ApiError, _told)
-    app.add_exception_handler(HTTPException, _told)
-    app.add_exception_handler(Exception, _told)
+    app.add_exception_handler(ApiError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
+    app.add_exception_handler(Exception, _error_response)
     return _Counted(app, service)
 
 
 def _generating(service: Service, ask_kind: type[Any], shape_kind: type[Shape]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
     async def generate(request: Request) -> Response:
         _check_key(service, request)
-        if (obstacle := service.engine.obstacle) is not None:  # before a long body is read
+        if (obstacle := service.engine.obstacle) is not None:  # before reading the body
             raise ApiError(503, obstacle, code="unavailable")
         deadline = asyncio.get_running_loop().time() + service.settings.request_timeout
         try:
@@ -97,7 +97,7 @@ def _too_slow(service: Service) -> ApiError:
 
 
 async def _whole(answer: Answer, shape: Shape) -> dict[str, Any]:
-    """All choices, and what they took."""
+    """All choices, and the token usage."""
     texts = ["" for _ in answer.rows]
     reasons = ["" for _ in answer.rows]
     async for piece in answer.pieces():
@@ -107,7 +107,7 @@ async def _whole(answer: Answer, shape: Shape) -> dict[str, Any]:
 
 
 class EventStream(Response):
-    """Server-sent events: a chunk for every piece, then perhaps the usage, then `[DONE]`; an error takes the place of the rest."""
+    """Server-sent events: a chunk per piece, the usage if requested, then `[DONE]`; an error replaces the rest."""
 
     media_type = "text/event-stream"
 
@@ -133,8 +133,8 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": _data(json.dumps(event, ensure_ascii=False)), "more_body": True})
             last = _data("[DONE]")
         except (ApiError, TimeoutError) as error:
-            told = error if isinstance(error, ApiError) else _too_slow(self.answer.service)
-            last = _data(json.dumps(told.body))
+            shown = error if isinstance(error, ApiError) else _too_slow(self.answer.service)
+            last = _data(json.dumps(shown.body))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _events(self) -> AsyncIterator[dict[str, Any]]:
@@ -155,10 +155,10 @@ def _data(text: str) -> bytes:
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`, which is cancelled when the client goes.
+    """The result of `work`, which is cancelled when the client disconnects.
 
     Raises:
-        ClientDisconnected: It went.
+        ClientDisconnected: It did.
     """
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(receive))
     try:
@@ -178,11 +178,11 @@ async def _until_gone(receive: Receive) -> None:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The body, of `most` bytes at most, whatever its header says of its length.
+    """The request body, at most `most` bytes, whatever Content-Length says.
 
     Raises:
         ApiError: 413.
-        ClientDisconnected: The client left off.
+        ClientDisconnected: The client disconnected.
     """
     parts: list[bytes] = []
     length, give_up = 0, float("inf")
@@ -218,13 +218,13 @@ def _check_key(service: Service, request: Request) -> None:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    """An entry of the list of models, with the depths beside what OpenAI has."""
+    """An entry of the list of models: OpenAI's fields and the depths."""
     depths = {"H_cycles": {"offered": service.depths, "default": service.engine.default}} if service.depths else {}
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "recursify", **depths}
 
 
-async def _told(request: Request, error: Exception) -> Response:
-    """Any error in OpenAI's shape; of one that is ours, nothing but that it is."""
+async def _error_response(request: Request, error: Exception) -> Response:
+    """Any error in OpenAI's format; internal errors are not described."""
     if isinstance(error, HTTPException):
         words = {404: f"there is no {request.url.path!r} here", 405: f"{request.url.path} does not take {request.method}"}
         error = ApiError(error.status_code, words.get(error.status_code, str(error.detail)), headers=error.headers)
@@ -234,7 +234,7 @@ async def _told(request: Request, error: Exception) -> Response:
 
 
 class _Counted:
-    """Counts what is answered, by route and status."""
+    """Middleware: counts responses by route and status."""
 
     def __init__(self, app: Any, service: Service):
         self.app, self.service = app, service

@@ -1,7 +1,7 @@
 """Scheduling: a queue, and one of transformers' batch managers per depth, all over the same weights.
 
-A text is let in when the cache has room for its prompt and for as many tokens as it may become; until then it waits, first come, first
-served. So a text that has begun is never thrown out again, and no manager meets a cache that is full.
+A request is admitted when the KV cache has room for its prompt and its maximum number of new tokens; until then it waits in a FIFO queue.
+So there is no preemption, and no manager runs out of cache.
 
 Everything here runs in the event loop's thread, except the managers themselves, each of which has a thread of its own.
 """
@@ -22,21 +22,21 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from ..errors import UserError
 from .sampling import Choice, PerRequestSampling
 
-Depth = int | None  # None is a plain donor, which has one depth and no name for it
-_PAGE = 32  # tokens in a block of the cache
+Depth = int | None  # None: a plain donor
+_PAGE = 32  # tokens per cache block
 
 
 class Unavailable(Exception):
-    """The engine is stopping, or a manager has died: no text can be written."""
+    """The engine is stopping, or a manager has died."""
 
 
 class QueueFull(Exception):
-    """More texts would wait than may."""
+    """The queue is full."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One text to be written.
+    """One sequence to generate.
 
     Args:
         prompt: Token ids, at least one.
@@ -48,35 +48,35 @@ class Job:
     choice: Choice
 
 
-# What a ticket's owner is told: new tokens, the end (None), or why there will be none.
+# What is passed to `notify`: new tokens, the end (None), or an error.
 Event = list[int] | None | Exception
 
 
-class Ticket:
-    """A text on its way. `tell` is called in the event loop's thread, with the end or an exception last."""
+class Request:
+    """A queued or running sequence. `notify` is called in the event loop's thread, last with the end or an exception."""
 
     _numbers = itertools.count()
 
-    def __init__(self, job: Job, sectors: int, tell: Callable[[Event], None]):
+    def __init__(self, job: Job, sectors: int, notify: Callable[[Event], None]):
         self.id = f"text-{next(self._numbers)}"
-        self.job, self.sectors, self.tell = job, sectors, tell
+        self.job, self.sectors, self.notify = job, sectors, notify
         self.seen = 0
 
 
 class Batcher:
-    """One depth: its manager, its cache, its queue.
+    """One depth: its batch manager, KV cache and queue.
 
     Args:
-        model: Anything of transformers that batches continuously, whose configuration says how many slots its cache has.
-        ends: Tokens that end a text.
-        cache_tokens, batch_tokens, max_running: As the settings of these names.
+        model: Any transformers model with continuous batching; its configuration gives the number of cache slots.
+        ends: End tokens.
+        cache_tokens, batch_tokens, max_running: As in `ServeSettings`.
     """
 
     def __init__(self, model: Any, ends: Sequence[int], *, cache_tokens: int, batch_tokens: int, max_running: int):
         self.ends, self.max_running = list(ends) or [-1], max_running
-        self.waiting: deque[Ticket] = deque()
-        self.running: dict[str, Ticket] = {}
-        self.held = 0  # sectors promised to those who run
+        self.waiting: deque[Request] = deque()
+        self.running: dict[str, Request] = {}
+        self.held = 0  # sectors reserved by running requests
         self.manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=self.ends),
             ContinuousBatchingConfig(
@@ -84,16 +84,16 @@ class Batcher:
                 num_blocks=-(-cache_tokens // _PAGE),
                 max_batch_tokens=batch_tokens,
                 max_requests_per_batch=max_running,
-                safety_margin=0.0,  # nobody is let in without room
-                allow_block_sharing=False,  # blocks are matched by a hash of 64 bits, which somebody could find another prompt for
-                use_cuda_graph=False,  # the choice of tokens is made in Python
+                safety_margin=0.0,  # requests are admitted by their reserved room
+                allow_block_sharing=False,  # blocks are matched by a 64-bit hash, for which a collision could be constructed
+                use_cuda_graph=False,  # tokens are sampled in Python
                 use_async_batching=False,
                 auto_switch_to_flash=False,
             ),
         )
         self.manager.logit_processor = PerRequestSampling()
         self.manager.output_router = self.router = _Router(self._take)
-        self.manager.warmup()  # makes the cache now, where an error can still be told
+        self.manager.warmup()  # allocates the cache now, where an error can be reported
         self.cache = self.manager.batch_processor.cache
 
     @property
@@ -102,7 +102,7 @@ class Batcher:
 
     @property
     def page(self) -> int:
-        """Tokens in a block."""
+        """Tokens per block."""
         return _PAGE
 
     @property
@@ -111,12 +111,12 @@ class Batcher:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that no text holds, as the manager has it."""
+        """Free blocks, according to the manager."""
         return round(self.cache.compute_free_capacity() * self.blocks)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text, prompt included, that the cache can hold when it is empty."""
+        """The longest sequence, prompt included, that fits the empty cache."""
         low, high = 0, self.cache.max_tokens_read
         while low < high:
             middle = (low + high + 1) // 2
@@ -125,17 +125,17 @@ class Batcher:
 
     @property
     def memory(self) -> int:
-        """Bytes of the cache, and of the masks that go with it."""
+        """Bytes of the cache and its attention masks."""
         masks = self.manager.batch_processor.inputs_and_outputs.attention_mask or {}
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.cache.cache_tensor, *masks.values()))
 
     def start(self) -> None:
-        """Begin to work; call it in the event loop that will be told of the texts."""
+        """Start the manager; call it in the event loop that is to receive the events."""
         self.router.loop = asyncio.get_running_loop()
         self.manager.start()
 
     def would_wait(self, jobs: Sequence[Job]) -> int:
-        """How many of some more jobs would have to wait now."""
+        """How many of these jobs would be queued if submitted now."""
         held, running = self.held, len(self.running)
         for at, job in enumerate(jobs):
             held, running = held + self._needs(job), running + 1
@@ -143,33 +143,33 @@ class Batcher:
                 return len(jobs) - at
         return 0
 
-    def submit(self, job: Job, tell: Callable[[Event], None]) -> Ticket:
-        ticket = Ticket(job, self._needs(job), tell)
-        self.waiting.append(ticket)
+    def submit(self, job: Job, notify: Callable[[Event], None]) -> Request:
+        request = Request(job, self._needs(job), notify)
+        self.waiting.append(request)
         self._admit()
-        return ticket
+        return request
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Forget a text, whether it waits, is being written, or is over."""
-        if self.running.pop(ticket.id, None) is not None:
-            self.held -= ticket.sectors
-            # Before anything that is let in instead: the manager frees the blocks first.
-            self.manager.cancel_request(ticket.id)
-        elif ticket in self.waiting:
-            self.waiting.remove(ticket)
+    def cancel(self, request: Request) -> None:
+        """Cancel a request, whether queued, running or finished."""
+        if self.running.pop(request.id, None) is not None:
+            self.held -= request.sectors
+            # Before admitting others: the manager then frees the blocks first.
+            self.manager.cancel_request(request.id)
+        elif request in self.waiting:
+            self.waiting.remove(request)
         self._admit()
 
     def abandon(self, error: Exception) -> None:
-        """Tell everybody that nothing more comes."""
+        """Fail all requests."""
         left = [*self.running.values(), *self.waiting]
         self.running.clear()
         self.waiting.clear()
         self.held = 0
-        for ticket in left:
-            ticket.tell(error)
+        for request in left:
+            request.notify(error)
 
     def stop(self) -> None:
-        """End the manager's thread. Any thread may call it."""
+        """Stop the manager's thread. Thread-safe."""
         if self.manager.is_running():
             self.manager.stop(block=True, hard_stop=True)
         self.manager.destroy()
@@ -178,41 +178,41 @@ class Batcher:
         return self._sectors(len(job.prompt) + job.max_new_tokens)
 
     def _sectors(self, tokens: int) -> int:
-        """What a text of so many tokens takes of the cache, at most."""
+        """Upper bound on the cache sectors of a sequence of this length."""
         return sum(-(-kind.needs_new_blocks("", 0, tokens) // kind.blocks_per_sector) for kind in self.cache.cache_allocators.values())
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_running and self.held + self.waiting[0].sectors <= self.cache.num_sectors:
-            ticket = self.waiting.popleft()
-            job = ticket.job
+            request = self.waiting.popleft()
+            job = request.job
             accepted = self.manager.add_request(
-                job.prompt, ticket.id, job.max_new_tokens, streaming=True, eos_token_id=self.ends, choice=job.choice
+                job.prompt, request.id, job.max_new_tokens, streaming=True, eos_token_id=self.ends, choice=job.choice
             )
             if accepted is None:
-                ticket.tell(Unavailable("the model has stopped writing"))
+                request.notify(Unavailable("the engine has stopped"))
                 continue
-            self.running[ticket.id] = ticket
-            self.held += ticket.sectors
+            self.running[request.id] = request
+            self.held += request.sectors
 
     def _take(self, outputs: Sequence[Any]) -> None:
-        """What a pass has brought. Outputs of cancelled texts may still be among it."""
+        """Handle the outputs of a step; some may belong to cancelled requests."""
         for output in outputs:
-            ticket = self.running.get(output.request_id)
-            if ticket is None:
+            request = self.running.get(output.request_id)
+            if request is None:
                 continue
-            new = output.generated_tokens[ticket.seen :]
-            ticket.seen += len(new)
+            new = output.generated_tokens[request.seen :]
+            request.seen += len(new)
             if new:
-                ticket.tell(new)
+                request.notify(new)
             if output.is_finished():
-                del self.running[ticket.id]
-                self.held -= ticket.sectors
-                ticket.tell(None if output.error is None else Unavailable(output.error))
+                del self.running[request.id]
+                self.held -= request.sectors
+                request.notify(None if output.error is None else Unavailable(output.error))
         self._admit()
 
 
 class _Router(OutputRouter):
-    """Hands a manager's outputs to the event loop, all of a pass at once, and keeps none: nobody else would ever fetch them."""
+    """Passes a manager's outputs to the event loop, one call per step, instead of storing them for a consumer that does not exist."""
 
     def __init__(self, take: Callable[[Sequence[Any]], None]):
         super().__init__()
@@ -228,19 +228,19 @@ class _Router(OutputRouter):
 
 
 class Engine:
-    """All depths, and the limits that they share.
+    """The batchers of all depths and their common limits.
 
     Args:
-        model: On its device, in its type.
-        depths: For a recursive model, in the order in which they are to be named; empty for any other.
-        sizes: As `Batcher` takes them.
+        model: The model, on its device and in its dtype.
+        depths: Depths of a recursive model, in display order; empty for a plain one.
+        sizes: As for `Batcher`.
 
     Raises:
         UserError: The caches do not fit into memory.
     """
 
     def __init__(self, model: Any, ends: Sequence[int], depths: Sequence[int], *, max_queue: int, **sizes: int):
-        model.set_attn_implementation("sdpa")  # the layers, which all depths share, read it from their own configuration
+        model.set_attn_implementation("sdpa")  # the layers, shared by all depths, read it from their own configuration
         self.max_queue, self.stopping = max_queue, False
         self.batchers: dict[Depth, Batcher] = {}
         for depth in depths or (None,):
@@ -256,10 +256,10 @@ class Engine:
 
     @property
     def obstacle(self) -> str | None:
-        """Why no text can be written, in words; None where one can."""
+        """Why nothing can be generated; None if healthy."""
         if self.stopping:
             return "the server is stopping"
-        return None if all(batcher.alive for batcher in self.batchers.values()) else "the model has stopped writing"
+        return None if all(batcher.alive for batcher in self.batchers.values()) else "the engine has stopped"
 
     @property
     def idle(self) -> bool:
@@ -273,11 +273,11 @@ class Engine:
         for batcher in self.batchers.values():
             batcher.start()
 
-    def submit(self, depth: Depth, jobs: Sequence[Job], tell: Callable[[int, Event], None]) -> list[Ticket]:
-        """Take all jobs of a request, or none; `tell` gets the number of the job with each event.
+    def submit(self, depth: Depth, jobs: Sequence[Job], notify: Callable[[int, Event], None]) -> list[Request]:
+        """Submit all jobs of a request, or none; `notify` gets the index of the job with each event.
 
         Raises:
-            QueueFull, Unavailable: None was taken.
+            QueueFull, Unavailable: No job was submitted.
         """
         if self.obstacle is not None:
             raise Unavailable(self.obstacle)
@@ -285,25 +285,25 @@ class Engine:
         more = batcher.would_wait(jobs)
         if more and sum(len(other.waiting) for other in self.batchers.values()) + more > self.max_queue:
             raise QueueFull
-        return [batcher.submit(job, lambda event, number=number: tell(number, event)) for number, job in enumerate(jobs)]  # type: ignore[misc]
+        return [batcher.submit(job, lambda event, number=number: notify(number, event)) for number, job in enumerate(jobs)]  # type: ignore[misc]
 
-    def cancel(self, depth: Depth, ticket: Ticket) -> None:
-        self.batchers[depth].cancel(ticket)
+    def cancel(self, depth: Depth, request: Request) -> None:
+        self.batchers[depth].cancel(request)
 
     def abandon(self) -> None:
-        """What is still on its way fails."""
+        """Fail everything queued and running."""
         self.stopping = True
         for batcher in self.batchers.values():
             batcher.abandon(Unavailable("the server is stopping"))
 
     def stop(self) -> None:
-        """End all threads. Any thread may call it."""
+        """Stop all threads. Thread-safe."""
         for batcher in self.batchers.values():
             batcher.stop()
 
 
 def at_depth(model: Any, H_cycles: int) -> Any:
-    """A recursive model as seen at another depth: the same parameters, nothing copied but the two outermost objects."""
+    """A view of a recursive model at another depth: shares all parameters; only the two outermost objects are copied."""
     view, base = copy.copy(model), copy.copy(model.model)
     view.config = base.config = model.config.at_depth(H_cycles)
     view._modules = {**model._modules, "model": base}

@@ -21,7 +21,7 @@ _HELP = {
 
 
 class Metrics:
-    """Counters, and the text that a scraper reads. Used from one thread."""
+    """Counters, rendered in Prometheus' text format. Not thread-safe."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[Labels]] = {name: Counter() for name, (kind, _) in _HELP.items() if kind == "counter"}
@@ -30,17 +30,17 @@ class Metrics:
         self.counts[name][_labels(labels)] += amount
 
     def render(self, gauges: Mapping[str, Mapping[Labels, float]]) -> str:
-        """The whole page; `gauges` are names to values of this moment, as `labelled` makes them."""
+        """The whole page; `gauges` maps names to current values, with keys from `labelled`."""
         values = {**self.counts, **gauges}
         lines = []
         for name, (kind, text) in _HELP.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{_written(labels)} {value}" for labels, value in values.get(name, {}).items()]
+            lines += [f"{name}{_rendered(labels)} {value}" for labels, value in values.get(name, {}).items()]
         return "\n".join(lines) + "\n"
 
 
 def labelled(**labels: object) -> Labels:
-    """The key of one value of a gauge."""
+    """The key of a gauge with labels."""
     return _labels(labels)
 
 
@@ -48,7 +48,7 @@ def _labels(labels: Mapping[str, object]) -> Labels:
     return tuple((name, str(value)) for name, value in labels.items())
 
 
-def _written(labels: Labels) -> str:
+def _rendered(labels: Labels) -> str:
     inside = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels)
     return f"{{{inside}}}" if inside else ""
 

@@ -13,18 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ..errors import short
 
 _STOPS = 16
-_SHOWN = 80  # characters of a bad value that its error repeats
+_SHOWN = 80  # characters of a bad value quoted in an error
 
-# Fields of OpenAI's API that change nothing here.
+# Fields of OpenAI's API without effect here.
 _HARMLESS = frozenset({"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
-# Those that would change the answer, with the values at which they do not.
+# Fields that would change the answer, with their neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
     "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "moderation": (), "parallel_tool_calls": (True, False),
     "prediction": (), "presence_penalty": (0,), "reasoning_effort": (), "response_format": ({"type": "text"},), "store": (False,),
     "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
-# Instead of what pydantic says of each branch of a choice of types.
+# Replaces pydantic's messages for each branch of a union.
 _EXPECTED = {
     "prompt": "some text, a list of texts, a list of token ids, or a list of such lists; none of them empty",
     "stop": f"a text, or a list of up to {_STOPS} texts; none of them empty",
@@ -33,7 +33,7 @@ _EXPECTED = {
 
 
 class ApiError(Exception):
-    """What went wrong, as the client is told."""
+    """An error response."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
@@ -54,7 +54,7 @@ Ids = Annotated[list[Id], Field(min_length=1)]
 
 
 class _Strict(BaseModel):
-    """No number for a text, no text for a number; what is unknown is kept for `_refuse_others` to judge."""
+    """No type coercion; unknown fields are kept for `_refuse_others` to check."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -65,7 +65,7 @@ class StreamOptions(_Strict):
 
 
 class BaseRequest(_Strict):
-    """What completions and chats have in common. None is the default, as for a field that is left out."""
+    """Fields common to completions and chat completions. None is the default, as for a missing field."""
 
     model: str | None = None
     stream: bool | None = None
@@ -85,7 +85,7 @@ class BaseRequest(_Strict):
 
     @property
     def limit(self) -> tuple[str, int] | None:
-        """The field that says how long an answer may be, and what it says."""
+        """Name and value of the field that limits the new tokens."""
         given = [(name, value) for name in ("max_completion_tokens", "max_tokens") if (value := getattr(self, name)) is not None]
         return given[0] if given else None
 
@@ -113,7 +113,7 @@ class Message(_Strict):
     content: str | list[Part]
 
     def as_template(self) -> dict[str, str]:
-        """As a chat template takes it; `developer` is OpenAI's newer word for `system`."""
+        """As a chat template expects it; `developer` is OpenAI's newer name for `system`."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
@@ -123,10 +123,10 @@ class ChatRequest(BaseRequest):
 
 
 def read(kind: type[BaseRequest], body: bytes) -> Any:
-    """A body as `kind`.
+    """Parse a request body as `kind`.
 
     Raises:
-        ApiError: 400, with the field that is wrong.
+        ApiError: 400, naming the invalid field.
     """
     try:
         ask = kind.model_validate_json(body)
@@ -134,7 +134,7 @@ def read(kind: type[BaseRequest], body: bytes) -> Any:
         raise _explained(error) from None
     _refuse_others(ask, kind)
     for message in getattr(ask, "messages", ()):
-        # `name` says who speaks; a client that hands back an answer hands back its empty fields too
+        # a client that sends an answer back sends its empty fields as well
         for name, value in (message.model_extra or {}).items():
             if name != "name" and value not in (None, [], {}):
                 raise ApiError(400, f"messages: a message has {name}, which this server does not read", param="messages")
@@ -146,7 +146,7 @@ def read(kind: type[BaseRequest], body: bytes) -> Any:
 
 
 def _explained(error: ValidationError) -> ApiError:
-    """The first fault, in one line."""
+    """The first validation error, in one line."""
     fault = error.errors(include_url=False, include_context=False)[0]
     where = [str(part) for part in fault["loc"]]
     if not where:
@@ -161,7 +161,7 @@ def _explained(error: ValidationError) -> ApiError:
 
 
 def _refuse_others(ask: BaseRequest, kind: type[BaseRequest]) -> None:
-    """Fields beyond those of `kind`: harmless, at a value that asks for nothing, or refused."""
+    """Refuse unknown fields, and known ones without support here unless they have their neutral value."""
     for name, value in (ask.model_extra or {}).items():
         if name in _HARMLESS or (name in _NEUTRAL and (value is None or value in _NEUTRAL[name])):
             continue
@@ -173,7 +173,7 @@ def _refuse_others(ask: BaseRequest, kind: type[BaseRequest]) -> None:
 
 
 class Shape:
-    """The objects of one answer. Subclasses say what completions and chats call things."""
+    """Builds the response objects. Subclasses differ in field names for completions and chats."""
 
     prefix = whole = piece = ""
 
@@ -182,7 +182,7 @@ class Shape:
         self.wants_usage = wants_usage
 
     def answer(self, texts: list[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
-        """All of it: (text, finish_reason) of each choice."""
+        """The full response from (text, finish_reason) of each choice."""
         choices = [self.choice(index, text, reason) for index, (text, reason) in enumerate(texts)]
         return {**self.head, "object": self.whole, "choices": choices, "usage": usage}
 
@@ -190,7 +190,7 @@ class Shape:
         return self._chunk([self.delta(index, text, reason)])
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """What comes before a choice's first piece."""
+        """The chunk before a choice's first piece."""
         return None
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:

@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from .answering import Service
 
 _NEEDED = ("fastapi", "uvicorn")
-_TICK = 0.05  # seconds between looks at whether all is answered
-_GOODBYE = 5  # seconds that connections have to take the last of their answers
-_KILLED = 130  # the shell's status of a program that was interrupted
+_TICK = 0.05  # seconds between checks for running requests
+_GOODBYE = 5  # seconds for connections to receive the rest of their answers
+_KILLED = 130  # exit status after SIGINT
 
 
 def run(settings: ServeSettings, say: Callable[[str], object] | None = None) -> None:
-    """Serve until Ctrl-C or SIGTERM; a second one ends the process at once.
+    """Serve until Ctrl-C or SIGTERM; a second one exits at once.
 
     Args:
-        say: Called with each line about the start and the end; None prints.
+        say: Called with each status line; None prints.
 
     Raises:
-        UserError: A flag out of range, a checkpoint that cannot be read, caches that do not fit, a port that is taken, packages that are
+        UserError: A flag out of range, a checkpoint that cannot be read, caches that do not fit, a port in use, packages that are
             missing.
     """
     say = say or _print
     settings.validate()
-    need_packages()
+    require_packages()
     with bound(settings.host, settings.port) as sock:
         service = load(settings)
         for line in described(service):
@@ -50,15 +50,15 @@ def run(settings: ServeSettings, say: Callable[[str], object] | None = None) -> 
     say("stopped")
 
 
-def need_packages() -> None:
-    """Raises UserError where FastAPI or uvicorn is missing."""
+def require_packages() -> None:
+    """Raises UserError if FastAPI or uvicorn is missing."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f'{" and ".join(missing)}: not installed, and the server needs it; pip install "recursify[serve]"')
 
 
 def load(settings: ServeSettings) -> Service:
-    """Model, tokenizer and caches, ready to be served.
+    """Load model and tokenizer and allocate the caches.
 
     Raises:
         UserError: As `run`.
@@ -75,7 +75,7 @@ def load(settings: ServeSettings) -> Service:
 
 
 def described(service: Service) -> Iterator[str]:
-    """What a person wants to know at the start, in lines."""
+    """The lines printed at startup."""
     engine, model = service.engine, service.model
     offered = f", H_cycles {', '.join(map(str, service.depths))} (default {engine.default})" if service.depths else ""
     yield f"model {service.name}{offered}, {str(model.dtype).removeprefix('torch.')} on {model.device}"
@@ -86,17 +86,17 @@ def described(service: Service) -> Iterator[str]:
 
 
 async def serve(service: Service, sock: socket.socket, stop: Stop, ready: Callable[[], object] = lambda: None) -> None:
-    """Answer on a bound socket until `stop` is asked for; then finish what runs, for as long as the settings say.
+    """Serve on a bound socket until `stop`; then finish running requests within the configured time.
 
     Args:
-        ready: Called once when requests are taken.
+        ready: Called once when requests are accepted.
     """
     import uvicorn
 
     from .app import make_app
 
     class Server(uvicorn.Server):
-        def capture_signals(self) -> Any:  # which are ours
+        def capture_signals(self) -> Any:  # `Stop` handles signals
             return nullcontext()
 
     config = uvicorn.Config(
@@ -128,7 +128,7 @@ async def _until_idle(service: Service, seconds: float) -> None:
 
 
 class Stop:
-    """The wish that a server stop, which may come from any thread, and before it has begun."""
+    """A stop request, from any thread, possibly before the server has started."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -136,7 +136,7 @@ class Stop:
         self._event = asyncio.Event()
 
     def here(self) -> asyncio.Event:
-        """The event that is set when it comes, for the running loop."""
+        """An event of the running loop, set by the stop request."""
         self._loop = asyncio.get_running_loop()
         if self.asked:
             self._event.set()
@@ -149,7 +149,7 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM ask; the second of them ends the process as it stands. Main thread only."""
+        """Handle SIGINT and SIGTERM; the second one ends the process at once. Main thread only."""
         before = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -165,17 +165,17 @@ class Stop:
 
 @contextmanager
 def bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at an address, on which nobody listens yet.
+    """Bind a socket, without listening.
 
     Raises:
-        UserError: No such host, or the port is taken or not ours to take.
+        UserError: No such host, or the port is in use or not permitted.
     """
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
         raise UserError(f"--host: expected an address of this machine, got {host!r} ({error.strerror or error})") from error
     with socket.socket(family, kind, protocol) as sock:
-        if os.name == "posix":  # a port whose last server has just gone is free; elsewhere the option means another thing
+        if os.name == "posix":  # allows a port in TIME_WAIT; on Windows the option means something else
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(where)
@@ -187,7 +187,7 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def address(sock: socket.socket) -> str:
-    """Where clients find it, as a URL."""
+    """The URL for clients."""
     host, port = sock.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -21,13 +21,13 @@ from ..inference.options import GREEDY_BELOW
 
 @dataclass(frozen=True)
 class Choice:
-    """How one text chooses its tokens.
+    """Sampling parameters of one sequence.
 
     Args:
         temperature: 0 is greedy.
-        top_p: Above 0, at most 1 (off).
-        seed: Any whole number.
-        index: Which of the request's texts it is: they differ, though their seed is one.
+        top_p: In (0, 1]; 1 is off.
+        seed: Any integer.
+        index: Index of the choice within its request: choices differ although they share the seed.
     """
 
     temperature: float = 0.0
@@ -40,15 +40,15 @@ class Choice:
         return self.temperature < GREEDY_BELOW
 
     def key(self, position: int) -> int:
-        """64 bits, signed, that stand for this text at this position."""
+        """A signed 64-bit key of this sequence and position."""
         said = f"{self.seed}/{self.index}/{position}".encode()
         return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little", signed=True)
 
 
 class PerRequestSampling(ContinuousBatchingLogitsProcessorList):
-    """In the place of the manager's list of logits processors; a request brings `choice=Choice(...)`.
+    """Replaces the manager's logits processors; each request passes `choice=Choice(...)`.
 
-    Keeps the choices of the batch that is on its way in Python, so the manager must not run ahead nor replay a graph.
+    Keeps the parameters of the current batch in Python, so the manager must not run asynchronously or replay a CUDA graph.
     """
 
     def __init__(self) -> None:
@@ -58,13 +58,13 @@ class PerRequestSampling(ContinuousBatchingLogitsProcessorList):
         self.rows: list[tuple[Choice, int]] = []
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
-        """Note who gets a token in this pass, and at which position."""
+        """Record which sequences get a token in this step, and their positions."""
         states = [request.state for request in requests_in_batch if request.has_new_token]
         self.rows = [(state.logit_processor_kwargs["choice"], state.position_offset) for state in states]
         return arg_storage
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor) -> torch.Tensor:
-        """Logits `[texts, V]`, some rows of which may belong to nobody, to scores whose largest is the choice."""
+        """Logits `[rows, V]`, possibly with padding rows, to scores whose argmax is the sampled token."""
         drawn = [row for row, (choice, _) in enumerate(self.rows) if not choice.greedy]
         if drawn:
             choices = [self.rows[row] for row in drawn]
@@ -73,7 +73,7 @@ class PerRequestSampling(ContinuousBatchingLogitsProcessorList):
 
 
 def choose(logits: torch.Tensor, choices: list[Choice], keys: list[int]) -> torch.Tensor:
-    """Logits `[n, V]` in float32 to scores `[n, V]` whose largest entry is a draw, each row by its own choice and 64-bit key."""
+    """Logits `[n, V]` in float32 to scores `[n, V]` whose argmax is a sample (Gumbel-max), per row with its parameters and 64-bit key."""
     temperature = torch.tensor([choice.temperature for choice in choices], device=logits.device)
     scores = logits / temperature[:, None]
     top_p = torch.tensor([choice.top_p for choice in choices], device=logits.device)
@@ -83,7 +83,7 @@ def choose(logits: torch.Tensor, choices: list[Choice], keys: list[int]) -> torc
 
 
 def _nucleus(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Without the tokens beyond the likeliest ones that together have `top_p` `[n]`; the likeliest always stays."""
+    """Mask tokens outside the nucleus of mass `top_p` `[n]`; the most likely token always stays."""
     ordered, order = scores.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
@@ -93,9 +93,9 @@ def _nucleus(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Gumbel noise `[n, V]` in float32, a function of keys `[n]` in int64 and nothing else.
+    """Gumbel noise `[n, V]` in float32, a pure function of int64 keys `[n]`.
 
-    Bits by counting and mixing (SplitMix64): whole numbers, so the same on every device and in every batch.
+    Counter-based random bits (SplitMix64) in integer arithmetic: equal on every device and in every batch.
     """
     x = keys[:, None] + _GOLDEN * torch.arange(1, vocabulary + 1, device=keys.device)
     x = (x ^ _shifted(x, 30)) * _MIX[0]
@@ -106,7 +106,7 @@ def gumbel(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, as if int64 had no sign."""
+    """Logical right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -52,7 +52,7 @@ class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
     """Seconds that running requests may take to finish after Ctrl-C or SIGTERM."""
 
     def validate(self) -> None:
-        """Check all that can be checked without the model.
+        """Check everything that needs no model.
 
         Raises:
             UserError: A value out of range.
@@ -83,7 +83,7 @@ class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
         """`depths` as numbers, each once, in the order given.
 
         Raises:
-            UserError: One that is no whole number of at least 0.
+            UserError: A depth that is not a whole number of at least 0.
         """
         words = [word for part in self.depths for word in str(part).split(",")]
         for word in words:
@@ -93,11 +93,11 @@ class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
 
     @property
     def key(self) -> str | None:
-        """The key that requests must send; None where none is needed."""
+        """The API key that requests must send; None if there is none."""
         return self.api_key or os.environ.get(API_KEY) or None
 
     def sizes(self, device: Any) -> tuple[int, int]:
-        """(tokens of a cache, tokens of a pass) on a `torch.device`, with defaults filled in."""
+        """(cache tokens, batch tokens) for a `torch.device`, with defaults filled in."""
         cache, batch = (8192, 512) if device.type == "cpu" else (65536, 2048)
         return self.cache_tokens or cache, self.batch_tokens or max(batch, self.max_running)
 

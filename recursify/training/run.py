@@ -64,7 +64,7 @@ def train(settings: RunSettings) -> TrainResult:
     PartialState(cpu=device.type == "cpu")  # several processes find each other here, before the first of them is waited for
     point = _point_to_resume(settings) if settings.resume else None
     found = _starting_model(settings, point)
-    tokenizer = checkpoint.need_tokenizer(found, point or settings.source)
+    tokenizer = checkpoint.require_tokenizer(found, point or settings.source)
     settings.validate_model(found.model.config)
     _check_tokenizer(found.model, tokenizer)
 

@@ -387,9 +387,9 @@ def test_tokenizers(model: RecursiveLLM, saved: Path, tmp_path: Path) -> None:
     found = checkpoint.load(tmp_path / "bare.pt")
     assert found.tokenizer is None
     with pytest.raises(UserError, match=r"bare.pt: no tokenizer in .*bare_tokenizer; name one with --tokenizer_path"):
-        checkpoint.need_tokenizer(found, tmp_path / "bare.pt")
+        checkpoint.require_tokenizer(found, tmp_path / "bare.pt")
     found = checkpoint.load(tmp_path / "bare.pt", tokenizer_path=str(saved / "model_tokenizer"))
-    assert checkpoint.need_tokenizer(found, "bare.pt").eos_token_id == 0
+    assert checkpoint.require_tokenizer(found, "bare.pt").eos_token_id == 0
 
 
 def other_tokenizer() -> Any:
@@ -404,7 +404,7 @@ def test_tokenizer_path_overrides_the_checkpoints_tokenizer(form: str, model: Re
     other_tokenizer().save_pretrained(tmp_path / "other")
     own, named = checkpoint.load(saved / form), checkpoint.load(saved / form, tokenizer_path=str(tmp_path / "other"))
     assert len(named.tokenizer) == len(own.tokenizer) + 1
-    assert checkpoint.need_tokenizer(own, "x") is own.tokenizer
+    assert checkpoint.require_tokenizer(own, "x") is own.tokenizer
     checkpoint.save(tmp_path / form, model, None, PLAN, NOTES)
     bare = checkpoint.load(tmp_path / form)
     assert (bare.tokenizer, bare.plan, bare.notes) == (None, PLAN, NOTES)

@@ -1174,7 +1174,7 @@ class Measuring(Cases):
         """Of the first model."""
         return self._run(self._make(**{"dataset_name": self._world.path("text"), **given}))
 
-    def _asked(self, **given: Any) -> evaluation.EvaluateReport:
+    def _evaluate_questions(self, **given: Any) -> evaluation.EvaluateReport:
         """With questions and no text."""
         return self._run(self._make(**{"max_windows": None, "questions": (self.made,), **given}))
 
@@ -1217,7 +1217,7 @@ class Measuring(Cases):
         self._measured(batch_size=2)
         assert set(sizes) == {2, 1}
         batches = self._spy(evaluation, "evaluate_questions")
-        self._asked(batch_size=3)
+        self._evaluate_questions(batch_size=3)
         assert batches[0][1]["batch_size"] == 3
         assert self._tasks(batch_size=3)[1]["batch_size"] == 3
 
@@ -1225,11 +1225,11 @@ class Measuring(Cases):
         assert self._measured(max_windows=2).text.windows == 2 and self._measured(max_windows=None).text.windows > 3
 
     def questions(self) -> None:
-        [asked] = self._asked().questions
+        [asked] = self._evaluate_questions().questions
         assert (asked.name, asked.items) == (self.made, 12) and {row.difficulty for row in asked.rows} == {None, 1, 2}
 
     def judge(self) -> None:
-        [asked] = self._asked(judge="labels").questions
+        [asked] = self._evaluate_questions(judge="labels").questions
         assert asked.judge == "labels" and next(row.count for row in asked.rows) == 6 * 1 + 6 * 2
 
     def _tasks(self, **given: Any) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
@@ -1249,7 +1249,7 @@ class Measuring(Cases):
         assert kwargs["folder"] == checked[1] == str(self._tmp)
 
     def max_items(self) -> None:
-        assert self._asked(max_items=5).questions[0].items == 5
+        assert self._evaluate_questions(max_items=5).questions[0].items == 5
         assert self._tasks(max_items=7)[1]["max_items"] == 7
 
     def halt(self) -> None:

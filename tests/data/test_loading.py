@@ -389,7 +389,7 @@ class TestStream:
         train, validation = self.stream(tmp_path)
         assert rows_of(validation) == self.blocks_of(self.documents(valid_path), tokenizer)[:10]
         everything = self.blocks_of(self.documents(train_path), tokenizer)
-        assert set(everything) == set(rows_of(train, len(everything) + 16))
+        assert set(everything) == set(rows_of(train, 4 * len(everything)))  # a block may stay in the buffer for long
 
     def test_a_blank_validation_split_is_none(self, tmp_path: Path) -> None:
         path = corpus(tmp_path / "train.jsonl", 1, 30)

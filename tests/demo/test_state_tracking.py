@@ -37,7 +37,7 @@ def test_the_tracker_knows_short_words_and_is_lost_in_long_ones() -> None:
 def test_a_donor_is_trained_like_the_recursive_model_but_for_the_loop() -> None:
     ours = state_tracking.settings(Path("x"), 50, 3)
     ours.validate()
-    theirs = state_tracking.of_a_donor(200)
+    theirs = state_tracking.baseline_settings(200)
     assert {"lr", "batch_size", "seq_len", "weight_decay", "lr_schedule", "dataset_name", "seed"}.isdisjoint(theirs)
     assert theirs["max_steps"] == 200
 

@@ -78,7 +78,7 @@ def test_sums_are_those_of_runs_at_each_depth(model: Any, x: torch.Tensor) -> No
         assert torch.equal(sums["right"][c], last(right[c]))
     for c in range(H - 1):
         assert torch.equal(sums["corrected"][c], last(~right[c] & right[c + 1]))
-        assert torch.equal(sums["spoilt"][c], last(right[c] & ~right[c + 1]))
+        assert torch.equal(sums["broken"][c], last(right[c] & ~right[c + 1]))
         moved = torch.stack([(b - a).norm(dim=-1) / a.norm(dim=-1) for a, b in zip(states[c], states[c + 1], strict=True)])
         assert torch.allclose(sums["distance"][c], last(moved[:, :-1]), atol=1e-4)
     assert torch.equal(sums["first_to_last"], torch.stack([last(~right[0] & right[-1]), last(right[0] & ~right[-1])]))
@@ -86,7 +86,7 @@ def test_sums_are_those_of_runs_at_each_depth(model: Any, x: torch.Tensor) -> No
 
 
 def test_guesses_change_both_ways() -> None:
-    """On a head that reads two numbers as the logits of two tokens: of six guesses the second and fifth are mended, the third is spoilt."""
+    """On a head that reads two numbers as the logits of two tokens: of six guesses the second and fifth are mended, the third is broken."""
     head = torch.nn.Linear(2, 2, bias=False)
     head.weight.data = torch.eye(2)
     x = torch.tensor([[0, 1, 1, 1, 0, 0, 0]])
@@ -98,8 +98,8 @@ def test_guesses_change_both_ways() -> None:
     with torch.no_grad():
         report = summarise(sums_of_cycles(head, states, x, scored_places(x, torch.tensor([6]))), torch.tensor([6]), 1)
     assert report.right == [4 / 6, 4 / 6, 5 / 6]
-    assert [(step.corrected, step.spoilt) for step in report.steps] == [(1 / 6, 1 / 6), (1 / 6, 0.0)]
-    assert (report.corrected, report.spoilt) == (2 / 6, 1 / 6)
+    assert [(step.corrected, step.broken) for step in report.steps] == [(1 / 6, 1 / 6), (1 / 6, 0.0)]
+    assert (report.corrected, report.broken) == (2 / 6, 1 / 6)
     assert [step.distance for step in report.steps] == pytest.approx([2 / 6 * 2**0.5, 1 / 6 * 2**0.5])
 
 
@@ -131,8 +131,8 @@ def test_figures_are_means_over_tokens_and_errors_those_of_pairs(model: Any, x: 
         assert (step.before, step.after) == (c + 1, c + 2)
         gain = (sums["nats"][c] - sums["nats"][c + 1]) - step.gain * SCORED
         assert step.gain_error == pytest.approx((5 / 4 * gain.square().sum()).sqrt().item() / tokens)
-        assert step.corrected - step.spoilt == pytest.approx(report.right[c + 1] - report.right[c])
-    assert report.corrected - report.spoilt == pytest.approx(report.right[-1] - report.right[0])
+        assert step.corrected - step.broken == pytest.approx(report.right[c + 1] - report.right[c])
+    assert report.corrected - report.broken == pytest.approx(report.right[-1] - report.right[0])
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -225,18 +225,18 @@ def test_guesses_of_three_cycles_in_two_windows() -> None:
     with torch.no_grad():
         sums = sums_of_cycles(head, states, x, scored_places(x, torch.tensor([3, 2])))
     assert sums["right"].tolist() == [[1, 1], [1, 1], [2, 1]]
-    assert sums["corrected"].tolist() == [[1, 1], [1, 1]] and sums["spoilt"].tolist() == [[1, 1], [0, 1]]
+    assert sums["corrected"].tolist() == [[1, 1], [1, 1]] and sums["broken"].tolist() == [[1, 1], [0, 1]]
     assert sums["first_to_last"].tolist() == [[2, 0], [1, 0]]
     report = summarise(sums, torch.tensor([3, 2]), 1)
-    assert report.right == pytest.approx([2 / 5, 2 / 5, 3 / 5]) and (report.corrected, report.spoilt) == pytest.approx((2 / 5, 1 / 5))
-    assert [(step.corrected, step.spoilt) for step in report.steps] == [pytest.approx((2 / 5, 2 / 5)), pytest.approx((2 / 5, 1 / 5))]
+    assert report.right == pytest.approx([2 / 5, 2 / 5, 3 / 5]) and (report.corrected, report.broken) == pytest.approx((2 / 5, 1 / 5))
+    assert [(step.corrected, step.broken) for step in report.steps] == [pytest.approx((2 / 5, 2 / 5)), pytest.approx((2 / 5, 1 / 5))]
 
 
 SUMS = {
     "nats": torch.tensor([[9.0, 8.0, 7.0, 3.0, 5.0], [7.0, 8.5, 4.0, 2.0, 4.0], [6.0, 5.0, 5.0, 1.0, 4.5]], dtype=torch.float64),
     "right": torch.tensor([[1.0, 0, 0, 0, 0], [2.0, 1, 0, 1, 0], [3.0, 0, 1, 1, 1]], dtype=torch.float64),
     "corrected": torch.tensor([[1.0, 1, 0, 1, 0], [2.0, 0, 1, 0, 1]], dtype=torch.float64),
-    "spoilt": torch.tensor([[0.0, 0, 0, 0, 0], [1.0, 1, 0, 0, 0]], dtype=torch.float64),
+    "broken": torch.tensor([[0.0, 0, 0, 0, 0], [1.0, 1, 0, 0, 0]], dtype=torch.float64),
     "distance": torch.tensor([[4.0, 1, 1, 2, 1], [2.0, 0.5, 1, 0, 1]], dtype=torch.float64),
     "first_to_last": torch.tensor([[3.0, 0, 1, 1, 1], [1.0, 0, 0, 0, 0]], dtype=torch.float64),
     "halted_nats": torch.tensor([[8.0, 7.0, 5.0, 2.0, 4.0]], dtype=torch.float64),
@@ -271,10 +271,10 @@ def test_a_summary_by_hand(per_piece: int) -> None:
     for c, step in enumerate(report.steps):
         assert (step.before, step.after, step.gain) == (c + 1, c + 2, pytest.approx(report.losses[c] - report.losses[c + 1]))
         assert step.gain_error == pytest.approx(error_by_hand(nats[c] - nats[c + 1], per_piece))
-    assert [(step.corrected, step.spoilt, step.distance) for step in report.steps] == [
+    assert [(step.corrected, step.broken, step.distance) for step in report.steps] == [
         pytest.approx((3 / 27, 0.0, 9 / 27)), pytest.approx((4 / 27, 2 / 27, 4.5 / 27)),
     ]  # fmt: skip
-    assert (report.corrected, report.spoilt) == pytest.approx((6 / 27, 1 / 27))
+    assert (report.corrected, report.broken) == pytest.approx((6 / 27, 1 / 27))
 
 
 @pytest.mark.parametrize("per_piece", [1, 2])

@@ -25,7 +25,7 @@ def loss_row(H: int | None, loss: float, error: float | None = 0.0123) -> dict[s
 
 def telemetry(losses: list[float]) -> dict[str, Any]:
     steps = [
-        {"before": c, "after": c + 1, "gain": losses[c - 1] - losses[c], "gain_error": 0.0011, "corrected": 0.0321, "spoilt": 0.0123,
+        {"before": c, "after": c + 1, "gain": losses[c - 1] - losses[c], "gain_error": 0.0011, "corrected": 0.0321, "broken": 0.0123,
          "distance": 0.4567}
         for c in range(1, len(losses))
     ]  # fmt: skip
@@ -35,7 +35,7 @@ def telemetry(losses: list[float]) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "H_cycles": len(losses), "losses": losses, "right": [0.4] * len(losses), "loop_gain": losses[0] - losses[-1],
-        "loop_gain_error": 0.0021, "corrected": 0.0543, "spoilt": 0.0234, "steps": steps, "halting": halting,
+        "loop_gain_error": 0.0021, "corrected": 0.0543, "broken": 0.0234, "steps": steps, "halting": halting,
     }  # fmt: skip
 
 

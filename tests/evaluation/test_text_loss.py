@@ -198,7 +198,7 @@ def test_the_report_as_json(model: RecursiveLLM, text: Path) -> None:
     found = json.loads(json.dumps(report.to_dict()))
     assert {"dataset", "windows", "seq_len", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
     assert found["rows"][0].keys() == {"H_cycles", "loss", "standard_error", "layer_applications", "bits_per_byte", "perplexity"}
-    assert {"loop_gain", "corrected", "spoilt", "steps", "halting"} < found["telemetry"].keys()
+    assert {"loop_gain", "corrected", "broken", "steps", "halting"} < found["telemetry"].keys()
     assert found["telemetry"]["halting"]["criterion"] == "kl"
 
 

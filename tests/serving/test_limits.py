@@ -157,4 +157,4 @@ def test_a_manager_that_dies_is_told(model: Any, tokenizer: Any, monkeypatch: py
         assert server.post(prompt="a").status_code == 503
         assert soon(lambda: server.http.get("/health").status_code == 503)
         error = server.post(prompt="a").json()["error"]
-        assert (error["type"], error["message"]) == ("server_error", "the model has stopped writing")
+        assert (error["type"], error["message"]) == ("server_error", "the engine has stopped")

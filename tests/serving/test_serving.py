@@ -20,7 +20,7 @@ import pytest
 
 from recursify.serving import ServeSettings
 from recursify.serving.answering import Answer
-from recursify.serving.engine import Ticket
+from recursify.serving.engine import Request
 from tests.support.served import PROMPTS, Running, chatty_tokenizer, ids_of, running, soon, speaking_model, text_of
 from tests.support.tiny import tiny_model
 
@@ -310,7 +310,7 @@ def test_sixteen_clients_among_misbehaving_ones_get_what_one_alone_gets(server: 
         assert [one.result() for one in bad] == [set(), {400}, {400}]
     assert right == [True] * 16
     assert soon(lambda: server.idle)
-    assert soon(lambda: not kept(Ticket, Answer))
+    assert soon(lambda: not kept(Request, Answer))
 
 
 def kept(*kinds: type) -> list[Any]:

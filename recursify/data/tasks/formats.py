@@ -126,14 +126,14 @@ def _babi(path: Path) -> Iterator[Item]:
             story = {}
         last = number
         if "\t" in line or "|" in line:
-            yield _asked(re.split(r"[\t|]", numbered[2]), story, place)
+            yield _babi_item(re.split(r"[\t|]", numbered[2]), story, place)
         elif numbered[2].endswith("?"):
             raise _fault(place, _QUESTION, line)
         else:
             story[number] = numbered[2]
 
 
-def _asked(fields: list[str], story: dict[int, str], place: str) -> Item:
+def _babi_item(fields: list[str], story: dict[int, str], place: str) -> Item:
     fields = [field.strip() for field in fields]
     if len(fields) != 3 or not all(fields) or not re.fullmatch(r"\d+( \d+)*", fields[2], re.ASCII):
         raise _fault(place, _QUESTION, " | ".join(fields))
