@@ -37,7 +37,7 @@ PRINTED = (
 
 
 @pytest.mark.parametrize(("old", "name", "place"), PRINTED)
-def test_an_old_name_is_the_new_one_and_says_where_it_is(old: str, name: str, place: str) -> None:
+def test_old_name_resolves_with_a_deprecation_warning(old: str, name: str, place: str) -> None:
     new = getattr(importlib.import_module(f"recursify.{place}"), name)
     module = importlib.import_module(f"recursify.{old}")
     with pytest.warns(DeprecationWarning, match=rf"recursify\.{old}\.{name} is recursify\.{place}.*\.{name} now"):
@@ -54,14 +54,14 @@ def test_an_old_name_is_the_new_one_and_says_where_it_is(old: str, name: str, pl
         ("evaluation", "load_any", "checkpoints.loading", "load_model"),
     ],
 )
-def test_a_renamed_thing_is_found_by_its_old_name(old: str, name: str, place: str, new: str) -> None:
+def test_renamed_object_resolves_by_its_old_name(old: str, name: str, place: str, new: str) -> None:
     module = importlib.import_module(f"recursify.{old}")
     with pytest.warns(DeprecationWarning, match=rf"recursify\.{old}\.{name} is recursify\.{place}\.{new} now"):
         assert getattr(module, name) is getattr(importlib.import_module(f"recursify.{place}"), new)
 
 
 @pytest.mark.parametrize("place", sorted({place for places in (_moved.MOVED | _moved.ROOMS).values() for place in places}))
-def test_every_new_place_is_there(place: str) -> None:
+def test_every_new_module_exists(place: str) -> None:
     importlib.import_module(f"recursify.{place}")
 
 
@@ -74,7 +74,7 @@ def test_names_that_never_were_are_not_found() -> None:
         _ = importlib.import_module("recursify.data").nothing
 
 
-def test_they_work_in_import_statements() -> None:
+def test_old_modules_work_in_import_statements() -> None:
     program = (
         "from recursify.checkpoint import load\nfrom recursify.tasks.item import Item\nfrom recursify.cli import main, parse\n"
         "import recursify.cost\nprint(recursify.cost.GB, load.__module__, Item.__module__, parse.__module__)"

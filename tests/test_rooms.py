@@ -79,7 +79,7 @@ def test_imports_only_go_down(room: str) -> None:
     assert not up, f"{room} imports from rooms beside it or above it: {sorted(up)}"
 
 
-def test_the_reader_of_imports_sees_them() -> None:
+def test_import_parser_finds_imports() -> None:
     found = {(here, there) for _, here, there in arrows()}
     assert {("conversion", "checkpoints"), ("cli", "training"), ("evaluation", "data"), ("training", "errors")} <= found
     assert "recursify.data.tasks.item.Item" in imports_of(PACKAGE / "data" / "tasks" / "generated.py")
@@ -103,7 +103,7 @@ def test_the_network_needs_only_torch_and_transformers(path: Path) -> None:
         assert set(outside) <= sys.stdlib_module_names | {"torch", "transformers"}, ast.unparse(node)
 
 
-def test_tests_stand_in_the_rooms_folders_and_share_only_support() -> None:
+def test_tests_are_in_their_rooms_folder_and_share_only_support() -> None:
     tests = Path(__file__).resolve().parent
     folders = {path.name for path in tests.iterdir() if any(path.glob("*.py"))}
     assert folders == {*ROOMS, "support", "docs", "recipes", "benchmarks", "mutants"}

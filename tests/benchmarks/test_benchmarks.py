@@ -106,7 +106,7 @@ KEPT = Check("what holds", 2, most=2)
         ([MISSED], True, 0, ["MISSED"]),
     ],
 )
-def test_a_missed_bound_is_said_and_an_aim_is_no_bound(
+def test_missed_bounds_are_reported_and_targets_are_not_bounds(
     checks: list[Check], quick: bool, status: int, said: list[str], use: Use, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use(named("first", one_row(1, *checks)), named("second", one_row(1)))
@@ -120,7 +120,7 @@ def stored(folder: Path, size: str = "cpu") -> Any:
     return json.loads((folder / f"{size}.json").read_text(encoding="utf-8"))
 
 
-def test_what_is_not_measured_now_stays(use: Use, tmp_path: Path) -> None:
+def test_other_results_are_kept(use: Use, tmp_path: Path) -> None:
     use(named("first", one_row(1)), named("second", one_row(2)))
     runner.main(["--output", str(tmp_path)])
     before = stored(tmp_path)
@@ -131,7 +131,7 @@ def test_what_is_not_measured_now_stays(use: Use, tmp_path: Path) -> None:
     assert [found["second"]["tables"][0]["rows"][0]["seconds"] for found in (before, after)] == [2, 3]
 
 
-def test_what_was_measured_before_a_case_broke_is_kept(use: Use, tmp_path: Path) -> None:
+def test_results_before_a_failed_case_are_kept(use: Use, tmp_path: Path) -> None:
     def broken(bench: Bench) -> Iterator[Table | Check]:
         yield Table("Rows", [{"what": "one"}])
         raise RuntimeError("out of memory")
@@ -149,7 +149,7 @@ def test_what_belongs_to_a_suite(use: Use) -> None:
     assert [one.name for one in runner.chosen(runner.parse(["long", "both"]))] == ["long", "both"]
 
 
-def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_of_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(registry().cases)
@@ -166,7 +166,7 @@ def test_an_unknown_case_is_refused_with_the_list(name: str, why: str, use: Use,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         runner.main(["--device", "cuda"])
     assert "torch finds no GPU here" in capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
-def test_the_pages_say_what_the_results_say(file: Path) -> None:
+def test_pages_equal_the_rendered_results(file: Path) -> None:
     written = file.read_text(encoding="utf-8")
     assert page.render(written) == written, f"{file.name} is out of date: python -m benchmarks --render"
 
@@ -227,7 +227,7 @@ def test_a_table_has_all_columns_and_the_limit_last() -> None:
 @example(99.96, 1)
 @example(0.9996, -1)
 @example(0.00001, 1)
-def test_numbers_have_three_digits_that_count(size: float, sign: int) -> None:
+def test_numbers_have_three_significant_digits(size: float, sign: int) -> None:
     written = page._number(sign * size)
     assert float(written) == float(f"{sign * size:.3g}")
     mantissa = written.lower().partition("e")[0]
@@ -245,7 +245,7 @@ def test_whole_and_large_numbers(value: float, written: str) -> None:
 # Clocks and scales
 
 
-def test_sides_take_turns_and_the_first_round_warms() -> None:
+def test_sides_alternate_after_a_warm_up_round() -> None:
     turns: list[str] = []
     times = alternate({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3, torch.device("cpu"))
     assert turns == ["a", "b"] * 4
@@ -302,7 +302,7 @@ def run_of(recipe: ModuleType, before: list[float], after: list[float]) -> dict[
         ([4.0, 4.0, 5.05], False, False),  # below where it began, but not below the donor
     ],
 )
-def test_what_the_recipe_concludes(recipe: ModuleType, after: list[float], falls: bool, not_worse: bool) -> None:
+def test_conclusion_of_the_recipe(recipe: ModuleType, after: list[float], falls: bool, not_worse: bool) -> None:
     found = recipe.verdict([run_of(recipe, [5.0, 5.0, 5.1], after)], as_is=5.0)
     assert (found["every_cycle_falls"], found["later_cycles_not_worse"]) == (falls, not_worse)
     assert recipe.holds(found) == (falls and not_worse)
@@ -312,14 +312,14 @@ def test_without_a_run_the_recipe_concludes_nothing(recipe: ModuleType) -> None:
     assert not recipe.holds(recipe.verdict([], as_is=5.0))
 
 
-def test_the_recipes_figures_are_those_of_its_json(recipe: ModuleType) -> None:
+def test_recipe_page_equals_its_json(recipe: ModuleType) -> None:
     folder = ROOT / "recipes/results"
     found = json.loads((folder / "shipped_donor.json").read_text(encoding="utf-8"))
     assert (folder / "shipped_donor.md").read_text(encoding="utf-8") == recipe.render(found)
     assert recipe.holds(recipe.verdict(found["runs"], found["donor_as_is"]))
 
 
-def test_a_slow_minute_lowers_no_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_is_the_maximum_of_its_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([bounds.Ceilings(3.0, 2.0), bounds.Ceilings(1.0, 5.0)])
     monkeypatch.setattr(bounds, "_look", lambda device, dtype: next(looks))
     monkeypatch.setattr(bounds, "_seen", {})

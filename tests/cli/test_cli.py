@@ -128,7 +128,7 @@ def test_evaluate_both_forms_and_the_donor(converted: Path, donor_folder: Path, 
     assert json.loads(theirs)["rows"][0]["layer_applications"] == 24
 
 
-def test_an_interrupted_training_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_training_exits_non_zero(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from types import SimpleNamespace
 
     from recursify import training
@@ -174,7 +174,7 @@ def test_settings_come_from_a_recipe_with_their_types(recipe: Path) -> None:
     assert all(type(weight) is float for weight in (train.lr, train.gain_lr, *train.cycle_weights))
 
 
-def test_the_command_line_goes_before_the_recipe(recipe: Path) -> None:
+def test_command_line_overrides_the_recipe(recipe: Path) -> None:
     flags = ["--lr", "2e-5", f"--config={recipe}", "--no_enable_deep_supervision", "--cycle_choices", "3", "--checkpoint", "other.pt"]
     train = cli.parse("train", TrainSettings, flags)
     assert (train.lr, train.enable_deep_supervision, train.cycle_choices, train.checkpoint) == (2e-5, False, (3,), "other.pt")
@@ -238,7 +238,7 @@ def test_a_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert call(capsys, "generate", "--config")[0] == 2
 
 
-def test_output_into_a_closed_pipe_is_no_error(converted: Path) -> None:
+def test_closed_pipe_is_not_an_error(converted: Path) -> None:
     argv = [sys.executable, "-m", "recursify", "inspect", "--checkpoint", str(converted)]
     piped = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert piped.stdout is not None and piped.stderr is not None

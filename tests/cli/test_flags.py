@@ -48,7 +48,7 @@ def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_the_command_line_gives_is_what_python_gives(name: str) -> None:
+def test_command_line_equals_python_settings(name: str) -> None:
     assert parse(name) == COMMANDS[name](**NEEDED.get(name, {}))
 
 
@@ -132,7 +132,7 @@ def test_wrong_types_from_python(values: dict[str, Any], message: str) -> None:
         ("gain_lr", "x", "a number"),
     ],
 )
-def test_the_command_line_and_recipes_say_it_in_the_same_words(
+def test_command_line_and_recipe_errors_are_equal(
     flag: str, value: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -144,7 +144,7 @@ def test_the_command_line_and_recipes_say_it_in_the_same_words(
         parse("train", f"--config {tmp_path / 'recipe.yaml'}")
 
 
-def test_what_is_like_a_type_is_taken() -> None:
+def test_compatible_values_are_converted() -> None:
     import numpy as np
 
     found = ModelSource(checkpoint=Path("some") / "model.pt")  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def test_what_is_like_a_type_is_taken() -> None:
     assert DecodingOptions(H_cycles=None).H_cycles is None
 
 
-def test_a_recipe_is_under_the_flags(tmp_path: Path) -> None:
+def test_flags_override_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("train: {checkpoint: a.pt, lr: 1e-5, num_epochs: 7, cycle_choices: [1, 2]}", encoding="utf-8")
     found = main.parse("train", TrainSettings, ["--config", str(tmp_path / "recipe.yaml"), "--num_train_epochs", "2"])
     assert found == TrainSettings(checkpoint="a.pt", lr=1e-5, num_epochs=2, cycle_choices=(1, 2))

@@ -59,7 +59,7 @@ print("done")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [PROGRAM, BENCHMARKS], ids=["the package", "benchmarks"])
-def test_only_what_reads_data_sets_or_writes_tables_needs_more(program: str, donor_folder: Path, tmp_path: Path) -> None:
+def test_only_datasets_and_tables_need_extra_packages(program: str, donor_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT + program, str(donor_folder), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout.strip()) == (0, "done"), done.stderr

@@ -16,7 +16,7 @@ from tests.support import tiny
 EOS = 0
 
 
-def test_a_second_end_of_text_is_not_added() -> None:
+def test_end_of_text_is_not_duplicated() -> None:
     tokenizer = tiny.make_tiny_tokenizer()
     assert encode({"text": ["x<|endoftext|>", "x", ""]}, tokenizer)["input_ids"] == [
         [*tokenizer("x")["input_ids"], 0],
@@ -25,13 +25,13 @@ def test_a_second_end_of_text_is_not_added() -> None:
     ]
 
 
-def test_an_end_of_text_in_the_middle_ends_no_document() -> None:
+def test_end_of_text_inside_a_document_is_plain_text() -> None:
     tokenizer = tiny.make_tiny_tokenizer()
     (ids,) = encode({"text": ["x<|endoftext|>y"]}, tokenizer)["input_ids"]
     assert ids == [*tokenizer("x")["input_ids"], 0, *tokenizer("y")["input_ids"], 0]
 
 
-def test_documents_of_every_length_are_encoded_as_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_encoding_equals_table_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [" ".join(tiny.sentences(i, i % 7 + 1)) for i in range(150)] + ["x"]
     tokenizer = tiny.make_tiny_tokenizer()
     expected = encode({"text": texts}, tokenizer)["input_ids"]
@@ -53,7 +53,7 @@ def separate_slowly(row: list[int]) -> tuple[list[int], list[bool]]:
 
 class TestSeparate:
     @given(st.integers(1, 12).flatmap(lambda T: st.lists(st.lists(st.integers(0, 3), min_size=T, max_size=T), min_size=1, max_size=4)))
-    def test_as_the_obvious_way(self, rows: list[list[int]]) -> None:
+    def test_separate_equals_a_naive_implementation(self, rows: list[list[int]]) -> None:
         ids = torch.tensor(rows)
         positions, starts = separate(ids, EOS)
         assert ids.tolist() == rows
@@ -66,7 +66,7 @@ class TestSeparate:
         assert starts.tolist() == [[False, False, False, True, False, True, True]]
 
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-    def test_packed_documents_are_as_each_alone(self, attention: str) -> None:
+    def test_packed_documents_equal_single_documents(self, attention: str) -> None:
         shape = {
             "prelude_layers": 1,
             "L_layers": 1,

@@ -68,7 +68,7 @@ class TestFormats:
             assert set(texts(documents.train) + texts(documents.validation)) == set(content.split("\n<|endoftext|>\n"))
 
     @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
-    def test_a_mark_at_the_beginning_is_no_text(self, tmp_path: Path, suffix: str) -> None:
+    def test_byte_order_mark_is_not_text(self, tmp_path: Path, suffix: str) -> None:
         path = self.write(tmp_path, suffix)
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
         documents = load(path)
@@ -90,12 +90,12 @@ class TestFormats:
         documents = load(tmp_path / "a.csv")
         assert sorted(texts(documents.train) + texts(documents.validation)) == sorted([long, "one\r\ntwo"])
 
-    def test_json_far_behind_blanks(self, tmp_path: Path) -> None:
+    def test_json_after_leading_white_space(self, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text(" \n" * 100 + json.dumps([{"text": "one"}, {"text": "two"}]))
         documents = load(tmp_path / "a.json")
         assert sorted(texts(documents.train) + texts(documents.validation)) == ["one", "two"]
 
-    def test_only_line_ends_around_a_document_go(self, tmp_path: Path) -> None:
+    def test_only_surrounding_line_ends_are_stripped(self, tmp_path: Path) -> None:
         documents = load(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("\n\n  one \t\n\n", "two")]))
         assert sorted(texts(documents.train) + texts(documents.validation)) == ["  one \t", "two"]
 
@@ -107,7 +107,7 @@ class TestFormats:
 
 
 class TestSplits:
-    def test_the_names_in_a_folder_tell_the_split(self, tmp_path: Path) -> None:
+    def test_split_from_file_names(self, tmp_path: Path) -> None:
         for name in ("b.txt", "a.txt", "heldout_valid.txt", "wiki-TEST.txt", "sub/latest.txt", "dev/c.txt", ".hidden.txt"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(name, encoding="utf-8")
@@ -151,7 +151,7 @@ class TestSplits:
         (tmp_path / "test.parquet").write_text("no parquet")
         assert len(load(tmp_path).train) == 1
 
-    def test_whole_documents_are_set_aside_by_a_fixed_seed(self, tmp_path: Path) -> None:
+    def test_documents_are_held_out_with_a_fixed_seed(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(100)])
         first, again = load(path), load(path)
         assert (len(first.train), len(first.validation)) == (95, 5)
@@ -159,7 +159,7 @@ class TestSplits:
         assert texts(first.validation) == texts(again.validation)
         assert texts(first.train) == sorted(texts(first.train), key=lambda t: int(t.split()[1]))
 
-    def test_a_blank_validation_file_is_none(self, tmp_path: Path) -> None:
+    def test_blank_validation_file_is_ignored(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [{"text": f"d{i}"} for i in range(20)])
         (tmp_path / "valid.txt").write_text(" \n")
         documents = load(tmp_path)
@@ -173,14 +173,14 @@ class TestSplits:
         assert sorted(texts(documents.train) + texts(documents.validation)) == ["a.txt", "sub/e.txt"]
 
     @pytest.mark.parametrize(("count", "share"), [(2, 1), (20, 1), (29, 1), (31, 2), (49, 2), (51, 3), (110, 6), (400, 20)])
-    def test_one_in_twenty_is_set_aside_and_which_never_changes(self, count: int, share: int) -> None:
+    def test_held_out_documents_are_stable(self, count: int, share: int) -> None:
         rows = [str(i) for i in range(count)]
         documents = hold_out(table(*rows), "x")
         chosen = sorted(random.Random(0).sample(range(count), share))
         assert texts(documents.validation) == [str(i) for i in chosen]
         assert texts(documents.train) == [row for row in rows if int(row) not in chosen]
 
-    def test_at_least_one_document_is_set_aside(self) -> None:
+    def test_at_least_one_document_is_held_out(self) -> None:
         documents = hold_out(table("one", "two", "three"), "x")
         assert (len(documents.train), len(documents.validation)) == (2, 1)
 
@@ -203,14 +203,14 @@ class TestSplits:
         assert split_text(text) == ("x" * 930 + boundary, "y" * (70 - len(boundary)))
 
     @pytest.mark.parametrize("boundary", ["\n\n", "\n", " "])
-    def test_how_far_back_a_boundary_may_be(self, boundary: str) -> None:
+    def test_split_boundary_is_within_5_percent(self, boundary: str) -> None:
         for start in range(880, 1000 - len(boundary)):
             text = "x" * start + boundary + "y" * (1000 - start - len(boundary))
             end = start + len(boundary)
             cut = end if 900 < end <= 950 else 950
             assert split_text(text) == (text[:cut], text[cut:]), start
 
-    def test_the_last_boundary_of_the_largest_kind_is_taken(self) -> None:
+    def test_last_boundary_of_the_largest_unit_is_used(self) -> None:
         text = "x" * 905 + "\n\n" + "x" * 8 + "\n\n" + "x" * 8 + "\n" + "x" * 4 + " " + "y" * 69
         train, validation = split_text(text)
         assert (train, validation) == (text[:917], text[917:]) and len(text) == 1000
@@ -258,7 +258,7 @@ class TestHub:
         assert texts(documents.validation) == [f"{split} {i}" for i in range(3)]
         assert texts(documents.train) == [f"train {i}" for i in range(3)]
 
-    def test_a_blank_validation_split_is_none(self, hub: HubStandIn, tmp_path: Path) -> None:
+    def test_blank_validation_split_is_ignored(self, hub: HubStandIn, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "train.jsonl", [{"text": f"d{i}"} for i in range(20)])
         write_jsonl(tmp_path / "validation.jsonl", [{"text": " \n"}])
         hub.add_dataset("your/half", tmp_path)
@@ -290,7 +290,7 @@ class TestHub:
         assert (len(documents.train), len(documents.validation)) == (19, 1)
         assert "never" not in texts(documents.train) + texts(documents.validation)
 
-    def test_a_folder_here_goes_before_the_hub(self, hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_local_folder_takes_precedence_over_the_hub(self, hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         for folder in ("corpus", "wikitext"):
             (tmp_path / folder).mkdir()
@@ -343,7 +343,7 @@ class TestErrors:
         with says("a.parquet", "no column 'text'", "'id', 'body'", "--text_column"):
             load(tmp_path / "a.parquet")
 
-    def test_column_that_is_no_text(self, tmp_path: Path) -> None:
+    def test_column_that_is_not_text(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": [1]}), tmp_path / "a.parquet")
         with says("a.parquet", "'text' holds int64", "expected text"):
             load(tmp_path / "a.parquet")
@@ -376,7 +376,7 @@ class TestErrors:
         with says("no data set no/such", "hub", "path", ".txt"):
             load("no/such")
 
-    def test_hub_out_of_reach(self, hub: HubStandIn) -> None:
+    def test_hub_unreachable(self, hub: HubStandIn) -> None:
         hub.down = True
         with says("cannot reach", "some/dataset", "HF_HUB_OFFLINE", "local path"):
             load("some/dataset")

@@ -40,7 +40,7 @@ class TestTokenize:
         return [i for row in self.rows for i in [*tokenizer(row)["input_ids"], tokenizer.eos_token_id]]
 
     @pytest.mark.parametrize("seq_len", [1, 7, 128])
-    def test_blocks_are_the_stream_without_its_tail(self, seq_len: int) -> None:
+    def test_blocks_concatenate_to_the_stream_without_its_tail(self, seq_len: int) -> None:
         tokenizer = tiny.make_tiny_tokenizer()
         blocks = tokenize(table(*self.rows), tokenizer, seq_len)
         stream = self.stream(tokenizer)
@@ -71,9 +71,7 @@ class TestTokenize:
         assert str(blocks[:2]["input_ids"].dtype) == "torch.int64"
         assert blocks[:2]["input_ids"].shape == (2, 8)
 
-    def test_documents_beyond_the_models_length_pass_without_a_word(
-        self, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_long_documents_give_no_warning(self, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
         tokenizer = tiny.make_tiny_tokenizer()
         tokenizer.model_max_length = 16
         transformers_logger = logging.getLogger("transformers")
@@ -86,7 +84,7 @@ class TestTokenize:
         captured = capfd.readouterr()
         assert (captured.out, captured.err) == ("", "")
 
-    def test_the_setting_of_progress_bars_is_left_alone(self) -> None:
+    def test_progress_bar_setting_is_restored(self) -> None:
         for disabled in (True, False):
             (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
             tokenize(table("some text here"), tiny.make_tiny_tokenizer(), 2)
@@ -101,13 +99,13 @@ class TestTokenize:
         other = tokenize(load(path).train, tiny.make_tiny_tokenizer(), 9)
         assert len(other[0]["input_ids"]) == 9
 
-    def test_another_tokenizer_gets_no_table_of_the_first(self) -> None:
+    def test_cache_depends_on_the_tokenizer(self) -> None:
         first, second = tiny.make_tiny_tokenizer(), tiny.make_tiny_tokenizer()
         second.add_tokens(["lobster"])
         tokenize(table(*self.rows), first, 8)
         assert len(first) in [i for ids in tokenize(table(*self.rows), second, 8)["input_ids"] for i in ids]
 
-    def test_another_end_of_text_token_gets_no_table_of_the_first(self) -> None:
+    def test_cache_depends_on_the_end_of_text_token(self) -> None:
         first, second = tiny.make_tiny_tokenizer(), tiny.make_tiny_tokenizer()
         second.eos_token = second.convert_ids_to_tokens(300)
         one, other = ([i for ids in tokenize(table(*self.rows), each, 8)["input_ids"] for i in ids] for each in (first, second))
@@ -125,7 +123,7 @@ class TestTokenize:
         with says("too short", f"{tokens} tokens", "--seq_len 64"):
             tokenize(table("short"), tokenizer, 64)
 
-    def test_seq_len_that_is_no_length(self) -> None:
+    def test_invalid_seq_len(self) -> None:
         with says("--seq_len", "not 0"):
             tokenize(table("x"), tiny.make_tiny_tokenizer(), 0)
 
@@ -193,7 +191,7 @@ class TestMix:
         assert chosen <= Counter(three)
 
     @pytest.mark.parametrize(("wanted", "lengths"), [(1, [1]), (4, [4]), (5, [5]), (6, [5, 1]), (10, [5, 5]), (14, [5, 5, 4])])
-    def test_how_often_the_blocks_fit(self, wanted: int, lengths: list[int]) -> None:
+    def test_oversampling(self, wanted: int, lengths: list[int]) -> None:
         blocks = Dataset.from_dict({"input_ids": [[i] for i in range(5)]})
         parts = data.choose_blocks(blocks, wanted, np.random.default_rng(3))
         assert [len(part) for part in parts] == lengths
@@ -207,23 +205,23 @@ class TestMix:
             for weight in ((wanted - 0.4) / n, (wanted + 0.4) / n):
                 assert len(mixed(own, f"{long}={weight}").train) == n + wanted
 
-    def test_the_seed_decides(self, names: tuple[Path, Path, Path]) -> None:
+    def test_mixture_depends_on_the_seed(self, names: tuple[Path, Path, Path]) -> None:
         own, _, long = names
         first, again, other = (rows_of(mixed(own, f"{long}=1", seed=seed).train) for seed in (1, 1, 2))
         assert first == again
         assert first != other and sorted(first[: len(alone(own))]) == sorted(other[: len(alone(own))])
 
-    def test_two_data_sets_draw_differently(self, names: tuple[Path, Path, Path]) -> None:
+    def test_datasets_of_a_mixture_are_sampled_independently(self, names: tuple[Path, Path, Path]) -> None:
         own, _, long = names
         n = len(alone(own))
         rows = rows_of(mixed(own, f"{long}=1", f"{long}=1").train)
         assert rows[n : 2 * n] != rows[2 * n :]
 
-    def test_validation_is_the_first_ones_own(self, names: tuple[Path, Path, Path]) -> None:
+    def test_validation_is_that_of_dataset_name(self, names: tuple[Path, Path, Path]) -> None:
         own, short, _ = names
         assert rows_of(mixed(own, f"{short}=1").validation) == rows_of(mixed(own).validation)
 
-    def test_what_validates_is_never_trained_on(self, names: tuple[Path, Path, Path]) -> None:
+    def test_validation_documents_are_never_trained_on(self, names: tuple[Path, Path, Path]) -> None:
         own = names[0]
         assert set(rows_of(mixed(own, f"{own}=3").train)) == set(alone(own))
 
@@ -241,7 +239,7 @@ class TestMix:
         wikitext = set(alone("wikitext"))
         assert sum(row in wikitext for row in rows) == round(len(alone(own)) * 0.5)
 
-    def test_the_configuration_is_not_for_what_is_mixed_in(self, hub: HubStandIn, tmp_path: Path) -> None:
+    def test_dataset_config_does_not_apply_to_mixed_datasets(self, hub: HubStandIn, tmp_path: Path) -> None:
         extra = corpus(tmp_path / "extra.jsonl", 1, 40)
         rows = rows_of(mixed("wikitext", f"{extra}=0.25", dataset_config_name="wikitext-103-raw-v1").train)
         assert set(rows[-5:]) <= set(alone(extra))
@@ -261,7 +259,7 @@ class TestMix:
         with says("--mix", "0.0001", "adds nothing", "larger weight"):
             mixed(names[0], f"{names[1]}=0.0001")
 
-    def test_a_second_load_tokenises_nothing(self, names: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_second_load_uses_the_cache(self, names: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         book = tmp_path / "book.txt"  # a single document, cut in two
         book.write_text("\n".join(tiny.sentences(9, 200)), encoding="utf-8")
         sources = (names[0], f"{names[1]}=1.5", f"{names[2]}=0.5", f"{book}=1")
@@ -285,7 +283,7 @@ class TestSeveralProcesses:
         return passed
 
     @pytest.mark.parametrize(("rank", "local_rank", "before"), [(0, "0", 0), (8, "0", 1), (1, "1", 2), (9, "1", 2), (3, None, 2)])
-    def test_the_first_of_all_then_the_first_of_each_node(
+    def test_rank_0_then_local_rank_0_build_the_tables(
         self, rank: int, local_rank: str | None, before: int, barriers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
@@ -304,7 +302,7 @@ class TestSeveralProcesses:
         mixed(path, f"{path}=1")
         assert barriers == ["barrier"] * before + ["load"] * 2 + ["barrier"] * (2 - before)
 
-    def test_an_error_keeps_nobody_waiting(self, barriers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_error_on_rank_0_releases_other_ranks(self, barriers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
         with says("no file or folder"):
             mixed(tmp_path / "none.txt")
@@ -343,7 +341,7 @@ class TestStream:
         lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in self.documents(path)]
         return next(n for n in range(len(lengths)) if sum(lengths[:n]) >= 10 * SEQ_LEN)
 
-    def test_the_text_without_end(self, tmp_path: Path) -> None:
+    def test_stream_is_endless(self, tmp_path: Path) -> None:
         path = corpus(tmp_path / "a.jsonl", 1, 30)
         expected = self.blocks_of(self.documents(path)[self.held_out(path) :], tiny.make_tiny_tokenizer())
         train, _ = self.stream(path)
@@ -353,14 +351,14 @@ class TestStream:
         assert sum((Counter(expected) - Counter(rows)).values()) <= 16
         assert rows[: len(expected)] != expected
 
-    def test_the_first_blocks_validate_and_their_documents_are_left_out(self, tmp_path: Path) -> None:
+    def test_first_blocks_of_a_stream_are_held_out(self, tmp_path: Path) -> None:
         path = corpus(tmp_path / "a.jsonl", 1, 30)
         texts, held = self.documents(path), self.held_out(path)
         _, validation = self.stream(path)
         assert rows_of(validation) == self.blocks_of(texts[:held], tiny.make_tiny_tokenizer())[:10]
 
     @pytest.mark.parametrize("documents", [7, 9, 10, 11])
-    def test_a_short_validation_split_gives_what_it_has(self, documents: int, tmp_path: Path) -> None:
+    def test_short_validation_split(self, documents: int, tmp_path: Path) -> None:
         """Seven ids to a document and eight to a block, of which ten are wanted."""
         tokenizer = tiny.make_tiny_tokenizer()
         tokens = tokenizer.tokenize("the old ship")
@@ -371,7 +369,7 @@ class TestStream:
         _, validation = self.stream(tmp_path)
         assert rows_of(validation) == [tuple(ids[i : i + 8]) for i in range(0, len(ids) - 7, 8)][:10]
 
-    def test_no_more_documents_are_set_aside_than_the_blocks_need(self, tmp_path: Path) -> None:
+    def test_held_out_documents_of_a_stream_are_minimal(self, tmp_path: Path) -> None:
         path = corpus(tmp_path / "a.jsonl", 1, 30)
         tokenizer, texts = tiny.make_tiny_tokenizer(), self.documents(path)
         first = next(iter(data.TextStream("x", lambda: iter([{"text": text} for text in texts]), self.held_out(path)).without_end()))
@@ -383,7 +381,7 @@ class TestStream:
         again = list(islice(stream.without_end(), 2 * (30 - stream.skipped)))
         assert [row["text"] for row in again] == texts[stream.skipped :] * 2
 
-    def test_its_own_validation_split_as_far_as_it_is_needed(self, tmp_path: Path) -> None:
+    def test_stream_uses_its_validation_split(self, tmp_path: Path) -> None:
         train_path, valid_path = corpus(tmp_path / "train.jsonl", 1, 30), corpus(tmp_path / "valid.jsonl", 2, 30)
         tokenizer = tiny.make_tiny_tokenizer()
         train, validation = self.stream(tmp_path)
@@ -391,13 +389,13 @@ class TestStream:
         everything = self.blocks_of(self.documents(train_path), tokenizer)
         assert set(everything) == set(rows_of(train, 4 * len(everything)))  # a block may stay in the buffer for long
 
-    def test_a_blank_validation_split_is_none(self, tmp_path: Path) -> None:
+    def test_blank_validation_split_is_ignored(self, tmp_path: Path) -> None:
         path = corpus(tmp_path / "train.jsonl", 1, 30)
         (tmp_path / "valid.txt").write_text("\n")
         assert rows_of(self.stream(tmp_path)[1]) == rows_of(self.stream(path)[1])
 
     @pytest.mark.parametrize("mix", [False, True])
-    def test_it_begins_anew_and_an_epoch_changes_it(self, tmp_path: Path, mix: bool) -> None:
+    def test_iterating_restarts_the_stream_and_set_epoch_reshuffles(self, tmp_path: Path, mix: bool) -> None:
         path, other = corpus(tmp_path / "a.jsonl", 1, 30), corpus(tmp_path / "b.jsonl", 2, 30)
         entries = (f"{other}=0.5",) if mix else ()
         train, _ = self.stream(path, *entries)
@@ -421,14 +419,14 @@ class TestStream:
         # five standard deviations of a share at 2,000 draws
         assert shares == pytest.approx([2 / 7, 1 / 7, 4 / 7], abs=5 * math.sqrt(0.25 / 2000))
 
-    def test_the_seed_decides_which_data_set_is_next(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_dataset_order_depends_on_the_seed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(data, "STREAM_BUFFER_BLOCKS", 1)  # nothing is shuffled
         path, other = corpus(tmp_path / "a.jsonl", 1, 30), corpus(tmp_path / "b.jsonl", 2, 30)
         kind = set(self.blocks_of(self.documents(path)[self.held_out(path) :], tiny.make_tiny_tokenizer()))
         drawn = [[row in kind for row in rows_of(self.stream(path, f"{other}=1", seed=seed)[0], 60)] for seed in (7, 8, 7)]
         assert drawn[0] == drawn[2] != drawn[1] and 0 < sum(drawn[0]) < 60
 
-    def test_a_loader_skips_as_a_resumed_run_does(self, tmp_path: Path) -> None:
+    def test_skipping_in_a_loader_equals_a_resumed_run(self, tmp_path: Path) -> None:
         path, other = corpus(tmp_path / "a.jsonl", 1, 30), corpus(tmp_path / "b.jsonl", 2, 30)
         train, _ = self.stream(path, f"{other}=1")
 
@@ -441,7 +439,7 @@ class TestStream:
         resumed = list(islice(skip_first_batches(loader, 11), 19))
         assert torch.equal(torch.stack(whole[11:]), torch.stack(resumed))
 
-    def test_nothing_is_written_and_no_more_is_read_than_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_streaming_writes_nothing_and_reads_lazily(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path, read = corpus(tmp_path / "a.jsonl", 1, 2000), 0
         original = documents._read_jsonl
 
@@ -485,7 +483,7 @@ class TestStream:
         assert rows_of(validation) == rows_of(local_validation)
         assert rows_of(train, 100) == rows_of(local, 100)
 
-    def test_a_data_set_that_validation_uses_up(self, tmp_path: Path) -> None:
+    def test_stream_smaller_than_its_validation(self, tmp_path: Path) -> None:
         book = tmp_path / "book.txt"
         book.write_text(" ".join(tiny.sentences(0, 100)), encoding="utf-8")
         with says("book.txt", "nothing left", "first 10 blocks", "leave out --streaming"):
@@ -493,7 +491,7 @@ class TestStream:
         with says("book.txt", "nothing left"):
             self.stream(corpus(tmp_path / "a.jsonl", 1, 30), f"{book}=1")
 
-    def test_documents_are_tables_all_the_same(self, hub: HubStandIn) -> None:
+    def test_load_documents_ignores_streaming(self, hub: HubStandIn) -> None:
         assert texts(load("wikitext", streaming=True).train) == texts(load("wikitext").train)
 
     def test_other_errors(self, tmp_path: Path, hub: HubStandIn) -> None:

@@ -49,7 +49,7 @@ def test_difficulties(written: str, difficulties: list[int]) -> None:
     assert [item.difficulty for item in items] == [difficulty for difficulty in difficulties for _ in range(3)]
 
 
-def test_a_made_set_is_what_its_options_say() -> None:
+def test_synthetic_sets_follow_their_options() -> None:
     assert load_questions("permutations:difficulty=6,count=4,seed=2,group=S5", "test") == generate(
         "permutations", 6, 4, 2, split="test", group="S5"
     )
@@ -57,7 +57,7 @@ def test_a_made_set_is_what_its_options_say() -> None:
     assert [item.difficulty for item in load_questions("addition", "test")] == [d for d in range(1, 9) for _ in range(500)]
 
 
-def test_a_file_is_read_as_it_is(babi: Path) -> None:
+def test_file_sets_keep_their_order(babi: Path) -> None:
     for split in ("train", "test"):
         assert [item.answer for item in load_questions(f"babi:{babi}", split)] == ["kitchen", "garden"] * 10
 
@@ -100,7 +100,7 @@ def test_refusals(name: str, message: str) -> None:
     assert message in str(refused.value)
 
 
-def test_what_is_set_aside(babi: Path) -> None:
+def test_held_out_items(babi: Path) -> None:
     train, held = divide("addition:difficulty=1-4,count=25")
     assert (len(train), len(held)) == (95, 5)
     assert not set(train) & set(held) and {item.difficulty for item in train} == {1, 2, 3, 4}
@@ -126,7 +126,7 @@ def test_one_in_twenty_is_set_aside(count: int, share: int, tmp_path: Path) -> N
     assert divide(f"babi:{tmp_path / 'qa.txt'}") == (items[:-share], items[-share:])
 
 
-def test_what_an_option_is_where_it_is_not_given() -> None:
+def test_default_task_options() -> None:
     assert load_questions("addition:difficulty=3", "train") == generate("addition", 3, 500, 0, split="train")
     assert load_questions("addition:difficulty=3,count=2", "test") == generate("addition", 3, 2, 0, split="test")
     assert load_questions("addition:difficulty=3,count=2", "train") != load_questions("addition:difficulty=3,count=2", "test")
@@ -145,20 +145,20 @@ def ending(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("name", ["addition", "permutations"])
-def test_an_end_of_text_that_the_tokenizer_writes_is_not_written_twice(name: str) -> None:
+def test_question_rows_do_not_duplicate_end_of_text(name: str) -> None:
     items = generate(name, 4, 3, 0)
     own = ending(tiny.make_tiny_tokenizer())
     assert own("x")["input_ids"][-1] == own.eos_token_id
     assert list(question_rows(items, own, 90)) == list(question_rows(items, TOKENIZER, 90))
 
 
-def test_an_item_with_one_wide_state_has_none() -> None:
+def test_states_of_several_tokens_give_no_labels() -> None:
     item = generate("permutations", 5, 1, 0)[0]
     wide = replace(item, labels=(*item.labels[:-1], "nomadic zebra"))
     assert label_tokens(item, TOKENIZER) is not None and label_tokens(wide, TOKENIZER) is None
 
 
-def test_a_state_is_told_with_the_space_before_it_where_that_is_one_token() -> None:
+def test_state_token_has_a_leading_space_if_the_vocabulary_has_it() -> None:
     item = generate("permutations", 5, 1, 0)[0]
     ids = {letter: [TOKENIZER(written)["input_ids"] for written in (f" {letter}", letter)] for letter in string.ascii_letters}
     both = [letter for letter, (spaced, bare) in ids.items() if len(spaced) == len(bare) == 1]
@@ -178,7 +178,7 @@ def test_rows_that_are_full_to_the_last_token() -> None:
     assert rows[0]["input_ids"][-2:] == [TOKENIZER.eos_token_id] * 2 and rows[0]["labels"][-1] == IGNORED
 
 
-def test_validation_is_of_other_questions_and_text_is_labelled_by_itself(tmp_path: Path) -> None:
+def test_validation_questions_are_held_out_and_text_is_fully_scored(tmp_path: Path) -> None:
     name = "addition:difficulty=2,count=40"
     blocks = load_blocks(DataSettings(dataset_name=name), TOKENIZER, 32, 0)
     train, held = divide(name)
@@ -199,7 +199,7 @@ def documents(rows: list[dict[str, list[int]]]) -> list[list[tuple[int, int]]]:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["addition", "pointers", "booleans"]), st.integers(1, 3)), min_size=1, max_size=6))
-def test_answers_and_nothing_else(chosen: list[tuple[str, int]]) -> None:
+def test_only_answers_are_scored(chosen: list[tuple[str, int]]) -> None:
     items = [generate(name, difficulty, 1, seed)[0] for seed, (name, difficulty) in enumerate(chosen)]
     rows = question_rows([item for item in items if not item.labels], TOKENIZER, 512)
     for item, document in zip([item for item in items if not item.labels], documents(list(rows)), strict=True):
@@ -211,7 +211,7 @@ def test_answers_and_nothing_else(chosen: list[tuple[str, int]]) -> None:
     assert all(len(row["input_ids"]) == len(row["labels"]) == 512 for row in rows)
 
 
-def test_states_are_labels_where_they_are_known() -> None:
+def test_states_are_scored_where_they_are_determined() -> None:
     item = generate("permutations", 5, 1, 0)[0]
     document = documents(list(question_rows([item], TOKENIZER, 60)))[0]
     ids, labels = zip(*document, strict=True)
@@ -226,7 +226,7 @@ def test_states_are_labels_where_they_are_known() -> None:
     assert "".join(TOKENIZER.decode(labels[-3:])).strip().endswith(f"{item.answer}{tiny.END_OF_TEXT}")
 
 
-def test_states_of_two_tokens_are_left_to_the_answer() -> None:
+def test_multi_token_states_are_not_scored() -> None:
     item = generate("permutations", 5, 1, 0, group="S5")[0]
     assert label_tokens(item, TOKENIZER) is None
     document = documents(list(question_rows([item], TOKENIZER, 60)))[0]

@@ -27,7 +27,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_demo_makes_a_page_and_a_checkpoint(out: Path) -> None:
+def test_demo_writes_a_page_and_a_checkpoint(out: Path) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and not re.search(r"""(src|href)=["']https?:""", page)
     found = checkpoint.load(out / "recursive.pt")
@@ -38,7 +38,7 @@ def test_the_demo_makes_a_page_and_a_checkpoint(out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_numbers_in_the_page_can_be_measured_again(out: Path) -> None:
+def test_numbers_of_the_page_are_reproducible(out: Path) -> None:
     from recursify.evaluation.evaluate import run
     from recursify.evaluation.settings import EvaluateSettings
 
@@ -53,7 +53,7 @@ def test_the_numbers_in_the_page_can_be_measured_again(out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_in_the_page_do_the_same_one_by_one(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_page_reproduce_the_demo(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     shown = re.findall(r"recursify (?:convert|train|evaluate|generate) --[^<\n]*", page)
     assert [line.split()[1] for line in shown] == ["convert", "train", "evaluate", "generate", "convert", "train", "evaluate"]
@@ -64,7 +64,7 @@ def test_the_commands_in_the_page_do_the_same_one_by_one(out: Path, capsys: pyte
 
 
 @pytest.mark.slow
-def test_the_tracker_s_figures_are_those_of_evaluate(out: Path) -> None:
+def test_tracker_results_equal_evaluate(out: Path) -> None:
     from recursify.evaluation.evaluate import run
     from recursify.evaluation.settings import EvaluateSettings
 
@@ -91,20 +91,20 @@ def test_the_tracker_s_figures_are_those_of_evaluate(out: Path) -> None:
         (state_tracking.tracker_folder(), 2_000_000, ("right at letter", "recipes.demo_tracker")),
     ],
 )
-def test_the_donors_that_ship_are_small_and_say_how_they_were_made(folder: Path, size: int, words: tuple[str, ...]) -> None:
+def test_bundled_donors_are_small_and_documented(folder: Path, size: int, words: tuple[str, ...]) -> None:
     assert (folder / "model.safetensors").stat().st_size <= size
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert all(word in card for word in words)
     assert open_donor(str(folder)).config.model_type == "qwen2"
 
 
-def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_output_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output_dir"):
         demo.run(demo.DemoSettings(output_dir=str(tmp_path / "file" / "x")))
 
 
-def test_a_run_that_ctrl_c_has_ended_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = FitResult(history=[], steps=1, tokens=1, seconds=1.0, eval_loss=None, best_eval_loss=None, interrupted=True)
     monkeypatch.setattr(prose, "fit", lambda *args: ended)
     monkeypatch.setattr(prose.text_loss, "measure", lambda *args: [None])

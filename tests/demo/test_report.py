@@ -94,7 +94,7 @@ def test_every_text_given_appears() -> None:
     assert [words for words in wanted if words not in text] == []
 
 
-def test_hostile_text_is_shown_and_never_obeyed() -> None:
+def test_hostile_text_is_escaped() -> None:
     base = example()
     hostile = replace(
         base,
@@ -131,7 +131,7 @@ def test_page_is_accessible() -> None:
     assert ("scope", "col") in page.attributes and ("scope", "row") in page.attributes
 
 
-def test_report_with_the_least_there_can_be() -> None:
+def test_minimal_report() -> None:
     bare = replace(
         example(),
         curves=(),
@@ -209,7 +209,7 @@ def test_best_depth_is_found_in_the_numbers(losses: tuple[float, ...], words: st
     assert findings(replace(example(), depths=depths(*losses)))[1].endswith(words)
 
 
-def test_numbers_are_written_for_reading() -> None:
+def test_number_formatting() -> None:
     assert number(-0.25) == "\N{MINUS SIGN}0.2500" and signed(0.25) == "+0.2500" and signed(0.0) == "0.0000" and number(None) == ""
     assert number(math.nan) == "not a number" and number(math.inf) == "infinite" and number(2.5e9) == "2.500e+09"
     assert perplexity(1e4) == math.inf
@@ -265,7 +265,7 @@ def test_each_model_keeps_its_colour_in_every_chart() -> None:
     assert labelled == {("recursive", "s1 label"), ("donor, fine-tuned", "s2 label"), ("donor, as is", "s3 label")}
 
 
-def test_running_mean_skips_what_is_no_number() -> None:
+def test_running_mean_skips_non_finite_values() -> None:
     assert running_mean((1, 2, 3, 4), (1.0, math.nan, 3.0, 5.0), 2) == ([3, 4], [2.0, 4.0])
     assert running_mean((1, 2), (1.0, 3.0), 5) == ([2], [2.0])
     assert running_mean((), (), 3) == ([], [])

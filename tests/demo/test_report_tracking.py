@@ -35,7 +35,7 @@ def example(*at_depths: float, tuned: float = 0.4, **changes: float) -> Tracking
     )  # fmt: skip
 
 
-def test_every_figure_and_name_is_there() -> None:
+def test_every_number_and_name_is_shown() -> None:
     tracking = example(0.45, 0.8761, 0.7)
     html = render(tracking)
     wanted = ["21.3", "87.6", "45.0", "70.0", "97.0", "12.3", "11.9", "77", "25", "321", "as is", "tuned", "ours at 3", "16.7"]
@@ -47,7 +47,7 @@ def test_every_figure_and_name_is_there() -> None:
     assert len(re.findall("<td>", details)) == len(LETTERS) * 5
 
 
-def test_the_short_table_goes_somewhat_beyond_the_trained_length() -> None:
+def test_short_table_exceeds_the_trained_length() -> None:
     assert shown_lengths(example(0.5, 0.6)) == [2, 4, 6, 8, 10]
 
 
@@ -69,14 +69,14 @@ def test_without_errors_any_difference_counts() -> None:
     assert finding(example(0.4, 0.41, error=None)).endswith("recursion helps.")
 
 
-def test_a_donor_that_is_lost_nowhere_leaves_nothing_to_gain() -> None:
+def test_donor_that_never_fails() -> None:
     tracking = replace(example(0.8, 0.9), donor_as_is=tracker("as is", 1.0))
     assert "nothing to gain" in finding(tracking)
     assert "tracks the state up to length 10" in sentences(tracking)[0]
     assert "Accuracy by cycles" in sentences(tracking)[2]
 
 
-def test_the_donor_s_reach_is_read_from_its_figures() -> None:
+def test_donor_reach_follows_the_numbers() -> None:
     said = sentences(example(0.4, 0.8))[0]
     assert "up to length 4" in said and "from length 5 on" in said and "has 21.3\N{NO-BREAK SPACE}% at length 8" in said
     blind = replace(example(0.4, 0.8), donor_as_is=tracker("as is", 0.1))
@@ -92,15 +92,15 @@ def test_the_donor_s_reach_is_read_from_its_figures() -> None:
         ((0.8, 0.805, 0.7), "No depth is clearly better than 1 cycle."),
     ],
 )
-def test_what_cycles_do_is_read_from_the_figures(depths: tuple[float, ...], words: str) -> None:
+def test_findings_across_cycles_follow_the_numbers(depths: tuple[float, ...], words: str) -> None:
     assert words in sentences(example(*depths))[2]
 
 
-def test_the_time_is_told() -> None:
+def test_cost_is_stated() -> None:
     assert "12 seconds, which were 25 steps; the donor for 12, which were 77 steps" in sentences(example(0.4, 0.8))[3]
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=5), st.floats(0, 1))
-def test_any_shares_are_drawn(depths: list[float], tuned: float) -> None:
+def test_chart_of_any_accuracies(depths: list[float], tuned: float) -> None:
     html = render(example(*depths, tuned=tuned))
     assert "nan" not in html and "inf" not in html.replace("information", "")

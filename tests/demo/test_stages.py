@@ -7,7 +7,7 @@ import pytest
 from recursify.demo.stages import Clock
 
 
-def test_stages_are_said_counted_and_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_are_printed_numbered_and_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter((10.0, 12.5, 20.0, 21.0))
     monkeypatch.setattr("recursify.demo.stages.time.monotonic", lambda: next(times))
     clock = Clock()

@@ -15,7 +15,7 @@ from recursify.demo import state_tracking
 from recursify.training import FitResult
 
 
-def test_every_letter_and_every_state_is_a_token_of_the_tracker() -> None:
+def test_moves_and_states_are_single_tokens_of_the_tracker() -> None:
     tokenizer = AutoTokenizer.from_pretrained(state_tracking.tracker_folder())
     item = generate("permutations", state_tracking.TRAINED, 1, 0)[0]
     ids = tokenizer(as_text(item))["input_ids"]
@@ -24,7 +24,7 @@ def test_every_letter_and_every_state_is_a_token_of_the_tracker() -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_tracker_knows_short_words_and_is_lost_in_long_ones() -> None:
+def test_tracker_solves_short_sequences_only() -> None:
     items = load_questions(f"permutations:difficulty={state_tracking.TRAINED},count=200", "test")
     tokenizer = AutoTokenizer.from_pretrained(state_tracking.tracker_folder())
     donor = open_donor(str(state_tracking.tracker_folder())).load(dtype=torch.float32)
@@ -34,7 +34,7 @@ def test_the_tracker_knows_short_words_and_is_lost_in_long_ones() -> None:
     assert max(share.accuracy for share in shares[-2:]) < 0.5
 
 
-def test_a_donor_is_trained_like_the_recursive_model_but_for_the_loop() -> None:
+def test_baseline_settings_differ_only_in_the_loop() -> None:
     ours = state_tracking.settings(Path("x"), 50, 3)
     ours.validate()
     theirs = state_tracking.baseline_settings(200)
@@ -42,7 +42,7 @@ def test_a_donor_is_trained_like_the_recursive_model_but_for_the_loop() -> None:
     assert theirs["max_steps"] == 200
 
 
-def test_a_tracking_run_that_ctrl_c_has_ended_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_tracking_run_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = FitResult(history=[], steps=1, tokens=1, seconds=1.0, eval_loss=None, best_eval_loss=None, interrupted=True)
     monkeypatch.setattr(state_tracking, "fit", lambda *args: ended)
     monkeypatch.setattr(state_tracking, "accuracy_by_length", lambda *args: [()])

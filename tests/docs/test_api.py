@@ -26,7 +26,7 @@ def tool() -> Any:
     return module
 
 
-def test_the_page_is_made_from_the_docstrings_without_a_warning(tool: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_api_page_is_built_without_warnings(tool: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         made = tool.page()
     assert [record.getMessage() for record in caplog.records if record.name.startswith("griffe")] == []
@@ -72,7 +72,7 @@ def use(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, list[int]]]) ->
 
 
 @pytest.mark.slow
-def test_the_public_names_are_typed_and_wrong_uses_are_seen(tmp_path: Path) -> None:
+def test_public_names_pass_mypy_strict_and_misuse_fails(tmp_path: Path) -> None:
     """`mypy --strict` on a program that uses them, and on one that uses four of them wrongly."""
     wrong = PROGRAM
     for right, other in (("H_cycles=3,", 'H_cycles="3",'), ("lr=1e-4", 'lr="fast"'), ("done.eval_loss", "done.loss"), ('"Once", ', "5, ")):

@@ -270,7 +270,7 @@ CASES: dict[str, dict[str, Case]] = {
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_message_is_one_that_is_printed(
+def test_quoted_messages_are_printed(
     guide: str, hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -339,7 +339,7 @@ def test_costs_of_training() -> None:
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_links_lead_somewhere(guide: str) -> None:
+def test_links_resolve(guide: str) -> None:
     for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", GUIDES[guide]):
         page = ROOT / "docs" / (target or guide)
         assert page.exists(), target

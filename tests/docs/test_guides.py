@@ -298,7 +298,7 @@ def test_the_five_steps_of_the_technical_guide(hub: HubStandIn, monkeypatch: pyt
     assert torch.isfinite(loss)
 
 
-def test_the_old_names_are_views_not_copies(hub: HubStandIn) -> None:
+def test_guide_names_are_views_of_the_parameters(hub: HubStandIn) -> None:
     from recursify import RecursiveLLM, convert
 
     model = convert("Qwen/Qwen2-0.5B", L_layers=4, H_cycles=3, L_cycles=3, layer_selection="uniform")

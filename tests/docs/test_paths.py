@@ -55,7 +55,7 @@ def prose(path: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_files_and_links_of_the_pages_are_there(page: Path) -> None:
+def test_files_and_links_of_the_pages_exist(page: Path) -> None:
     outside_code = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).replace("\\", "")
     local = [target.split("#")[0] for target in LINK.findall(outside_code) if not re.match(r"[a-z]+:", target)]
     assert not [target for target in local if target and not (page.parent / target).exists()]
@@ -63,7 +63,7 @@ def test_files_and_links_of_the_pages_are_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_files_that_docstrings_and_comments_name_are_there(path: Path) -> None:
+def test_files_named_in_docstrings_and_comments_exist(path: Path) -> None:
     assert not [name for name in names_of_files(prose(path)) if not exists(name, path)]
 
 
@@ -91,7 +91,7 @@ def is_importable(name: str) -> bool:
     return False
 
 
-def test_what_is_gone_would_be_noticed() -> None:
+def test_missing_paths_are_detected() -> None:
     page = ROOT / "README.md"
     assert names_of_files("see `recursify/plan.py`, memory.py and docs/nothing.md") == {"recursify/plan.py", "memory.py", "docs/nothing.md"}
     assert not any(exists(name, page) for name in ("recursify/plan.py", "memory.py", "docs/nothing.md"))

@@ -48,7 +48,7 @@ def rows_of(report: QuestionsReport, difficulty: int | None) -> list[Accuracy]:
 # --- Judged by the answer ----------------------------------------------------------------------------------------------------------------
 
 
-def test_batches_are_judged_as_one_by_one(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_accuracy_equals_single_items(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a judge whom the noise of a random model can please."""
     monkeypatch.setattr(accuracy, "is_right", lambda item, text: sum(text.encode()) % 2 == 0)
     items = [Item(f"{'the ship ' * (number % 3)}crosses {number}", "a river", 1 + number % 2) for number in range(7)]
@@ -86,7 +86,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *texts: str) -> list[Sampling]:
     return asked
 
 
-def test_an_answer_that_goes_on_is_another_one(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continued_answer_is_wrong(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = pretend(monkeypatch, " river bridge")
     report, _ = evaluate_questions(model, TOKENIZER, "some", [Item("a ship", "river", 1)], RUNS[:1])
     assert report.rows[0].right == 0
@@ -116,7 +116,7 @@ def test_the_table(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
-def test_runs_with_halting_stand_by_themselves_in_json(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halting_runs_are_separate_in_json(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "river")
     found = evaluate_questions(model, TOKENIZER, "rivers", [Item("a ship", "river", 4)], [*RUNS, HALTED])[0].to_dict()
     assert {key: found[key] for key in ("name", "judge", "items")} == {"name": "rivers", "judge": "answer", "items": 1}
@@ -181,7 +181,7 @@ def states(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> list[Item]:
     return items
 
 
-def test_labels_are_guessed_in_one_pass(states: list[Item], model: RecursiveLLM) -> None:
+def test_labels_are_predicted_in_one_pass(states: list[Item], model: RecursiveLLM) -> None:
     report, rights = evaluate_questions(model, TOKENIZER, "states", states, [*RUNS, HALTED], "labels", batch_size=3)
     assert report.judge == "labels" and "every label" in report.lines()[0]
     for index, run in enumerate([*RUNS, HALTED]):
@@ -207,9 +207,7 @@ def test_labels_of_one_question_are_not_independent(states: list[Item], model: R
     assert row.accuracy == 7 / 13 and row.standard_error == pytest.approx(math.sqrt(4 / 3 * off.square().sum().item()) / 13)
 
 
-def test_labels_with_halting_are_guessed_at_the_depth_of_the_run(
-    states: list[Item], model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_label_predictions_with_halting(states: list[Item], model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other than the model's own, by a threshold that never halts, and one that always does."""
     never, always = (
         DecodingOptions(H_cycles=3, halt="entropy", halt_threshold=0.0),
@@ -228,7 +226,7 @@ def test_labels_with_halting_are_guessed_at_the_depth_of_the_run(
     assert right[0] == right[1] == 13 > right[2] and right[3] == right[4] < 13
 
 
-def test_dropout_is_off_while_guessing(states: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_off_for_labels(states: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     donor = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
     real = accuracy.label_tokens
 
@@ -245,6 +243,6 @@ def test_dropout_is_off_while_guessing(states: list[Item], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("labels", "of"), [((), "questions without labels"), (("A1", "B2"), "labels such as 'B2'")])
-def test_labels_that_cannot_be_guessed(labels: tuple[str, ...], of: str, model: RecursiveLLM) -> None:
+def test_unusable_labels(labels: tuple[str, ...], of: str, model: RecursiveLLM) -> None:
     with pytest.raises(UserError, match=f"--judge labels: expected labels of one token each.*; things has {of}; use --judge answer"):
         evaluate_questions(model, TOKENIZER, "things", [Item("a b", "B2", 2, labels=labels)], RUNS, "labels")

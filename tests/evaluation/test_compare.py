@@ -90,7 +90,7 @@ def test_one_window_has_a_difference_and_no_p() -> None:
     assert "-1.0000" in found.render()
 
 
-def test_each_model_is_taken_at_its_own_depth_wherever_that_stands() -> None:
+def test_each_model_is_compared_at_its_own_depth() -> None:
     """Neither first nor last of what was measured, and another one for each."""
     ours = measured("ours", 2, [9.0, 8.0], [1.0, 3.0], [7.0, 5.0], key="a", rights=[[0] * 6, [1, 1, 0, 1, 0, 0], [1] * 6])
     base = measured("base", 1, [2.0, 5.0], [9.0, 7.0], [6.0, 4.0], key="a", rights=[[1, 0, 0, 0, 1, 0], [1] * 6, [0] * 6])
@@ -117,7 +117,7 @@ def test_several_models_each_against_the_first() -> None:
     assert found.baseline == "base" and compare(["base", "ours"], [BASE, OURS], {}).same_windows
 
 
-def test_windows_of_unequal_length_count_by_their_tokens_and_the_last_piece_may_be_short() -> None:
+def test_unequal_windows_are_weighted_by_tokens() -> None:
     tokens = torch.tensor([7, 2, 2, 2, 2])
     nats = torch.tensor([[9.0, 4.0, 3.0, 5.0, 2.0]], dtype=torch.float64)
 
@@ -135,7 +135,7 @@ def test_windows_of_unequal_length_count_by_their_tokens_and_the_last_piece_may_
     assert line.standard_error == pytest.approx(error) and line.p == pytest.approx(student_p(mean, error, 3))
 
 
-def test_every_figure_stands_in_its_column() -> None:
+def test_table_columns() -> None:
     lines = both(OURS, BASE).render().splitlines()
     [loss] = [line for line in lines if "-0.0750" in line]
     found = both(OURS, BASE).text_differences[0]
@@ -155,7 +155,7 @@ def test_windows_that_overlap_count_in_pieces() -> None:
     assert line.standard_error == pytest.approx(error) and line.p == pytest.approx(student_p(-0.075, error, 2))
 
 
-def test_the_terminal_and_json_have_the_figures() -> None:
+def test_terminal_and_json_output() -> None:
     found = both(OURS, BASE)
     text, told = found.render(), json.loads(json.dumps(found.to_dict()))
     for words in ("against base", "-0.0750", "+33.3", "66.7", "only baseline", "t.txt"):
@@ -175,7 +175,7 @@ def test_the_terminal_and_json_have_the_figures() -> None:
         (["x", "./x"], ["x", "./x"]),
     ],
 )
-def test_names_are_as_short_as_they_can_be(paths: list[str], names: list[str]) -> None:
+def test_short_names(paths: list[str], names: list[str]) -> None:
     assert short_names(paths) == names
 
 
@@ -216,7 +216,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_command_measures_both_on_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = folder / "page.html"
     questions = ["--questions", "permutations:difficulty=2-3,count=3", "--device", "cpu", "--halt", "kl"]
     cli.main(["compare", "--config", str(folder / "recipe.yaml"), "--cycles", "1", "--json", "--report", str(page), *questions])
@@ -248,7 +248,7 @@ def test_one_model_is_in_memory_at_a_time(folder: Path, monkeypatch: pytest.Monk
     assert found.reports[1].text is not None and [row.H_cycles for row in found.reports[1].text.rows] == [1, 2, 3, 4]
 
 
-def test_one_tokenizer_may_be_named_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_common_tokenizer_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def load(*names: Any, **hub: Any) -> Any:

@@ -65,13 +65,13 @@ def last(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([row[-n:].double().sum() for row, n in zip(values, SCORED.tolist(), strict=True)])
 
 
-def test_places_are_those_before_the_scored_tokens(x: torch.Tensor) -> None:
+def test_scored_positions(x: torch.Tensor) -> None:
     places = scored_places(x, SCORED)
     assert places.sum(dim=1).tolist() == SCORED.tolist()
     assert places[0].all() and places[1].nonzero().flatten().tolist() == [7, 8, 9, 10]
 
 
-def test_sums_are_those_of_runs_at_each_depth(model: Any, x: torch.Tensor) -> None:
+def test_cycle_sums_equal_runs_at_each_depth(model: Any, x: torch.Tensor) -> None:
     sums, (losses, right, states) = found(model, x), by_hand(model, x)
     for c in range(H):
         assert torch.allclose(sums["nats"][c], last(losses[c]), atol=1e-4)
@@ -85,7 +85,7 @@ def test_sums_are_those_of_runs_at_each_depth(model: Any, x: torch.Tensor) -> No
     assert len({round(value, 4) for value in sums["distance"].mean(dim=1).tolist()}) == H - 1
 
 
-def test_guesses_change_both_ways() -> None:
+def test_corrected_and_broken_predictions() -> None:
     """On a head that reads two numbers as the logits of two tokens: of six guesses the second and fifth are mended, the third is broken."""
     head = torch.nn.Linear(2, 2, bias=False)
     head.weight.data = torch.eye(2)
@@ -103,7 +103,7 @@ def test_guesses_change_both_ways() -> None:
     assert [step.distance for step in report.steps] == pytest.approx([2 / 6 * 2**0.5, 1 / 6 * 2**0.5])
 
 
-def test_few_logits_at_a_time_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_does_not_change_the_sums(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x = ids(WINDOWS, 40, seed=3)  # more places than the smallest chunk
     places, state = scored_places(x, torch.tensor([39] * WINDOWS)), states_of(model, x)[-1]
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_few_logits_at_a_time_change_nothing(model: Any, monkeypatch: pytest.Mon
     assert len(whole[0]) == 39 * WINDOWS and torch.allclose(whole[0], pieces[0], atol=1e-5) and torch.equal(whole[1], pieces[1])
 
 
-def test_a_summary_of_two_halves_is_that_of_the_whole(model: Any, x: torch.Tensor) -> None:
+def test_summary_is_independent_of_batching(model: Any, x: torch.Tensor) -> None:
     whole, parts = found(model, x), [found(model, x[:2], SCORED[:2]), found(model, x[2:], SCORED[2:])]
     together = {name: torch.cat([part[name] for part in parts], dim=1) for name in whole}
     one, two = summarise(whole, SCORED, 1).to_dict(), summarise(together, SCORED, 1).to_dict()
@@ -136,7 +136,7 @@ def test_figures_are_means_over_tokens_and_errors_those_of_pairs(model: Any, x: 
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_halting_is_what_is_measured_for_it_elsewhere(criterion: str, model: Any, x: torch.Tensor) -> None:
+def test_halting_sums_equal_early_exit_measure(criterion: str, model: Any, x: torch.Tensor) -> None:
     threshold, everything = middling(model, criterion), torch.tensor([LENGTH - 1] * WINDOWS)
     sums = found(model, x, everything) | sums_of_halting(model, x, scored_places(x, everything), criterion, threshold, H)
     ours = summarise_halting(sums, everything, 1, model.config, criterion, threshold, H)
@@ -151,7 +151,7 @@ def test_halting_is_what_is_measured_for_it_elsewhere(criterion: str, model: Any
     assert ours.extra_loss_error is not None and ours.standard_error is not None
 
 
-def test_halting_counts_the_scored_tokens_alone(model: Any, x: torch.Tensor) -> None:
+def test_halting_counts_scored_tokens_only(model: Any, x: torch.Tensor) -> None:
     threshold = middling(model, "q_head")
     sums = sums_of_halting(model, x, scored_places(x, SCORED), "q_head", threshold, 2)
     assert torch.equal(sums["halted_at"].sum(dim=0), SCORED.double())
@@ -160,7 +160,7 @@ def test_halting_counts_the_scored_tokens_alone(model: Any, x: torch.Tensor) -> 
     assert torch.equal(sums["halted_at"][0], last(out.halt_cycles[:, :-1] == 1))
 
 
-def test_the_criterions_own_threshold_is_named(model: Any, x: torch.Tensor) -> None:
+def test_default_threshold_is_reported(model: Any, x: torch.Tensor) -> None:
     sums = found(model, x) | sums_of_halting(model, x, scored_places(x, SCORED), "entropy", None, H)
     assert summarise_halting(sums, SCORED, 1, model.config, "entropy", None, H).threshold == 0.1
 
@@ -172,7 +172,7 @@ def test_one_cycle_has_no_steps(model: Any, x: torch.Tensor) -> None:
     assert (report.steps, report.loop_gain, report.loop_gain_error, report.lines()) == ([], 0.0, None, [])
 
 
-def test_the_lines_say_every_step_and_the_whole_way(model: Any, x: torch.Tensor) -> None:
+def test_table_has_every_step_and_the_total(model: Any, x: torch.Tensor) -> None:
     sums = found(model, x) | sums_of_halting(model, x, scored_places(x, SCORED), "kl", 0.5, H)
     report = summarise(sums, SCORED, 1, summarise_halting(sums, SCORED, 1, model.config, "kl", 0.5, H))
     said = "\n".join(report.lines())
@@ -192,7 +192,7 @@ def test_two_cycles_are_one_line(model: Any, x: torch.Tensor) -> None:
     assert sum("1 -> 2" in line for line in said) == 1
 
 
-def test_json_has_it_all(model: Any, x: torch.Tensor) -> None:
+def test_to_dict_is_complete(model: Any, x: torch.Tensor) -> None:
     sums = found(model, x) | sums_of_halting(model, x, scored_places(x, SCORED), "q_head", None, H)
     report: CycleStats = summarise(sums, SCORED, 1, summarise_halting(sums, SCORED, 1, model.config, "q_head", None, H))
     read = json.loads(json.dumps(report.to_dict()))
@@ -204,7 +204,7 @@ def test_json_has_it_all(model: Any, x: torch.Tensor) -> None:
 # --- By hand, on states of unequal lengths and windows of unequal numbers of tokens ---------------------------------------------------
 
 
-def test_a_state_moves_by_its_distance_over_the_length_of_the_first() -> None:
+def test_state_distance_is_relative() -> None:
     head = torch.nn.Linear(2, 3, bias=False)
     x = torch.tensor([[0, 1, 2], [1, 0, 2]])
     one = torch.tensor([[[3.0, 4.0], [0.0, 0.02], [7.0, 7.0]], [[1.0, 0.0], [0.0, 2.0], [7.0, 7.0]]])

@@ -73,7 +73,7 @@ def test_the_command_reads_both_forms(form: str, model: RecursiveLLM, text: Path
     assert f"{report.text.rows[1].loss:.4f}" in report.render() and "own" in report.render()
 
 
-def test_what_is_of_the_text_stands_at_the_top_too(model: RecursiveLLM, text: Path) -> None:
+def test_text_results_are_repeated_at_the_top_level(model: RecursiveLLM, text: Path) -> None:
     """There others read it, such as recursify export."""
     found = measure(model, dataset_name=str(text), stride=8).to_dict()
     assert {"checkpoint", "dataset", "windows", "seq_len", "trained_cycles", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
@@ -83,13 +83,13 @@ def test_what_is_of_the_text_stands_at_the_top_too(model: RecursiveLLM, text: Pa
 
 
 @pytest.mark.parametrize(("cycles", "most"), [((), 2), ((1, 3), 3)])
-def test_halting_goes_as_deep_as_asked_for(cycles: tuple[int, ...], most: int, model: RecursiveLLM, text: Path) -> None:
+def test_halting_run_uses_the_requested_depth(cycles: tuple[int, ...], most: int, model: RecursiveLLM, text: Path) -> None:
     report = measure(model, dataset_name=str(text), cycles=cycles, halt="entropy", halt_threshold=1.0, questions=(MADE,))
     assert report.text.telemetry.halting.H_cycles == most
     assert {(row.H_cycles, row.halt) for row in report.questions[0].rows if row.halt} == {(most, "entropy")}
 
 
-def test_halting_that_cannot_be(model: RecursiveLLM, text: Path) -> None:
+def test_unsupported_halting(model: RecursiveLLM, text: Path) -> None:
     with pytest.raises(UserError, match="--halt: expected a recursive model, got a LlamaForCausalLM"):
         measure(tiny_model("llama"), dataset_name=str(text), halt="kl")
     with pytest.raises(UserError, match="--halt: expected a run of at least 1 cycle"):
@@ -128,7 +128,7 @@ def test_questions_are_those_of_the_test_split(model: RecursiveLLM) -> None:
     assert report.to_dict()["text"] is None and "rows" not in report.to_dict()
 
 
-def test_rights_are_of_runs_without_halting(model: RecursiveLLM, text: Path) -> None:
+def test_paired_results_exclude_halting_runs(model: RecursiveLLM, text: Path) -> None:
     asked = settings(questions=(MADE,), dataset_name=str(text), halt="kl", cycles=(1, 2))
     report, paired = evaluate_paired(model, make_tiny_tokenizer(), asked, "mine", question_sets(asked))
     assert paired.rights[MADE].shape == (2, 6) and paired.text is not None and paired.text.nats.shape[0] == 2
@@ -136,7 +136,7 @@ def test_rights_are_of_runs_without_halting(model: RecursiveLLM, text: Path) -> 
 
 
 @pytest.mark.parametrize(("most", "numbers"), [(None, range(6)), (9, range(6)), (4, (0, 1, 3, 4)), (1, (0,))])
-def test_fewer_questions_are_spread_over_the_set(most: int | None, numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_items_selects_evenly(most: int | None, numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tasks.Item] = []
 
     def evaluate_questions(model: Any, tokenizer: Any, name: str, items: list[tasks.Item], runs: Any, judge: str, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ def test_a_page_is_written(model: RecursiveLLM, text: Path, tmp_path: Path, caps
     assert MADE in page and f"{found['rows'][1]['loss']:.4f}" in page and str(tmp_path / "r.html") in captured.err
 
 
-def test_what_is_at_the_edge_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boundary_values_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[Any] = []
     monkeypatch.setattr("recursify.evaluation.lm_eval_harness.check", lambda *asked: known.append(asked))
     for edge in ({"cycles": (0,)}, {"seq_len": 2, "stride": 2, "batch_size": 1}, {"stride": 1, "max_windows": 1}, {"stride": 128}):
@@ -192,7 +192,7 @@ def test_a_window_may_be_as_long_as_the_positions(text: Path) -> None:
         measure(donor, dataset_name=str(text), seq_len=17)
 
 
-def test_what_the_settings_say_of_the_text_is_what_is_opened(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_settings_reach_the_loader(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def open_text(source: Any, tokenizer: Any, **windows: Any) -> Any:
@@ -205,13 +205,13 @@ def test_what_the_settings_say_of_the_text_is_what_is_opened(model: RecursiveLLM
     assert asked == [("some/set", "one", "body", {"seq_len": 8, "stride": 3, "max_windows": 4})]
 
 
-def test_the_judge_and_the_threshold_go_where_they_are_asked_for(model: RecursiveLLM, text: Path) -> None:
+def test_judge_and_threshold_are_used(model: RecursiveLLM, text: Path) -> None:
     states = "permutations:difficulty=3,count=2"
     found = measure(model, dataset_name=str(text), questions=(states,), judge="labels", halt="entropy", halt_threshold=1.5, cycles=(1,))
     assert found.questions[0].judge == "labels" and found.text.telemetry.halting.threshold == 1.5
 
 
-def test_pieces_of_a_text_are_no_more_and_no_longer_than_a_page_shows(
+def test_passages_are_limited_in_number_and_length(
     model: RecursiveLLM, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recursify.evaluation.evaluate._PASSAGE_TOKENS", 5)
@@ -222,7 +222,7 @@ def test_pieces_of_a_text_are_no_more_and_no_longer_than_a_page_shows(
 
 
 @pytest.mark.parametrize("kind", ["recursive", "donor"])
-def test_a_tokenizer_may_lie_elsewhere(kind: str, model: RecursiveLLM, text: Path, tmp_path: Path) -> None:
+def test_tokenizer_path(kind: str, model: RecursiveLLM, text: Path, tmp_path: Path) -> None:
     path = tmp_path / ("m.pt" if kind == "recursive" else "donor")
     if kind == "recursive":
         checkpoint.save(path, model, None)
@@ -280,7 +280,7 @@ def test_a_donor_that_is_refused_says_why(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such"):
         load_model(str(tmp_path / "nothing.pt"))
     with pytest.raises(UserError, match="no such"):
@@ -330,7 +330,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_several_processes_find_what_one_finds(model: RecursiveLLM, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distributed_evaluation_equals_one_process(
+    model: RecursiveLLM, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint.save(tmp_path / "m.pt", model, make_tiny_tokenizer())
     (tmp_path / "text").symlink_to(text)
     (tmp_path / "ships.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))

@@ -60,7 +60,7 @@ def scores(found: list[TaskScore]) -> dict[tuple[str, int | None, str | None], f
     return {(score.metric, score.H_cycles, score.halt): score.value for score in found}
 
 
-def test_choices_are_made_at_every_depth(model: RecursiveLLM, tmp_path: Path) -> None:
+def test_multiple_choice_tasks_at_every_depth(model: RecursiveLLM, tmp_path: Path) -> None:
     rows = [{"question": question, "choices": CHOICES, "label": choose(model, question, RUNS[1])} for question in QUESTIONS]
     rows[0]["label"] = (rows[0]["label"] + 1) % 5
     task(tmp_path, "ships", rows, "output_type: multiple_choice", 'doc_to_choice: "{{choices}}"', "doc_to_target: label",
@@ -79,7 +79,7 @@ def test_choices_are_made_at_every_depth(model: RecursiveLLM, tmp_path: Path) ->
     assert run_tasks(tiny_model("llama"), TOKENIZER, ["ships"], [DecodingOptions()], folder=str(tmp_path), max_items=1)[0].H_cycles is None
 
 
-def test_text_is_written_at_every_depth(model: RecursiveLLM, tmp_path: Path) -> None:
+def test_generation_tasks_at_every_depth(model: RecursiveLLM, tmp_path: Path) -> None:
     sampling = Sampling(H_cycles=2, temperature=0, max_new_tokens=3)
     rows = [{"question": q, "answer": generate_text(model, TOKENIZER, q, sampling).text.split("\n")[0]} for q in QUESTIONS[:3]]
     task(tmp_path, "rivers", rows, "output_type: generate_until", 'doc_to_target: "{{answer}}"',
@@ -89,7 +89,7 @@ def test_text_is_written_at_every_depth(model: RecursiveLLM, tmp_path: Path) -> 
     assert found == {("exact_match,first", 0, None): 0.0, ("exact_match,first", 2, None): 1.0}
 
 
-def test_stdout_is_left_to_the_report(model: RecursiveLLM, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
+def test_harness_does_not_print_to_stdout(model: RecursiveLLM, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
     task(tmp_path, "bridges", [{"question": QUESTIONS[0], "answer": "x"}], "output_type: generate_until", 'doc_to_target: "{{answer}}"',
          'generation_kwargs: {until: ["\\n"], max_gen_toks: 1}', "metric_list: [{metric: exact_match}]")  # fmt: skip
     model.train()
@@ -106,7 +106,7 @@ def test_a_task_that_cannot_be_run(model: RecursiveLLM, tmp_path: Path) -> None:
         run_tasks(model, TOKENIZER, ["castles"], RUNS, folder=str(tmp_path))
 
 
-def test_every_figure_with_its_own_filter_and_error(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_metric_has_its_filter_and_error(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of tasks and then runs; what stands beside the figures is left out. Other processes' tasks are none of ours."""
     figures = {"alias": "a", "name": "a", "sample_len": 9, "sample_count": 9, "acc,none": 0.5, "acc_stderr,none": 0.25, "f1,first": 0.75,
                "f1_stderr,first": 0.125, "f1,last": 1, "f1_stderr,last": "N/A", "told,none": "text"}  # fmt: skip
@@ -160,7 +160,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return asked
 
 
-def test_the_harness_reads_its_own_tasks_where_they_are_asked_for(known: list[bool], tmp_path: Path) -> None:
+def test_harness_index_is_loaded_only_if_needed(known: list[bool], tmp_path: Path) -> None:
     lm_eval_harness.check(["ships"], str(tmp_path))
     assert known == [False]
     lm_eval_harness.check(["ships", "hellaswag"], str(tmp_path))
@@ -170,7 +170,7 @@ def test_the_harness_reads_its_own_tasks_where_they_are_asked_for(known: list[bo
     lm_eval_harness._manager.cache_clear()
 
 
-def test_a_task_that_nobody_knows(known: list[bool], tmp_path: Path) -> None:
+def test_unknown_task(known: list[bool], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--tasks: no task 'helaswag' in lm-eval; `lm_eval ls tasks` lists its own"):
         lm_eval_harness.check(["helaswag"])
     with pytest.raises(UserError, match=f"no task 'boats' in lm-eval and {tmp_path}; "):

@@ -119,7 +119,7 @@ def test_every_number_is_there() -> None:
     assert [value for value in wanted if value not in text] == []
 
 
-def test_a_comparison_says_who_is_better_and_how_surely() -> None:
+def test_comparison_states_winner_and_significance() -> None:
     text = Page(render(comparison(unpaired=[{"model": "theirs", "reason": "theirs reads other tokens"}]))).text
     wanted = ["donor, ours and theirs, compared", "Against donor", "\N{MINUS SIGN}0.2321", "<0.0001", "0.4321", "too close to tell apart"]
     wanted += ["+12.0", "3.7", "41", "17", "0.0022", "better", "theirs reads other tokens"]
@@ -143,12 +143,12 @@ def titled(html: str, title: str) -> list[set[str]]:
     return [{node.text or "" for node in svg.iter("text")} for svg in drawn]
 
 
-def test_loss_is_drawn_beside_the_donors() -> None:
+def test_loss_chart_includes_donors() -> None:
     [words] = titled(render(comparison()), "Loss by number of cycles")
     assert {"donor", "ours", "theirs", "loss, nats per token"} <= words
 
 
-def test_models_of_other_tokens_are_drawn_in_bits_per_byte() -> None:
+def test_models_with_other_tokenizers_are_charted_in_bits_per_byte() -> None:
     [words] = titled(render(comparison(same_windows=False)), "Loss by number of cycles")
     assert "loss, bits per byte" in words
 
@@ -160,7 +160,7 @@ def test_accuracy_has_a_line_for_each_cycle_count_and_the_donors() -> None:
     assert {"donor", "2 cycles, its own", "1 cycle"} <= theirs and "6 cycles" not in theirs
 
 
-def test_shares_are_drawn_between_none_and_all() -> None:
+def test_accuracy_axis_is_0_to_100_percent() -> None:
     report = evaluation()
     for line in report["questions"][0]["rows"]:
         line["accuracy"] = 0.0
@@ -218,7 +218,7 @@ def test_tokens_are_coloured_by_what_later_cycles_gain() -> None:
     assert found[0][2].startswith("·b") and "1: 2.00, 2: 1.00, 3: 0.50" in found[0][2] and "+1.50" in found[0][2]
 
 
-def test_text_stays_whole() -> None:
+def test_passage_text_is_complete() -> None:
     html = render(evaluation())
     [passage, _] = re.findall(r'<p class="passage" dir="auto">(.*?)</p>', html, re.DOTALL)
     assert re.sub(r"<[^>]*>", "", passage) == "".join(PIECES)
@@ -229,7 +229,7 @@ def test_cycles_that_change_nothing_are_drawn_pale() -> None:
     assert [strength for _, strength, _, _ in spans(render(evaluation(passages=[passage])))] == [0.0]
 
 
-def test_hostile_text_is_shown_and_never_obeyed() -> None:
+def test_hostile_text_is_escaped() -> None:
     report = evaluation(HOSTILE, passages=[{"tokens": [HOSTILE, HOSTILE], "nats": [[1.0], [0.5]]}])
     report["text"]["dataset"] = report["questions"][0]["name"] = report["tasks"][0]["task"] = report["tasks"][0]["metric"] = HOSTILE
     for html in (render(report), render(comparison(models=[evaluation("donor", None), report], baseline=HOSTILE))):

@@ -63,7 +63,7 @@ def test_means_errors_and_costs(model: RecursiveLLM, blocks: Dataset) -> None:
         assert row.layer_applications == 22 + 2 * H * 2
 
 
-def test_the_batch_size_changes_nothing(model: RecursiveLLM, blocks: Dataset) -> None:
+def test_batch_size_does_not_change_the_loss(model: RecursiveLLM, blocks: Dataset) -> None:
     one, all_at_once = (measure(model, blocks, (2,), batch_size=size)[0].loss for size in (1, 7))
     assert one == pytest.approx(all_at_once, abs=1e-6)
 
@@ -81,18 +81,18 @@ def test_a_single_window_has_no_error(model: RecursiveLLM, blocks: Dataset) -> N
     assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)  # n - 1 in the variance, n in the mean
 
 
-def test_without_cycles_named_it_is_the_models_own(model: RecursiveLLM, blocks: Dataset) -> None:
+def test_default_cycles_are_the_models_own(model: RecursiveLLM, blocks: Dataset) -> None:
     assert measure(model, blocks.select([0])) == measure(model, blocks.select([0]), (2,))
 
 
-def test_dropout_is_off_while_measuring(blocks: Dataset, text: Path) -> None:
+def test_dropout_is_off_for_losses(blocks: Dataset, text: Path) -> None:
     donor = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
     losses, report = window_losses(donor, blocks), read(donor, text, None)
     donor.train()
     assert torch.equal(window_losses(donor, blocks), losses) and read(donor, text, None).rows == report.rows and donor.training
 
 
-def test_training_mode_is_put_back(model: RecursiveLLM, blocks: Dataset) -> None:
+def test_training_mode_is_restored(model: RecursiveLLM, blocks: Dataset) -> None:
     model.train()
     measure(model, blocks.select([0]), (1,))
     assert model.training
@@ -160,7 +160,7 @@ def test_bytes_are_those_of_the_text(model: RecursiveLLM, text: Path) -> None:
     assert report.scored_bytes == written - len(make_tiny_tokenizer().decode([i for i in cut if i != 0]))
 
 
-def test_telemetry_is_of_every_cycle_up_to_the_deepest(model: RecursiveLLM, text: Path) -> None:
+def test_telemetry_covers_every_cycle(model: RecursiveLLM, text: Path) -> None:
     deep, all_cycles = read(model, text, 3), read(model, text, 1, 2, 3, batch_size=2)
     for report in (deep, all_cycles):
         assert report.telemetry is not None and report.telemetry.H_cycles == 3
@@ -170,7 +170,7 @@ def test_telemetry_is_of_every_cycle_up_to_the_deepest(model: RecursiveLLM, text
     assert "1 -> 2" in shown and "loop gain" in shown and "own" in shown
 
 
-def test_without_cycles_there_is_nothing_to_tell(model: RecursiveLLM, text: Path) -> None:
+def test_no_telemetry_without_cycles(model: RecursiveLLM, text: Path) -> None:
     for report in (read(model, text, 0), read(tiny_model("llama"), text, None)):
         shown = "\n".join(report.lines(own=None))
         assert report.telemetry is None and report.to_dict()["telemetry"] is None and "cycles do" not in shown
@@ -209,13 +209,13 @@ def paired(model: Any, text: Path, **windows: Any) -> PairedText:
     return measure_text(model, opened(text, **windows), [1, 2], batch_size=3)[1]
 
 
-def test_what_a_comparison_needs_is_what_the_report_is_made_of(model: RecursiveLLM, text: Path) -> None:
+def test_paired_results_equal_the_report(model: RecursiveLLM, text: Path) -> None:
     found, report = paired(model, text, stride=5), read(model, text, 1, 2, stride=5)
     assert found.nats.shape == (2, report.windows) and found.per_piece == 4 and round(found.scored_bytes) == report.scored_bytes
     assert (found.nats.sum(dim=1) / found.tokens.sum()).tolist() == pytest.approx([row.loss for row in report.rows])
 
 
-def test_errors_take_overlapping_windows_together(model: RecursiveLLM, text: Path) -> None:
+def test_standard_errors_with_overlapping_windows(model: RecursiveLLM, text: Path) -> None:
     """In every figure: of a depth, of a step, of the whole way, of halting."""
     halting = DecodingOptions(H_cycles=2, halt="entropy", halt_threshold=0.0)  # never halts
     report, found = measure_text(model, opened(text, stride=5), [1, 2], halting)
@@ -229,7 +229,7 @@ def test_errors_take_overlapping_windows_together(model: RecursiveLLM, text: Pat
     assert all(abs(one - other) > 1e-5 for one, other in zip(alone, [*wanted, gain], strict=True))  # type: ignore[operator]
 
 
-def test_the_lines_mark_the_own_depth_alone_and_name_the_stride(model: RecursiveLLM, text: Path) -> None:
+def test_table_marks_the_own_depth_and_the_stride(model: RecursiveLLM, text: Path) -> None:
     lines = read(model, text, 0, 1, 2, stride=5, max_windows=3).lines(own=1)
     assert lines[0].endswith("3 windows of 16 tokens, 5 tokens apart") and lines[1].startswith("scored: 25 tokens, ")
     assert [line.split()[0] for line in lines if "own" in line] == ["1"]
@@ -246,7 +246,7 @@ def documents(texts: list[str]) -> Dataset:
     return Dataset.from_dict({"text": texts})
 
 
-def test_the_key_is_of_the_tokens_that_are_read_and_of_how() -> None:
+def test_key_depends_on_tokens_and_windows() -> None:
     ids = list(range(16))
     read_alone = text_of(ids, stride=3, most=2)  # tokens 0 to 6, of which the last are in the second block
     assert text_of([*ids[:8], *range(90, 98)], stride=3, most=2) == read_alone
@@ -254,7 +254,7 @@ def test_the_key_is_of_the_tokens_that_are_read_and_of_how() -> None:
     assert len({read_alone, text_of(ids, stride=2, most=2), text_of(ids, stride=2, most=3), text_of(ids, stride=1, most=2)}) == 4
 
 
-def test_the_key_tells_equal_windows(text: Path) -> None:
+def test_key_identifies_equal_windows(text: Path) -> None:
     keys = [opened(text, **windows).key() for windows in ({}, {"stride": 5}, {"max_windows": 2}, {"seq_len": 8})]
     assert len(set(keys)) == 4 and opened(text, max_windows=2).key() == keys[2]
     other = make_tiny_tokenizer()

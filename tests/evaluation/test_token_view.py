@@ -37,7 +37,7 @@ def by_hand(model: Any, ids: torch.Tensor, **depth: int) -> list[float]:
     return list(F.cross_entropy(logits, ids[1:], reduction="none").tolist())
 
 
-def test_each_cycle_is_a_run_of_that_depth(model: RecursiveLLM, ids: torch.Tensor) -> None:
+def test_each_cycle_equals_a_run_of_that_depth(model: RecursiveLLM, ids: torch.Tensor) -> None:
     passage = read_passage(model, make_tiny_tokenizer(), ids, 3)
     assert "".join(passage.tokens) == make_tiny_tokenizer().decode(ids)
     assert len(passage.tokens) == len(ids)
@@ -53,19 +53,19 @@ def test_without_cycles_and_without_a_loop_there_is_one_row(model: RecursiveLLM,
         assert row == pytest.approx(losses, abs=1e-4)
 
 
-def test_as_a_dictionary(model: RecursiveLLM, ids: torch.Tensor) -> None:
+def test_to_dict(model: RecursiveLLM, ids: torch.Tensor) -> None:
     passage = read_passage(model, make_tiny_tokenizer(), ids[:4], 2)
     assert passage.to_dict() == {"tokens": passage.tokens, "nats": passage.nats}
 
 
-def test_training_mode_is_put_back(model: RecursiveLLM, ids: torch.Tensor) -> None:
+def test_training_mode_is_restored(model: RecursiveLLM, ids: torch.Tensor) -> None:
     model.train()
     read_passage(model, make_tiny_tokenizer(), ids, 1)
     assert model.training
     model.eval()
 
 
-def test_dropout_is_off_while_reading(ids: torch.Tensor) -> None:
+def test_dropout_is_off_for_passages(ids: torch.Tensor) -> None:
     donor = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
     before = read_passage(donor, make_tiny_tokenizer(), ids, 0)
     donor.train()
@@ -79,7 +79,7 @@ def test_spaces_before_punctuation_are_kept() -> None:
 
 @settings(max_examples=50)
 @given(st.text(min_size=1, max_size=30), st.integers(0, 5))
-def test_pieces_are_the_text(text: str, cut: int) -> None:
+def test_token_texts_join_to_the_text(text: str, cut: int) -> None:
     """Whole documents; and cut ones up to the character that the cut goes through."""
     tokenizer = make_tiny_tokenizer()
     ids = tokenizer(text)["input_ids"]
@@ -88,13 +88,13 @@ def test_pieces_are_the_text(text: str, cut: int) -> None:
     assert len(pieces) == len(kept) and "".join(pieces) == tokenizer.decode(kept)
 
 
-def test_a_character_comes_with_its_last_token() -> None:
+def test_multi_token_character_belongs_to_its_last_token() -> None:
     tokenizer = make_tiny_tokenizer()
     pieces = text_pieces(tokenizer, tokenizer("x🦞y")["input_ids"])
     assert pieces[0] == "x" and pieces[-2:] == ["🦞", "y"] and set(pieces[1:-2]) == {""}
 
 
-def test_the_end_of_a_text_is_written_out() -> None:
+def test_end_token_is_shown() -> None:
     tokenizer = make_tiny_tokenizer()
     assert text_pieces(tokenizer, [*tokenizer("x")["input_ids"], tokenizer.eos_token_id]) == ["x", "<|endoftext|>"]
 
@@ -106,5 +106,5 @@ class TakesBack:
         return {1: "北", 2: "\ufffd\ufffd", 3: "北方"}[len(ids)]
 
 
-def test_characters_that_a_decoder_takes_back_stay_where_they_were() -> None:
+def test_decoder_cleanup_does_not_move_characters() -> None:
     assert text_pieces(TakesBack(), [7, 8, 9]) == ["北", "", "方"]  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def documents(*texts: str) -> Dataset:
 
 
 @pytest.mark.parametrize("stride", [1, 3, 4, 7])
-def test_every_token_behind_the_first_is_scored_once_with_context(stride: int) -> None:
+def test_every_token_but_the_first_is_scored_once(stride: int) -> None:
     windows = Windows(stream(), stride)
     ids, scored = windows.ids(0, len(windows)), windows.scored(0, len(windows))
     places = [int(i) for row, count in zip(ids, scored, strict=True) for i in row[-count:]]
@@ -73,7 +73,7 @@ def test_without_overlap_windows_are_the_blocks() -> None:
         assert windows.scored(0, len(windows)).tolist() == [LENGTH - 1] * 6 and windows.per_piece == 1
 
 
-def test_batches_are_parts_of_the_whole() -> None:
+def test_batched_windows_equal_all_windows() -> None:
     windows = Windows(stream(), 3, most=9)
     assert len(windows) == 9 and windows.tokens_read == 8 * 3 + LENGTH
     whole, counts = windows.ids(0, 9), windows.scored(0, 9)
@@ -83,14 +83,14 @@ def test_batches_are_parts_of_the_whole() -> None:
     assert len(Windows(stream(), 3, most=99)) == len(Windows(stream(), 3)) == 14
 
 
-def test_the_error_of_equal_windows_is_that_of_the_mean_of_means() -> None:
+def test_standard_error_of_equal_windows() -> None:
     means = torch.tensor([1.0, 2.5, 2.0, 4.0], dtype=torch.float64)
     mean, error = mean_and_error(means * 7, torch.full((4,), 7))
     assert mean == pytest.approx(means.mean().item()) and error == pytest.approx(means.std().item() / 2)
     assert mean_and_error(means[:1], torch.tensor([1])) == (1.0, None)
 
 
-def test_neighbours_that_overlap_are_one_piece() -> None:
+def test_overlapping_windows_form_one_piece() -> None:
     """Cut finer, the same tokens are not more evidence."""
     sums, counts = torch.tensor([3.0, 1.0, 6.0, 2.0, 2.0]), torch.tensor([7, 2, 2, 2, 2])
     mean, error = mean_and_error(sums, counts, 2)
@@ -123,7 +123,7 @@ def test_mean_and_error_of_any_windows(windows: list[tuple[float, int]], per_pie
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_tokens_of_a_text_have_its_bytes(kind: str, text: str) -> None:
+def test_token_bytes_sum_to_the_text(kind: str, text: str) -> None:
     tokenizer = TOKENIZERS[kind]()
     row = tokenizer(text)["input_ids"]
     sizes = stream_bytes(documents(text), tokenizer, len(row) + 1)
@@ -131,14 +131,14 @@ def test_the_tokens_of_a_text_have_its_bytes(kind: str, text: str) -> None:
     assert sizes[-1] == 0 and np.array_equal(sizes, sizes.round())  # nothing scaled
 
 
-def test_a_part_of_a_character_has_its_own_bytes() -> None:
+def test_partial_character_counts_its_bytes() -> None:
     for kind, part in (("bytes", 1), ("sentencepiece", 1)):
         tokenizer = TOKENIZERS[kind]()
         lobster = tokenizer("🦞", add_special_tokens=False)["input_ids"][-4:]
         assert token_bytes(tokenizer)[lobster].tolist() == [part] * 4
 
 
-def test_one_tokenizer_says_what_another_says() -> None:
+def test_bytes_are_independent_of_the_tokenizer() -> None:
     """Of a whole text, through windows of which the first begins with a space of the text's own."""
     text = " the river " * 20
     for make in TOKENIZERS.values():
@@ -158,7 +158,7 @@ def test_windows_may_end_within_a_character() -> None:
     assert windows.bytes_scored(sizes) == 9 * len(windows) == sizes.sum() - len(windows)
 
 
-def test_a_text_that_the_tokenizer_changes_keeps_its_bytes() -> None:
+def test_normalised_text_keeps_its_byte_count() -> None:
     """Qwen's composes letters and accents; the bytes are those of the file."""
     tokenizer, text = make_tiny_tokenizer(), "cafe\u0301 " * 7
     row = tokenizer(text)["input_ids"]
@@ -166,7 +166,7 @@ def test_a_text_that_the_tokenizer_changes_keeps_its_bytes() -> None:
     assert stream_bytes(documents(text), tokenizer, 10**6).sum() == pytest.approx(len(text.encode()))
 
 
-def test_special_tokens_have_no_text_and_other_added_ones_have() -> None:
+def test_special_tokens_count_no_bytes() -> None:
     tokenizer = sentencepiece()
     tokenizer.add_tokens(["<think>"])
     sizes = token_bytes(tokenizer)
@@ -182,19 +182,19 @@ def test_each_token_of_a_text_has_its_own_bytes() -> None:
     assert stream_bytes(documents(" the a"), TOKENIZERS["bare"](), 99)[:4].tolist() == [0, 4, 1, 1]
 
 
-def test_a_text_that_grows_by_a_byte_in_the_tokenizer_is_scaled() -> None:
+def test_bytes_are_scaled_if_the_tokenizer_changes_the_length() -> None:
     """One byte more is the tokenizer's own space only where the first token has one."""
     tokenizer = sentencepiece(prepend=False)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("q", "qq")
     assert stream_bytes(documents("aq"), tokenizer, 4).tolist() == pytest.approx([0, 2 / 3, 2 / 3, 2 / 3])
 
 
-def test_a_tokenizer_of_pieces_is_none_of_bytes_for_its_postprocessor() -> None:
+def test_sentencepiece_with_a_byte_level_postprocessor_is_not_byte_level() -> None:
     tokenizer, other = sentencepiece(), sentencepiece()
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert np.array_equal(token_bytes(tokenizer), token_bytes(other)) and token_bytes(tokenizer).max() == 4
 
 
-def test_a_gap_in_the_vocabulary_stands_for_nothing() -> None:
+def test_unused_ids_count_no_bytes() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "bcd": 5, "<unk>": 2}, unk_token="<unk>"))
     assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")).tolist() == [1, 0, 0, 0, 0, 3]

@@ -77,7 +77,7 @@ def expected(model: Any, tokenizer: Any, messages: list[dict[str, str]], **chang
     return dialogue.said(generate_text(model, tokenizer, dialogue.prompt(messages), sampling, ends=dialogue.ends).text)
 
 
-def test_each_answer_is_to_all_that_was_said(talk: Talk, model: Any, tokenizer: Any) -> None:
+def test_each_answer_is_conditioned_on_the_whole_conversation(talk: Talk, model: Any, tokenizer: Any) -> None:
     out, _ = talk("The old lobster", "A castle?", "Why")
     messages: list[dict[str, str]] = []
     for said in ("The old lobster", "A castle?", "Why"):
@@ -88,7 +88,7 @@ def test_each_answer_is_to_all_that_was_said(talk: Talk, model: Any, tokenizer: 
     assert talk.chat.messages == messages
 
 
-def test_a_turn_reads_only_what_is_new(talk: Talk, model: Any) -> None:
+def test_a_turn_prefills_only_new_tokens(talk: Talk, model: Any) -> None:
     with reading(model) as counts:
         talk("The old lobster follows the river near the castle and the quiet village")
     first, counts[:] = counts[0], []
@@ -110,7 +110,7 @@ def test_what_is_shown_at_a_terminal_and_from_a_pipe(model: Any) -> None:
     assert "template" not in Talk(model, with_template())("The")[1]
 
 
-def test_the_system_text_comes_first(model: Any, tokenizer: Any) -> None:
+def test_system_message_comes_first(model: Any, tokenizer: Any) -> None:
     talk = Talk(model, tokenizer, replace(SETTINGS, system="Be brief."))
     talk("The")
     system = {"role": "system", "content": "Be brief."}
@@ -128,7 +128,7 @@ def test_reset_forgets(talk: Talk, model: Any, tokenizer: Any) -> None:
     assert talk.chat.messages[-1]["content"] == expected(model, tokenizer, [{"role": "user", "content": "Why"}])
 
 
-def test_another_depth_reads_the_conversation_again(talk: Talk, model: Any, tokenizer: Any) -> None:
+def test_depth_change_drops_the_cache(talk: Talk, model: Any, tokenizer: Any) -> None:
     assert "read again" not in talk("/cycles 1", "/cycles 2")[0]  # nothing was said yet
     out, _ = talk("The old lobster follows the river", "/cycles", "/cycles 2", "/cycles 1")
     assert out.count("H_cycles 2\n") == 2
@@ -141,7 +141,7 @@ def test_another_depth_reads_the_conversation_again(talk: Talk, model: Any, toke
     assert talk.chat.messages[-1]["content"] == expected(model, tokenizer, asked, H_cycles=1)
 
 
-def test_a_conversation_that_was_kept_goes_on(talk: Talk, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_loaded_conversation_continues(talk: Talk, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     out, _ = talk("/max 4", "The 龙虾 🦞", f"/save {file}")
     assert f"saved 2 messages to {file}\n" in out
@@ -163,7 +163,7 @@ def test_a_conversation_that_was_kept_goes_on(talk: Talk, model: Any, tokenizer:
         ({"halt": "q_head"}, "q_head was never trained"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(talk: Talk, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_in_a_transcript_are_refused(talk: Talk, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     file = tmp_path / "x.json"
     file.write_text(json.dumps({"format": "recursify-conversation/1", "messages": [], "settings": settings}))
     _, err = talk("The", f"/load {file}")
@@ -172,7 +172,7 @@ def test_settings_that_cannot_be_are_refused(talk: Talk, tmp_path: Path, setting
 
 
 @pytest.mark.parametrize("line", ["/load", "/save", "/load missing.json", "/show perhaps", "/cycles -1", "/dance"])
-def test_a_mishap_changes_nothing(talk: Talk, line: str) -> None:
+def test_failed_load_changes_nothing(talk: Talk, line: str) -> None:
     _, err = talk("The", line, "Why")
     assert err.count("error: ") == 1
     assert talk.chat.settings == SETTINGS and len(talk.chat.messages) == 4
@@ -184,7 +184,7 @@ def test_the_table_follows_each_answer_while_it_is_on(talk: Talk) -> None:
     assert out.count("show_recursive_steps on\n") == 2 and out.count("show_recursive_steps off\n") == 1
 
 
-def test_what_halting_saved_is_told(talk: Talk) -> None:
+def test_early_exit_statistics_are_printed(talk: Talk) -> None:
     talk.chat.change(halt="kl")
     out, err = talk("The")
     assert "halting: " in err and "halting" not in out
@@ -231,7 +231,7 @@ def listens() -> Iterator[None]:
 @pytest.mark.usefixtures("listens")
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are for the main thread")
-def test_what_was_said_before_ctrl_c_was_said(model: Any, tokenizer: Any, times: int) -> None:
+def test_interrupted_answer_stays_in_the_conversation(model: Any, tokenizer: Any, times: int) -> None:
     whole = expected(model, tokenizer, [{"role": "user", "content": "The old lobster"}], max_new_tokens=40)
     out, err = PressesCtrlC(times), io.StringIO()
     lines = iter(["The old lobster", "Why", "/quit"])
@@ -244,7 +244,7 @@ def test_what_was_said_before_ctrl_c_was_said(model: Any, tokenizer: Any, times:
     assert err.getvalue().count("(stopped)") == 1
 
 
-def test_nothing_that_was_said_is_no_turn(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_answer_adds_no_turn(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Talk(model, tokenizer)
     real = chat.generate_text
     monkeypatch.setattr(chat, "generate_text", lambda *args, **kwargs: real(*args, **kwargs | {"ends": range(400)}))
@@ -264,7 +264,7 @@ def small(tokenizer: Any) -> Any:
     return model
 
 
-def test_a_conversation_that_outgrows_the_model(small: Any, tokenizer: Any) -> None:
+def test_conversation_longer_than_the_context(small: Any, tokenizer: Any) -> None:
     talk = Talk(small, tokenizer, replace(SETTINGS, max_new_tokens=20))
     _, err = talk(*["The old lobster follows"] * 8)
     assert "(the conversation has filled the model's positions; /reset begins a new one)" in err or "the model has 64 positions" in err
@@ -275,7 +275,7 @@ def test_a_conversation_that_outgrows_the_model(small: Any, tokenizer: Any) -> N
     assert talk.chat.messages == []
 
 
-def test_the_oldest_turns_can_be_forgotten(small: Any, tokenizer: Any) -> None:
+def test_forget_oldest_drops_old_turns(small: Any, tokenizer: Any) -> None:
     settings = replace(SETTINGS, max_new_tokens=10, forget_oldest=True, system="Be brief.")
     talk = Talk(small, tokenizer, settings)
     said = [f"The old lobster {number}" for number in range(8)]

@@ -46,7 +46,7 @@ def test_a_conversation_that_the_template_refuses() -> None:
         dialogue.prompt(TALK)
 
 
-def test_plain_lines_where_there_is_no_template() -> None:
+def test_plain_format_without_a_chat_template() -> None:
     tokenizer = make_tiny_tokenizer()
     dialogue = Dialogue(tokenizer)
     assert tokenizer.decode(dialogue.prompt(TALK)) == "Be brief.\n\nUser: Hello\nAssistant: Yes?\nUser: 龙虾🦞\nAssistant:"
@@ -54,7 +54,7 @@ def test_plain_lines_where_there_is_no_template() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [make_tiny_tokenizer(), with_template()], ids=["plain", "template"])
-def test_a_stray_byte(tokenizer: Any) -> None:
+def test_prompt_with_a_surrogate_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="expected UTF-8 text"):
         Dialogue(tokenizer).prompt([{"role": "user", "content": "a\udcff"}])
 

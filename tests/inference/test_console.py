@@ -58,14 +58,14 @@ def test_texts_of_several_lines(lines: list[str], text: str, literal: bool) -> N
     assert asked == ["You: ", *["... "] * (len(asked) - 1)]
 
 
-def test_a_pipe_is_not_asked_for_more() -> None:
+def test_no_continuation_prompt_from_a_pipe() -> None:
     ask, asked = reading("one\\", "two")
     read_text(ask, "")
     assert asked == ["", ""]
 
 
 @pytest.mark.parametrize("stop", [EOFError, KeyboardInterrupt])
-def test_what_ends_a_line_before_it_begins_is_raised(stop: type[BaseException]) -> None:
+def test_eof_and_ctrl_c_at_an_empty_line_are_raised(stop: type[BaseException]) -> None:
     with pytest.raises(stop):
         read_text(reading(stop)[0], "You: ")
 
@@ -75,7 +75,7 @@ def test_ctrl_c_drops_a_text_of_several_lines() -> None:
         read_text(reading(LOBSTER, "one", KeyboardInterrupt)[0], "You: ")
 
 
-def test_where_lines_are_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_history_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert history_file() == tmp_path / "recursify" / "history"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -49,7 +49,7 @@ def donor() -> Any:
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_steps_equal_runs_at_each_depth(model: Any, tokenizer: Any, chunk: int) -> None:
+def test_cycle_predictions_equal_runs_at_each_depth(model: Any, tokenizer: Any, chunk: int) -> None:
     got = generate_text(model, tokenizer, "The old lobster", Sampling(temperature=1.0, max_new_tokens=9), seed=1)
     ids, start = got.prompt_ids + got.token_ids, len(got.prompt_ids)
     steps = recursive_steps(model, ids, start, H_cycles=4, chunk=chunk)
@@ -70,7 +70,7 @@ def test_steps_equal_runs_at_each_depth(model: Any, tokenizer: Any, chunk: int) 
     assert len(differ) > len(steps)  # cycles do disagree, or this test shows nothing
 
 
-def test_the_last_cycle_wrote_what_it_would_have_said(model: Any, tokenizer: Any) -> None:
+def test_last_cycle_prediction_is_the_greedy_token(model: Any, tokenizer: Any) -> None:
     got = generate_text(model, tokenizer, "The", GREEDY)
     steps = recursive_steps(model, got.prompt_ids + got.token_ids, len(got.prompt_ids))
     assert len(steps[0].cycles) == model.config.H_cycles
@@ -90,7 +90,7 @@ def test_steps_need_cycles_and_a_token_before(model: Any, donor: Any) -> None:
         recursive_steps(model, [1, 2], 0)
 
 
-def test_equals_are_ranked_alike_but_behind_the_token_that_is_shown() -> None:
+def test_ranks_of_tied_tokens() -> None:
     logits = torch.tensor([[2.0, 2.0, 1.0, 1.0, 0.0]]).repeat(5, 1)
     found = _guesses(logits, torch.arange(5))
     assert [token for token, *_ in found] == [0] * 5
@@ -100,7 +100,7 @@ def test_equals_are_ranked_alike_but_behind_the_token_that_is_shown() -> None:
     assert [probability for _, probability, _, _ in found] == pytest.approx([p[0].item()] * 5)
 
 
-def test_steps_leave_the_model_as_it_was_and_of_nothing_written_there_are_none(model: Any) -> None:
+def test_recursive_steps_has_no_side_effects_and_accepts_an_empty_completion(model: Any) -> None:
     model.train()
     try:
         assert len(recursive_steps(model, [1, 2, 3], 1)) == 2 and recursive_steps(model, [1, 2, 3], 3) == []
@@ -179,7 +179,7 @@ def test_the_table_of_tokens_that_all_halted_early(tokenizer: Any) -> None:
     assert "cycle 2" not in lines[0] and lines[1].count("■") == lines[2].count("■") == 1
 
 
-def test_a_narrow_terminal_cuts_tokens_then_leaves_out_ranks_then_goes_on_below(tokenizer: Any) -> None:
+def test_layouts_of_the_table_by_width(tokenizer: Any) -> None:
     steps = two_steps(tokenizer)
     long_one = replace(steps[0], token=0)  # <|endoftext|>, 13 cells
     roomy, cut, ranks, below = (render_steps([long_one, steps[1]], tokenizer, width).splitlines() for width in (66, 64, 50, 35))

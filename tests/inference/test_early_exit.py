@@ -15,7 +15,7 @@ from tests.support.early_exit import CRITERIA, EARLIEST, NEVER, exits, ids, recu
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @torch.no_grad()
-def test_applications_are_those_that_were_computed(criterion: str) -> None:
+def test_applications_equal_the_computed_ones(criterion: str) -> None:
     model = recursive(H_cycles=4)
     layers, x = model.model.layers, ids(1, 20, seed=9)
     rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion)}
@@ -38,7 +38,7 @@ def test_applications_by_hand() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @torch.no_grad()
-def test_a_measure_is_of_what_the_model_does(criterion: str) -> None:
+def test_measure_equals_the_models_halting(criterion: str) -> None:
     model, blocks = recursive(H_cycles=4), ids(3, 12)
     threshold = splitting(model, blocks, criterion)
     found, full = measure(model, blocks, criterion, threshold), measure(model, blocks, criterion)
@@ -95,7 +95,7 @@ def test_the_range_of_thresholds_has_always_and_never_at_its_ends(criterion: str
         calibrate(model, blocks, criterion, least - 1e-6)
 
 
-def test_the_mode_of_the_model_stays() -> None:
+def test_training_mode_is_unchanged() -> None:
     model: Any = recursive()
     model.train()
     try:

@@ -90,7 +90,7 @@ def test_temperature_0_is_transformers_greedy(model: Any, tokenizer: Any, prompt
     assert got.prompt_ids + got.token_ids == expected
 
 
-def test_a_plain_model_writes_too(donor: Any, tokenizer: Any) -> None:
+def test_plain_model_generates(donor: Any, tokenizer: Any) -> None:
     batch = tokenizer("The old lobster", return_tensors="pt")
     expected = donor.generate(**batch, do_sample=False, max_new_tokens=8)[0].tolist()
     got = generate_text(donor, tokenizer, "The old lobster", GREEDY)
@@ -100,7 +100,7 @@ def test_a_plain_model_writes_too(donor: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_pieces_joined_are_the_text(model: Any, tokenizer: Any, prompt: str) -> None:
+def test_streamed_pieces_join_to_the_text(model: Any, tokenizer: Any, prompt: str) -> None:
     pieces: list[str] = []
     got = generate_text(model, tokenizer, prompt, Sampling(temperature=1.5, max_new_tokens=12), seed=3, on_text=pieces.append)
     assert "".join(pieces) == got.text == tokenizer.decode(got.token_ids, skip_special_tokens=True)
@@ -109,7 +109,7 @@ def test_the_pieces_joined_are_the_text(model: Any, tokenizer: Any, prompt: str)
 
 
 @pytest.mark.parametrize("text", [" 龙虾 is 🦞!", "👩‍👩‍👧‍👦 family\n", "é", "한국어와 English", "\ufffd kept"])
-def test_a_character_comes_whole(tokenizer: Any, text: str) -> None:
+def test_streaming_never_splits_a_character(tokenizer: Any, text: str) -> None:
     tokens = tokenizer(text).input_ids
     pieces: list[str] = []
     got = generate_text(scripted([*tokens, 0]), tokenizer, "The", Sampling(temperature=0, max_new_tokens=200), on_text=pieces.append)
@@ -121,7 +121,7 @@ def test_a_character_comes_whole(tokenizer: Any, text: str) -> None:
         assert len(pieces) >= len(text.split())  # as it comes, not at the end
 
 
-def test_nothing_is_lost_when_the_text_ends_within_a_character(tokenizer: Any) -> None:
+def test_incomplete_final_character_is_flushed(tokenizer: Any) -> None:
     tokens = tokenizer("ab🦞").input_ids[:-1]
     pieces: list[str] = []
     got = generate_text(scripted(tokens), tokenizer, "The", Sampling(temperature=0, max_new_tokens=len(tokens)), on_text=pieces.append)
@@ -130,7 +130,7 @@ def test_nothing_is_lost_when_the_text_ends_within_a_character(tokenizer: Any) -
     assert got.finish_reason == "length"
 
 
-def test_the_seed_repeats_the_text_and_leaves_the_global_state_alone(model: Any, tokenizer: Any) -> None:
+def test_seed_is_reproducible_and_keeps_the_global_random_state(model: Any, tokenizer: Any) -> None:
     def write(seed: int | None) -> list[int]:
         return generate_text(model, tokenizer, "The", Sampling(max_new_tokens=8, temperature=1.0), seed=seed).token_ids
 
@@ -147,7 +147,7 @@ def test_top_k_1_and_a_tiny_top_p_and_a_tiny_temperature_are_greedy(model: Any, 
         assert generate_text(model, tokenizer, "The", replace(choice, max_new_tokens=8)).token_ids == greedy
 
 
-def test_a_penalty_of_the_donor_is_off_and_its_end_tokens_are_kept(donor: Any, tokenizer: Any) -> None:
+def test_donor_penalties_are_ignored_and_its_end_tokens_kept(donor: Any, tokenizer: Any) -> None:
     plain = generate_text(donor, tokenizer, "The", GREEDY).token_ids
     own = donor.generation_config
     donor.generation_config = type(own)(repetition_penalty=9.0, top_k=1, do_sample=True, eos_token_id=[plain[3], 7])
@@ -183,7 +183,7 @@ def own_way(model: Any, **fields: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", OF_A_DONOR)
-def test_a_donors_way_of_writing_is_off_where_text_is_greedy(donor: Any, tokenizer: Any, name: str) -> None:
+def test_donor_beam_and_contrastive_settings_are_ignored_in_greedy_decoding(donor: Any, tokenizer: Any, name: str) -> None:
     prompt = tokenizer("The", return_tensors="pt")
     plain = generate_text(donor, tokenizer, "The", replace(GREEDY, max_new_tokens=24))
     assert len(plain.token_ids) == 24 > len(set(plain.token_ids))  # or there is nothing that a penalty could act on
@@ -195,7 +195,7 @@ def test_a_donors_way_of_writing_is_off_where_text_is_greedy(donor: Any, tokeniz
 
 
 @pytest.mark.parametrize("name", OF_A_DONOR_THAT_DRAWS)
-def test_a_donors_way_of_choosing_is_off_where_tokens_are_drawn(donor: Any, tokenizer: Any, name: str) -> None:
+def test_donor_sampling_settings_are_ignored(donor: Any, tokenizer: Any, name: str) -> None:
     prompt, sampling = tokenizer("The", return_tensors="pt"), Sampling(temperature=1.0, max_new_tokens=24)
     plain = generate_text(donor, tokenizer, "The", sampling, seed=9)
     assert len(plain.token_ids) == 24 > len(set(plain.token_ids))
@@ -205,7 +205,7 @@ def test_a_donors_way_of_choosing_is_off_where_tokens_are_drawn(donor: Any, toke
         assert donor.generate(**prompt, max_new_tokens=24)[0].tolist() != plain.prompt_ids + plain.token_ids
 
 
-def test_a_donor_without_a_cache_or_with_several_texts_or_a_least_length_writes_as_others_do(donor: Any, tokenizer: Any) -> None:
+def test_donor_cache_return_count_and_min_length_settings_are_ignored(donor: Any, tokenizer: Any) -> None:
     plain = generate_text(donor, tokenizer, "The", GREEDY)
     end = plain.token_ids[3]
     for fields in ({"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}, {"min_length": 20}, {"min_new_tokens": 8}):
@@ -215,7 +215,7 @@ def test_a_donor_without_a_cache_or_with_several_texts_or_a_least_length_writes_
         assert ended.token_ids == plain.token_ids[: plain.token_ids.index(end) + 1]
 
 
-def test_halting_is_told_where_the_donor_wants_no_cache(model: Any, tokenizer: Any) -> None:
+def test_exit_cycles_are_reported_if_the_donor_disables_the_cache(model: Any, tokenizer: Any) -> None:
     sampling = replace(GREEDY, halt="entropy", halt_threshold=5.6)
     with own_way(model, use_cache=False):
         got = generate_text(model, tokenizer, "The", sampling)
@@ -226,7 +226,7 @@ def test_halting_is_told_where_the_donor_wants_no_cache(model: Any, tokenizer: A
     "choice",
     [{"temperature": 1.0}, {"temperature": 0.3}, {"temperature": 99.0, "top_k": 2}, {"temperature": 99.0, "top_k": 5}, {"top_p": 0.3}],
 )
-def test_tokens_are_drawn_as_transformers_draws_them(donor: Any, tokenizer: Any, choice: dict[str, Any]) -> None:
+def test_sampling_equals_transformers(donor: Any, tokenizer: Any, choice: dict[str, Any]) -> None:
     full = {"temperature": 0.8, "top_p": 1.0, "top_k": 0} | choice
     got = generate_text(donor, tokenizer, "The", Sampling(**full, max_new_tokens=20), seed=5)
     assert got.token_ids == drawn(donor, tokenizer, **full)
@@ -242,14 +242,14 @@ def drawn(model: Any, tokenizer: Any, **choice: Any) -> list[int]:
     return list(whole[0, len(tokenizer("The").input_ids) :].tolist())
 
 
-def test_dropout_is_off_while_writing(tokenizer: Any) -> None:
+def test_dropout_is_off_during_generation(tokenizer: Any) -> None:
     model = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
     plain = generate_text(model, tokenizer, "The old", GREEDY)
     model.train()
     assert generate_text(model, tokenizer, "The old", GREEDY) == plain and model.training
 
 
-def test_special_tokens_lead_but_never_follow_the_prompt() -> None:
+def test_prompt_has_leading_but_no_trailing_special_tokens() -> None:
     tokenizer = sentencepiece_like()
     assert tokenizer("one two").input_ids[-1] == tokenizer.eos_token_id
     ids = encode_prompt(tiny_model("llama", num_hidden_layers=1), tokenizer, "one two").ids
@@ -260,7 +260,7 @@ def test_an_end_token_that_the_user_typed_stays(model: Any, tokenizer: Any) -> N
     assert encode_prompt(model, tokenizer, f"one{END_OF_TEXT}").ids[-1] == tokenizer.eos_token_id
 
 
-def test_training_mode_is_put_back(model: Any, tokenizer: Any) -> None:
+def test_training_mode_is_restored(model: Any, tokenizer: Any) -> None:
     model.train()
     try:
         generate_text(model, tokenizer, "The", GREEDY)
@@ -270,7 +270,7 @@ def test_training_mode_is_put_back(model: Any, tokenizer: Any) -> None:
         model.eval()
 
 
-def test_the_caller_can_stop_the_text(model: Any, tokenizer: Any) -> None:
+def test_should_stop_interrupts_generation(model: Any, tokenizer: Any) -> None:
     answers = iter([False, False, True])
     got = generate_text(model, tokenizer, "The", GREEDY, should_stop=lambda: next(answers))
     assert len(got.token_ids) == 3
@@ -304,14 +304,14 @@ def test_a_stop_string_ends_the_text_before_it(tokenizer: Any) -> None:
     assert tokenizer.decode(got.token_ids) == " one castle\nUser:"
 
 
-def test_the_beginning_of_a_stop_string_comes_out_when_the_text_goes_on_otherwise(tokenizer: Any) -> None:
+def test_partial_stop_string_is_emitted_if_it_does_not_complete(tokenizer: Any) -> None:
     tokens = tokenizer(" one\nUse").input_ids
     sampling = Sampling(temperature=0, max_new_tokens=len(tokens), stop=("\nUser:",))
     got = generate_text(scripted(tokens), tokenizer, "The", sampling)
     assert (got.text, got.finish_reason) == (" one\nUse", "length")
 
 
-def test_the_caller_may_add_end_tokens(tokenizer: Any) -> None:
+def test_additional_end_tokens(tokenizer: Any) -> None:
     tokens = tokenizer(" one castle two").input_ids
     end = tokenizer(" castle").input_ids[0]
     got = generate_text(scripted(tokens), tokenizer, "The", Sampling(temperature=0, max_new_tokens=len(tokens)), ends=[end])
@@ -333,7 +333,7 @@ LONG_AND_SHORT = ["The old lobster follows the river near the castle", "A", "two
 
 
 @pytest.mark.parametrize("family", ["recursive", "qwen2", "mistral"])
-def test_a_batch_writes_what_its_prompts_would_alone(model: Any, tokenizer: Any, family: str) -> None:
+def test_batched_generation_equals_single_row_generation(model: Any, tokenizer: Any, family: str) -> None:
     writer = model if family == "recursive" else tiny_model(family, num_hidden_layers=2)
     batch = generate_batch(writer, tokenizer, LONG_AND_SHORT, GREEDY)
     assert batch == [generate_text(writer, tokenizer, prompt, GREEDY) for prompt in LONG_AND_SHORT]
@@ -345,14 +345,12 @@ def test_a_batch_writes_what_its_prompts_would_alone(model: Any, tokenizer: Any,
     H_cycles=st.integers(0, 4),
     stop=st.lists(st.text("abl� ", min_size=1, max_size=2), max_size=2),
 )
-def test_any_batch_writes_what_its_prompts_would_alone(
-    model: Any, tokenizer: Any, prompts: list[str], H_cycles: int, stop: list[str]
-) -> None:
+def test_any_batch_equals_single_row_generation(model: Any, tokenizer: Any, prompts: list[str], H_cycles: int, stop: list[str]) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=6, H_cycles=H_cycles, stop=tuple(stop))
     assert generate_batch(model, tokenizer, prompts, sampling) == [generate_text(model, tokenizer, one, sampling) for one in prompts]
 
 
-def test_texts_of_a_batch_end_by_themselves(model: Any, tokenizer: Any) -> None:
+def test_sequences_of_a_batch_end_independently(model: Any, tokenizer: Any) -> None:
     alone = [generate_text(model, tokenizer, prompt, replace(GREEDY, max_new_tokens=16)) for prompt in LONG_AND_SHORT]
     own = model.generation_config
     # an end token for one of them, and stop strings for others
@@ -369,7 +367,7 @@ def test_texts_of_a_batch_end_by_themselves(model: Any, tokenizer: Any) -> None:
     assert batch[0].token_ids == alone[0].token_ids[: len(batch[0].token_ids)]
 
 
-def test_a_batch_repeats_with_its_seed(model: Any, tokenizer: Any) -> None:
+def test_batch_is_reproducible_with_a_seed(model: Any, tokenizer: Any) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=8)
     before = torch.get_rng_state()
     first, again, other = (generate_batch(model, tokenizer, LONG_AND_SHORT, sampling, seed=seed) for seed in (1, 1, 2))
@@ -385,7 +383,7 @@ def test_an_empty_batch(model: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("halt", ["kl", "entropy"])
-def test_halting_tells_at_which_cycle_each_token_was_ready(donor_folder: Path, tokenizer: Any, halt: str) -> None:
+def test_exit_cycles_of_generated_tokens(donor_folder: Path, tokenizer: Any, halt: str) -> None:
     model = seeded(donor_folder)
     threshold = {"kl": 0.065, "entropy": 5.6}[halt]
     sampling = Sampling(temperature=0, max_new_tokens=12, halt=halt, halt_threshold=threshold)
@@ -400,13 +398,13 @@ def test_halting_tells_at_which_cycle_each_token_was_ready(donor_folder: Path, t
     assert decoding_stats(got).startswith(f"halting: {sum(got.cycles) / 12:.1f} of 3 cycles per token, ")
 
 
-def test_halting_that_costs_more_than_it_saves_is_told(model: Any, tokenizer: Any) -> None:
+def test_halting_that_costs_more_than_it_saves_is_reported(model: Any, tokenizer: Any) -> None:
     got = generate_text(model, tokenizer, "The", replace(GREEDY, halt="kl", halt_threshold=0.0))  # never halts, and looks at each cycle
     assert decoding_stats(got) == "halting: 3.0 of 3 cycles per token, 14% more layer applications than without halting"
     assert generate_text(model, tokenizer, "The", GREEDY).token_ids == got.token_ids
 
 
-def test_halting_in_a_batch_is_told_for_each_text(model: Any, tokenizer: Any) -> None:
+def test_exit_cycles_per_row_of_a_batch(model: Any, tokenizer: Any) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=6, halt="entropy", halt_threshold=5.6)
     batch = generate_batch(model, tokenizer, LONG_AND_SHORT, sampling)
     singles = [generate_text(model, tokenizer, prompt, sampling) for prompt in LONG_AND_SHORT]
@@ -421,7 +419,7 @@ def test_halting_in_a_batch_is_told_for_each_text(model: Any, tokenizer: Any) ->
 
 
 @pytest.mark.parametrize("draft_cycles", [0, 1, 2])
-def test_self_speculation_writes_the_same_and_tells_what_was_accepted(model: Any, tokenizer: Any, draft_cycles: int) -> None:
+def test_self_speculation_is_lossless_and_reports_acceptance(model: Any, tokenizer: Any, draft_cycles: int) -> None:
     plain = generate_text(model, tokenizer, "The old lobster", replace(GREEDY, max_new_tokens=16))
     pieces: list[str] = []
     sampling = Sampling(temperature=0, max_new_tokens=16, draft_cycles=draft_cycles, draft_tokens=3)
@@ -446,7 +444,7 @@ def told(cycles: tuple[int, ...], applications: int, plain: int) -> Generated:
     return Generated("", "", [1], [1] * len(cycles), "length", cycles, 4, applications, plain)
 
 
-def test_several_texts_are_told_together() -> None:
+def test_statistics_of_several_texts() -> None:
     assert (
         decoding_stats(told((1, 2), 6, 20), told((4, 4, 4), 24, 30))
         == "halting: 3.0 of 4 cycles per token, 40% of layer applications saved"
@@ -457,7 +455,7 @@ def test_several_texts_are_told_together() -> None:
     assert decoding_stats(*drafts) == "self-speculation: 6 of 10 drafted tokens accepted (60%)"
 
 
-def test_halting_is_told_against_the_cycles_of_the_run(model: Any, tokenizer: Any) -> None:
+def test_halting_statistics_are_relative_to_the_cycles_of_the_run(model: Any, tokenizer: Any) -> None:
     got = generate_text(model, tokenizer, "The", replace(GREEDY, H_cycles=2, halt="kl", halt_threshold=0.0))
     assert got.of_cycles == 2 and got.plain_applications == len(got.token_ids) * model.config.depth(2)
     assert got.applications == sum(applications(model.config, [2] * len(got.token_ids), "kl"))
@@ -479,13 +477,13 @@ def test_the_table_is_of_the_text_and_not_of_an_interrupted_one(model: Any, toke
     assert len(asked) == 1
 
 
-def test_nothing_is_told_of_a_plain_run(model: Any, tokenizer: Any) -> None:
+def test_plain_run_has_no_statistics(model: Any, tokenizer: Any) -> None:
     got = generate_text(model, tokenizer, "The", GREEDY)
     assert (got.cycles, got.applications, got.drafted, got.accepted) == (None, None, None, None)
     assert decoding_stats(got) == decoding_stats() == ""
 
 
-def test_what_it_cost_is_told_beside_the_text(model: Any, tokenizer: Any) -> None:
+def test_statistics_go_to_stderr(model: Any, tokenizer: Any) -> None:
     out, err = io.StringIO(), io.StringIO()
     settings = GenerateSettings(checkpoint="x", max_new_tokens=4, temperature=0, halt="kl", show_recursive_steps=True)
     write_once(model, tokenizer, "The", settings, out, err)
@@ -506,7 +504,7 @@ def test_a_compute_budget_finds_the_threshold(model: Any, tokenizer: Any, tmp_pa
 
 
 @pytest.mark.parametrize(("words", "shape"), [(40, None), (3000, (32, 128))])
-def test_what_is_calibrated_on(
+def test_calibration_windows(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: int, shape: tuple[int, int] | None
 ) -> None:
     """Windows of 128 tokens, 32 at most, from the beginning of the file; a shorter one is one window."""
@@ -536,7 +534,7 @@ def test_a_calibration_file_of_one_token(model: Any, tokenizer: Any, tmp_path: P
         calibrated(settings, model, tokenizer)
 
 
-def test_a_calibration_file_that_is_no_text(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_calibration_file_that_is_not_text(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").write_text("")
     for name, message in (("bytes", "cannot be read as text"), ("missing", "cannot be read as text"), ("empty", "has 0 tokens")):
@@ -622,19 +620,19 @@ def test_exactly_as_many_tokens_as_positions(donor: Any, tokenizer: Any) -> None
         check_ids(donor, [1] * 512, 1)
 
 
-def test_ids_up_to_the_last_of_the_vocabulary(donor: Any) -> None:
+def test_last_id_of_the_vocabulary_is_accepted(donor: Any) -> None:
     check_ids(donor, [383])
     with pytest.raises(UserError, match="gives token 384, the model knows 0 to 383"):
         check_ids(donor, [384])
 
 
-def test_a_batch_is_checked_as_one_text_is(donor: Any, tokenizer: Any) -> None:
+def test_batch_prompts_are_checked(donor: Any, tokenizer: Any) -> None:
     for wrong in (Sampling(temperature=-1.0), Sampling(H_cycles=1), Sampling(max_new_tokens=600)):
         with pytest.raises(UserError):
             generate_batch(donor, tokenizer, ["The"], wrong)
 
 
-def test_a_run_that_the_model_cannot_do_is_refused_at_loading(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused_at_loading(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     checkpoint.save(str(tmp_path / "m.pt"), model, tokenizer)
     with pytest.raises(UserError, match="--draft_cycles: expected fewer than the 3 cycles of the run, got 3"):
         load(GenerateSettings(checkpoint=str(tmp_path / "m.pt"), draft_cycles=3, device="cpu"))
@@ -664,7 +662,7 @@ def test_load_and_write_once(model: Any, tokenizer: Any, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("change", [{"max_new_tokens": 600}, {"H_cycles": 2}, {"prompt": "\udcff"}])
-def test_an_error_comes_before_any_text(donor: Any, tokenizer: Any, change: dict[str, Any]) -> None:
+def test_errors_precede_output(donor: Any, tokenizer: Any, change: dict[str, Any]) -> None:
     out = io.StringIO()
     settings = GenerateSettings(checkpoint="x", **{"prompt": "The", **change})
     with pytest.raises(UserError):
@@ -685,7 +683,7 @@ def test_run_writes_to_stdout_and_nothing_else_there(
         run(GenerateSettings(checkpoint=path))
 
 
-def test_a_terminal_without_a_character_does_not_end_the_text() -> None:
+def test_unencodable_characters_are_replaced() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     print("🦞", file=replace_unencodable(stream), flush=True)
     assert stream.buffer.getvalue() == b"?\n"

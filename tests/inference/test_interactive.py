@@ -131,14 +131,14 @@ def test_help_lists_every_command(talk: Any) -> None:
         ("\udcff", "--prompt: expected UTF-8 text"),
     ],
 )
-def test_an_error_is_told_and_changes_nothing(talk: Any, line: str, message: str) -> None:
+def test_errors_are_printed_and_change_nothing(talk: Any, line: str, message: str) -> None:
     out, err, conversation = talk(line, "The", "/quit")
     assert "error: " in err and message in err
     assert conversation.settings == SETTINGS
     assert "Generating...\nThe" in out and out.endswith("Goodbye!\n")
 
 
-def test_any_failure_of_a_prompt_is_told_by_its_name(talk: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_exception_is_printed_with_its_type(talk: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
@@ -180,7 +180,7 @@ def test_a_prompt_of_several_lines(talk: Any, model: Any, tokenizer: Any) -> Non
         assert f"Generating...\n{prompt}{continuation(model, tokenizer, prompt)}\n" in out
 
 
-def test_what_was_written_is_kept_and_comes_back(talk: Any, model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_save_and_load_round_trip(talk: Any, model: Any, tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "kept.json"
     out, _, first = talk("/max 3", "The", f"/save {file}")
     assert f"saved 2 messages to {file}\n" in out
@@ -189,14 +189,14 @@ def test_what_was_written_is_kept_and_comes_back(talk: Any, model: Any, tokenize
     assert second.messages == first.messages * 2
 
 
-def test_a_depth_that_the_drafts_reach_is_refused(talk: Any) -> None:
+def test_depth_not_above_draft_cycles_is_refused(talk: Any) -> None:
     settings = replace(SETTINGS, draft_cycles=1)
     _, err, conversation = talk("/cycles 1", "The", settings=settings)
     assert "--draft_cycles: expected fewer than the 1 cycles of the run, got 1" in err
     assert conversation.settings == settings and "self-speculation: " in err
 
 
-def test_the_seed_counts_for_the_conversation(talk: Any) -> None:
+def test_seed_applies_once_per_session(talk: Any) -> None:
     settings = replace(SETTINGS, temperature=1.0, seed=4)
     state = torch.get_rng_state()
     try:
@@ -283,7 +283,7 @@ def test_run_checks_its_settings_before_it_loads() -> None:
         interactive.run(replace(SETTINGS, checkpoint="not/there.pt", top_k=-1))
 
 
-def test_an_output_that_nobody_reads_ends_the_conversation(model: Any, tokenizer: Any) -> None:
+def test_closed_stdout_ends_the_session(model: Any, tokenizer: Any) -> None:
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError

@@ -42,7 +42,7 @@ def donor() -> Any:
         ({"draft_cycles": 1, "cache_policy": "last"}, "--draft_cycles: expected --cache_policy full with it, got --cache_policy last"),
     ],
 )
-def test_what_makes_no_sense_is_refused(effort: dict[str, Any], message: str) -> None:
+def test_contradictory_options_are_refused(effort: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         DecodingOptions(**effort).validate()
     assert message in str(error.value)
@@ -64,11 +64,11 @@ def test_what_makes_no_sense_is_refused(effort: dict[str, Any], message: str) ->
         {"halt": "kl", "draft_tokens": 1},  # which says nothing without draft_cycles
     ],
 )
-def test_what_makes_sense_passes(effort: dict[str, Any]) -> None:
+def test_valid_options_pass(effort: dict[str, Any]) -> None:
     DecodingOptions(**effort).validate()
 
 
-def test_only_what_is_asked_for_reaches_the_model(model: Any) -> None:
+def test_only_explicit_options_reach_generate(model: Any) -> None:
     assert DecodingOptions().generate_kwargs(model) == DecodingOptions(draft_tokens=7).generate_kwargs(model) == {}
     assert DecodingOptions(H_cycles=2, cache_policy="last", halt="kl", halt_threshold=0.1).generate_kwargs(model) == {
         "H_cycles": 2, "cache_policy": "last", "halt": "kl", "halt_threshold": 0.1,
@@ -80,7 +80,7 @@ def test_only_what_is_asked_for_reaches_the_model(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name_and_value", [("H_cycles", 2), ("cache_policy", "last"), ("halt", "kl"), ("draft_cycles", 1)])
-def test_a_plain_model_has_nothing_to_choose(donor: Any, name_and_value: tuple[str, Any]) -> None:
+def test_plain_model_takes_no_depth_options(donor: Any, name_and_value: tuple[str, Any]) -> None:
     name, value = name_and_value
     assert DecodingOptions().generate_kwargs(donor) == {}
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_a_plain_model_has_nothing_to_choose(donor: Any, name_and_value: tuple[s
         DecodingOptions(**{name: value}).generate_kwargs(donor)
 
 
-def test_drafts_are_shallower_than_the_run(model: Any) -> None:
+def test_draft_cycles_must_be_below_H_cycles(model: Any) -> None:
     assert DecodingOptions(draft_cycles=2).generate_kwargs(model)["draft_cycles"] == 2
     assert DecodingOptions(draft_cycles=3, H_cycles=4).generate_kwargs(model)["draft_cycles"] == 3
     for effort, cycles in (
@@ -106,7 +106,7 @@ def test_a_plain_pass_cannot_halt(model: Any) -> None:
         DecodingOptions(halt="kl", H_cycles=0).generate_kwargs(model)
 
 
-def test_a_head_that_was_never_trained_cannot_say_when_to_stop(model: Any) -> None:
+def test_untrained_q_head_cannot_halt(model: Any) -> None:
     bias = model.base_model.recursion.q_head.bias
     with pytest.raises(UserError, match="--halting_weight") as error:
         DecodingOptions(halt="q_head").generate_kwargs(model)
@@ -138,7 +138,7 @@ def test_which_models_are_recursive(model: Any, donor: Any) -> None:
     assert is_recursive(model) and not is_recursive(donor)
 
 
-def test_training_mode_is_put_back(donor: Any) -> None:
+def test_training_mode_is_restored(donor: Any) -> None:
     donor.train()
     try:
         with pytest.raises(KeyError), evaluating(donor):

@@ -80,7 +80,7 @@ class Length:
         ([1], None, 0),  # of which nothing can be taken from the cache
     ],
 )
-def test_what_is_recalled_is_the_common_beginning_short_of_the_last_token(asked: list[int], shared: int | None, cuts: int) -> None:
+def test_recall_returns_the_longest_proper_common_prefix(asked: list[int], shared: int | None, cuts: int) -> None:
     memory, model, effort, cache = PrefixCache(), object(), DecodingOptions(), Length(5)
     memory.keep(model, [1, 2, 3, 4, 5, 7], effort, cache)  # 7 was written and never read
     assert memory.ids == [1, 2, 3, 4, 5]
@@ -92,7 +92,7 @@ def test_what_is_recalled_is_the_common_beginning_short_of_the_last_token(asked:
         assert memory.ids == asked[:shared]
 
 
-def test_only_the_same_model_and_effort_recall_and_only_what_can_be_cut_back_is_cut() -> None:
+def test_recall_requires_equal_model_and_options_and_a_croppable_cache() -> None:
     model, ids = object(), [1, 2, 3, 4, 5]
     for other, effort in ((object(), DecodingOptions()), (model, DecodingOptions(H_cycles=2)), (model, DecodingOptions(draft_cycles=1))):
         memory = PrefixCache()
@@ -105,7 +105,7 @@ def test_only_the_same_model_and_effort_recall_and_only_what_can_be_cut_back_is_
     assert memory.recall(model, [*ids, 6], DecodingOptions()).length == 5
 
 
-def test_a_turn_reads_only_what_is_new(model: Any, tokenizer: Any) -> None:
+def test_a_turn_prefills_only_new_tokens(model: Any, tokenizer: Any) -> None:
     memory = PrefixCache()
     first = tokenizer("The old lobster follows the river").input_ids
     whole = turn(model, tokenizer, first, GREEDY, memory)
@@ -116,7 +116,7 @@ def test_a_turn_reads_only_what_is_new(model: Any, tokenizer: Any) -> None:
     assert counts == [1 + len(more), *[1] * (GREEDY.max_new_tokens - 1)]
 
 
-def test_the_same_prompt_again_reads_its_last_token(model: Any, tokenizer: Any) -> None:
+def test_repeated_prompt_prefills_only_its_last_token(model: Any, tokenizer: Any) -> None:
     memory = PrefixCache()
     ids = tokenizer("The old lobster").input_ids
     turn(model, tokenizer, ids, GREEDY, memory)
@@ -127,7 +127,7 @@ def test_the_same_prompt_again_reads_its_last_token(model: Any, tokenizer: Any) 
 
 @settings(max_examples=15, deadline=None)
 @given(turns=st.lists(st.tuples(st.integers(0, 30), st.lists(st.integers(1, 300), min_size=1, max_size=6)), min_size=1, max_size=4))
-def test_the_text_is_the_same_wherever_prompts_part(model: Any, tokenizer: Any, turns: list[tuple[int, list[int]]]) -> None:
+def test_prefix_cache_does_not_change_greedy_text(model: Any, tokenizer: Any, turns: list[tuple[int, list[int]]]) -> None:
     memory, whole = PrefixCache(), [5, 6, 7]
     for kept, new in turns:
         whole = turn(model, tokenizer, whole[: max(1, kept)] + new, GREEDY, memory)
@@ -137,7 +137,7 @@ OTHERS = {"depth": {"H_cycles": 2}, "policy": {"cache_policy": "last"}, "halting
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_another_effort_reads_everything_again(model: Any, tokenizer: Any, other: dict[str, Any]) -> None:
+def test_other_options_drop_the_cache(model: Any, tokenizer: Any, other: dict[str, Any]) -> None:
     memory = PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, GREEDY, memory)
     changed = Sampling(temperature=0, max_new_tokens=6, **other)
@@ -148,7 +148,7 @@ def test_another_effort_reads_everything_again(model: Any, tokenizer: Any, other
 
 
 @pytest.mark.parametrize("effort", [{"draft_cycles": 1}, {"draft_cycles": 0}, {"H_cycles": 0}])
-def test_every_effort_has_its_memory(model: Any, tokenizer: Any, effort: dict[str, Any]) -> None:
+def test_prefix_cache_works_with_all_options(model: Any, tokenizer: Any, effort: dict[str, Any]) -> None:
     sampling, memory = Sampling(temperature=0, max_new_tokens=6, **effort), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
     whole = turn(model, tokenizer, [*whole, 70, 71, 72], sampling, memory)
@@ -158,7 +158,7 @@ def test_every_effort_has_its_memory(model: Any, tokenizer: Any, effort: dict[st
     assert max(counts) <= 2
 
 
-def test_halting_has_its_memory(donor_folder: Path, tokenizer: Any) -> None:
+def test_prefix_cache_works_with_halting(donor_folder: Path, tokenizer: Any) -> None:
     model = seeded(donor_folder)
     sampling, memory = Sampling(temperature=0, max_new_tokens=12, halt="entropy", halt_threshold=5.6), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
@@ -170,7 +170,7 @@ def test_halting_has_its_memory(donor_folder: Path, tokenizer: Any) -> None:
     assert max(counts) == 2
 
 
-def test_the_last_policy_has_its_memory(model: Any, tokenizer: Any) -> None:
+def test_prefix_cache_works_with_the_last_policy(model: Any, tokenizer: Any) -> None:
     """What is read at once sees each other at every cycle and what was read before at its last, so here the turns make the text."""
     sampling, memory = Sampling(temperature=0, max_new_tokens=6, cache_policy="last"), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
@@ -185,7 +185,7 @@ def test_another_model_shares_nothing(model: Any, sliding: Any, tokenizer: Any) 
     turn(sliding, tokenizer, whole, GREEDY, memory)
 
 
-def test_a_window_that_has_slid_goes_on_but_not_back(sliding: Any, tokenizer: Any) -> None:
+def test_full_sliding_window_can_extend_but_not_crop(sliding: Any, tokenizer: Any) -> None:
     memory = PrefixCache()
     whole = turn(sliding, tokenizer, [5, 6, 7, 8, 9, 10, 11, 12], GREEDY, memory)
     with reading(sliding) as counts:
@@ -198,7 +198,7 @@ def test_a_window_that_has_slid_goes_on_but_not_back(sliding: Any, tokenizer: An
     assert got.token_ids == generate_text(sliding, tokenizer, back, GREEDY).token_ids
 
 
-def test_a_run_that_breaks_off_is_forgotten(model: Any, tokenizer: Any) -> None:
+def test_failed_run_drops_the_cache(model: Any, tokenizer: Any) -> None:
     memory = PrefixCache()
     whole = turn(model, tokenizer, [5, 6, 7], GREEDY, memory)
 
@@ -210,7 +210,7 @@ def test_a_run_that_breaks_off_is_forgotten(model: Any, tokenizer: Any) -> None:
     turn(model, tokenizer, [*whole, 71], GREEDY, memory)
 
 
-def test_what_was_stopped_is_remembered(model: Any, tokenizer: Any) -> None:
+def test_stopped_run_keeps_the_cache(model: Any, tokenizer: Any) -> None:
     memory = PrefixCache()
     stops = iter([False, True])
     got = generate_text(model, tokenizer, [5, 6, 7], GREEDY, should_stop=lambda: next(stops), memory=memory)
@@ -228,7 +228,7 @@ def test_forgetting(model: Any, tokenizer: Any) -> None:
     assert counts[0] == len(whole)
 
 
-def test_the_random_state_is_not_needed_to_remember(model: Any, tokenizer: Any) -> None:
+def test_prefix_cache_does_not_touch_the_random_state(model: Any, tokenizer: Any) -> None:
     drawn, memory = Sampling(temperature=1.0, max_new_tokens=6), PrefixCache()
     first = generate_text(model, tokenizer, [5, 6, 7], drawn, seed=1, memory=memory)
     again = [5, 6, 7, *first.token_ids, 70]

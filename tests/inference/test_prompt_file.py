@@ -52,7 +52,7 @@ def results(settings: GenerateSettings) -> list[dict[str, Any]]:
 # --- what is read
 
 
-def test_a_line_is_a_prompt_as_it_stands(tmp_path: Path) -> None:
+def test_text_file_lines_are_literal_prompts(tmp_path: Path) -> None:
     file = tmp_path / "x.txt"
     file.write_bytes("\ufeffone \r\n\n  \n two\\n\u2028three\n".encode())
     assert read_prompts(str(file)) == [Prompt(0, "one "), Prompt(3, " two\\n\u2028three")]
@@ -76,7 +76,7 @@ def test_jsonl(tmp_path: Path) -> None:
         ("x.jsonl", b"[1]", "line 1: expected a JSON object"),
     ],
 )
-def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_invalid_prompt_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         read_prompts(str(tmp_path / name))
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 # --- what is written
 
 
-def test_each_prompt_is_continued_as_alone(settings: GenerateSettings, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_file_results_equal_single_prompts(settings: GenerateSettings, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
     settings.temperature = 0
     prompt_file.run(settings)
     found = results(settings)
@@ -106,19 +106,19 @@ def test_each_prompt_is_continued_as_alone(settings: GenerateSettings, model: An
     assert "7/7" in said.err  # the bar
 
 
-def test_halting_tells_its_cycles(settings: GenerateSettings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_contain_exit_cycles(settings: GenerateSettings, capsys: pytest.CaptureFixture[str]) -> None:
     prompt_file.run(replace(settings, halt="kl", temperature=0))
     assert all(len(entry["cycles"]) == entry["tokens"] for entry in results(settings))
     assert "halting: " in capsys.readouterr().err
 
 
-def test_results_may_go_elsewhere(settings: GenerateSettings, tmp_path: Path) -> None:
+def test_output_file(settings: GenerateSettings, tmp_path: Path) -> None:
     prompt_file.run(replace(settings, output_file=str(tmp_path / "elsewhere.jsonl")))
     assert len((tmp_path / "elsewhere.jsonl").read_text(encoding="utf-8").splitlines()) == 7
     assert not prompt_file.output_path(settings).exists()
 
 
-def test_every_batch_draws_by_a_seed_of_its_own(settings: GenerateSettings, tmp_path: Path) -> None:
+def test_every_batch_has_its_own_seed(settings: GenerateSettings, tmp_path: Path) -> None:
     """The same prompt again and again: batches are unlike each other, and unlike those of another seed."""
     (tmp_path / "same.txt").write_text("The old lobster\n" * 6)
     same = replace(settings, prompt_file=str(tmp_path / "same.txt"), max_new_tokens=8)
@@ -130,7 +130,7 @@ def test_every_batch_draws_by_a_seed_of_its_own(settings: GenerateSettings, tmp_
     assert [entry["text"] for entry in results(other)] != texts
 
 
-def test_what_all_batches_cost_is_told_together(settings: GenerateSettings, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_cover_all_batches(settings: GenerateSettings, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
     halting = replace(settings, halt="entropy", halt_threshold=5.6, temperature=0)
     prompt_file.run(halting)
     cycles = [cycle for entry in results(halting) for cycle in entry["cycles"]]
@@ -138,7 +138,7 @@ def test_what_all_batches_cost_is_told_together(settings: GenerateSettings, mode
     assert f"halting: {sum(cycles) / len(cycles):.1f} of 2 cycles per token, " in capsys.readouterr().err
 
 
-def test_a_budget_is_calibrated_before_anything_is_written(settings: GenerateSettings, tmp_path: Path) -> None:
+def test_budget_is_calibrated_before_generation(settings: GenerateSettings, tmp_path: Path) -> None:
     (tmp_path / "like.txt").write_text("The old lobster follows the river near the castle. " * 4)
     budgeted = replace(settings, halt="entropy", compute_budget=0.9, calibration_file=str(tmp_path / "like.txt"), temperature=0)
     prompt_file.run(budgeted)
@@ -172,7 +172,7 @@ def whole(settings: GenerateSettings, tmp_path: Path) -> bytes:
     return prompt_file.output_path(elsewhere).read_bytes()
 
 
-def test_an_interrupted_run_goes_on(
+def test_interrupted_run_resumes(
     settings: GenerateSettings, whole: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prompt_file, "generate_batch", Breaks(3))
@@ -188,7 +188,7 @@ def test_an_interrupted_run_goes_on(
 
 
 @pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.9])
-def test_a_file_torn_anywhere_is_made_whole(settings: GenerateSettings, whole: bytes, share: float) -> None:
+def test_truncated_output_file_is_completed(settings: GenerateSettings, whole: bytes, share: float) -> None:
     prompt_file.run(settings)
     path = prompt_file.output_path(settings)
     path.write_bytes(whole[: int(len(whole) * share)])
@@ -196,7 +196,7 @@ def test_a_file_torn_anywhere_is_made_whole(settings: GenerateSettings, whole: b
     assert path.read_bytes() == whole
 
 
-def test_a_finished_file_is_left_as_it_is(settings: GenerateSettings, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_output_file_is_not_modified(settings: GenerateSettings, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt_file.run(settings)
     again = Breaks(100)
     monkeypatch.setattr(prompt_file, "generate_batch", again)
@@ -214,7 +214,7 @@ def test_a_finished_file_is_left_as_it_is(settings: GenerateSettings, whole: byt
         ({"stop": ("x",)}, "was made with --stop []"),
     ],
 )
-def test_results_of_other_settings_are_not_mixed(settings: GenerateSettings, change: dict[str, Any], message: str) -> None:
+def test_output_of_other_settings_is_refused(settings: GenerateSettings, change: dict[str, Any], message: str) -> None:
     prompt_file.run(settings)
     before = prompt_file.output_path(settings).read_bytes()
     with pytest.raises(UserError) as error:
@@ -223,12 +223,12 @@ def test_results_of_other_settings_are_not_mixed(settings: GenerateSettings, cha
     assert prompt_file.output_path(settings).read_bytes() == before
 
 
-def test_the_checkpoints_own_depth_is_the_same_setting(settings: GenerateSettings) -> None:
+def test_explicit_default_depth_counts_as_equal_settings(settings: GenerateSettings) -> None:
     prompt_file.run(settings)
     prompt_file.run(replace(settings, H_cycles=2))
 
 
-def test_results_of_other_prompts_or_another_checkpoint_are_not_mixed(settings: GenerateSettings, model: Any, tmp_path: Path) -> None:
+def test_output_of_other_prompts_or_checkpoints_is_refused(settings: GenerateSettings, model: Any, tmp_path: Path) -> None:
     prompt_file.run(settings)
     other = str(tmp_path / "other.pt")
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_results_of_other_prompts_or_another_checkpoint_are_not_mixed(settings: 
 
 
 @pytest.mark.parametrize("record", [None, "", "[]", '{"format": "other"}'])
-def test_a_file_that_we_did_not_make_is_not_touched(settings: GenerateSettings, record: str | None) -> None:
+def test_foreign_output_file_is_not_touched(settings: GenerateSettings, record: str | None) -> None:
     path = prompt_file.output_path(settings)
     path.write_text("somebody's\n")
     if record is not None:
@@ -254,7 +254,7 @@ def test_a_file_that_we_did_not_make_is_not_touched(settings: GenerateSettings, 
     assert path.read_text() == "somebody's\n"
 
 
-def test_a_line_that_is_no_result_is_named(settings: GenerateSettings) -> None:
+def test_invalid_result_line_is_reported(settings: GenerateSettings) -> None:
     prompt_file.run(settings)
     path = prompt_file.output_path(settings)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -265,7 +265,7 @@ def test_a_line_that_is_no_result_is_named(settings: GenerateSettings) -> None:
 
 
 @pytest.mark.parametrize("fault", ["a" * 1000])
-def test_every_prompt_is_read_before_the_first_is_continued(settings: GenerateSettings, fault: str, tmp_path: Path) -> None:
+def test_all_prompts_are_checked_before_generation(settings: GenerateSettings, fault: str, tmp_path: Path) -> None:
     file = tmp_path / "faulty.txt"
     file.write_text("\n".join(["good", *[fault] * 5]), encoding="utf-8")
     faulty = replace(settings, prompt_file=str(file))

@@ -48,7 +48,7 @@ def before_stop(text: str, stop: list[str]) -> str:
 @example(text="xaab", stop=["b", "aab"], places=[3])
 @example(text="xaac", stop=["c", "aab"], places=[3])
 @given(text=st.text("ab\n"), stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), places=st.lists(st.integers(0, 40)))
-def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(text: str, stop: list[str], places: list[int]) -> None:
+def test_first_stop_string_is_independent_of_chunking(text: str, stop: list[str], places: list[int]) -> None:
     pieces: list[str] = []
     until = UntilStop(stop, pieces.append)
     for piece in cut(text, places):
@@ -59,7 +59,7 @@ def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(text: str,
     assert all(pieces)
 
 
-def test_only_what_may_be_a_stop_string_is_held_back() -> None:
+def test_only_possible_stop_prefixes_are_held_back() -> None:
     pieces: list[str] = []
     until = UntilStop(["\nUser:"], pieces.append)
     for piece in ("one\n", "Us", "ed two", "\nUser", ": three"):
@@ -70,7 +70,7 @@ def test_only_what_may_be_a_stop_string_is_held_back() -> None:
     assert pieces == ["one", "\nUsed two"]
 
 
-def test_a_row_ends_at_an_end_token_which_has_no_text() -> None:
+def test_end_token_finishes_a_row_without_text() -> None:
     tokenizer = make_tiny_tokenizer()
     word, end = tokenizer(" lobster").input_ids, tokenizer(" castle").input_ids[0]
     row = Row(tokenizer, [1], ends=[0, end])
@@ -79,7 +79,7 @@ def test_a_row_ends_at_an_end_token_which_has_no_text() -> None:
     assert (row.text, row.finish, row.token_ids) == (" lobster", "stop", [*word, end])
 
 
-def test_rows_end_by_themselves_and_keep_no_padding() -> None:
+def test_rows_finish_independently_without_padding() -> None:
     tokenizer = make_tiny_tokenizer()
     texts = ["The old lobster follows the famous painter", " river", "quiet ships"]
     tokens = [tokenizer(text).input_ids for text in texts]
@@ -127,7 +127,7 @@ def test_rows_take_several_columns_at_once() -> None:
     assert row.token_ids == [*ids, 70]
 
 
-def test_the_caller_stops_all_rows_that_go_on() -> None:
+def test_should_stop_finishes_running_rows() -> None:
     tokenizer = make_tiny_tokenizer()
     rows = [Row(tokenizer, [1], ends=[0]) for _ in range(2)]
     asked = iter([False, True])
@@ -147,7 +147,7 @@ def test_a_character_that_ends_with_the_text_may_complete_a_stop_string() -> Non
     assert (row.text, row.finish) == ("a", "stop")
 
 
-def test_what_a_row_holds_back_comes_out_in_order_when_it_ends() -> None:
+def test_pending_text_is_flushed_in_order() -> None:
     """The half character first, which may be the beginning of a stop string, then what was held back for that."""
     tokenizer = make_tiny_tokenizer()
     half = tokenizer("a🦞").input_ids[:-1]
@@ -174,7 +174,7 @@ def test_spaces_before_punctuation_are_kept() -> None:
     assert row.text == text
 
 
-def test_what_follows_a_text_that_ended_is_no_part_of_it() -> None:
+def test_tokens_after_the_end_are_ignored() -> None:
     row = Row(make_tiny_tokenizer(), [1], ends=[0])
     row.put(70)
     row.close("length")
@@ -183,7 +183,7 @@ def test_what_follows_a_text_that_ended_is_no_part_of_it() -> None:
     assert (row.text, row.finish) == before == (row.text, "length")
 
 
-def test_the_caller_is_asked_after_each_column_of_several() -> None:
+def test_should_stop_is_called_per_column() -> None:
     row = Row(make_tiny_tokenizer(), [1])
     asked = iter([False, True, True])
     Rows([row], read=1, should_stop=lambda: next(asked))(torch.tensor([[1, 70, 71, 72]]), None)

@@ -14,7 +14,7 @@ from recursify.inference import transcript
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "龙虾\n🦞"}, {"role": "assistant", "content": ""}]
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+def test_transcript_round_trip(tmp_path: Path) -> None:
     file = str(tmp_path / "talk.json")
     transcript.save(file, TALK, {"temperature": 0.5})
     transcript.save(file, TALK, {"temperature": 0.7})
@@ -42,7 +42,7 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ({"messages": ["hello"]}, "message 1: "),
     ],
 )
-def test_what_is_no_conversation_is_refused_and_kept(tmp_path: Path, content: Any, message: str) -> None:
+def test_foreign_files_are_refused_and_not_overwritten(tmp_path: Path, content: Any, message: str) -> None:
     file = tmp_path / "x.json"
     text = content if isinstance(content, str) else json.dumps({"format": transcript.FORMAT} | content)
     file.write_text(text)
@@ -54,7 +54,7 @@ def test_what_is_no_conversation_is_refused_and_kept(tmp_path: Path, content: An
     assert file.read_text() == text
 
 
-def test_places_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_paths(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read .No such file"):
         transcript.load(str(tmp_path / "missing.json"))
     with pytest.raises(UserError, match="cannot be written .No such file"):

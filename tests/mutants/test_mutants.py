@@ -82,7 +82,7 @@ def test_faults_of_our_own(line: str, faults: set[str]) -> None:
         "class A:\n    @property\n    def x(self):\n        return self\n",
     ],
 )
-def test_where_nothing_is_planted(source: str) -> None:
+def test_lines_without_mutations(source: str) -> None:
     assert not planted(source)
 
 
@@ -106,7 +106,7 @@ def test_the_tables_name_what_there_is() -> None:
         assert any(mutant.function == function for mutant in possible(file, source)), (function, new)
 
 
-def test_a_page_says_that_it_is_of_a_sample() -> None:
+def test_report_states_its_sample() -> None:
     counts = {"possible": 300, "drawn": 15, "no_program": 1, "not_run": 2, "planted": 12, "caught": 11, "timeouts": 0, "excused": 0}
     made = {"seconds": 9, "seconds_each": 1.5, "seed": 4, "jobs": 2, "date": "", "commit": "", "versions": ""}
     survivor = {"file": "a.py", "function": "f", "line": 1, "before": "x", "after": "y", "outcome": "survived"}

@@ -658,7 +658,7 @@ def test_unused_parameters_stay_frozen_after_loading(load: Any, tmp_path: Path) 
     assert idle == wanted | {"recursion.inject_L.theta_A", "recursion.inject_L.theta_B"}
 
 
-def test_gradient_checkpointing_changes_nothing(qwen2: RecursiveLLM) -> None:
+def test_gradient_checkpointing_gives_equal_results(qwen2: RecursiveLLM) -> None:
     qwen2.train()
     x = ids(2, 12)
     loss, grads = gradients(qwen2, x)

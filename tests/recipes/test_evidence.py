@@ -23,7 +23,7 @@ PAGE = tables.PAGES[0].read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
-def test_the_pages_say_what_the_results_say(page: Path) -> None:
+def test_pages_equal_the_rendered_results(page: Path) -> None:
     written = page.read_text(encoding="utf-8")
     assert "<!-- table " in written
     assert tables.render(written) == written, f"docs/{page.name} is out of date: python -m recipes.evidence tables"
@@ -68,7 +68,7 @@ def states(model: Any, monkey: dict[int, Tensor]) -> list[Tensor]:
         return list(model.model.recursion.steps(e, block, 2, 1))
 
 
-def test_the_naive_loop_applies_the_block_again_and_again() -> None:
+def test_naive_loop_repeats_the_block() -> None:
     seen: dict[int, Tensor] = {}
     first, second = states(looped("naive"), seen)
     assert sorted(seen) == [0, 1, 2, 3]
@@ -92,7 +92,7 @@ def test_the_gate_lies_between_old_and_new() -> None:
 
 
 @pytest.mark.parametrize("rival", RIVALS)
-def test_a_rival_trains_and_reads_out_every_cycle(rival: str) -> None:
+def test_rival_loops_are_trainable_at_every_cycle(rival: str) -> None:
     model = looped(rival)
     x = torch.arange(12)[None]
     out = model(x, labels=x, output_cycle_logits=True, use_cache=False)
@@ -105,7 +105,7 @@ def test_a_rival_trains_and_reads_out_every_cycle(rival: str) -> None:
 # Studies
 
 
-def test_a_study_runs_from_nothing_and_goes_on(tmp_path: Path) -> None:
+def test_study_runs_and_resumes(tmp_path: Path) -> None:
     run = ["state_tracking", "--size", "test", "--device", "cpu", "--processes", "1", "--output", str(tmp_path), "--work", str(tmp_path)]
     names = ["donor as it is", "donor, fine-tuned on the same tokens", "donor, fine-tuned for the same FLOPs", "ours: keep_donor, H 3, L 1"]
     evidence.main([*run, "--rows", *names[:2]])

@@ -104,7 +104,7 @@ def test_the_cost_it_states(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_it_fits_where_it_says(path: Path) -> None:
+def test_recipe_fits_the_stated_memory(path: Path) -> None:
     """A tenth and 2 GB are left for what is not counted."""
     about = sections(path)["about"]
     if "GB" in about:

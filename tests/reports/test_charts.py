@@ -11,14 +11,14 @@ from recursify.reports import charts
 from tests.support.pages import coordinates
 
 
-def test_labels_do_not_cover_each_other() -> None:
+def test_labels_do_not_overlap() -> None:
     centres = charts.spread([50, 51, 52, 10], [20, 20, 20, 20], 0, 200)
     ordered = sorted(centres)
     assert all(later - earlier >= 20 for earlier, later in itertools.pairwise(ordered))
     assert charts.spread([195], [20], 0, 200) == [190] and charts.spread([], [], 0, 10) == []
 
 
-def test_long_names_are_cut_to_the_room_there_is() -> None:
+def test_long_names_are_truncated() -> None:
     rows = charts.wrap("a name that goes on and on " * 9 + "x" * 99, 90, 3)
     assert len(rows) == 3 and rows[-1].endswith("…") and all(charts.text_width(row) <= 90 for row in rows)
 
@@ -31,7 +31,7 @@ def test_ticks_are_round_few_and_distinct(low: float, high: float) -> None:
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
 
 
-def test_coordinates_that_are_no_numbers_are_refused() -> None:
+def test_non_finite_coordinates_are_refused() -> None:
     with pytest.raises(ValueError, match="must be finite"):
         charts.element("circle", cx=math.nan)
 
@@ -55,7 +55,7 @@ def test_picture_of_the_plan_shows_every_layer_once_in_each_half(
     assert max(coordinates(svg)) <= max(float(svg.get("width", "0")), float(svg.get("height", "0")))
 
 
-def test_a_picture_as_a_file_brings_its_look_and_paper() -> None:
+def test_standalone_chart_has_style_and_background() -> None:
     drawn = charts.architecture_picture(prelude=(0,), loop=(1, 2), coda=(), donor_layers=3, H_cycles=2, L_cycles=1, narrow=False)
     root, inner = ElementTree.fromstring(charts.standalone(drawn, margin=10)), ElementTree.fromstring(drawn)
     space = "{http://www.w3.org/2000/svg}"

@@ -36,7 +36,7 @@ def held(model: Any, tokenizer: Any) -> Iterator[Running]:
         yield server
 
 
-def test_those_who_find_no_room_wait_and_those_who_find_no_place_are_told(held: Any, model: Any, tokenizer: Any) -> None:
+def test_requests_queue_when_cache_is_full_and_get_429_when_queue_is_full(held: Any, model: Any, tokenizer: Any) -> None:
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(held.write, prompt) for prompt in PROMPTS[:3]]
         assert soon(lambda: len(held.batcher.waiting) == 2)
@@ -49,7 +49,7 @@ def test_those_who_find_no_room_wait_and_those_who_find_no_place_are_told(held: 
     assert soon(lambda: held.idle)
 
 
-def test_a_client_that_goes_while_it_waits_loses_its_place(held: Any, model: Any, tokenizer: Any) -> None:
+def test_disconnected_client_leaves_the_queue(held: Any, model: Any, tokenizer: Any) -> None:
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(held.write, PROMPTS[0])
         assert soon(lambda: bool(held.batcher.running))
@@ -63,7 +63,7 @@ def test_a_client_that_goes_while_it_waits_loses_its_place(held: Any, model: Any
     assert soon(lambda: 'recursify_requests_total{route="/v1/completions",status="499"} 2' in held.http.get("/metrics").text)
 
 
-def test_a_small_cache_is_shared_in_turn(model: Any, tokenizer: Any) -> None:
+def test_small_cache_serves_requests_in_turn(model: Any, tokenizer: Any) -> None:
     """Room for two of five at a time, and prompts that are read in several passes."""
     with running(model, tokenizer, cache_tokens=256, batch_tokens=33) as server:
         assert server.service.longest == 256
@@ -89,7 +89,7 @@ def caller(server: Running, body: dict[str, Any]) -> socket.socket:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_leaves_nothing_behind(stream: bool, model: Any, tokenizer: Any) -> None:
+def test_disconnected_client_frees_its_blocks(stream: bool, model: Any, tokenizer: Any) -> None:
     with running(model, tokenizer) as server:
         gone = caller(server, {"prompt": "a b c", "max_tokens": 450, "stream": stream, "n": 4, "temperature": 0, "stop": ["never met"]})
         assert soon(lambda: server.batcher.free_blocks < server.batcher.blocks)
@@ -102,7 +102,7 @@ def test_a_client_that_goes_leaves_nothing_behind(stream: bool, model: Any, toke
         assert server.batcher.router.output_queue.empty() and not server.batcher.router.result_handlers
 
 
-def test_a_request_that_takes_too_long_is_given_up(model: Any, tokenizer: Any) -> None:
+def test_request_timeout(model: Any, tokenizer: Any) -> None:
     with running(model, tokenizer, request_timeout=0.3) as server:
         slow = {"prompt": "a", "max_tokens": 450, "n": 8}
         answer = server.post(**slow)
@@ -112,7 +112,7 @@ def test_a_request_that_takes_too_long_is_given_up(model: Any, tokenizer: Any) -
         assert soon(lambda: server.idle)
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(model: Any, tokenizer: Any) -> None:
+def test_slow_body_times_out(model: Any, tokenizer: Any) -> None:
     with running(model, tokenizer, request_timeout=0.3) as server, connected(server) as raw:
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert raw.recv(100).startswith(b"HTTP/1.1 504")
@@ -121,7 +121,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(model: Any, tokenizer: Any)
 # --- the end
 
 
-def test_a_server_that_stops_finishes_what_runs_and_takes_nothing_new(model: Any, tokenizer: Any) -> None:
+def test_graceful_shutdown_finishes_running_requests(model: Any, tokenizer: Any) -> None:
     before = threading.active_count()
     with running(model, tokenizer) as server, ThreadPoolExecutor(1) as pool:
         running_one = pool.submit(server.write, PROMPTS[0], max_tokens=60)
@@ -136,7 +136,7 @@ def test_a_server_that_stops_finishes_what_runs_and_takes_nothing_new(model: Any
     assert soon(lambda: threading.active_count() <= before)
 
 
-def test_what_does_not_finish_in_time_is_told(model: Any, tokenizer: Any) -> None:
+def test_shutdown_timeout_fails_running_requests(model: Any, tokenizer: Any) -> None:
     with running(model, tokenizer, shutdown_timeout=0) as server, ThreadPoolExecutor(2) as pool:
         whole = pool.submit(server.post, prompt="a", max_tokens=450, n=3)
         streamed = pool.submit(server.post, prompt="a", max_tokens=450, n=3, stream=True)
@@ -146,7 +146,7 @@ def test_what_does_not_finish_in_time_is_told(model: Any, tokenizer: Any) -> Non
         assert "the server is stopping" in streamed.result().text and "[DONE]" not in streamed.result().text
 
 
-def test_a_manager_that_dies_is_told(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_manager_fails_requests_and_health(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(model, tokenizer) as server:
         processor = server.batcher.manager.batch_processor
 

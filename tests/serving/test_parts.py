@@ -48,7 +48,7 @@ def shares(logits: torch.Tensor, choice: Choice, draws: int = 40_000) -> torch.T
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.8), (1.5, 0.5), (1.0, 1e-9)])
-def test_draws_are_from_the_distribution(temperature: float, top_p: float) -> None:
+def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
     logits = torch.tensor([2.0, 1.5, 0.0, -1.0, 1.0, -4.0, 0.5])
     expected = (logits / temperature).softmax(-1)
     order = expected.argsort(descending=True)
@@ -61,7 +61,7 @@ def test_draws_are_from_the_distribution(temperature: float, top_p: float) -> No
     assert ((found - nucleus).abs() <= 5 * (nucleus * (1 - nucleus) / 40_000).sqrt() + 1e-9).all()
 
 
-def test_noise_is_that_of_gumbel_and_no_two_keys_share_it() -> None:
+def test_noise_is_gumbel_distributed_and_unique_per_key() -> None:
     noise = gumbel(torch.tensor([Choice(seed=1).key(p) for p in range(200)]), 500)
     assert abs(noise.mean().item() - 0.5772) < 0.02 and abs(noise.var().item() - torch.pi**2 / 6) < 0.05
     assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.3
@@ -69,7 +69,7 @@ def test_noise_is_that_of_gumbel_and_no_two_keys_share_it() -> None:
     assert len(keys) == 2000
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_row_is_independent_of_the_batch() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 50)
     choices = [Choice(temperature=0.5 + n, top_p=1 - n / 10, seed=n) for n in range(6)]
@@ -79,7 +79,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(choose(logits[n : n + 1], [choices[n]], [keys[n]])[0], together[n])
 
 
-def test_greedy_rows_and_rows_of_nobody_stay_as_they_are() -> None:
+def test_greedy_and_padding_rows_are_unchanged() -> None:
     def request(choice: Choice, new: bool) -> Any:
         state = SimpleNamespace(logit_processor_kwargs={"choice": choice}, position_offset=4)
         return SimpleNamespace(state=state, has_new_token=new)
@@ -97,7 +97,7 @@ def test_greedy_rows_and_rows_of_nobody_stay_as_they_are() -> None:
 # --- views and managers
 
 
-def test_a_view_at_a_depth_shares_every_parameter_and_leaves_the_model_alone(model: Any) -> None:
+def test_at_depth_shares_all_parameters_and_keeps_the_model(model: Any) -> None:
     view = at_depth(model, 1)
     assert isinstance(view, RecursiveLLM)
     assert (view.config.H_cycles, view.model.config.H_cycles, model.config.H_cycles, model.model.config.H_cycles) == (1, 1, 3, 3)
@@ -107,7 +107,7 @@ def test_a_view_at_a_depth_shares_every_parameter_and_leaves_the_model_alone(mod
 
 
 @pytest.mark.parametrize("family", ["mistral", "smollm3", "qwen3"])
-def test_a_batch_is_each_text_alone_also_with_sliding_windows(family: str, tmp_path: Path) -> None:
+def test_engine_batches_equal_single_sequences_with_sliding_windows(family: str, tmp_path: Path) -> None:
     """Windows of 6 tokens, alone (mistral) and among layers without (smollm3); prompts read in several passes, and all blocks back."""
     tiny_donor(family, tmp_path)
     model: Any = convert(str(tmp_path), L_layers=4, H_cycles=2, L_cycles=1, prelude_layers=2, coda_layers=2, gain=0.3)
@@ -164,7 +164,7 @@ def test_a_flag_out_of_range_is_named(wrong: dict[str, Any], words: str) -> None
         run(ServeSettings(checkpoint="nowhere.pt", **wrong))
 
 
-def test_depths_are_numbers_or_a_list_with_commas() -> None:
+def test_depths_accept_numbers_and_comma_lists() -> None:
     assert cli.parse("serve", ServeSettings, ["--checkpoint", "x", "--depths", "1", "3"]).wanted_depths() == (1, 3)
     assert cli.parse("serve", ServeSettings, ["--checkpoint", "x", "--depths", "5,0,5"]).wanted_depths() == (5, 0)
 
@@ -174,13 +174,13 @@ def test_depths_of_a_plain_donor_are_refused(donor_folder: Path) -> None:
         run(ServeSettings(checkpoint=str(donor_folder), depths=(1,), port=0))
 
 
-def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recursify.serving.running.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'fastapi and uvicorn: not installed.*pip install "recursify\[serve\]"'):
         run(ServeSettings(checkpoint="x.pt"))
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:
+def test_port_in_use_is_reported_before_loading() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="--port: .* cannot be had"):
         run(ServeSettings(checkpoint="nowhere.pt", port=taken.getsockname()[1]))
     with pytest.raises(UserError, match="--host: expected an address of this machine, got 'no.such.host.invalid'"):
@@ -203,14 +203,14 @@ def test_metrics_are_prometheus_text() -> None:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_to_stop(kind: signal.Signals) -> None:
+def test_first_signal_requests_a_stop(kind: signal.Signals) -> None:
     before, stop = signal.getsignal(kind), Stop()
     with stop.on_signals():
         signal.raise_signal(kind)
     assert stop.asked and signal.getsignal(kind) is before
 
 
-def test_a_signal_ends_the_process_well(model: Any, tmp_path: Path) -> None:
+def test_sigterm_shuts_down_cleanly(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     checkpoint.save(path, model, make_tiny_tokenizer())
     words = ["serve", "--checkpoint", str(path), "--depths", "1", "3", "--port", "0", "--cache_tokens", "512", "--dtype", "float32"]

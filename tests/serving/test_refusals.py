@@ -121,7 +121,7 @@ def test_bad_messages_are_refused(messages: Any, words: str, server: Running) ->
     assert words in answer.json()["error"]["message"]
 
 
-def test_what_asks_for_nothing_is_taken(server: Running) -> None:
+def test_neutral_values_of_unsupported_fields_are_accepted(server: Running) -> None:
     neutral = {
         "user": "u", "metadata": {"a": "b"}, "logprobs": None, "echo": False, "best_of": 1, "logit_bias": {}, "presence_penalty": 0,
         "frequency_penalty": 0.0, "suffix": None, "stop": None, "seed": None, "n": None, "temperature": None, "H_cycles": None,
@@ -153,19 +153,19 @@ RAW = [
 
 
 @pytest.mark.parametrize("raw", RAW, ids=range(len(RAW)))
-def test_a_body_that_is_no_json_object_is_refused(raw: bytes, server: Running) -> None:
+def test_body_must_be_a_json_object(raw: bytes, server: Running) -> None:
     answer = server.http.post("/v1/completions", content=raw)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
     assert len(answer.text) < 400
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none_are_refused(word: str, server: Running) -> None:
+def test_non_finite_numbers_are_refused(word: str, server: Running) -> None:
     answer = server.http.post("/v1/completions", content=f'{{"prompt": "a", "temperature": {word}}}')
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "temperature")
 
 
-def test_paths_and_methods_that_there_are_not(server: Running) -> None:
+def test_unknown_paths_and_methods(server: Running) -> None:
     lost = server.http.post("/v1/embeddings", json={})
     assert (lost.status_code, lost.json()["error"]["message"]) == (404, "there is no '/v1/embeddings' here")
     wrong = server.http.get("/v1/completions")
@@ -182,7 +182,7 @@ def test_the_client_raises_its_own_errors(client: Any) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_long_is_not_read(chunked: bool, model: Any, tokenizer: Any) -> None:
+def test_oversized_body_is_refused(chunked: bool, model: Any, tokenizer: Any) -> None:
     with running(model, tokenizer, max_body_bytes=1000) as server:
         long = json.dumps({"prompt": "a" * 300_000}).encode()
         parts = (long[at : at + 5000] for at in range(0, len(long), 5000))
@@ -191,7 +191,7 @@ def test_a_body_that_is_too_long_is_not_read(chunked: bool, model: Any, tokenize
         assert server.post(prompt="a").status_code == 200
 
 
-def test_a_fault_of_ours_says_no_more_than_that(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_errors_reveal_nothing(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(ask: Any) -> None:
         raise RuntimeError("secret")
 
@@ -200,13 +200,13 @@ def test_a_fault_of_ours_says_no_more_than_that(server: Running, monkeypatch: py
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error") and "secret" not in answer.text
 
 
-def test_without_a_chat_template_completions_are_named(model: Any) -> None:
+def test_chat_without_a_template_suggests_completions(model: Any) -> None:
     with running(model, make_tiny_tokenizer()) as server:
         answer = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "a"}])
         assert answer.status_code == 400 and "use /v1/completions" in answer.json()["error"]["message"]
 
 
-def test_what_a_template_refuses_is_the_clients_fault(model: Any) -> None:
+def test_template_errors_are_client_errors(model: Any) -> None:
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with running(model, tokenizer) as server:
@@ -214,7 +214,7 @@ def test_what_a_template_refuses_is_the_clients_fault(model: Any) -> None:
         assert answer.status_code == 400 and "roles must alternate" in answer.json()["error"]["message"]
 
 
-def test_a_key_is_asked_for_everywhere_but_at_health(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_is_required_except_for_health(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_KEY, "sésame")
     with running(model, tokenizer) as server:
         assert server.post(prompt="a").status_code == 401

@@ -53,7 +53,7 @@ def client(server: Running) -> openai.OpenAI:
 
 
 @pytest.mark.parametrize("H_cycles", [None, *DEPTHS])
-def test_a_completion_is_what_generate_writes_at_that_depth(H_cycles: Any, client: Any, model: Any, tokenizer: Any) -> None:
+def test_completion_equals_generate_at_each_depth(H_cycles: Any, client: Any, model: Any, tokenizer: Any) -> None:
     extra = {} if H_cycles is None else {"H_cycles": H_cycles}
     answer = client.completions.create(model="tiny", prompt=PROMPTS[0], temperature=0, max_tokens=40, extra_body=extra)
     assert answer.choices[0].text == text_of(model, tokenizer, PROMPTS[0], 3 if H_cycles is None else H_cycles, 40)
@@ -62,11 +62,11 @@ def test_a_completion_is_what_generate_writes_at_that_depth(H_cycles: Any, clien
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (read, 40, read + 40)
 
 
-def test_depths_write_different_texts(model: Any, tokenizer: Any) -> None:
+def test_depths_give_different_texts(model: Any, tokenizer: Any) -> None:
     assert len({text_of(model, tokenizer, PROMPTS[0], depth, 40) for depth in DEPTHS}) == len(DEPTHS)
 
 
-def test_a_streamed_completion_is_the_same_text_in_pieces(client: Any, model: Any, tokenizer: Any) -> None:
+def test_streamed_completion_equals_unstreamed(client: Any, model: Any, tokenizer: Any) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
     *chunks, last = client.completions.create(model="tiny", prompt=PROMPTS[1], temperature=0, max_tokens=40, **options)
     assert "".join(chunk.choices[0].text for chunk in chunks) == text_of(model, tokenizer, PROMPTS[1], 3, 40)
@@ -76,7 +76,7 @@ def test_a_streamed_completion_is_the_same_text_in_pieces(client: Any, model: An
     assert all(chunk.usage is None and chunk.id == last.id for chunk in chunks)
 
 
-def test_without_include_usage_no_chunk_speaks_of_it_and_the_stream_ends_with_done(server: Running) -> None:
+def test_stream_has_no_usage_by_default_and_ends_with_done(server: Running) -> None:
     answer = server.post(prompt="a b", max_tokens=3, stream=True)
     events = answer.text.split("\n\n")
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -84,7 +84,7 @@ def test_without_include_usage_no_chunk_speaks_of_it_and_the_stream_ends_with_do
     assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events[:-2])
 
 
-def test_a_chat_is_what_generate_writes_after_the_template(client: Any, model: Any, tokenizer: Any) -> None:
+def test_chat_equals_generate_with_the_template(client: Any, model: Any, tokenizer: Any) -> None:
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Who"}]}]
     expected = text_of(model, tokenizer, "<system>Be brief.<user>Who<assistant>", 1)
     options = {"model": "tiny", "messages": messages, "temperature": 0, "max_completion_tokens": 12, "extra_body": {"H_cycles": 1}}
@@ -97,14 +97,14 @@ def test_a_chat_is_what_generate_writes_after_the_template(client: Any, model: A
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-def test_an_answer_can_be_handed_back(client: Any) -> None:
+def test_answer_can_be_sent_back_as_a_message(client: Any) -> None:
     first = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], max_tokens=2, seed=0)
     messages = [{"role": "user", "content": "a"}, first.choices[0].message.model_dump(), {"role": "user", "content": "b", "name": "me"}]
     again = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, temperature=0)
     assert again.choices[0].message.role == "assistant" and again.usage.prompt_tokens > first.usage.prompt_tokens
 
 
-def test_a_chat_that_names_no_number_of_tokens_gets_the_most(model: Any, tokenizer: Any) -> None:
+def test_chat_default_max_tokens_is_the_maximum(model: Any, tokenizer: Any) -> None:
     with running(model, tokenizer, max_completion_tokens=21) as server:
         client = server.client()
         chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], temperature=0)
@@ -122,7 +122,7 @@ def test_prompts_are_text_or_ids_one_or_several(client: Any, model: Any, tokeniz
     assert client.completions.create(model="tiny", prompt=ids[0], temperature=0, max_tokens=12).choices[0].text == expected[0]
 
 
-def test_a_character_that_spans_tokens_comes_whole(client: Any, model: Any, tokenizer: Any) -> None:
+def test_multi_token_character_is_streamed_whole(client: Any, model: Any, tokenizer: Any) -> None:
     hot = {"model": "tiny", "prompt": "龙虾和🦞", "temperature": 2.0, "max_tokens": 80, "seed": 3}
     whole = client.completions.create(**hot).choices[0].text
     pieces = [chunk.choices[0].text for chunk in client.completions.create(**hot, stream=True)]
@@ -149,7 +149,7 @@ def test_the_text_ends_before_a_stop_string_that_spans_tokens(stream: bool, clie
     assert (found, reason) == (text[: text.index(stop)], "stop")
 
 
-def test_what_only_began_like_a_stop_string_comes_out(server: Running, model: Any, tokenizer: Any) -> None:
+def test_partial_stop_string_is_emitted(server: Running, model: Any, tokenizer: Any) -> None:
     text = text_of(model, tokenizer, PROMPTS[3])
     assert server.write(PROMPTS[3], stop=text[-1] + "and more") == text
 
@@ -172,7 +172,7 @@ def test_the_text_ends_at_any_of_several_end_tokens(model: Any, tokenizer: Any) 
 # --- sampling
 
 
-def test_a_seed_decides_the_text_whoever_else_is_there(server: Running) -> None:
+def test_seeded_text_is_independent_of_concurrent_requests(server: Running) -> None:
     said = {"model": "tiny", "prompt": PROMPTS[0], "temperature": 1.5, "top_p": 0.9, "max_tokens": 15, "n": 3}
     alone = [choice.text for choice in server.openai.completions.create(**said, seed=11).choices]
     assert len(set(alone)) == 3
@@ -189,7 +189,7 @@ def test_without_a_seed_texts_differ(server: Running) -> None:
     assert len({server.write("a", temperature=2.0, max_tokens=20) for _ in range(3)}) == 3
 
 
-def test_each_of_a_batch_is_written_by_its_own_parameters(server: Running, model: Any, tokenizer: Any) -> None:
+def test_requests_of_a_batch_keep_their_own_parameters(server: Running, model: Any, tokenizer: Any) -> None:
     greedy = [text_of(model, tokenizer, prompt, 3) for prompt in PROMPTS[:8]]
     parameters = [{}, {"temperature": 2.0}, {"temperature": 2.0, "top_p": 1e-6}, {"temperature": 1e-9}] * 2
     with ThreadPoolExecutor(8) as pool:
@@ -213,19 +213,19 @@ def test_a_plain_donor_is_served_without_depths(tokenizer: Any) -> None:
 # --- what is told
 
 
-def test_models_name_the_depths(client: Any) -> None:
+def test_models_endpoint_lists_depths(client: Any) -> None:
     (found,) = client.models.list().data
     assert (found.id, found.owned_by, found.H_cycles) == ("tiny", "recursify", {"offered": [1, 3, 0], "default": 3})
     assert client.models.retrieve("tiny").id == "tiny"
 
 
-def test_without_the_models_own_depth_the_deepest_is_the_default(model: Any, tokenizer: Any) -> None:
+def test_default_depth_without_the_models_own(model: Any, tokenizer: Any) -> None:
     with running(model, tokenizer, depths=("1,2", 1)) as server:
         assert server.http.get("/v1/models").json()["data"][0]["H_cycles"] == {"offered": [1, 2], "default": 2}
         assert server.write(PROMPTS[0]) == text_of(model, tokenizer, PROMPTS[0], 2)
 
 
-def test_metrics_count(model: Any, tokenizer: Any) -> None:
+def test_metrics_count_requests_and_tokens(model: Any, tokenizer: Any) -> None:
     with running(model, tokenizer, depths=(1, 3)) as server:
         server.write("a b", extra_body={"H_cycles": 1})
         server.post(prompt="", max_tokens=1)

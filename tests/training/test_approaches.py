@@ -83,7 +83,7 @@ def loop_of(model: Any) -> set[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("approach", SETTINGS)
-def test_what_comes_from_the_donor(approach: str, family: str, tmp_path: Path) -> None:
+def test_parts_taken_from_the_donor(approach: str, family: str, tmp_path: Path) -> None:
     """Of every family; the loop of the embedding approach is fresh, and its norm only rescales."""
     tiny_donor(family, tmp_path, num_hidden_layers=2)
     donor: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_what_comes_from_the_donor(approach: str, family: str, tmp_path: Path) -
     assert found.notes == {"donor": str(tmp_path), "seq_len": 128, "loop": "fresh" if approach == "embedding" else "donor"}
 
 
-def test_a_fresh_loop_is_the_donors_own_start(corner: Path) -> None:
+def test_fresh_loop_uses_the_donor_class_initialisation(corner: Path) -> None:
     """Weights of the width that its configuration asks for, norms of ones, no biases; the same for the same seed."""
     model: Any = from_donor(settings("hybrid", corner, fresh_loop=True)).model
     layer = model.model.layers[0]
@@ -149,7 +149,7 @@ def test_another_tokenizer_and_length(corner: Path, tmp_path: Path) -> None:
         ("hybrid", "tied", {"tune_lm_head": True}, {NORM, HEAD}),
     ],
 )
-def test_only_what_the_table_says_moves(
+def test_only_trained_parts_change(
     approach: str, donor: str, flags: dict[str, Any], more: set[str], corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Measured between the model that a run begins with and the file that it leaves."""
@@ -169,7 +169,7 @@ def test_only_what_the_table_says_moves(
     )
 
 
-def test_without_L_cycles_their_injection_stays_idle(corner: Path) -> None:
+def test_without_L_cycles_their_injection_is_untrained(corner: Path) -> None:
     wanted = settings("hybrid", corner, L_cycles=0)
     model = from_donor(wanted).model
     freeze_rest(model, wanted)
@@ -177,7 +177,7 @@ def test_without_L_cycles_their_injection_stays_idle(corner: Path) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.01, 2.0])
-def test_the_halting_head_is_trained_where_it_counts(weight: float, corner: Path) -> None:
+def test_halting_head_is_trained_only_with_halting_weight(weight: float, corner: Path) -> None:
     model: Any = from_donor(settings("hybrid", corner)).model
     freeze_rest(model, settings("hybrid", corner, halting_weight=weight))
     heads = {"model.recursion.q_head.weight", "model.recursion.q_head.bias"}
@@ -187,7 +187,7 @@ def test_the_halting_head_is_trained_where_it_counts(weight: float, corner: Path
 @pytest.mark.parametrize(
     ("H_cycles", "choices", "trained"), [(2, (), False), (1, (), True), (2, (1,), True), (1, (1, 2), False), (2, (1, 3), False)]
 )
-def test_start_states_learn_where_the_only_cycle_has_gradients(
+def test_initial_states_are_trained_if_the_only_cycle_has_gradients(
     H_cycles: int, choices: tuple[int, ...], trained: bool, corner: Path
 ) -> None:
     """The last of several cycles starts from states that have none."""
@@ -200,7 +200,7 @@ def test_start_states_learn_where_the_only_cycle_has_gradients(
 
 
 @pytest.mark.parametrize(("approach", "flags"), [("hybrid", {}), ("embedding", {"donor_loop": True})])
-def test_a_loop_that_knows_something_starts_from_a_gain_that_costs_little(
+def test_pretrained_loop_starts_from_the_calibrated_gain(
     approach: str, flags: dict[str, Any], corner: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the loss that the approach trains; a fresh loop, which has nothing to lose, starts from the largest."""
@@ -278,7 +278,7 @@ def test_loss_falls_at_every_cycle(approach: str, corner: Path) -> None:
         assert "eval_nearest_right" not in validations[-1]
 
 
-def test_the_share_of_right_nearest_embeddings(corner: Path) -> None:
+def test_nearest_embedding_accuracy(corner: Path) -> None:
     """Against the plain search through the vocabulary, over batches of unequal size."""
     wanted = settings("embedding", corner, lr=1e-12, eval_batch_size=2, num_epochs=1)
     found: Any = from_donor(wanted)
@@ -298,7 +298,7 @@ def test_the_share_of_right_nearest_embeddings(corner: Path) -> None:
     assert share == pytest.approx(expected, abs=1e-6) and 0 < share < 1
 
 
-def test_the_summary_says_what_was_measured(corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_lists_the_metrics(corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No perplexity of a cosine, and no samples of a model that cannot write."""
     result = train(settings("embedding", corner, tmp_path, generate_every=1))
     captured = capsys.readouterr()
@@ -316,7 +316,7 @@ def test_the_summary_says_what_was_measured(corner: Path, tmp_path: Path, capsys
 # What the model can do then
 
 
-def test_embedding_models_refuse_to_write(corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embedding_models_refuse_to_generate(corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In both forms; and to be measured by the loss of a head that was not trained with them."""
     path = train(settings("embedding", corner, tmp_path)).best
     assert path is not None
@@ -337,7 +337,7 @@ def test_embedding_models_refuse_to_write(corner: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("tune", [False, True])
-def test_hybrid_models_write(tune: bool, corner: Path, tmp_path: Path) -> None:
+def test_hybrid_models_generate(tune: bool, corner: Path, tmp_path: Path) -> None:
     best = train(settings("hybrid", corner, tmp_path, tune_lm_head=tune)).best
     model, tokenizer = load_to_write(GenerateSettings(checkpoint=str(best), device="cpu"))
     assert generate_text(model, tokenizer, "The old ship", seed=0).text
@@ -362,7 +362,7 @@ def test_resumed_equals_uninterrupted(corner: Path, tmp_path: Path) -> None:
     assert (notes["approach"], notes["loop"], notes["donor"]) == ("hybrid", "fresh", str(corner / "tied"))
 
 
-def test_only_its_own_run_is_resumed(corner: Path, tmp_path: Path) -> None:
+def test_resume_refuses_another_approach(corner: Path, tmp_path: Path) -> None:
     wanted = settings("hybrid", corner, tmp_path, save_every=2)
     train(wanted)
     with pytest.raises(UserError, match=r"step_2.pt comes from another run: --H_cycles was 2, is 3; --fresh_loop was False, is True"):
@@ -396,7 +396,7 @@ def test_bad_flags(approach: str, changes: dict[str, Any], message: str, corner:
     assert not any(tmp_path.glob("*.pt"))
 
 
-def test_a_tied_head_in_memory_is_not_tuned(corner: Path) -> None:
+def test_tied_head_cannot_be_tuned_alone(corner: Path) -> None:
     wanted = settings("hybrid", corner)
     found: Any = from_donor(wanted)
     with pytest.raises(UserError, match=r"--tune_lm_head: the head is tied to the embeddings, which this approach freezes; separate them"):

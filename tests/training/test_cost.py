@@ -70,7 +70,7 @@ def flops_of(work: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("L", [0, 1, 2])
 @pytest.mark.parametrize("H", [1, 2, 3])
-def test_every_application_is_counted(H: int, L: int) -> None:
+def test_flops_count_every_application(H: int, L: int) -> None:
     config = config_of(H=H, L=L)
     for supervised in {1, H}:
         counted = flops_of(lambda supervised=supervised: learn(build(config), supervised))
@@ -85,14 +85,14 @@ def test_families(family: str) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("backprop", "supervised"), [("full", 3), ("full", 1), ("cycle", 3), ("last", 1)])
-def test_ways_back(backprop: str, supervised: int, checkpointing: bool) -> None:
+def test_flops_by_backprop_mode(backprop: str, supervised: int, checkpointing: bool) -> None:
     config = config_of(H=3)
     counted = flops_of(lambda: learn(build(config, checkpointing), supervised, backprop))
     options: dict[str, Any] = {"backprop": backprop, "gradient_checkpointing": checkpointing, "supervised": supervised}
     assert cost.step_flops(config, B * T, T, **options) == counted
 
 
-def test_the_ways_back_differ_in_cost() -> None:
+def test_backprop_modes_differ_in_flops() -> None:
     config = config_of(H=3)
     costs = [cost.step_flops(config, B * T, T, backprop=way) for way in ("full", "cycle", "last")]
     assert costs[0] > costs[1] == costs[2]  # one cycle is read out
@@ -100,7 +100,7 @@ def test_the_ways_back_differ_in_cost() -> None:
 
 
 @pytest.mark.parametrize("frozen", [EMBEDDINGS, EMBEDDINGS | {"prelude", "coda", "norm"}])
-def test_what_is_frozen_costs_less(frozen: set[str]) -> None:
+def test_frozen_parts_cost_less(frozen: set[str]) -> None:
     config = config_of(H=2)
     trained = cost.everything(config) - frozen
     counted = flops_of(lambda: learn(build(config, frozen=frozen), 2))
@@ -114,7 +114,7 @@ def test_what_is_frozen_costs_less(frozen: set[str]) -> None:
     ids=lambda parts: "+".join(sorted(parts)),
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_whatever_is_trained_alone(trained: set[str], checkpointing: bool) -> None:
+def test_flops_of_single_trained_parts(trained: set[str], checkpointing: bool) -> None:
     config = config_of("llama", H=2)
     frozen = set(cost.parameters_by_part(config)) - trained
     model = build(config, checkpointing, frozen)
@@ -140,13 +140,13 @@ def test_a_plain_donor(family: str) -> None:
     assert sum(size.parameters_by_part(config).values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_it_is_palms_formula() -> None:
+def test_flops_equal_the_palm_formula() -> None:
     config = tiny_config("llama", num_hidden_layers=3)
     matrices = sum(size.shape_of(config).matrices.values())
     assert cost.step_flops(config, 1, T) == 6 * matrices + 12 * 3 * config.hidden_size * T
 
 
-def test_chunked_logits_are_computed_twice() -> None:
+def test_chunked_logits_are_recomputed_in_the_backward_pass() -> None:
     config = config_of()
     once = flops_of(lambda: learn(build(config), 2, loss=lambda *a: next_token_loss(*a, [1.0] * 2, num_items=1, chunk=2 * B * T)[0]))
     twice = flops_of(
@@ -166,7 +166,7 @@ def test_chunked_logits_are_computed_twice() -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
-def test_a_teacher(chunk: int | None) -> None:
+def test_flops_of_a_teacher(chunk: int | None) -> None:
     config, donor = config_of(), tiny_config("qwen2", num_hidden_layers=5)
     teacher = AutoModelForCausalLM.from_config(donor, attn_implementation="eager").requires_grad_(False)
 
@@ -179,7 +179,7 @@ def test_a_teacher(chunk: int | None) -> None:
     assert ours == pytest.approx(counted, rel=0.01)
 
 
-def test_learning_from_the_last_cycle() -> None:
+def test_flops_of_self_distillation() -> None:
     config = config_of(H=3)
     shape = size.shape_of(config)
     plain, full = (cost.step_flops(config, 1, T, supervised=3, self_distills=on) for on in (False, True))
@@ -190,7 +190,7 @@ def test_learning_from_the_last_cycle() -> None:
     assert cycle - full == loop_and_coda
 
 
-def test_what_is_computed_twice_is_computed_twice_for_every_reference() -> None:
+def test_recomputed_logits_count_per_reference() -> None:
     config, donor = config_of(H=3), tiny_config("qwen2", num_hidden_layers=5)
     head, teacher = cost.shape_of(config).matrices["lm_head"], cost.shape_of(donor)
     options: dict[str, Any] = {"supervised": 3, "recomputes_logits": True}
@@ -201,7 +201,7 @@ def test_what_is_computed_twice_is_computed_twice_for_every_reference() -> None:
     assert cost.step_flops(config, 1, T, **options, teacher_config=donor) - plain == layers + 3 * 2 * 2 * teacher.matrices["lm_head"]
 
 
-def test_what_is_not_read_costs_no_head() -> None:
+def test_embedding_objective_costs_no_head() -> None:
     config = config_of(H=2)
     head = 2 * 3 * 2 * cost.shape_of(config).matrices["lm_head"]  # of two readouts, forward and twice backward
     both = [cost.step_flops(config, 7, T, supervised=2, reads_logits=reads) for reads in (True, False)]
@@ -229,7 +229,7 @@ def kept_per_token(model: Any, bf16: bool) -> float:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bytes_that_a_layer_keeps(family: str, bf16: bool) -> None:
+def test_activation_bytes_of_a_layer(family: str, bf16: bool) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8, "num_hidden_layers": 3, "sliding_window": None}
     wide |= {"head_dim": 64} if family == "qwen3" else {"no_rope_layers": [1] * 3} if family == "smollm3" else {}
     model = tiny_model(family, **wide).train()
@@ -237,7 +237,7 @@ def test_bytes_that_a_layer_keeps(family: str, bf16: bool) -> None:
     assert cost.layer_bytes(model.config, bf16) == pytest.approx(kept_per_token(model.model, bf16), rel=within)
 
 
-def test_activations_by_the_way_back() -> None:
+def test_activations_by_backprop_mode() -> None:
     config = config_of(H=3, L=1, prelude=1, loop=2, coda=1)
     layer = cost.layer_bytes(config, False)
 
@@ -294,7 +294,7 @@ def test_bytes_by_hand() -> None:
     assert memory(trained=cost.LOOP, spread=cost.Spread(devices=2))["exchange"] == 4 * learn_count
 
 
-def test_a_slot_by_hand() -> None:
+def test_shard_bytes_by_hand() -> None:
     config = config_of("llama")  # 2 key and value heads of 8
     assert (size.slot_bytes(config), size.slot_bytes(config, 4)) == (2 * 16 * 2, 2 * 16 * 4)
     assert size.slot_bytes(GPT2Config(n_embd=32, n_layer=2, n_head=4)) == 2 * 32 * 2  # no fewer of these than of queries
@@ -354,7 +354,7 @@ def settings(**changed: Any) -> Any:
     return SimpleNamespace(**(SETTINGS | changed))
 
 
-def test_a_run_adds_up() -> None:
+def test_cost_of_a_run_is_the_sum_of_its_steps() -> None:
     config = config_of(H=3)
     found = cost.estimate(config, settings(), steps=10, world_size=2)
     assert found.tokens == 10 * 3 * 2 * 2 * 32
@@ -383,7 +383,7 @@ def test_a_run_adds_up() -> None:
         ({"cycle_choices": (1, 2)}, {"H_cycles": 2, "supervised": 2}),
     ],
 )
-def test_every_setting_counts(changed: dict[str, Any], options: dict[str, Any]) -> None:
+def test_every_setting_affects_the_estimate(changed: dict[str, Any], options: dict[str, Any]) -> None:
     config = config_of("llama", H=3)
     found, plain = cost.estimate(config, settings(**changed), steps=1), cost.estimate(config, settings(), steps=1)
     expected: dict[str, Any] = {"supervised": 3, "bf16": False, **options}
@@ -394,7 +394,7 @@ def test_every_setting_counts(changed: dict[str, Any], options: dict[str, Any]) 
         assert found.flops == found.tokens * per_token
 
 
-def test_devices_and_teachers_count() -> None:
+def test_devices_and_teachers_affect_the_estimate() -> None:
     config, donor = config_of("llama", H=3), tiny_config("qwen2", num_hidden_layers=5)
     for fsdp in (False, True):
         for micro_batches in (1, 3):
@@ -409,7 +409,7 @@ def test_devices_and_teachers_count() -> None:
 
 @pytest.mark.parametrize("changed", [{"monotone_weight": 0.1}, {"halting_weight": 0.1}, {"self_distill_weight": 0.1}, {}])
 @pytest.mark.parametrize("teacher", [False, True])
-def test_terms_by_token_are_computed_in_chunks(changed: dict[str, float], teacher: bool) -> None:
+def test_per_token_terms_are_chunked(changed: dict[str, float], teacher: bool) -> None:
     config, donor = config_of("llama", H=2), tiny_config("llama", num_hidden_layers=3)
     distills = "self_distill_weight" in changed
     references = teacher + distills
@@ -444,7 +444,7 @@ def test_exactly_one_chunk_is_one_chunk() -> None:
         assert found == 16 * min(tokens * 256, CHUNK_ELEMENTS)
 
 
-def test_no_more_cycles_are_read_out_than_there_are() -> None:
+def test_scored_cycles_are_at_most_H_cycles() -> None:
     config = config_of(H=2)
     for H in (0, 1, 2):
         most, asked = (cost.step_flops(config, 1, T, H_cycles=H, supervised=count) for count in (max(1, H), 5))
@@ -461,7 +461,7 @@ def test_shares_of_depths_by_hand() -> None:
     assert cost.depth_shares(tiny_config("qwen2"), settings()) == {1: 1.0}
 
 
-def test_what_is_printed_by_hand() -> None:
+def test_rendered_estimate() -> None:
     memory = {"weights": 1.5e9, "activations": 2.25e9}
     found = cost.TrainingCost(steps=1200, tokens=4000, flops=8e12, parameters=5000, trained_parameters=300, memory=memory)
     lines = [line.split() for line in found.render().splitlines() if line]
@@ -487,7 +487,7 @@ def test_a_run_at_several_depths() -> None:
     assert found.memory == cost.estimate(config, settings(), steps=1).memory  # that of the deepest
 
 
-def test_the_curriculum_is_the_trainers() -> None:
+def test_depth_shares_equal_the_trainers_draws() -> None:
     steps, curriculum = 3000, 0.5
     mixed = settings(cycle_choices=(1, 2, 4), cycle_weights=(1.0, 1.0, 2.0), depth_curriculum=curriculum)
     schedule = DepthSchedule((1, 2, 4), (1.0, 1.0, 2.0), opening=int(curriculum * steps))

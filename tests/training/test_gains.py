@@ -30,7 +30,7 @@ def test_setting_gains() -> None:
     assert injections(bare) == [] and not all_zero(bare)
 
 
-def test_a_single_gain_that_was_learnt_is_enough() -> None:
+def test_one_non_zero_gain_skips_the_calibration() -> None:
     for index in range(4):
         model = recursive(gain_init=0.0)
         theta = [p for module in injections(model) for p in module.parameters()][index]
@@ -39,12 +39,12 @@ def test_a_single_gain_that_was_learnt_is_enough() -> None:
         assert not all_zero(model)
 
 
-def test_what_is_promised_of_the_sweep() -> None:
+def test_sweep_properties() -> None:
     """The help of --start_gain and the guides say so."""
     assert (*CANDIDATES, MAX_COST, CALIBRATION_TOKENS) == (0.45, 0.2, 0.1, 0.05, 0.02, 8192)
 
 
-def test_the_cost_is_over_gain_0_and_may_be_the_bound_itself() -> None:
+def test_cost_is_relative_to_gain_0_and_the_bound_is_inclusive() -> None:
     """Also of a model that has other gains when the sweep begins."""
     model = recursive(gain_init=0.3)
     table = {0.0: 0.0, 0.3: -5.0, 0.45: 1.0, 0.2: MAX_COST * 1.001, 0.1: MAX_COST, 0.05: 0.0}
@@ -58,7 +58,7 @@ def test_the_cost_is_over_gain_0_and_may_be_the_bound_itself() -> None:
 
 
 @pytest.mark.parametrize(("slope", "chosen", "tried"), [(0.0, 0.45, 1), (0.14, 0.1, 3), (9.0, 0.05, 4), (-1.0, 0.45, 1)])
-def test_the_largest_that_costs_at_most_the_bound(slope: float, chosen: float, tried: int) -> None:
+def test_largest_gain_within_the_bound_is_chosen(slope: float, chosen: float, tried: int) -> None:
     """A loss that rises with the gain: 3 + slope * gain; at 0.14 a gain of 0.1 costs 0.014 and one of 0.2 costs 0.028."""
     model = recursive(gain_init=0.0)
     gain, sweep = calibrate(model, lambda: 3.0 + slope * max(gains(model)))
@@ -106,7 +106,7 @@ def test_a_converted_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> 
     ("sweep", "why"),
     [([(0.45, 1.0), (0.2, MAX_COST)], "the largest that costs at most"), ([(0.2, MAX_COST * 1.001)], "the smallest; all cost more than")],
 )
-def test_it_says_what_was_tried_and_why_this_one(
+def test_calibration_is_logged(
     sweep: list[tuple[float, float]], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gains_module, "calibrate", lambda model, loss: (sweep[-1][0], sweep))
@@ -115,12 +115,12 @@ def test_it_says_what_was_tried_and_why_this_one(
     assert f"gain 0.2, {why} {MAX_COST:g}: {tried} (" in " ".join(said.split())
 
 
-def test_learnt_gains_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_trained_gains_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     found, said = start_of(recursive(gain_init=0.3), capsys)
     assert found == {0.3} and "gain" not in said
 
 
-def test_a_named_gain_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_start_gain_flag_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     for init, named in ((0.0, 0.1), (0.3, 0.0), (0.3, -0.2)):
         found, said = start_of(recursive(gain_init=init), capsys, start_gain=named)
         assert found == {named} and "gain" not in said
@@ -137,7 +137,7 @@ class Rows(list[Any]):
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(8192, 5), (3 * SEQ_LEN, 3), (3 * SEQ_LEN - 1, 2), (1, 1)])
-def test_the_sweep_reads_so_many_tokens_of_the_held_out_text(tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_uses_a_fixed_number_of_held_out_tokens(tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And measures their loss as a mean over counted tokens, at the depth that the model is read at, whatever the batches."""
     monkeypatch.setattr(gains_module, "CALIBRATION_TOKENS", tokens)
     seen: list[float] = []

@@ -149,7 +149,7 @@ def test_autocast_keeps_no_copies_of_weights_that_are_gone(monkeypatch: pytest.M
         assert len(made) > 20 and not any(parameter() is not None for parameter in made)
 
 
-def test_a_plain_model_is_read_out_at_its_one_cycle() -> None:
+def test_plain_model_counts_as_one_cycle() -> None:
     assert LossModule(tiny_model("qwen2")).main_cycle == 1 and LossModule(recursive(H_cycles=2)).main_cycle == 2
 
 
@@ -166,7 +166,7 @@ def test_gradients_under_bfloat16_autocast(backprop: str) -> None:
         assert F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.95, name
 
 
-def test_self_distillation_is_the_same_in_both_ways() -> None:
+def test_self_distillation_is_equal_for_full_and_cycle_backprop() -> None:
     """Under autocast, too, where the pass without gradients comes first."""
     ids = batch()
     terms = {"every_cycle": True, "schedule": "constant", "self_distill": 0.7, "temperature": 2.0, "monotone": 0.3}
@@ -218,7 +218,7 @@ def test_every_term_by_hand() -> None:
     assert model.model.recursion.q_head.weight.grad.abs().max() > 0
 
 
-def test_the_flags_are_what_supervision_is_made_of() -> None:
+def test_supervision_takes_every_term_from_its_flag() -> None:
     """Each in its place: no two have the same value, none its default."""
     flags = settings(
         enable_deep_supervision=True, deep_supervision_weight=0.9, deep_supervision_schedule="early_decay", backprop="cycle",
@@ -347,7 +347,7 @@ def test_distillation_of_the_last_cycle_alone() -> None:
     assert found["terms"]["distill"].item() == pytest.approx(expected["distill"], rel=1e-4) and found["scored"].tolist() == [0, 0, 1]
 
 
-def test_a_run_minimises_and_logs_what_its_flags_ask_for() -> None:
+def test_run_optimises_and_logs_the_terms_of_its_flags() -> None:
     """The first entry of the log against the objective written out for the model as it was; in one batch, and in unequal micro-batches."""
     teacher, (ids, labels) = tiny_donor("qwen2", num_hidden_layers=2), unequal(6)
     flags: dict[str, Any] = {
@@ -367,7 +367,7 @@ def test_a_run_minimises_and_logs_what_its_flags_ask_for() -> None:
         assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_nothing_that_counts_is_no_loss() -> None:
+def test_batch_without_scored_tokens_has_zero_loss() -> None:
     """With all terms on, and not the quotient of 0 and 0."""
     model, teacher, ids = about_to_halt(recursive()), tiny_donor("qwen2", num_hidden_layers=1), batch()
     want = settings(enable_deep_supervision=True, **EACH_TERM["all"])
@@ -377,7 +377,7 @@ def test_nothing_that_counts_is_no_loss() -> None:
         assert all(value.item() == 0 for value in found["terms"].values())
 
 
-def test_hits_are_counted_at_the_cycle_that_is_read_out() -> None:
+def test_hits_are_counted_at_H_cycles() -> None:
     """Not at the deepest that is measured, nor at the first."""
     model, ids = recursive(), batch()
     states = [model.model(ids, H_cycles=H, use_cache=False).last_hidden_state for H in range(1, 6)]
@@ -395,7 +395,7 @@ def test_hits_are_counted_at_the_cycle_that_is_read_out() -> None:
 
 
 @pytest.mark.parametrize("kind", ["recursive", "plain"])
-def test_positions_reach_teacher_and_plain_models(kind: str) -> None:
+def test_position_ids_reach_teacher_and_plain_models(kind: str) -> None:
     """Two documents in a row, told apart by their positions, score as each of them does alone: against the donor, too."""
     model, teacher, ids = (
         recursive() if kind == "recursive" else tiny_donor("qwen2", num_hidden_layers=3),
@@ -417,7 +417,7 @@ def test_positions_reach_teacher_and_plain_models(kind: str) -> None:
 
 
 @pytest.mark.parametrize("backprop", ["full", "cycle"])
-def test_the_halting_term_changes_nothing_but_the_halting_head(backprop: str) -> None:
+def test_halting_term_has_gradients_for_the_halting_head_only(backprop: str) -> None:
     ids, plain, halting = batch(), recursive(), recursive()
     halting.model.recursion.q_head.requires_grad_(True)
     way = Supervision(every_cycle=True, schedule="constant", backprop=backprop)
@@ -428,20 +428,20 @@ def test_the_halting_term_changes_nothing_but_the_halting_head(backprop: str) ->
     assert_same(found, expected)
 
 
-def test_the_teacher_is_no_part_of_the_model() -> None:
+def test_teacher_is_not_a_submodule() -> None:
     model, teacher = recursive(), tiny_donor("qwen2", num_hidden_layers=2)
     loss_module = LossModule(model, Supervision(distill=1.0), teacher=teacher)
     assert not any("teacher" in name for name in loss_module.state_dict())
     assert {id(p) for p in loss_module.parameters()} == {id(p) for p in model.parameters()}
 
 
-def test_a_teacher_that_is_the_model_teaches_nothing() -> None:
+def test_distilling_from_itself_has_zero_loss() -> None:
     model, ids = recursive(), batch()
     loss = LossModule(model, Supervision(distill=1.0, temperature=3.0), teacher=model)(ids, ids)
     assert loss["terms"]["distill"].item() == pytest.approx(0.0, abs=1e-5)
 
 
-def test_no_loss_sees_the_graph_of_another() -> None:
+def test_cycle_backprop_graphs_are_independent() -> None:
     """What is kept between the losses is the gradients alone; afterwards the model has its own parameters again, also after an error."""
     x, order = torch.randn(4, requires_grad=True), []
     model = torch.nn.Module()
@@ -473,14 +473,14 @@ def test_no_loss_sees_the_graph_of_another() -> None:
     assert model.w is w
 
 
-def test_a_frozen_prelude_gets_no_gradient_and_asks_for_none() -> None:
+def test_frozen_prelude_gets_no_gradient_and_keeps_no_activations() -> None:
     model, ids = recursive(freeze_embeddings=True), batch()
     model.model.layers[0].requires_grad_(False)
     found = gradients(model, LossModule(model, Supervision(every_cycle=True, backprop="cycle"))(ids, ids)["loss"])
     assert not any("layers.0" in name for name in found)
 
 
-def test_positions_reach_the_model() -> None:
+def test_position_ids_reach_the_model() -> None:
     """Two documents in a row, told apart by their positions: the second one's losses are those that it has alone."""
     model, ids = recursive(), batch(1)
     positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
@@ -493,7 +493,7 @@ def test_positions_reach_the_model() -> None:
     torch.testing.assert_close(loss, packed[0, 2], rtol=1e-5, atol=1e-5)
 
 
-def test_divergence_of_chunks() -> None:
+def test_chunked_divergence_equals_unchunked() -> None:
     """Chunked and whole, with gradients."""
     torch.manual_seed(0)
     head, other = torch.nn.Linear(8, 30, bias=False), torch.nn.Linear(5, 30, bias=False)
@@ -509,7 +509,7 @@ def test_divergence_of_chunks() -> None:
     assert results[0][1][0, 2] == 0 and (results[0][1] >= -1e-6).all()
 
 
-def test_scored_are_the_labels_that_some_position_predicts() -> None:
+def test_first_label_and_ignored_labels_are_not_scored() -> None:
     """All but the first of a row: nothing stands before it. The second is predicted by the first."""
     labels = torch.tensor([[5, 6, 7, 8], [5, -100, -100, 8], [5, 6, -100, -100], [5, -100, -100, -100]])
     assert scored_tokens(labels).tolist() == [3, 1, 1, 0]

@@ -88,7 +88,7 @@ def test_parameter_groups() -> None:
     assert parameter_groups(tiny_donor(num_hidden_layers=1), settings())[2]["params"] == []
 
 
-def test_the_halting_head_belongs_to_the_recursion() -> None:
+def test_halting_head_is_in_the_recursion_parameter_group() -> None:
     """Its weight is a matrix of one row, and still has neither decay nor Muon."""
     model = recursive()
     model.model.recursion.q_head.requires_grad_(True)
@@ -125,7 +125,9 @@ shares = st.floats(0, 1)
 
 
 @given(st.sampled_from(SCHEDULES), runs, shares, st.floats(0, 1, exclude_max=True))
-def test_every_step_has_a_rate_and_the_end_has_none(schedule: str, run: tuple[int, int], share: float, where: float) -> None:
+def test_learning_rate_is_positive_at_every_step_and_zero_after_the_last(
+    schedule: str, run: tuple[int, int], share: float, where: float
+) -> None:
     warmup, total = run
     step = int(where * total)
     here, then = (learning_rate_factor(schedule, s, warmup, total, share) for s in (step, step + 1))
@@ -170,14 +172,14 @@ def test_warmup_of() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
-def test_the_warmup_leaves_half_of_the_run(warmup_steps: int, total: int) -> None:
+def test_warmup_never_exceeds_half_of_the_run(warmup_steps: int, total: int) -> None:
     assert 0 <= warmup_of(settings(warmup_steps=warmup_steps), total) <= total / 2
 
 
 # Which optimizer, and for what
 
 
-def test_adamw_is_that_of_transformers() -> None:
+def test_adamw_equals_transformers_adamw() -> None:
     """With the Trainer's own one, existing runs stay what they are."""
     from transformers import Trainer, TrainingArguments
 
@@ -191,7 +193,7 @@ def test_adamw_is_that_of_transformers() -> None:
 
 
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("llama", False)])
-def test_muon_has_the_matrices_of_the_layers(family: str, tied: bool) -> None:
+def test_muon_gets_the_matrices_of_the_layers(family: str, tied: bool) -> None:
     model = recursive(family)
     groups = build_optimizer(model, settings(optimizer="muon")).param_groups
     assert [group["method"] for group in groups] == ["muon", "adamw", "adamw", "adamw"]
@@ -316,7 +318,7 @@ def test_8bit_steps_as_adamw_does(eager: None) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_decay_pulls_at_matrices_alone(name: str, eager: None) -> None:
+def test_weight_decay_applies_to_matrices_only(name: str, eager: None) -> None:
     """Without gradients a step shrinks each by its rate times its decay, and leaves norms, biases and the recursion's own as they are."""
     model = recursive()
     model.model.recursion.q_head.requires_grad_(True)
@@ -401,7 +403,7 @@ def test_resumed_equals_uninterrupted(name: str, eager: None, accelerator: Calla
     assert not same(weights_of(second), weights_of(first))
 
 
-def test_a_loaded_state_is_the_one_that_is_stepped() -> None:
+def test_optimizer_steps_from_its_loaded_state() -> None:
     """Loading puts new groups and states into the optimizer; the two within must not keep the old ones."""
     model = recursive()
     optimizer = build_optimizer(model, settings(optimizer="muon"))
@@ -435,7 +437,7 @@ def test_ema_by_hand() -> None:
         torch.testing.assert_close(ema.averages[0], expected)
 
 
-def test_ema_forgets_the_start() -> None:
+def test_ema_weight_of_the_initial_value_vanishes() -> None:
     parameter = nn.Parameter(torch.ones(1))
     ema = EMA([parameter], 0.9999)
     with torch.no_grad():
@@ -446,7 +448,7 @@ def test_ema_forgets_the_start() -> None:
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.floats(0.01, 0.999))
-def test_ema_lies_between_what_it_averages(values: list[float], decay: float) -> None:
+def test_ema_is_a_convex_combination(values: list[float], decay: float) -> None:
     parameter = nn.Parameter(torch.tensor([values[0]]))
     ema = EMA([parameter], decay)
     for value in values:
@@ -457,7 +459,7 @@ def test_ema_lies_between_what_it_averages(values: list[float], decay: float) ->
     assert min(values) - slack <= ema.averages[0].item() <= max(values) + slack
 
 
-def test_swapped_and_back() -> None:
+def test_swapped_restores_the_weights_exactly() -> None:
     model = recursive()
     ema = EMA(model.parameters(), 0.9)
     optimizer = build_optimizer(model, settings())
@@ -481,7 +483,7 @@ def test_swapped_and_back() -> None:
     assert backward(model) == loss  # gradients still flow
 
 
-def test_swapped_back_after_an_exception() -> None:
+def test_swapped_restores_the_weights_after_an_exception() -> None:
     model = recursive()
     ema = EMA(model.parameters(), 0.9)
     with torch.no_grad():
@@ -514,7 +516,7 @@ def test_ema_leaves_frozen_weights_out() -> None:
     assert len(EMA(model.parameters(), 0.9).averages) == sum(p.requires_grad for p in model.parameters())
 
 
-def test_ema_goes_on_after_a_save() -> None:
+def test_ema_resumes_from_its_state_dict() -> None:
     def steps(ema: EMA, parameter: nn.Parameter, numbers: range) -> None:
         for n in numbers:
             with torch.no_grad():

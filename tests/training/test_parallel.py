@@ -246,7 +246,7 @@ def same_end(ours: dict[str, Any], one: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_muon_sees_whole_matrices_and_averages_are_whole(found: list[dict[str, Any]]) -> None:
+def test_muon_and_ema_work_on_unsharded_matrices(found: list[dict[str, Any]]) -> None:
     """Muon computes in bfloat16, so the rounding of a sum may show."""
     ours, one = found[0]["Muon"], run(optimizer="muon", ema_decay=0.5)
     for key in ("loss", "eval_loss"):
@@ -257,7 +257,7 @@ def test_muon_sees_whole_matrices_and_averages_are_whole(found: list[dict[str, A
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(folder: Path, found: list[dict[str, Any]], one: dict[str, Any]) -> None:
+def test_resume_with_another_world_size(folder: Path, found: list[dict[str, Any]], one: dict[str, Any]) -> None:
     """From step 3 of two processes with sharded weights in one, and the other way round."""
     same_end(found[0]["from one to two"], one)
     point = folder / "FSDP2" / f"checkpoint_step_{SAVED}.pt"
@@ -267,7 +267,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path, found: lis
 
 
 @pytest.mark.slow
-def test_a_sharded_run_leaves_the_files_of_one_process(folder: Path, found: list[dict[str, Any]]) -> None:
+def test_sharded_run_writes_the_files_of_one_process(folder: Path, found: list[dict[str, Any]]) -> None:
     def written(name: str) -> set[str]:
         return {str(path.relative_to(folder / name)) for path in (folder / name).rglob("*") if not path.name.startswith("rng_state")}
 
@@ -282,7 +282,7 @@ def test_a_sharded_run_leaves_the_files_of_one_process(folder: Path, found: list
 
 
 @pytest.mark.slow
-def test_gradients_of_a_sharded_model_are_those_of_a_whole_one(found: list[dict[str, Any]]) -> None:
+def test_sharded_gradients_equal_unsharded(found: list[dict[str, Any]]) -> None:
     for case in SHARDED:
         every_cycle, checkpointing, H_cycles = case
         assert all(each[f"gradients {every_cycle} {checkpointing} {H_cycles}"]["difference"] < 1e-5 for each in found), case
@@ -291,7 +291,7 @@ def test_gradients_of_a_sharded_model_are_those_of_a_whole_one(found: list[dict[
 @pytest.mark.slow
 @pytest.mark.parametrize("every_cycle", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_deeper_pass_sends_no_more(every_cycle: bool, checkpointing: bool, found: list[dict[str, Any]]) -> None:
+def test_communication_is_independent_of_depth(every_cycle: bool, checkpointing: bool, found: list[dict[str, Any]]) -> None:
     """Prelude (and coda, where it is applied once) are gathered for both ways, the rest once; the gradients of each are reduced once."""
     units = 1 if every_cycle else 2
     for H_cycles in (1, 3):
@@ -300,14 +300,14 @@ def test_a_deeper_pass_sends_no_more(every_cycle: bool, checkpointing: bool, fou
 
 
 @pytest.mark.slow
-def test_each_layer_of_a_plain_donor_is_a_unit(found: list[dict[str, Any]]) -> None:
+def test_each_layer_of_a_plain_donor_is_an_fsdp_unit(found: list[dict[str, Any]]) -> None:
     plain = found[0]["plain"]
     assert plain["difference"] < 1e-5 and plain["reduced"] == 4
     assert plain["units"] == ["FSDPLossModule"] + ["FSDPLlamaDecoderLayer"] * 3
 
 
 @pytest.mark.slow
-def test_one_process_may_use_the_whole_model(found: list[dict[str, Any]]) -> None:
+def test_gathered_model_is_usable_by_one_rank(found: list[dict[str, Any]]) -> None:
     """Before the first pass and between two; what the other one does next still fits, and validation leaves nothing gathered."""
     for each in found:
         assert max(each["alone"]["difference before"], each["alone"]["difference after"]) < 1e-5
@@ -316,7 +316,7 @@ def test_one_process_may_use_the_whole_model(found: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.slow
-def test_whole_states_go_in_and_come_out(found: list[dict[str, Any]]) -> None:
+def test_unsharded_states_round_trip(found: list[dict[str, Any]]) -> None:
     states = found[0]["states"]
     assert states["weights"] == 0.0 and states["moments"] and states["tied"]
     assert 0.4 < states["share"] < 0.6  # what the first process holds of it in between
@@ -338,7 +338,7 @@ def test_one_process_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_launch(settings(), CPU) == "cpu, 1 process"
 
 
-def test_a_launcher_that_starts_one_process_only_is_pointed_out(tmp_path: Path) -> None:
+def test_launcher_that_starts_one_process_on_cpu_is_reported(tmp_path: Path) -> None:
     """`accelerate launch` with two processes on a CPU, for real, on a script that looks at its environment."""
     script = tmp_path / "environment.py"
     script.write_text("import json, os\nprint('found', json.dumps(dict(os.environ)))\n", encoding="utf-8")
@@ -368,7 +368,7 @@ def test_what_cannot_be_sharded_is_refused(count: str, changes: dict[str, Any], 
         check_launch(settings(**changes), CPU)
 
 
-def test_what_can_be_launched_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_launches_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     check_launch(settings(backprop="cycle"), CPU)
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_launch(settings(backprop="cycle"), CPU)
@@ -390,7 +390,7 @@ def test_deepspeed_is_refused_where_it_is_not_installed(tmp_path: Path, monkeypa
         check_launch(settings(deepspeed=deepspeed_file(tmp_path, 2)), CPU)
 
 
-def test_what_deepspeed_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_flags_with_deepspeed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recursify.training.parallel.find_spec", lambda name: SimpleNamespace(name=name))
     good = deepspeed_file(tmp_path, 2)
     monkeypatch.delenv("RANK", raising=False)
@@ -411,7 +411,7 @@ def test_what_deepspeed_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("content", "message"), [("[", "which is none"), ("[]", "which is none"), ("", "which is none")])
-def test_a_file_that_is_not_deepspeeds_is_refused(content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_deepspeed_configuration_is_refused(content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recursify.training.parallel.find_spec", lambda name: SimpleNamespace(name=name))
     monkeypatch.setenv("RANK", "0")
     file = tmp_path / "broken.json"
@@ -422,7 +422,7 @@ def test_a_file_that_is_not_deepspeeds_is_refused(content: str, message: str, tm
         check_launch(settings(deepspeed=deepspeed_file(tmp_path, 3)), CPU)
 
 
-def test_a_model_that_is_not_spread_as_asked_for_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwrapped_model_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(1, 1)
     check_sharding(model, settings())
     with pytest.raises(RuntimeError, match="the model is not sharded: Linear"):

@@ -23,7 +23,7 @@ def rows_and_model(**changes: Any) -> tuple[Any, Any, dict[str, Any]]:
     return blocks(12), blocks(3, seed=2), shape | changes
 
 
-def test_the_trainer_is_fit(tmp_path: Path) -> None:
+def test_trainer_equals_fit(tmp_path: Path) -> None:
     """The same weights and losses, from settings, and from transformers' own arguments."""
     train_rows, held, shape = rows_and_model(enable_deep_supervision=True)
     expected, model = recursive(), recursive()
@@ -55,7 +55,7 @@ def test_the_trainer_takes_transformers_arguments(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True))
 
 
-def test_what_the_trainer_refuses(tmp_path: Path) -> None:
+def test_trainer_refuses_invalid_arguments(tmp_path: Path) -> None:
     train_rows, held, shape = rows_and_model()
     with pytest.raises(UserError, match=r"args: label_smoothing_factor, neftune_noise_alpha: no counterpart here; give FitSettings"):
         args = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, neftune_noise_alpha=5, use_cpu=True)
@@ -68,7 +68,7 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
         RecursiveTrainer(recursive(), FitSettings(**shape, output_dir=str(tmp_path)), train_rows, held, console=False).train(True)
 
 
-def test_the_trainer_reads_text_and_goes_without_validation(tmp_path: Path) -> None:
+def test_trainer_packs_text_and_works_without_validation(tmp_path: Path) -> None:
     tokenizer, model = make_tiny_tokenizer(), recursive()
     texts = Dataset.from_dict({"text": sentences(3, 200)})
     _, _, shape = rows_and_model(max_steps=2)
@@ -77,7 +77,7 @@ def test_the_trainer_reads_text_and_goes_without_validation(tmp_path: Path) -> N
     assert trainer.train().global_step == 2 and not (tmp_path / BEST).exists()
 
 
-def test_the_trainer_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+def test_trainer_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     """As if it had never stopped, whatever the weights of the model that it is given."""
     train_rows, held, shape = rows_and_model(save_every=2, max_steps=4, optimizer="adamw")
     whole, again = recursive(), recursive()

@@ -395,7 +395,7 @@ def saves_aside(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_killed_runs_end_as_if_they_had_not_been(
+def test_killed_and_resumed_run_equals_uninterrupted(
     variant: str, server: Server, whole_runs: Callable[[str], Path], corner: Path, tmp_path: Path
 ) -> None:
     """SIGKILL at random moments, and in the middle of saves; weights, optimizer, averages, random numbers and log are the same bits."""
@@ -445,7 +445,7 @@ def killed_folders(server: Server, tmp_path: Path, kind: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["alone", "over an earlier run's", "rotating"])
-def test_a_save_killed_at_any_point_leaves_a_whole_newest_checkpoint(kind: str, server: Server, tmp_path: Path) -> None:
+def test_killed_save_leaves_a_complete_newest_checkpoint(kind: str, server: Server, tmp_path: Path) -> None:
     folders = killed_folders(server, tmp_path, kind)
     assert len(folders) > 15
     found = []
@@ -460,7 +460,7 @@ def test_a_save_killed_at_any_point_leaves_a_whole_newest_checkpoint(kind: str, 
 
 
 @pytest.mark.parametrize("kind", ["over an earlier run's", "rotating"])
-def test_the_next_run_clears_away_what_kills_left(kind: str, server: Server, tmp_path: Path) -> None:
+def test_next_run_removes_leftovers_of_killed_runs(kind: str, server: Server, tmp_path: Path) -> None:
     for folder in killed_folders(server, tmp_path, kind):
         whole = resume_points(folder)
         make_folder(folder)
@@ -474,7 +474,7 @@ def test_the_next_run_clears_away_what_kills_left(kind: str, server: Server, tmp
             assert left == {f"checkpoint_step_3{end}" for end in (".pt", "_tokenizer", "_state")}
 
 
-def test_folders_aside_of_other_commands_stay(tmp_path: Path) -> None:
+def test_temporary_folders_of_other_commands_are_kept(tmp_path: Path) -> None:
     """Convert may be writing beside the run right now."""
     theirs, ours, empty, spent = (tmp_path / f".recursify-{name}" for name in ("theirs", "ours", "empty", "spent"))
     for folder, name in ((theirs, "init.pt"), (theirs, "init_tokenizer.old"), (ours, "checkpoint_step_7.pt"), (ours, BEST)):
@@ -489,7 +489,7 @@ def test_folders_aside_of_other_commands_stay(tmp_path: Path) -> None:
     assert len(list(theirs.iterdir())) == 2
 
 
-def test_a_tokenizer_that_made_way_comes_back(tmp_path: Path) -> None:
+def test_replaced_tokenizer_is_restored_after_a_kill(tmp_path: Path) -> None:
     """The kill came between the two renames that put a new tokenizer in the place of the old; in the second folder, after them."""
     aside = tmp_path / ".recursify-x"
     for name in (f"{Path(BEST).stem}_tokenizer", "checkpoint_step_4_tokenizer"):
@@ -507,7 +507,7 @@ def test_a_tokenizer_that_made_way_comes_back(tmp_path: Path) -> None:
 # Rotation
 
 
-def test_rotation_keeps_the_newest_the_best_and_what_is_not_a_checkpoint_of_a_run(server: Server, corner: Path, tmp_path: Path) -> None:
+def test_keep_last_deletes_only_old_step_checkpoints(server: Server, corner: Path, tmp_path: Path) -> None:
     put_by = tmp_path / "checkpoint_step_2_good.pt"
     put_by.write_text("a copy that somebody made")
     life = server.run("command", "train", *flags(corner, tmp_path, keep_last=3))
@@ -518,7 +518,7 @@ def test_rotation_keeps_the_newest_the_best_and_what_is_not_a_checkpoint_of_a_ru
     assert newest(tmp_path) == 12
 
 
-def test_a_clock_that_was_put_back_deletes_nothing_new(tmp_path: Path) -> None:
+def test_keep_last_survives_a_clock_set_back(tmp_path: Path) -> None:
     saver, model = Saver(tmp_path, make_tiny_tokenizer(), torch.float32, keep_last=2), constant_model(1.0)
     for step in (1, 2):
         save_constant(saver, step, model, 1.0)
@@ -529,7 +529,7 @@ def test_a_clock_that_was_put_back_deletes_nothing_new(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["checkpoint_step_2.pt", "checkpoint_step_3.pt"]
 
 
-def test_a_damaged_record_is_passed_over(tmp_path: Path) -> None:
+def test_damaged_state_is_skipped(tmp_path: Path) -> None:
     saver, model = Saver(tmp_path, make_tiny_tokenizer(), torch.float32), constant_model(1.0)
     for step in (1, 2):
         save_constant(saver, step, model, 1.0)
@@ -558,7 +558,7 @@ def ends_clearly(life: Life, message: str) -> bool:
 
 # What cannot be written any more: the best weights, the optimizer's state, the random numbers
 @pytest.mark.parametrize(("variant", "limit"), [("everything", 60_000), ("a stream", 60_000), ("a stream", 6_000)])
-def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
+def test_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     variant: str, limit: int, server: Server, whole_runs: Callable[[str], Path], corner: Path, tmp_path: Path
 ) -> None:
     whole, argv = whole_runs(variant), started(variant, server, corner, tmp_path)
@@ -572,7 +572,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     assert_same_results(tmp_path, whole)
 
 
-def test_a_log_that_cannot_be_written_ends_the_run(server: Server, whole_runs: Callable[[str], Path], corner: Path, tmp_path: Path) -> None:
+def test_unwritable_metrics_file_ends_the_run(server: Server, whole_runs: Callable[[str], Path], corner: Path, tmp_path: Path) -> None:
     whole, argv, log = whole_runs("a stream"), started("a stream", server, corner, tmp_path), tmp_path / "metrics.jsonl"
     before = newest(tmp_path)
     log.unlink()
@@ -589,7 +589,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(server: Server, whole_runs: C
 
 
 @pytest.mark.slow
-def test_the_real_command(server: Server, corner: Path, tmp_path: Path) -> None:
+def test_resume_of_the_real_command(server: Server, corner: Path, tmp_path: Path) -> None:
     """Ctrl-C, a kill, SIGTERM; each time the run goes on, and in the end nothing of it shows."""
     names = {"num_epochs": 15, "save_every": 20, "ema_decay": 0.9}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -637,7 +637,7 @@ def stops(life: Life, folder: Path) -> int:
     return int(step)
 
 
-def test_a_signal_that_comes_after_the_last_step_changes_nothing(server: Server, corner: Path, tmp_path: Path) -> None:
+def test_signal_after_the_last_step_has_no_effect(server: Server, corner: Path, tmp_path: Path) -> None:
     """The run is through, and nobody is told of a checkpoint that was not saved."""
     life = server.run("signalled_in_validation", 1, "train", *flags(corner, tmp_path, num_epochs=1, save_every=0))
     assert life.status == 0 and "Interrupted and saved" not in life.output, life.output
@@ -647,7 +647,7 @@ def test_a_signal_that_comes_after_the_last_step_changes_nothing(server: Server,
 # Losses that are not numbers
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_before_the_step(
+def test_non_finite_loss_stops_before_the_optimizer_step(
     server: Server, whole_runs: Callable[[str], Path], corner: Path, tmp_path: Path
 ) -> None:
     """In the second micro-batch of step 5; without it the run goes on from the checkpoint before to the same end."""
@@ -665,7 +665,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_before_the_step(
     assert_same_results(tmp_path, whole)
 
 
-def test_a_step_with_a_loss_that_is_not_a_number_is_not_taken(corner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_step_is_not_applied(corner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = checkpoint.load(corner / "init.pt").model, []
     ids = make_tiny_tokenizer()(" ".join(sentences(1, 40))).input_ids
     blocks = [{"input_ids": ids[i * SEQ_LEN : (i + 1) * SEQ_LEN]} for i in range(12)]
@@ -689,7 +689,7 @@ def test_a_step_with_a_loss_that_is_not_a_number_is_not_taken(corner: Path, tmp_
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_step_whose_data_finds_no_room_on_the_disk_ends_the_run_as_clearly(server: Server, corner: Path, tmp_path: Path) -> None:
+def test_non_finite_step_is_reported_even_if_its_batch_cannot_be_dumped(server: Server, corner: Path, tmp_path: Path) -> None:
     argv = ["train", *flags(corner, tmp_path, batch_size=16, save_every=0)]
     life = server.run("with_files_of", 3_000, "poisoned", [1, *argv])
     assert ends_clearly(life, r"step 1: the gradient's norm is nan.*; the data of the step is lost .*disk is full"), life.output

@@ -131,7 +131,7 @@ def test_every_way_of_training_in_two_processes(name: str, done: tuple[Path, str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_the_command_leaves_what_one_process_leaves(name: str, done: tuple[Path, str], tmp_path: Path) -> None:
+def test_distributed_command_writes_the_files_of_one_process(name: str, done: tuple[Path, str], tmp_path: Path) -> None:
     """Also where the second half was resumed; and one process loads it and goes on."""
     folder, said = done
     flags = {"ddp": {"backprop": "cycle", "ema_decay": 0.5}, "fsdp": {}}[name]
@@ -156,7 +156,7 @@ def test_the_command_leaves_what_one_process_leaves(name: str, done: tuple[Path,
 
 
 @pytest.mark.slow
-def test_the_documents_commands_can_be_given(done: tuple[Path, str]) -> None:
+def test_launch_commands_of_the_docs_are_valid(done: tuple[Path, str]) -> None:
     """Each ran dry in two processes, and said what it would cost, once."""
     count = sum("--deepspeed" not in flags for flags in documented())
     assert count >= 3 and len(documented()) == count + 1
@@ -164,7 +164,7 @@ def test_the_documents_commands_can_be_given(done: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_process_speaks_for_all(done: tuple[Path, str]) -> None:
+def test_only_rank_0_prints(done: tuple[Path, str]) -> None:
     _, said = done
     assert said.count("Epoch 1 Summary") == 2 and said.count("Step 3 - Generating sample") == 2
     assert said.count("Resuming from") == 1

@@ -44,7 +44,7 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_the_model_sees_a_batch_once() -> None:
+def test_one_forward_pass_per_batch() -> None:
     """One forward pass per batch, whatever the length and the number of cycles; no cache."""
     model, seen = recursive(), []
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
@@ -68,7 +68,7 @@ def test_loss_falls_at_every_cycle() -> None:
     assert not model.training and model.config.use_cache
 
 
-def test_a_plain_model_is_trained_by_the_same_loop() -> None:
+def test_trainer_trains_a_plain_model() -> None:
     donor = tiny_donor("qwen2", num_hidden_layers=2)
     batch = torch.tensor([row["input_ids"] for row in blocks(4)])
     expected = donor(batch, labels=batch).loss.item()
@@ -101,13 +101,13 @@ def test_validation_is_a_mean_over_tokens() -> None:
     assert logged(result, "eval_perplexity") == [pytest.approx(math.exp(expected[2]), rel=1e-5)]
 
 
-def test_the_end_of_training_counts_as_the_end_of_an_epoch() -> None:
+def test_last_step_counts_as_an_epoch_end() -> None:
     result = run(recursive(), max_steps=3)
     assert result.steps == 3 and [entry["step"] for entry in result.history if "eval_loss" in entry] == [2, 3]
     assert result.history[-1]["epoch"] == 1.5
 
 
-def test_train_loss_is_that_of_the_epoch_and_the_last_cycle() -> None:
+def test_train_loss_is_the_epoch_mean_at_the_last_cycle() -> None:
     result = run(recursive(), train_blocks=blocks(8), num_epochs=2, enable_deep_supervision=True)
     steps, epochs = logged(result, "loss_cycle_3"), logged(result, "train_loss")
     assert epochs == pytest.approx([sum(steps[:2]) / 2, sum(steps[2:]) / 2], rel=1e-6)
@@ -136,7 +136,7 @@ def test_tied_embeddings_are_trained_and_stay_tied() -> None:
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
 
 
-def test_bfloat16_computes_and_float32_learns() -> None:
+def test_autocast_computes_in_bfloat16_with_float32_master_weights() -> None:
     model, reference = recursive().bfloat16(), recursive().bfloat16()
     result = run(model, bf16=True, enable_deep_supervision=True)
     expected = run(reference, bf16=False, enable_deep_supervision=True)
@@ -146,14 +146,14 @@ def test_bfloat16_computes_and_float32_learns() -> None:
     assert result.eval_loss == pytest.approx(expected.eval_loss, rel=3e-2)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+def test_gradient_checkpointing_gives_equal_results() -> None:
     model = recursive()
     result = run(model, gradient_checkpointing=True, enable_deep_supervision=True)
     assert logged(result, "grad_norm") == pytest.approx(logged(run(recursive(), enable_deep_supervision=True), "grad_norm"), rel=1e-5)
     assert not model.is_gradient_checkpointing
 
 
-def test_the_same_seed_gives_the_same_run() -> None:
+def test_same_seed_same_run() -> None:
     first, second, other = recursive(), recursive(), recursive()
     run(first), run(second), run(other, seed=43)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -172,7 +172,7 @@ def test_the_schedule_counts_optimizer_steps() -> None:
 # What it prints
 
 
-def test_samples_come_once_per_so_many_optimizer_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_are_generated_every_n_optimizer_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     real, calls = callbacks.generate_text, []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -195,7 +195,7 @@ def test_sampling_does_not_change_the_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), loud.parameters(), strict=True))
 
 
-def test_console(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_output_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     """Summaries in the shape of the guide on stdout, the bar on stderr, nothing else anywhere."""
     result = run(recursive(), num_epochs=2, console=True)
     captured = capsys.readouterr()
@@ -210,7 +210,7 @@ def test_console(capsys: pytest.CaptureFixture[str]) -> None:
     assert "{" not in captured.err and "Epoch" not in captured.err
 
 
-def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_false_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     run(recursive(), generate_every=1)
     captured = capsys.readouterr()
     assert captured.out == "" and "Training" not in captured.err
@@ -249,7 +249,7 @@ def load(path: Path) -> Any:
     return checkpoint.load(path).model
 
 
-def test_train_leaves_what_the_guide_says(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_writes_the_files_of_the_guide(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(replace(files, save_every=2, generate_every=4, log_every=4))
     out = Path(files.output_dir)
     names = [f"checkpoint_step_{n}{end}" for n in (2, 4, 6) for end in (".pt", "_tokenizer")] + [BEST, BEST.replace(".pt", "_tokenizer")]
@@ -278,7 +278,7 @@ def test_train_leaves_what_the_guide_says(files: TrainSettings, capsys: pytest.C
     assert best.model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]
 
 
-def test_the_best_is_the_lowest_not_the_last(
+def test_best_checkpoint_has_the_lowest_validation_loss(
     files: TrainSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     luck, own = iter([1.0, 0.5, 2.0, math.nan]), LossModule.row_sums
@@ -291,7 +291,7 @@ def test_the_best_is_the_lowest_not_the_last(
     assert notes.items() >= {"epoch": 2.0, "eval_loss": held[1]}.items()
 
 
-def test_files_keep_the_dtype_of_the_donor(files: TrainSettings, corner: Path) -> None:
+def test_checkpoints_keep_the_dtype_of_the_donor(files: TrainSettings, corner: Path) -> None:
     train(replace(files, checkpoint=str(corner / "init_bf16.pt"), save_every=4))
     out = Path(files.output_dir)
     assert load(out / BEST).dtype == load(out / "checkpoint_step_4.pt").dtype == torch.bfloat16
@@ -299,9 +299,7 @@ def test_files_keep_the_dtype_of_the_donor(files: TrainSettings, corner: Path) -
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
 
 
-def test_a_disk_that_fills_while_the_state_is_saved_leaves_no_half_checkpoint(
-    files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_during_save_leaves_no_partial_checkpoint(files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Any, folder: str) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
@@ -311,7 +309,7 @@ def test_a_disk_that_fills_while_the_state_is_saved_leaves_no_half_checkpoint(
     assert not list((tmp_path / "run").glob("checkpoint_step*"))
 
 
-def test_a_refused_run_makes_no_folder(files: TrainSettings, tmp_path: Path) -> None:
+def test_invalid_run_creates_no_folder(files: TrainSettings, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match="nope"):
@@ -319,7 +317,7 @@ def test_a_refused_run_makes_no_folder(files: TrainSettings, tmp_path: Path) -> 
     assert not (tmp_path / "never").exists()
 
 
-def test_resume_passes_over_a_truncated_checkpoint(files: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_skips_a_truncated_checkpoint(files: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = replace(files, save_every=2, max_steps=4, output_dir=str(tmp_path / "run"))
     train(run)
     newest = tmp_path / "run" / "checkpoint_step_4.pt"
@@ -329,7 +327,7 @@ def test_resume_passes_over_a_truncated_checkpoint(files: TrainSettings, tmp_pat
     assert f"Resuming from {tmp_path / 'run' / 'checkpoint_step_2.pt'}" in capsys.readouterr().err
 
 
-def test_short_runs_warm_up_for_a_tenth(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_runs_warm_up_for_a_tenth_of_their_steps(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(replace(files, num_epochs=4, warmup_steps=100, save_every=0))
     assert "--warmup_steps 100 is more than half of that: warming up for 1" in capsys.readouterr().err
     assert logged(result.fit, "learning_rate")[:2] == pytest.approx([0.5e-3, 1e-3])
@@ -382,7 +380,7 @@ def test_resumed_equals_uninterrupted(
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(
+def test_ctrl_c_saves_a_checkpoint_and_prints_the_resume_command(
     files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = train(replace(files, save_every=0))
@@ -400,7 +398,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert not resumed.fit.interrupted and same_run(resumed.fit, whole.fit)
 
 
-def test_what_can_be_resumed(files: TrainSettings, corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_requires_equal_settings(files: TrainSettings, corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The newest whole checkpoint by when it was written; a half-written one and one of an earlier, longer run are passed over."""
     short = replace(files, num_epochs=1, save_every=2)
     result = train(replace(short, resume=True))
@@ -508,7 +506,7 @@ def test_logged_losses_are_those_of_the_checkpoint(files: TrainSettings) -> None
 
 
 @pytest.mark.parametrize("backprop", ["full", "cycle", "last"])
-def test_documents_apart_equal_documents_alone(backprop: str) -> None:
+def test_packed_documents_equal_single_documents(backprop: str) -> None:
     """Packed and kept apart, against each document in a row of its own, with padding that does not count."""
     tokenizer: Any = make_tiny_tokenizer()
     eos = tokenizer.eos_token_id
@@ -552,7 +550,7 @@ def test_the_layers_are_compiled_once(backprop: str, monkeypatch: pytest.MonkeyP
     assert all(layer._compiled_call_impl is None for layer in compiled.model.layers)
 
 
-def test_distillation_holds_on_to_the_donor(files: TrainSettings, corner: Path) -> None:
+def test_distillation_keeps_the_model_close_to_the_donor(files: TrainSettings, corner: Path) -> None:
     """A run from the donor itself, at a rate that takes it away: the divergence that is logged stays smaller with the term than without."""
     common = replace(files, lr=3e-3, num_epochs=4, start_gain=0.1, teacher=str(corner / "donor"))
     weak, strong = (train(replace(common, distill_weight=weight)) for weight in (1e-6, 10.0))
@@ -560,7 +558,7 @@ def test_distillation_holds_on_to_the_donor(files: TrainSettings, corner: Path) 
     assert logged(strong.fit, "loss_distill")[-1] < 0.5 * logged(weak.fit, "loss_distill")[-1]
 
 
-def test_the_teacher_is_the_donor_that_the_checkpoint_names(files: TrainSettings, corner: Path, tmp_path: Path) -> None:
+def test_default_teacher_is_the_donor_of_the_checkpoint(files: TrainSettings, corner: Path, tmp_path: Path) -> None:
     found, path = checkpoint.load(files.checkpoint), tmp_path / "named.pt"
     short = replace(files, checkpoint=str(path), distill_weight=1.0, max_steps=1, save_every=0, lr=1e-12, gain_lr=1e-12)
     checkpoint.save(path, found.model, found.tokenizer, notes={})
@@ -596,7 +594,7 @@ def test_unknown_trackers(files: TrainSettings) -> None:
         train(replace(files, report_to=("clearml",)))
 
 
-def test_a_dry_run_says_what_it_would_cost(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_estimated_cost(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(replace(files, dry_run=True))
     out = capsys.readouterr().out
     assert result.fit is None and not Path(files.output_dir).exists()
@@ -659,7 +657,7 @@ def watched(model: Any, **changes: Any) -> tuple[FitResult, Watch]:
 
 
 @pytest.mark.parametrize("bound", [0.0, 0.1, 1e6])
-def test_gradients_are_scaled_down_to_the_bound(bound: float) -> None:
+def test_gradients_are_clipped_to_max_grad_norm(bound: float) -> None:
     """What is logged is the norm that they had; 0 is no bound."""
     result, watch = watched(recursive(), max_grad_norm=bound)
     before = logged(result, "grad_norm")
@@ -676,7 +674,7 @@ def test_gradients_are_scaled_down_to_the_bound(bound: float) -> None:
         ({}, [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
     ],
 )
-def test_rates_follow_the_schedule_that_is_asked_for(flags: dict[str, Any], factors: list[float]) -> None:
+def test_learning_rates_follow_lr_schedule(flags: dict[str, Any], factors: list[float]) -> None:
     """Those of the gains, too, in their proportion."""
     result, watch = watched(recursive(), batch_size=1, warmup_steps=2, lr=2e-3, gain_lr=5e-3, **flags)
     assert logged(result, "learning_rate") == pytest.approx([2e-3 * factor for factor in factors])
@@ -685,7 +683,7 @@ def test_rates_follow_the_schedule_that_is_asked_for(flags: dict[str, Any], fact
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adamw_8bit"])
-def test_each_optimizer_makes_a_run(name: str) -> None:
+def test_each_optimizer_completes_a_run(name: str) -> None:
     """That optimizer, with the rates and the decay of the flags; and the loss falls."""
     kinds = {"adamw": "AdamW", "muon": "MuonAdamW", "adamw_8bit": "AdamW8bit"}
     torch.compiler.set_stance("force_eager")  # torchao's step takes a quarter of a minute for each shape of parameter to compile
@@ -700,7 +698,7 @@ def test_each_optimizer_makes_a_run(name: str) -> None:
     assert logged(result, "loss")[-1] < logged(result, "loss")[0] - 0.2 and result.eval_loss == result.best_eval_loss
 
 
-def test_the_average_is_over_as_many_steps_as_asked_for(tmp_path: Path) -> None:
+def test_ema_decay_is_used(tmp_path: Path) -> None:
     """A decay that the second step reaches; the best model that is kept is the average that was validated."""
     model, reference = recursive(), recursive()
     average = {name: tensor for name, tensor in weights_of(model).items() if tensor.is_floating_point()}
@@ -741,7 +739,7 @@ def test_depth_schedules_by_default() -> None:
     assert depth_schedule(tiny_config("qwen2"), settings(), 12) is None
 
 
-def test_what_a_validation_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 where the run computes in it, in evaluation mode; and what the steps before it lost is logged with it."""
     modes, own = [], LossModule.row_sums
 
@@ -761,7 +759,7 @@ def test_what_a_validation_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry["step"] for entry in result.history if "loss" in entry] == [1, 2, 4, 5] and evaluations(result) == [2, 4, 5]
 
 
-def test_documents_are_kept_apart_where_that_is_asked_for() -> None:
+def test_separate_documents_masks_across_documents() -> None:
     rows = blocks(4)
     for row in rows:
         row["input_ids"] = [*row["input_ids"][:5], 0, *row["input_ids"][6:]]
@@ -774,11 +772,11 @@ def test_documents_are_kept_apart_where_that_is_asked_for() -> None:
     assert losses[True] != pytest.approx(losses[False], rel=1e-3)
 
 
-def test_layers_are_checkpointed_where_that_is_asked_for() -> None:
+def test_gradient_checkpointing_flag_checkpoints_layers() -> None:
     assert [watched(recursive(), gradient_checkpointing=wanted, max_steps=1)[1].checkpointed for wanted in (False, True)] == [False, True]
 
 
-def test_a_gradient_that_overflows_is_not_stepped_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overflowing_gradient_norm_stops_before_the_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its norm is infinite, though it is a number; and where nothing is saved, nothing is said of a file."""
     model, own = recursive(), LossModule.forward
     watch = Watch(model)
@@ -794,7 +792,7 @@ def test_a_gradient_that_overflows_is_not_stepped_along(monkeypatch: pytest.Monk
     assert all(torch.equal(tensor, watch.weights[0][name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_resumed_run_keeps_its_gains_and_its_clock(files: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resumed_run_keeps_gains_and_elapsed_time(files: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the middle of another run's checkpoints: gains are not set anew, times and tokens are added to what there was. One that an
     earlier version wrote, which had fewer settings, will do."""
     common = replace(files, max_steps=4, save_every=2, start_gain=0.1, gain_lr=0.05)
@@ -821,7 +819,7 @@ def test_a_resumed_run_keeps_its_gains_and_its_clock(files: TrainSettings, tmp_p
     assert max(logged(resumed.fit, "tokens_per_second")) < 10**9
 
 
-def test_what_is_read_for_a_run(files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_loads_its_data_once(files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every setting of the text reaches its reader; and a tokenizer as large as the vocabulary fits."""
 
     class Read(Exception):
@@ -846,7 +844,7 @@ def test_what_is_read_for_a_run(files: TrainSettings, tmp_path: Path, monkeypatc
     assert (len(found), seq_len, seed) == (tiny.VOCAB_SIZE, 24, 11)
 
 
-def test_the_teacher_that_is_named_wins_and_is_paid_for(
+def test_teacher_flag_overrides_the_donor_and_counts_in_the_cost(
     files: TrainSettings, corner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, path, opened, own = checkpoint.load(files.checkpoint), tmp_path / "named.pt", [], training_run.open_donor
@@ -868,7 +866,7 @@ def test_the_teacher_that_is_named_wins_and_is_paid_for(
     assert flops[0] < flops[2] < flops[1]
 
 
-def test_where_bfloat16_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_default_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the flag says so, and without it on GPUs that have it."""
     cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
     for has in (True, False):
@@ -889,7 +887,7 @@ def test_the_second_gpu_is_refused() -> None:
 # The parts of a run
 
 
-def test_what_a_checkpoint_says_of_its_run() -> None:
+def test_checkpoint_notes_describe_the_run() -> None:
     """All that was set, in JSON types; the last validation, the cycles in their order."""
     flags: dict[str, Any] = {
         "dataset_name": "some", "dataset_config_name": "part", "mix": ("other=0.5",), "seq_len": 24, "separate_documents": True,
@@ -909,7 +907,7 @@ def test_what_a_checkpoint_says_of_its_run() -> None:
     assert json.loads(json.dumps(notes)) == notes
 
 
-def test_the_clock_stands_still_while_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_excludes_stopped_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
     clock = trainer.Throughput()
@@ -960,7 +958,9 @@ def test_samples_are_short_seeded_and_fit_the_model(monkeypatch: pytest.MonkeyPa
     ("loss", "best", "is_best"),
     [(1.0, None, True), (1.0, 1.5, True), (1.0, 1.0, False), (1.5, 1.0, False), (math.nan, None, False), (math.inf, None, False)],
 )
-def test_the_best_is_a_number_and_lower(loss: float, best: float | None, is_best: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_best_checkpoint_needs_a_finite_lower_loss(
+    loss: float, best: float | None, is_best: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved = []
 
     def save(metrics: Any) -> Path:
@@ -975,7 +975,7 @@ def test_the_best_is_a_number_and_lower(loss: float, best: float | None, is_best
     assert said.startswith("\nEpoch 2 Summary:\n  Train Loss: 2.0000\n") and ("New best model saved: there.pt" in said) is is_best
 
 
-def test_the_bar_shows_each_cycle_where_there_are_several() -> None:
+def test_progress_bar_shows_each_cycle_loss_if_there_are_several() -> None:
     logs = {
         "loss": 2.45214,
         "loss_cycle_1": 2.61,
@@ -991,7 +991,7 @@ def test_the_bar_shows_each_cycle_where_there_are_several() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_ends_a_run_at_once(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_signal_stops_immediately(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     stop = callbacks.StopOnSignal(None, lambda asked: asked)
     control = TrainerControl()
@@ -1008,7 +1008,7 @@ def test_the_second_signal_ends_a_run_at_once(number: signal.Signals, capsys: py
 
 
 @pytest.mark.parametrize(("epoch", "validated"), [(0.5, False), (1.0, True), (2.0, True)])
-def test_a_stopped_run_is_validated_only_where_an_epoch_ends(epoch: float, validated: bool) -> None:
+def test_stopped_run_is_validated_at_an_epoch_end_only(epoch: float, validated: bool) -> None:
     """A signal in the last step of an epoch takes its validation from nobody."""
     for asked in (False, True):
         stop, control = callbacks.StopOnSignal(None, lambda asked: asked), TrainerControl(should_evaluate=True)
@@ -1027,7 +1027,7 @@ def test_a_stopped_run_is_validated_only_where_an_epoch_ends(epoch: float, valid
         ([math.nan, 1.0, math.nan], False),
     ],
 )  # fmt: skip
-def test_a_loss_that_stays_has_not_fallen(losses: list[float], stops: bool) -> None:
+def test_early_stopping_requires_a_strictly_lower_loss(losses: list[float], stops: bool) -> None:
     """For two validations in a row; entries of training do not count."""
     control, state = TrainerControl(), TrainerState()
     state.log_history = [entry for i, loss in enumerate(losses) for entry in ({"loss": -float(i)}, {"eval_loss": loss})]
@@ -1036,7 +1036,7 @@ def test_a_loss_that_stays_has_not_fallen(losses: list[float], stops: bool) -> N
 
 
 @pytest.mark.parametrize(("every", "at_once", "after_validation"), [(2, [2, 4, 8], [6]), (3, [], [3, 6, 9]), (4, [4, 8], []), (0, [], [])])
-def test_when_a_checkpoint_is_asked_for(every: int, at_once: list[int], after_validation: list[int]) -> None:
+def test_checkpoint_trigger_steps(every: int, at_once: list[int], after_validation: list[int]) -> None:
     """Within an epoch at once, with everything before it logged; at its end after the validation, and only there."""
     save, found, late = callbacks.SaveSteps(every), [], []
     for step in range(1, 10):  # three epochs of three steps
@@ -1132,7 +1132,7 @@ def test_tokenizers_that_do_not_fit(files: TrainSettings, tmp_path: Path) -> Non
         train(replace(files, tokenizer_path=str(tmp_path / "larger")))
 
 
-def test_a_prompt_longer_than_the_model() -> None:
+def test_generation_prompt_longer_than_the_context() -> None:
     model = recursive()
     with pytest.raises(UserError, match=r"--generation_prompt: expected fewer tokens than the model's 512 positions, got \d+"):
         run(model, generate_every=1, generation_prompt="ship " * 600, console=True)
@@ -1141,7 +1141,7 @@ def test_a_prompt_longer_than_the_model() -> None:
 # The settings
 
 
-def test_the_flags_that_the_guides_and_the_readme_promise() -> None:
+def test_flags_of_the_guides_exist() -> None:
     expected = {
         "tokenizer_path": None, "dataset_name": "wikitext", "dataset_config_name": None, "text_column": "text", "seq_len": 128,
         "batch_size": 4, "lr": 1e-5, "num_epochs": 3, "max_steps": None, "grad_accum_steps": 1, "warmup_steps": 100,

@@ -64,7 +64,7 @@ def test_svamp(tmp_path: Path) -> None:
     assert [(item.answer, item.difficulty) for item in items] == [("1", 2), ("0.5", 1), ("6", 1)]
 
 
-def test_records_are_the_same_in_every_form(tmp_path: Path) -> None:
+def test_records_are_equal_in_all_file_formats(tmp_path: Path) -> None:
     asked = [SVAMP | {"Answer": "1.0"}, SVAMP | {"Answer": "0.5"}]
     lists = file(tmp_path, asked, ".json")
     lines = file(tmp_path, "".join(json.dumps(record) + "\n" for record in asked), ".jsonl")
@@ -73,7 +73,7 @@ def test_records_are_the_same_in_every_form(tmp_path: Path) -> None:
     assert [item.answer for item in read("svamp", lists)] == ["1", "0.5"]
 
 
-def test_endings_may_be_large_letters_and_files_may_begin_with_a_mark(tmp_path: Path) -> None:
+def test_uppercase_suffixes_and_byte_order_marks(tmp_path: Path) -> None:
     row = CSV + 'number0 and number10 ?,"' + " ".join("12345678901") + '",+ number0 number10,2,x\n'
     for content, suffix in (([SVAMP], ".json"), (json.dumps(SVAMP) + "\n", ".JSONL"), (row, ".CSV")):
         marked = "\ufeff" + (content if isinstance(content, str) else json.dumps(content))
@@ -84,19 +84,19 @@ def test_endings_may_be_large_letters_and_files_may_begin_with_a_mark(tmp_path: 
     assert read("scan", file(tmp_path, "\ufeffIN: jump OUT: I_JUMP\n"))[0].question == "jump"
 
 
-def test_a_home_may_be_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     file(tmp_path, "IN: jump OUT: I_JUMP\n")
     assert read("scan", "~/set.txt")[0].answer == "I_JUMP"
 
 
-def test_the_last_mark_of_an_answer_is_that_of_the_number(tmp_path: Path) -> None:
+def test_gsm8k_answer_is_after_the_last_mark(tmp_path: Path) -> None:
     worked = {"question": "How many?", "answer": "#### is a mark\n#### -$1,000.5"}
     [item] = read("gsm8k", file(tmp_path, worked, ".jsonl"))
     assert (item.answer, item.steps, item.difficulty) == ("-$1,000.5", "#### is a mark", 1)
 
 
-def test_what_is_no_table(tmp_path: Path) -> None:
+def test_invalid_tables(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_text("none")
     with pytest.raises(UserError, match=r"rows\.parquet: expected a parquet file, but it cannot be read as one: "):
         read("gsm8k", tmp_path / "rows.parquet")
@@ -179,7 +179,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("name", "suffix", "content", "message"), WRONG, ids=[f"{case[0]}{i}" for i, case in enumerate(WRONG)])
-def test_what_is_wrong_in_a_file(name: str, suffix: str, content: Any, message: str, tmp_path: Path) -> None:
+def test_errors_in_files_name_the_place(name: str, suffix: str, content: Any, message: str, tmp_path: Path) -> None:
     path = file(tmp_path, content, suffix)
     with pytest.raises(UserError) as caught:
         read(name, path)
@@ -187,7 +187,7 @@ def test_what_is_wrong_in_a_file(name: str, suffix: str, content: Any, message: 
     assert len(str(caught.value)) < len(str(path)) + 200 and "\n" not in str(caught.value)
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     def message(name: str, path: Path) -> str:
         with pytest.raises(UserError) as caught:
             read(name, path)
@@ -263,7 +263,7 @@ def prefix(equation: str, numbers: list[str]) -> float:
     return value
 
 
-def test_answers_follow_from_what_was_read_but_for_the_mistakes_of_the_set(tmp_path: Path) -> None:
+def test_published_answers_follow_from_their_questions_except_known_errors(tmp_path: Path) -> None:
     """SVAMP's equations in both forms, and ProsQA's chains of facts, worked out."""
     write_svamp(tmp_path / "SVAMP.json")
     records = json.loads((tmp_path / "SVAMP.json").read_text())

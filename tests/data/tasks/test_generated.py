@@ -95,7 +95,7 @@ def test_every_answer(name: str, difficulty: int, options: dict[str, Any], split
 
 
 @every_task
-def test_the_same_for_the_same_seed_and_fewer_are_the_first_of_more(name: str, difficulty: int, options: dict[str, Any]) -> None:
+def test_items_are_seeded_and_prefix_stable(name: str, difficulty: int, options: dict[str, Any]) -> None:
     many = generate(name, difficulty, 300, seed=7, **options)
     assert generate(name, difficulty, 300, seed=7, **options) == many
     assert generate(name, difficulty, 4, seed=7, **options) == many[:4]
@@ -121,7 +121,7 @@ def digest(name: str, difficulty: int, options: dict[str, Any]) -> str:
     return hashlib.sha256("\n".join(f"{item.question} = {item.answer} {' '.join(item.labels)}" for item in items).encode()).hexdigest()[:16]
 
 
-def test_the_items_are_those_that_results_were_measured_on() -> None:
+def test_items_are_stable_across_versions() -> None:
     """Figures of other days are only comparable on the same items: a change here makes all of them void."""
     found = {f"{name} {difficulty} {options}": digest(name, difficulty, options) for name, difficulty, options in TASKS}
     assert found == PINNED
@@ -141,7 +141,7 @@ SPACES: list[tuple[str, int, dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("name", "difficulty", "options", "size"), SPACES, ids=lambda value: str(value))
-def test_a_space_is_used_up_before_anything_comes_twice(name: str, difficulty: int, options: dict[str, Any], size: int) -> None:
+def test_small_tasks_are_exhausted_before_repeating(name: str, difficulty: int, options: dict[str, Any], size: int) -> None:
     train, test = (
         {item.question for item in generate(name, difficulty, 4 * size, 0, split=split, **options)} for split in ("train", "test")
     )
@@ -157,14 +157,14 @@ def test_a_space_is_used_up_before_anything_comes_twice(name: str, difficulty: i
 
 @settings(max_examples=15, deadline=None)
 @given(seeds=st.tuples(st.integers(), st.integers()), task=st.sampled_from(SPACES))
-def test_no_seed_brings_a_test_item_into_training(seeds: tuple[int, int], task: tuple[str, int, dict[str, Any], int]) -> None:
+def test_train_and_test_splits_are_disjoint_for_all_seeds(seeds: tuple[int, int], task: tuple[str, int, dict[str, Any], int]) -> None:
     name, difficulty, options, _ = task
     train = {item.question for item in generate(name, difficulty, 60, seeds[0], **options)}
     test = {item.question for item in generate(name, difficulty, 15, seeds[1], split="test", **options)}
     assert not train & test
 
 
-def test_no_training_word_begins_with_a_test_word() -> None:
+def test_training_sequences_have_no_test_prefix() -> None:
     """Its labels would tell the answer."""
     beginnings = {item.question[:length] for item in generate("permutations", 9, 3000, 0) for length in range(7, 18)}
     for length in range(4, 10):
@@ -185,7 +185,7 @@ def test_no_mapping_of_a_test_item_is_trained_on() -> None:
     assert len(train) + len(test) > 100 and not train & test
 
 
-def test_no_sum_of_a_test_item_is_trained_on_the_other_way_round() -> None:
+def test_swapped_summands_are_in_the_same_split() -> None:
     train, test = (
         {tuple(sorted(item.question.split(" + "))) for item in generate("addition", 1, 90, 0, split=s)} for s in ("train", "test")
     )
@@ -193,7 +193,7 @@ def test_no_sum_of_a_test_item_is_trained_on_the_other_way_round() -> None:
 
 
 @pytest.mark.parametrize("group", ["S3", "S5"])
-def test_letters_and_products_are_even(group: str) -> None:
+def test_moves_and_states_are_uniform(group: str) -> None:
     items = generate("permutations", 8, 6000, 0, group=group)
     letters = Counter(letter for item in items for letter in item.question.split()[4:])
     even = 4 * len(items) / len(letters)
@@ -281,7 +281,7 @@ def test_refusals(name: str, wrong: dict[str, Any], message: str) -> None:
         generate(name, **({"difficulty": 3, "count": 5, "seed": 0} | wrong))
 
 
-def test_a_space_so_small_that_one_split_is_empty() -> None:
+def test_split_without_items() -> None:
     """Two nodes have one mapping without a walk of length 0."""
 
     def made(split: str) -> int | str:
@@ -296,13 +296,13 @@ def test_a_space_so_small_that_one_split_is_empty() -> None:
     assert 9 in found.values()
 
 
-def test_how_each_answer_is_recognised_and_the_hardest_there_is() -> None:
+def test_match_rules_and_maximum_difficulties() -> None:
     assert {name: generate(name, 2, 1, 0)[0].match for name in GENERATED} == {
         "permutations": "words", "pointers": "words", "addition": "digits", "booleans": "words",
     }  # fmt: skip
     assert generate("booleans", 12, 1, 0)[0].difficulty == 12 and len(generate("pointers", 1, 1, 0, nodes=26)) == 1
 
 
-def test_the_registry_and_the_functions_are_one() -> None:
+def test_registry_has_every_task() -> None:
     for name, make in GENERATED.items():
         assert make.__name__ == name and generate(name, 2, 3, 0) == make(2, 3, 0)

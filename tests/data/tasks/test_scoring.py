@@ -33,13 +33,13 @@ def test_as_text() -> None:
 
 
 @pytest.mark.parametrize("item", [GSM, *items_of_all_tasks()[::3]], ids=lambda item: item.question[:20])
-def test_a_text_begins_with_its_prompt_and_its_rest_is_right(item: Item) -> None:
+def test_text_is_prompt_plus_correct_answer(item: Item) -> None:
     for steps in (False, True):
         text = as_text(item, with_steps=steps)
         assert text.startswith(prompt(item)) and is_right(item, text.removeprefix(prompt(item)))
 
 
-def test_where_labels_are_due() -> None:
+def test_label_positions() -> None:
     word = Item("a b a", "C", 3, labels=("A", "B", "C"))
     assert [prompt(word)[:end] for end in label_ends(word)] == ["Question: a", "Question: a b", "Question: a b a"]
     walk = generate("pointers", 3, 1, 0)[0]
@@ -171,7 +171,7 @@ NOT_DIGITS = [("1 3 2", ""), ("1 3 2", "1 3"), ("1 3 2", "0 1 3 2"), ("1 3 2", "
         *(("digits", *pair, False) for pair in NOT_DIGITS),
     ],
 )
-def test_what_is_right(match: Any, answer: str, text: str, right: bool) -> None:
+def test_correct_answers(match: Any, answer: str, text: str, right: bool) -> None:
     assert is_right(Item("?", answer, 1, match), text) is right
 
 
@@ -181,7 +181,7 @@ endings = st.sampled_from(["", "\n", ".", ".\nMore 7.", "\n\nQuestion: 5\nAnswer
 
 
 @given(answer=words, ending=endings)
-def test_its_own_answer_is_right_however_it_goes_on(answer: str, ending: str) -> None:
+def test_own_answer_is_right_whatever_follows(answer: str, ending: str) -> None:
     for before in (" ", "\n", "Steps. 4\n#### "):
         assert is_right(Item("?", answer, 1), before + answer + ending)
 
