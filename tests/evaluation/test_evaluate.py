@@ -330,9 +330,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_distributed_evaluation_equals_one_process(
-    model: RecursiveLLM, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_distributed_equals_one_process(model: RecursiveLLM, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save(tmp_path / "m.pt", model, make_tiny_tokenizer())
     (tmp_path / "text").symlink_to(text)
     (tmp_path / "ships.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))

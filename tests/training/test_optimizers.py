@@ -125,9 +125,7 @@ shares = st.floats(0, 1)
 
 
 @given(st.sampled_from(SCHEDULES), runs, shares, st.floats(0, 1, exclude_max=True))
-def test_learning_rate_is_positive_at_every_step_and_zero_after_the_last(
-    schedule: str, run: tuple[int, int], share: float, where: float
-) -> None:
+def test_learning_rate_is_positive_until_it_ends_at_zero(schedule: str, run: tuple[int, int], share: float, where: float) -> None:
     warmup, total = run
     step = int(where * total)
     here, then = (learning_rate_factor(schedule, s, warmup, total, share) for s in (step, step + 1))

@@ -958,9 +958,7 @@ def test_samples_are_short_seeded_and_fit_the_model(monkeypatch: pytest.MonkeyPa
     ("loss", "best", "is_best"),
     [(1.0, None, True), (1.0, 1.5, True), (1.0, 1.0, False), (1.5, 1.0, False), (math.nan, None, False), (math.inf, None, False)],
 )
-def test_best_checkpoint_needs_a_finite_lower_loss(
-    loss: float, best: float | None, is_best: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_best_has_a_finite_lower_loss(loss: float, best: float | None, is_best: bool, capsys: pytest.CaptureFixture[str]) -> None:
     saved = []
 
     def save(metrics: Any) -> Path:
