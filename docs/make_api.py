@@ -33,7 +33,7 @@ GROUPS = {
         "load_blocks",
     ),
     "Generation": ("generate_text", "generate_batch", "Sampling", "Generated"),
-    "Evaluation": ("evaluate", "EvaluateSettings", "measure"),
+    "Evaluation": ("evaluate", "EvaluateSettings", "MeasureSettings", "measure"),
     "Errors": ("UserError",),
 }
 

@@ -25,7 +25,7 @@ from .network.plan import ConversionPlan
 if TYPE_CHECKING:
     from .data.loading import load_blocks
     from .evaluation.evaluate import evaluate
-    from .evaluation.settings import EvaluateSettings
+    from .evaluation.settings import EvaluateSettings, MeasureSettings
     from .evaluation.text_loss import measure
     from .inference.generation import Generated, generate_batch, generate_text
     from .inference.options import Sampling
@@ -40,6 +40,7 @@ __all__ = [
     "FitSettings",
     "Generated",
     "HybridSettings",
+    "MeasureSettings",
     "RecursiveCache",
     "RecursiveLLM",
     "RecursiveLLMConfig",
@@ -69,6 +70,7 @@ _LATER = {
     "FitSettings": "training",
     "Generated": "inference.generation",
     "HybridSettings": "training",
+    "MeasureSettings": "evaluation.settings",
     "RecursiveTrainer": "training",
     "Sampling": "inference.options",
     "TrainSettings": "training",

@@ -102,9 +102,21 @@ def run(settings: EvaluateSettings) -> EvaluateReport:
     return evaluate_paired(model, tokenizer, settings, settings.checkpoint, sets)[0]
 
 
-def evaluate(model: Any, tokenizer: Any, settings: EvaluateSettings) -> EvaluateReport:
-    """As `evaluate_paired`, returning only the report."""
-    return evaluate_paired(model, tokenizer, settings, settings.checkpoint, question_sets(settings))[0]
+def evaluate(model: Any, tokenizer: Any, settings: MeasureSettings | None = None) -> EvaluateReport:
+    """Evaluate a model in memory: loss on text, accuracy on questions, tasks of lm-eval, at several cycle counts.
+
+    Args:
+        model: A recursive model, or any causal language model of transformers. It is moved to the device of the settings.
+        tokenizer: Its tokenizer.
+        settings: What to measure; None is the defaults, WikiText's validation split. The fields are the flags of `recursify evaluate`.
+
+    Raises:
+        UserError: As `evaluate_paired`.
+    """
+    settings = settings or MeasureSettings()
+    settings.validate()
+    name = getattr(settings, "checkpoint", "") or model.config.name_or_path or type(model).__name__
+    return evaluate_paired(model, tokenizer, settings, name, question_sets(settings))[0]
 
 
 def evaluate_paired(
