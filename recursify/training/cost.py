@@ -169,7 +169,7 @@ def layer_bytes(config: PreTrainedConfig, bf16: bool) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class Parallelism:
     """Over how many devices, and how.
 
     Args:
@@ -197,7 +197,7 @@ def memory_by_part(
     optimizer: str = "adamw",
     ema: bool = False,
     bf16: bool = True,
-    spread: Spread = Spread(),
+    parallelism: Parallelism = Parallelism(),
     teacher_config: PreTrainedConfig | None = None,
 ) -> dict[str, float]:
     """Bytes on one device at the peak of a step, by what they are for. An estimate: docs/scaling.md has what was measured beside it.
@@ -212,24 +212,24 @@ def memory_by_part(
     """
     shape = shape_of(config)
     trained = everything(config) if trained is None else trained
-    learning = sum(count for part, count in shape.parameters.items() if part in trained)
+    trained_count = sum(count for part, count in shape.parameters.items() if part in trained)
     in_layers = sum(shape.matrices[part] for part in shape.layers if part in trained)
-    share = spread.devices if spread.fsdp else 1
+    share = parallelism.devices if parallelism.fsdp else 1
     matrices = sum(shape.matrices.values()) - (0 if reads_logits else shape.matrices["lm_head"])
-    waiting = _applications_kept(config, shape, trained, H_cycles, L_cycles, supervised, backprop)
-    kinds = {
+    kept = _applications_kept(config, shape, trained, H_cycles, L_cycles, supervised, backprop)
+    parts = {
         "weights": 4 * sum(shape.parameters.values()) / share,
         # "cycle" adds up those of its cycles beside the sum over the micro-batches so far
-        "gradients": 4 * learning * (2 if backprop == "cycle" and spread.accumulates else 1) / share,
-        "optimizer": (STATE_BYTES[optimizer] * learning - (MUON_BYTES * in_layers if optimizer == "muon" else 0)) / share,
-        "ema": 4 * learning / share if ema else 0,
+        "gradients": 4 * trained_count * (2 if backprop == "cycle" and parallelism.accumulates else 1) / share,
+        "optimizer": (STATE_BYTES[optimizer] * trained_count - (MUON_BYTES * in_layers if optimizer == "muon" else 0)) / share,
+        "ema": 4 * trained_count / share if ema else 0,
         "autocast": 2 * matrices if bf16 else 0,
-        "exchange": _exchange(shape, trained, spread, supervised),
-        "activations": tokens * _activations(config, shape, waiting, bf16, gradient_checkpointing),
-        "logits": _logit_bytes(tokens * shape.vocabulary, waiting["lm_head"], by_token) if reads_logits else 0,
+        "exchange": _communication_bytes(shape, trained, parallelism, supervised),
+        "activations": tokens * _activations(config, shape, kept, bf16, gradient_checkpointing),
+        "logits": _logit_bytes(tokens * shape.vocabulary, kept["lm_head"], by_token) if reads_logits else 0,
         "teacher": 0 if teacher_config is None else (2 if bf16 else 4) * sum(parameters_by_part(teacher_config).values()),
     }
-    return {name: float(count) for name, count in kinds.items() if count}
+    return {name: float(count) for name, count in parts.items() if count}
 
 
 def _logit_bytes(elements: int, readouts: int, by_token: bool) -> int:
@@ -239,21 +239,21 @@ def _logit_bytes(elements: int, readouts: int, by_token: bool) -> int:
     return (_LOGIT_BYTES + _KEPT_LOGIT_BYTES * (readouts - 1)) * elements
 
 
-def _exchange(shape: Shape, trained: Collection[str], spread: Spread, supervised: int) -> float:
+def _communication_bytes(shape: Shape, trained: Collection[str], parallelism: Parallelism, supervised: int) -> float:
     """What devices hold in order to exchange it.
 
     DDP: buckets as large as the gradients. FSDP2: its root unit whole, weights and gradients (`training.parallel` says what is in it), and
     three times a layer: the one that computes, its gradients, and the next one; or all gradients, where they accumulate.
     """
-    learning = sum(count for part, count in shape.parameters.items() if part in trained)
-    if spread.devices == 1:
+    trained_count = sum(count for part, count in shape.parameters.items() if part in trained)
+    if parallelism.devices == 1:
         return 0
-    if not spread.fsdp:
-        return 4 * learning
+    if not parallelism.fsdp:
+        return 4 * trained_count
     units = {"prelude", "layers"} if supervised > 1 else {"prelude", "layers", "coda"}
     root = {part: count for part, count in shape.parameters.items() if part not in units}
     layer = sum(shape.matrices[part] for part in shape.layers) / sum(shape.layers.values())
-    gradients = learning if spread.accumulates else sum(count for part, count in root.items() if part in trained) + layer
+    gradients = trained_count if parallelism.accumulates else sum(count for part, count in root.items() if part in trained) + layer
     return 4 * (sum(root.values()) + 2 * layer + gradients)
 
 
@@ -266,12 +266,12 @@ def _applications_kept(
     return kept if {"embeddings", "prelude"} & set(trained) else kept | {"prelude": 0}
 
 
-def _activations(config: Any, shape: Shape, waiting: dict[str, int], bf16: bool, gradient_checkpointing: bool) -> float:
+def _activations(config: Any, shape: Shape, kept: dict[str, int], bf16: bool, gradient_checkpointing: bool) -> float:
     """Bytes per token: of each layer `layer_bytes`, or its input alone and all of one that is being recomputed; the two differences of
     each mix; of each readout two states of the final norm and one of the head."""
     layer, state = layer_bytes(config, bf16), 4 * shape.hidden
-    passes = sum(layers * waiting.get(part, 0) for part, layers in shape.layers.items())
-    others = (2 * waiting.get("L_level", 0) + 3 * waiting["lm_head"]) * state
+    passes = sum(layers * kept.get(part, 0) for part, layers in shape.layers.items())
+    others = (2 * kept.get("L_level", 0) + 3 * kept["lm_head"]) * state
     return others + (passes * state + layer if gradient_checkpointing else passes * layer)
 
 
@@ -338,7 +338,7 @@ def estimate(
         config,
         tokens,
         H_cycles=max(depths),
-        supervised=_read_out(max(depths), settings),
+        supervised=_scored_cycles(max(depths), settings),
         backprop=settings.backprop,
         gradient_checkpointing=settings.gradient_checkpointing,
         trained=trained,
@@ -347,7 +347,7 @@ def estimate(
         optimizer=settings.optimizer,
         ema=settings.ema_decay > 0,
         bf16=bf16,
-        spread=Spread(devices=world_size, fsdp=settings.fsdp, accumulates=settings.grad_accum_steps > 1),
+        parallelism=Parallelism(devices=world_size, fsdp=settings.fsdp, accumulates=settings.grad_accum_steps > 1),
         teacher_config=teacher_config,
     )
     parameters, passes = parameters_by_part(config), steps * settings.grad_accum_steps * world_size
@@ -382,7 +382,7 @@ def pass_flops(
         tokens,
         settings.seq_len,
         H_cycles=H_cycles,
-        supervised=_read_out(H_cycles, settings),
+        supervised=_scored_cycles(H_cycles, settings),
         backprop=settings.backprop,
         gradient_checkpointing=settings.gradient_checkpointing,
         trained=trained_parts(config, settings),
@@ -393,7 +393,7 @@ def pass_flops(
     )
 
 
-def _read_out(H_cycles: int, settings: Any) -> int:
+def _scored_cycles(H_cycles: int, settings: Any) -> int:
     return H_cycles if settings.enable_deep_supervision else 1
 
 

@@ -112,8 +112,8 @@ class RecursiveTrainer(CycleTrainer):
         device = choose_device(settings.device)
         check_launch(settings, device)
         if saver == "output_dir":
-            saver = _own_saver(model, settings, processing_class)
-        train_dataset, eval_dataset = (rows_of(each, settings, processing_class) for each in (train_dataset, eval_dataset))
+            saver = _default_saver(model, settings, processing_class)
+        train_dataset, eval_dataset = (tokenized_rows(each, settings, processing_class) for each in (train_dataset, eval_dataset))
         total = total_steps(train_dataset, settings)
         arguments = training_arguments(
             settings, device, saver, validates=eval_dataset is not None
@@ -123,9 +123,9 @@ class RecursiveTrainer(CycleTrainer):
         depths = depth_schedule(model.config, settings, total)
         deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
         module = LossModule(
-            model, Supervision.of(settings), APPROACHES[settings.approach].objective, deepest, _ready(teacher, settings, device)
+            model, Supervision.of(settings), APPROACHES[settings.approach].objective, deepest, _frozen_teacher(teacher, settings, device)
         )
-        collate = data_collator or Collate(_separator(settings, processing_class))
+        collate = data_collator or Collate(_separator_token(settings, processing_class))
         if not resuming:
             start_gains(module, train_dataset if eval_dataset is None else eval_dataset, collate, settings, device)
         if settings.gradient_checkpointing:
@@ -148,8 +148,8 @@ class RecursiveTrainer(CycleTrainer):
         self.resuming = resuming
         self.bar, save_steps = ProgressBar(), SaveSteps(settings.save_every if saver else 0)
         self.stop = StopOnSignal(save_steps if saver else None, self.any_rank)
-        shown = _console(self, processing_class, self.bar) if console else []
-        for callback in (*shown, *_saving_callbacks(self, quiet=not console), save_steps, *callbacks, self.stop):
+        inference_model = _console_callbacks(self, processing_class, self.bar) if console else []
+        for callback in (*inference_model, *_saving_callbacks(self, quiet=not console), save_steps, *callbacks, self.stop):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None) -> Any:
@@ -161,7 +161,7 @@ class RecursiveTrainer(CycleTrainer):
         Raises:
             UserError: A loss that is not a number, or no such checkpoint.
         """
-        model, point = self.model.model, _point(resume_from_checkpoint, self.settings)
+        model, point = self.model.model, _resume_point(resume_from_checkpoint, self.settings)
         if point is not None and not self.resuming:
             model.load_state_dict(checkpoint.load(point).model.state_dict())
         state = None if point is None else str(state_folder(point))
@@ -170,14 +170,14 @@ class RecursiveTrainer(CycleTrainer):
                 return super().train(state, trial, ignore_keys_for_eval)
         finally:
             self.bar.close()
-            _keep_all(model)
+            _disable_checkpointing(model)
             uncompile_layers(model)
             model.eval()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model, or its moving average where the run has one, in either form of a checkpoint: a folder, or a `.pt` file."""
-        saver = self.saver or _own_saver(self.model.model, self.settings, self.processing_class)
-        with self.shown():
+        saver = self.saver or _default_saver(self.model.model, self.settings, self.processing_class)
+        with self.inference_model():
             if self.args.should_save:
                 saver.save(
                     Path(output_dir or self.settings.folder / "model"), self.model.model, step=self.state.global_step, **self.notes()
@@ -217,7 +217,7 @@ def fit(
     return result_of(trainer.state, interrupted=trainer.stop.stopped)
 
 
-def rows_of(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
+def tokenized_rows(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
     """Rows with `input_ids`; a table of texts is tokenized and packed into blocks.
 
     Raises:
@@ -235,7 +235,7 @@ def rows_of(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
     return tokenize(dataset, tokenizer, settings.seq_len)
 
 
-def _point(named: Any, settings: RunSettings) -> Path | None:
+def _resume_point(named: Any, settings: RunSettings) -> Path | None:
     if not named:
         return None
     points = resume_points(settings.folder) if named is True else [Path(named)]
@@ -245,7 +245,7 @@ def _point(named: Any, settings: RunSettings) -> Path | None:
     return points[0]
 
 
-def _separator(settings: RunSettings, tokenizer: Any) -> int | None:
+def _separator_token(settings: RunSettings, tokenizer: Any) -> int | None:
     """The token that ends a document, where documents are kept apart."""
     if not settings.separates:
         return None
@@ -254,16 +254,16 @@ def _separator(settings: RunSettings, tokenizer: Any) -> int | None:
     return int(tokenizer.eos_token_id)
 
 
-def _own_saver(model: Any, settings: RunSettings, tokenizer: Any) -> Saver:
+def _default_saver(model: Any, settings: RunSettings, tokenizer: Any) -> Saver:
     make_folder(settings.folder)
     return Saver(settings.folder, tokenizer, model.dtype, None, {"approach": settings.approach}, settings.keep_last)
 
 
-def _console(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, bar: ProgressBar) -> list[TrainerCallback]:
+def _console_callbacks(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, bar: ProgressBar) -> list[TrainerCallback]:
     """What a run shows on its way."""
     settings, model = trainer.settings, trainer.model.model
-    shows_text = settings.generate_every and tokenizer is not None and APPROACHES[settings.approach].writes
-    samples = [Samples(model, tokenizer, settings, trainer.shown)] if shows_text else []
+    shows_text = settings.generate_every and tokenizer is not None and APPROACHES[settings.approach].generates
+    samples = [Samples(model, tokenizer, settings, trainer.inference_model)] if shows_text else []
     return [*([bar] if trainer.is_world_process_zero() else []), *samples]
 
 
@@ -282,7 +282,7 @@ def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallbac
     ]
 
 
-def _ready(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
+def _frozen_teacher(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
     """The teacher, frozen and on the device.
 
     Raises:
@@ -313,7 +313,7 @@ def checkpoint_layers(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def _keep_all(model: Any) -> None:
+def _disable_checkpointing(model: Any) -> None:
     """Undoes `checkpoint_layers`."""
     name = "activation_checkpointing_disable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_disable")()
@@ -335,7 +335,7 @@ def _save_best(trainer: CycleTrainer) -> Path | None:
     saver = trainer.saver
     if saver is None:
         return None
-    with trainer.shown():
+    with trainer.inference_model():
         if trainer.args.should_save:
             saver.save(saver.folder / BEST, trainer.model.model, step=trainer.state.global_step, **trainer.notes())
     return saver.folder / BEST

@@ -84,7 +84,7 @@ def start_gains(
     rows = [blocks[i] for i in range(min(max(1, CALIBRATION_TOKENS // settings.seq_len), len(blocks)))]
     batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, len(rows), settings.batch_size)]
     scorer = LossModule(model, objective=loss_module.objective)
-    gain, sweep = calibrate(model, lambda: _loss_on(scorer, batches, device))
+    gain, sweep = calibrate(model, lambda: _mean_loss(scorer, batches, device))
     (gain,) = broadcast_object_list([gain])  # of the first rank: others may round another way
     set_gains(model, gain)
     tried = ", ".join(f"{g:g} costs {cost:+.4f}" for g, cost in sweep)
@@ -93,7 +93,7 @@ def start_gains(
 
 
 @torch.no_grad()
-def _loss_on(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
+def _mean_loss(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
     """The mean loss of the cycle that is read out."""
     tokens = sum(int(counted(batch["labels"])) for batch in batches)
     parts = [scorer(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=tokens) for batch in batches]

@@ -33,10 +33,10 @@ def parameter_groups(model: Any, settings: RunSettings) -> list[dict[str, Any]]:
     may be empty."""
     own = {id(p) for p in model.model.recursion.parameters()} if is_recursive(model) else set()
     trained = [p for p in model.parameters() if p.requires_grad]
-    donors = [p for p in trained if id(p) not in own]
+    others = [p for p in trained if id(p) not in own]
     return [
-        {"params": [p for p in donors if p.ndim > 1], "lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": [p for p in donors if p.ndim <= 1], "lr": settings.lr, "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "lr": settings.lr, "weight_decay": 0.0},
         {"params": [p for p in trained if id(p) in own], "lr": settings.gain_learning_rate, "weight_decay": 0.0},
     ]
 
@@ -79,25 +79,25 @@ def build_optimizer(model: Any, settings: RunSettings) -> Optimizer:
     """
     groups = parameter_groups(model, settings)
     if settings.optimizer == "muon":
-        return MuonAdamW(*_split(groups, _ends(model)))
+        return MuonAdamW(*_split_for_muon(groups, _embedding_parameters(model)))
     if settings.optimizer == "adamw_8bit":
         return adamw_8bit()(groups, **ADAMW)
     return AdamW(groups, **ADAMW, fused=True)
 
 
-def _ends(model: Any) -> set[int]:
+def _embedding_parameters(model: Any) -> set[int]:
     """Identities of the parameters that turn tokens into states and back, whose rows are entries of a table rather than a linear map."""
     modules = [*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings()]
     return {id(p) for module in modules for p in module.parameters()}
 
 
-def _split(groups: list[dict[str, Any]], ends: set[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The groups for Muon and those for AdamW: Muon's are the donor's matrices but for both ends; a stack of matrices is none."""
+def _split_for_muon(groups: list[dict[str, Any]], embeddings: set[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups for Muon and those for AdamW: Muon's are the donor's matrices but for both embeddings; a stack of matrices is none."""
     matrices, *others = groups
-    inside = [p for p in matrices["params"] if p.ndim == 2 and id(p) not in ends]
-    taken = {id(p) for p in inside}
+    muon = [p for p in matrices["params"] if p.ndim == 2 and id(p) not in embeddings]
+    taken = {id(p) for p in muon}
     rest = [p for p in matrices["params"] if id(p) not in taken]
-    return [matrices | {"params": inside}], [matrices | {"params": rest}, *others]
+    return [matrices | {"params": muon}], [matrices | {"params": rest}, *others]
 
 
 class MuonAdamW(Optimizer):
@@ -186,13 +186,13 @@ class EMA:
         """
         own = [p.detach().clone() for p in self.parameters]
         try:
-            self._fill(self.averages)
+            self._set_weights(self.averages)
             yield
         finally:
-            self._fill(own)
+            self._set_weights(own)
 
     @torch.no_grad()
-    def _fill(self, values: list[torch.Tensor]) -> None:
+    def _set_weights(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 

@@ -42,12 +42,12 @@ from ..utils.models import is_recursive
 from .settings import RunSettings
 
 if TYPE_CHECKING:
-    from transformers import Trainer as _Mixed
+    from transformers import Trainer as _TrainerBase
 else:
-    _Mixed = object
+    _TrainerBase = object
 
 logger = logging.getLogger(__name__)
-_MARK = "_is_fsdp_managed_module"  # torch's, on every module whose weights are sharded
+_FSDP_FLAG = "_is_fsdp_managed_module"  # torch's, on every module whose weights are sharded
 
 
 # Before the run
@@ -145,27 +145,27 @@ def _ignored_launcher(device: torch.device) -> str:
 # Sharding
 
 
-def shard(supervised: Any, device: torch.device, *, reads_every_cycle: bool, methods: Sequence[str] = ("row_sums",)) -> None:
+def shard(loss_module: Any, device: torch.device, *, reads_every_cycle: bool, methods: Sequence[str] = ("row_sums",)) -> None:
     """Spread a model over all processes with FSDP2, in place, and move it to the device. Collective.
 
     What is frozen must be frozen and the weights must be float32 before; the optimizer is made after. The Trainer then takes the model
     as it is. The parameters are DTensors from here on, and plain tensors while the model computes.
 
     Args:
-        supervised: A module whose `model` is a recursive model, or a plain causal model of transformers.
+        loss_module: A module whose `model` is a recursive model, or a plain causal model of transformers.
         reads_every_cycle: Whether a training pass reads out every cycle, so that the coda is applied several times.
-        methods: Names of methods of `supervised` that compute as `forward` does, without gradients.
+        methods: Names of methods of `loss_module` that compute as `forward` does, without gradients.
     """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    for unit in _units(supervised.model, reads_every_cycle):
+    for unit in _units(loss_module.model, reads_every_cycle):
         fully_shard(unit, mesh=mesh)
-    fully_shard(supervised, mesh=mesh)
+    fully_shard(loss_module, mesh=mesh)
     for name in methods:
-        register_fsdp_forward_method(supervised, name)
-        setattr(supervised, name, _then_freed(supervised, getattr(supervised, name)))
-    supervised._get_fsdp_state()._lazy_init()  # now: else the first unit that computes by itself would take itself for the root
-    # What the Trainer looks for, beside _MARK, in a model that was sharded before it came: it prepares the optimizer and wraps nothing.
-    supervised.is_distributed_loading_by_transformers = True
+        register_fsdp_forward_method(loss_module, name)
+        setattr(loss_module, name, _reset_after(loss_module, getattr(loss_module, name)))
+    loss_module._get_fsdp_state()._lazy_init()  # now: else the first unit that computes by itself would take itself for the root
+    # What the Trainer looks for, beside _FSDP_FLAG, in a model that was sharded before it came: it prepares the optimizer and wraps nothing.
+    loss_module.is_distributed_loading_by_transformers = True
 
 
 def _units(model: Any, reads_every_cycle: bool) -> list[nn.Module]:
@@ -178,17 +178,17 @@ def _units(model: Any, reads_every_cycle: bool) -> list[nn.Module]:
     return layers[:first] + ([] if reads_every_cycle else layers[behind:])
 
 
-def _then_freed(root: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+def _reset_after(root: Any, method: Callable[..., Any]) -> Callable[..., Any]:
     def scored(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
         finally:
-            _forget_passes(root)
+            _reset_fsdp_state(root)
 
     return scored
 
 
-def _forget_passes(root: Any) -> None:
+def _reset_fsdp_state(root: Any) -> None:
     """After passes without a backward pass: free what is gathered, which would outlive the next change of the weights, and drop the order
     in which it was used, which the next backward pass would follow. Not between the micro-batches of a step, whose gradients it drops."""
     root.reset_iter_state()
@@ -196,7 +196,7 @@ def _forget_passes(root: Any) -> None:
 
 @contextmanager
 def gathered(root: nn.Module) -> Iterator[None]:
-    """Inside, every process holds the whole model, as if it were alone, and may use it or leave that to one of them; without gradients.
+    """Inside, every process holds the full model, as if it were alone, and may use it or leave that to one of them; without gradients.
 
     Collective at both ends. Not between the micro-batches of a step. A model that is not sharded is left as it is.
     """
@@ -208,29 +208,29 @@ def gathered(root: nn.Module) -> Iterator[None]:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
-        with _unmarked(root), torch.no_grad():
+        with _without_fsdp_flags(root), torch.no_grad():
             yield
     finally:
         for unit in units:
             unit.set_reshard_after_forward(unit is not root, recurse=False)
-        _forget_passes(root)
+        _reset_fsdp_state(root)
         distributed.barrier()
 
 
 @contextmanager
-def _unmarked(root: nn.Module) -> Iterator[None]:
+def _without_fsdp_flags(root: nn.Module) -> Iterator[None]:
     """Inside, nothing tells that the model is a sharded one: `generate` waits for no other process, `state_dict` gives what is there."""
     modules: list[Any] = list(root.modules())
-    marks = [(module, getattr(module, _MARK, False), module._state_dict_pre_hooks) for module in modules]
+    marks = [(module, getattr(module, _FSDP_FLAG, False), module._state_dict_pre_hooks) for module in modules]
     for module in modules:
         module._state_dict_pre_hooks = OrderedDict()  # FSDP2's would free the weights and give this process's part of them
-        setattr(module, _MARK, False)
+        setattr(module, _FSDP_FLAG, False)
     try:
         yield
     finally:
         for module, mark, hooks in marks:
             module._state_dict_pre_hooks = hooks
-            setattr(module, _MARK, mark)
+            setattr(module, _FSDP_FLAG, mark)
 
 
 def check_sharding(prepared: Any, settings: RunSettings) -> None:
@@ -256,15 +256,15 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 
     Tied weights are one tensor under both names.
     """
-    whole: dict[int, Tensor] = {}
-    state = {name: _whole(tensor, whole) for name, tensor in module.state_dict(keep_vars=True).items()}
+    full: dict[int, Tensor] = {}
+    state = {name: _gathered_tensor(tensor, full) for name, tensor in module.state_dict(keep_vars=True).items()}
     return state if _is_first() else {}
 
 
 def full_optimizer_state(optimizer: Any) -> dict[str, Any]:
     """`optimizer.state_dict()` as one process alone would have it, on the CPU, in the first process; the others get an empty one.
     Collective."""
-    state = _mapped(optimizer.state_dict(), lambda tensor: _whole(tensor, {}))
+    state = _map_tensors(optimizer.state_dict(), lambda tensor: _gathered_tensor(tensor, {}))
     return state if _is_first() else {}
 
 
@@ -279,7 +279,7 @@ def load_full_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=True))
-    parts = {number: _mapped(entry, partial(part_like, owners[number])) for number, entry in state["state"].items()}
+    parts = {number: _map_tensors(entry, partial(part_like, owners[number])) for number, entry in state["state"].items()}
     optimizer.load_state_dict({**state, "state": parts})
 
 
@@ -287,7 +287,7 @@ def _is_first() -> bool:
     return processes() == 1 or distributed.get_rank() == 0
 
 
-def _whole(tensor: Tensor, seen: dict[int, Tensor]) -> Tensor:
+def _gathered_tensor(tensor: Tensor, seen: dict[int, Tensor]) -> Tensor:
     """A tensor on the CPU, in the first process; anything in the others. Collective for a DTensor."""
     if id(tensor) not in seen:
         bare = tensor.detach()
@@ -297,25 +297,25 @@ def _whole(tensor: Tensor, seen: dict[int, Tensor]) -> Tensor:
     return seen[id(tensor)]
 
 
-def part_like(like: Tensor, whole: Tensor) -> Tensor:
+def part_like(like: Tensor, full: Tensor) -> Tensor:
     """This process's part of a tensor that is spread as `like` is; a tensor of another shape, such as a step count, is everyone's."""
-    if not isinstance(like, DTensor) or like.shape != whole.shape:
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    if not isinstance(like, DTensor) or like.shape != full.shape:
+        return full
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """The same nest of dicts and lists with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: _map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [_mapped(item, change) for item in value]
+        return [_map_tensors(item, change) for item in value]
     return value
 
 
-class ShardedTrainerMixin(_Mixed):
+class ShardedTrainerMixin(_TrainerBase):
     """What a Trainer needs for a model that `shard` has spread, before `Trainer` among the bases. Without one it changes nothing."""
 
     @contextmanager

@@ -36,15 +36,15 @@ BEST = "qwen_recursive_finetuned_best.pt"
 METRICS = "metrics.jsonl"
 RUN, STATE, MASTERS, AVERAGES = "run.json", "trainer_state.json", "float32_weights.pt", "averaged_weights.pt"  # in a state folder
 KEPT_STATES = 2  # only the newest is ever resumed from; the one before it is for the day that the disk fails
-SOON_FILLED = 60.0  # seconds, of a folder aside that was just made
+EMPTY_FOLDER_GRACE = 60.0  # seconds, of a folder aside that was just made
 # What of the settings a reader of the weights wants to know. Where the run lay and on what it ran is nobody's business elsewhere.
-_RECORDED = (
+_RECORDED_SETTINGS = (
     "dataset_name", "dataset_config_name", "mix", "seq_len", "separate_documents", "batch_size", "grad_accum_steps", "cycle_choices",
     "backprop", "lr", "gain_lr", "lr_schedule", "warmup_steps", "optimizer", "weight_decay", "ema_decay", "enable_deep_supervision",
     "distill_weight", "self_distill_weight", "monotone_weight", "halting_weight",
 )  # fmt: skip
-_STEP = re.compile(r"checkpoint_step_\d+")  # a copy that somebody put by as checkpoint_step_1000_good.pt is none of ours
-_SAVED = re.compile(rf"({_STEP.pattern}|{Path(BEST).stem})(\.pt|_tokenizer|_state)")  # what a save has in its folder aside
+_STEP_NAME = re.compile(r"checkpoint_step_\d+")  # a copy that somebody put by as checkpoint_step_1000_good.pt is none of ours
+_SAVED_NAME = re.compile(rf"({_STEP_NAME.pattern}|{Path(BEST).stem})(\.pt|_tokenizer|_state)")  # what a save has in its folder aside
 
 
 def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]:
@@ -53,7 +53,9 @@ def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]
     The same run says the same: no times. Settings that are off (0, None, empty) are left out. `eval_loss_cycles` has the validation loss
     of each cycle, the shallowest first.
     """
-    recorded = {name: list(value) if isinstance(value, tuple) else value for name in _RECORDED if (value := getattr(settings, name))}
+    recorded = {
+        name: list(value) if isinstance(value, tuple) else value for name in _RECORDED_SETTINGS if (value := getattr(settings, name))
+    }
     notes = {"epoch": state.epoch, "tokens": state.num_input_tokens_seen, "processes": processes(), **recorded, "seed": settings.seed}
     measured = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), None)
     if measured is not None:
@@ -89,22 +91,22 @@ class Saver:
             write_state: Writes what only a resumed run needs into a folder. None leaves a checkpoint that no run can go on from.
         """
         path = self.folder / f"checkpoint_step_{step}.pt"
-        _drop_state(path)  # an earlier run's, which does not belong to these weights
+        _delete_state(path)  # an earlier run's, which does not belong to these weights
         self.save(path, model, {} if write_state is None else {state_folder(path): write_state}, step=step, **notes)
         # What was just written comes first even where the clock was put back.
         points = [path, *(point for point in resume_points(self.folder) if point != path)]
         for old in points[KEPT_STATES:]:
-            _drop_state(old)
+            _delete_state(old)
         if self.keep_last:
-            self._thin_out(points)
+            self._delete_old(points)
         return path
 
-    def _thin_out(self, points: list[Path]) -> None:
+    def _delete_old(self, points: list[Path]) -> None:
         """Delete all but the newest. Those that lost their states long ago are older than those that have them."""
         others = [path for path in _checkpoints(self.folder) if path not in points]
         newest_first = points + sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
         for old in newest_first[self.keep_last :]:
-            _drop_state(old)
+            _delete_state(old)
             shutil.rmtree(checkpoint.tokenizer_folder(old), ignore_errors=True)
             old.unlink()  # last: as long as it is there, the next save finds what a kill in between has left
 
@@ -121,7 +123,7 @@ def resume_points(folder: Path) -> list[Path]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint_step_*.pt") if _STEP.fullmatch(path.stem)]
+    return [path for path in folder.glob("checkpoint_step_*.pt") if _STEP_NAME.fullmatch(path.stem)]
 
 
 def _saved_at(path: Path) -> float | None:
@@ -135,7 +137,7 @@ def _saved_at(path: Path) -> float | None:
         return None
 
 
-def _drop_state(path: Path) -> None:
+def _delete_state(path: Path) -> None:
     """Delete a checkpoint's state; the file that makes it one goes first, so that a kill in between leaves nothing to go on from."""
     (state_folder(path) / RUN).unlink(missing_ok=True)
     shutil.rmtree(state_folder(path), ignore_errors=True)
@@ -157,28 +159,28 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--output_dir: the folder {folder} cannot be made ({error.strerror}); choose another") from error
     checkpoint.check_writable(folder / BEST)
     if PartialState().is_main_process:
-        _clear_leftovers(folder)
+        _delete_leftovers(folder)
 
 
-def _clear_leftovers(folder: Path) -> None:
+def _delete_leftovers(folder: Path) -> None:
     """Delete the folders aside of saves that were killed, and states whose weights never came. Two runs do not share a folder; another
     command may write in it right now, so its folder aside stays, and an empty one, which may be about to be filled, until it is old."""
     for aside in folder.glob(".recursify-*"):
         entries = list(aside.iterdir())
-        if entries and all(_SAVED.fullmatch(entry.name.removesuffix(".old")) for entry in entries):
+        if entries and all(_SAVED_NAME.fullmatch(entry.name.removesuffix(".old")) for entry in entries):
             for old in aside.glob("*.old"):
-                _clear_replaced(old, folder / old.stem)
+                _restore_or_delete(old, folder / old.stem)
             if not any(aside.glob("*.old")):
                 shutil.rmtree(aside, ignore_errors=True)
-        elif not entries and time.time() - aside.stat().st_mtime > SOON_FILLED:
+        elif not entries and time.time() - aside.stat().st_mtime > EMPTY_FOLDER_GRACE:
             aside.rmdir()
     for state in folder.glob("checkpoint_step_*_state"):
         path = state.with_name(state.name.removesuffix("_state") + ".pt")
-        if _STEP.fullmatch(path.stem) and not path.exists():
+        if _STEP_NAME.fullmatch(path.stem) and not path.exists():
             shutil.rmtree(state, ignore_errors=True)
 
 
-def _clear_replaced(old: Path, place: Path) -> None:
+def _restore_or_delete(old: Path, place: Path) -> None:
     """A folder that made way to a new one: back to its place where the new one never came, deleted where it has nothing that is not there
     as well. Somebody's files in it stay."""
     if not place.exists():

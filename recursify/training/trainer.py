@@ -62,9 +62,9 @@ class MetricWindow:
             outputs: Of `LossModule`, divided by `scale` tokens.
             tokens: Those that count, on this rank.
         """
-        found, scored = outputs["cycle_losses"] * scale, outputs["scored"] * tokens
-        self._add("cycles", torch.stack([found, scored]))
-        self._add("last", torch.stack([found[H - 1], tokens.to(found.dtype)]))
+        cycle_losses, scored = outputs["cycle_losses"] * scale, outputs["scored"] * tokens
+        self._add("cycles", torch.stack([cycle_losses, scored]))
+        self._add("last", torch.stack([cycle_losses[H - 1], tokens.to(cycle_losses.dtype)]))
         for name, value in outputs["terms"].items():
             self._add(name, torch.stack([value * scale, tokens.to(value.dtype)]))
 
@@ -75,9 +75,9 @@ class MetricWindow:
         """Over all ranks: the means, `loss_cycle_i` of scored cycles and `loss_<term>`; the last cycle's summed loss; its tokens."""
         sums = {name: accelerator.reduce(value.double(), "sum") for name, value in sorted(self.sums.items())}
         self.sums = {}
-        found, scored = sums.pop("cycles").tolist()
+        cycle_losses, scored = sums.pop("cycles").tolist()
         last, tokens = sums.pop("last").tolist()
-        means = {f"loss_cycle_{i}": loss / n for i, (loss, n) in enumerate(zip(found, scored, strict=True), start=1) if n}
+        means = {f"loss_cycle_{i}": loss / n for i, (loss, n) in enumerate(zip(cycle_losses, scored, strict=True), start=1) if n}
         for name, value in sums.items():
             total, n = value.tolist()
             means[f"loss_{name}"] = total / max(1.0, n)
@@ -108,7 +108,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         # Of the last cycle since the last validation, summed: loss, tokens.
         self.epoch_loss, self.epoch_tokens = 0.0, 0.0
         self.started = time.perf_counter()
-        self.clock = Throughput()
+        self.throughput = Throughput()
         self.batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
         self.cycle_losses: Tensor | None = None
         self.flops: dict[tuple[int, int], int] = {}  # of a micro-batch, by its tokens and its depth
@@ -145,11 +145,11 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         """After the backward pass and before the optimizer: the last moment at which the weights are still good."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(float(norm)):
-            raise self._not_a_number(float(norm))
+            raise self._non_finite_gradient(float(norm))
         self.batches = []
         return norm
 
-    def _not_a_number(self, norm: float) -> UserError:
+    def _non_finite_gradient(self, norm: float) -> UserError:
         """What happened, with the data of the step beside it."""
         step = self.state.global_step + 1
         losses = [] if self.cycle_losses is None else self.cycle_losses.tolist()
@@ -202,8 +202,8 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.ema.update()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the weights are their moving average, if the run has one: what is validated, shown and kept."""
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, if the run has one: what is validated, inference_model and kept."""
         if self.ema is None:
             yield
         else:
@@ -211,10 +211,10 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
                 yield
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Inside, the model is whole on each rank, averaged, and not compiled for every length that is generated. Collective."""
+    def inference_model(self) -> Iterator[None]:
+        """Inside, the model is whole on each rank, averaged_weights, and not compiled for every length that is generated. Collective."""
         eager = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
-        with self.averaged(), gathered(self.model), eager:
+        with self.averaged_weights(), gathered(self.model), eager:
             yield
 
     def any_rank(self, flag: bool) -> bool:
@@ -227,9 +227,9 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The loss of every cycle over all tokens of the validation text: a mean over tokens, not over batches."""
-        with self.clock.stopped():
+        with self.throughput.stopped():
             means = self._mean_losses(eval_dataset)
-        metrics = self._summary(means, metric_key_prefix)
+        metrics = self._eval_metrics(means, metric_key_prefix)
         if self.window.sums:
             self._drain_window()
         metrics["train_loss"] = self.epoch_loss / max(1.0, self.epoch_tokens)
@@ -242,7 +242,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.model.eval()
         counts_hits = self.model.objective.token_hits is not None
         sums, tokens = torch.zeros(self.model.deepest + counts_hits, dtype=torch.float64), 0
-        with self.averaged():
+        with self.averaged_weights():
             for batch in self.get_eval_dataloader(eval_dataset):
                 with self.accelerator.autocast():
                     rows = self.model.row_sums(**batch)
@@ -251,7 +251,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
                 tokens += int(scored.sum())
         return (sums / max(1, tokens)).tolist()
 
-    def _summary(self, means: list[float], prefix: str) -> dict[str, float]:
+    def _eval_metrics(self, means: list[float], prefix: str) -> dict[str, float]:
         losses, hits = means[: self.model.deepest], means[self.model.deepest :]
         loss = losses[self.model.main_cycle - 1]
         figure = ("nearest_right", hits[0]) if hits else ("perplexity", perplexity(loss))
@@ -263,7 +263,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             return
         if "loss" in logs:
             logs |= self._drain_window()
-            logs["tokens_per_second"] = round(self.clock.rate(self.state.num_input_tokens_seen), 1)
+            logs["tokens_per_second"] = round(self.throughput.rate(self.state.num_input_tokens_seen), 1)
             logs["memory"] = round(peak_memory(self.args.device) / GIB, 3)
         logs["tokens"], logs["flops"] = self.state.num_input_tokens_seen, self.state.total_flos
         logs["seconds"] = round(time.perf_counter() - self.started, 3)
@@ -300,9 +300,9 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             for name, content in random.items():
                 (folder / name).write_bytes(content)
             self.state.save_to_json(str(folder / STATE))
-            (folder / RUN).write_text(json.dumps(self._so_far(), indent=2) + "\n", encoding="utf-8")
+            (folder / RUN).write_text(json.dumps(self._run_state(), indent=2) + "\n", encoding="utf-8")
 
-        with self.shown():
+        with self.inference_model():
             if self.args.should_save:
                 self.saver.save_step(self.state.global_step, self.model.model, write, **self.notes())
 
@@ -310,7 +310,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         """What a checkpoint of this moment says of the run."""
         return training_notes(self.settings, self.state)
 
-    def _so_far(self) -> dict[str, Any]:
+    def _run_state(self) -> dict[str, Any]:
         sums = {"saved_at": time.time(), "epoch_loss": self.epoch_loss, "epoch_tokens": self.epoch_tokens}
         return {**sums, "approach": self.settings.approach, "settings": asdict(self.settings)}
 
@@ -328,7 +328,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return dict(gather_object(own))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The model was read from the .pt; what that has rounded or averaged comes from here."""
+        """The model was read from the .pt; what that has rounded or averaged_weights comes from here."""
         folder = Path(resume_from_checkpoint)
         if (folder / MASTERS).is_file():
             load_full_state(self.model.model, read_state(folder / MASTERS))
@@ -339,7 +339,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         position = super()._init_training_state(*args, **kwargs)
         spent = self.state.log_history[-1]["seconds"] if self.state.log_history else 0.0
         self.started = time.perf_counter() - spent
-        self.clock.start(self.state.num_input_tokens_seen)
+        self.throughput.start(self.state.num_input_tokens_seen)
         return position
 
 

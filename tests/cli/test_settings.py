@@ -500,7 +500,7 @@ class Training(Cases):
 
     def depth_curriculum(self) -> None:
         depths = self._trainer(cycle_choices=(1, 3), depth_curriculum=0.5, max_steps=40).depths
-        assert depths.opening == 20 and {depths.at(step) for step in range(10)} == {1} != {depths.at(step) for step in range(20, 40)}
+        assert depths.curriculum_steps == 20 and {depths.at(step) for step in range(10)} == {1} != {depths.at(step) for step in range(20, 40)}
 
     def backprop(self) -> None:
         for kind, more in (("last", {}), ("cycle", {"enable_deep_supervision": True}), ("full", {})):
@@ -626,7 +626,7 @@ class Training(Cases):
     def distill_temperature(self) -> None:
         teacher = tiny_donor("qwen2", seed=8, num_hidden_layers=2)
         trainer = self._trainer(teacher=teacher, distill_weight=0.7, distill_temperature=3.0)
-        [view] = trainer.model._donors_view(torch.tensor([[5, 6, 7]]), None)
+        [view] = trainer.model._teacher_reference(torch.tensor([[5, 6, 7]]), None)
         assert view.temperature == 3.0
         warm, plain = (self._explained(teacher=teacher, distill_weight=0.7, distill_temperature=T)["loss_distill"] for T in (3.0, 1.0))
         assert abs(warm - plain) > 1e-3
