@@ -1,4 +1,4 @@
-"""Training of a model in memory: `RecursiveTrainer` and `fit`. A plain causal model is trained as one with a single cycle.
+"""Training of a model in memory: `RecursiveTrainer` and `fit`. A plain causal model is trained as a model with one cycle.
 
 Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps.
 """
@@ -34,21 +34,21 @@ from .trainer import CycleTrainer
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run did.
+    """Result of a training run.
 
     Args:
-        history: Every log entry, in order, each with `step`, `epoch`, `tokens`, `flops` and `seconds` so far. Training entries have `loss`
-            (what was minimised), `loss_cycle_i` of the scored cycles, `loss_<term>` of each further term, `learning_rate`, `grad_norm`,
-            `tokens_per_second`: means since the entry before; and `memory`, the most that was held so far, in GiB. Validation entries
-            have `train_loss` (last cycle, mean since the one before), `eval_loss` (at H_cycles), `eval_loss_cycle_i`, and
-            `eval_perplexity`; in embedding space `eval_nearest_right` instead: the share of tokens, 0 to 1, for which the embedding nearest
-            to the last cycle's state is the right one.
-        steps: Optimizer steps made, those before a resumption included.
-        tokens: Tokens read.
-        seconds: Wall-clock time, validation and samples included.
-        eval_loss: The last validation loss, None if the run was interrupted before any.
-        best_eval_loss: The lowest one that is a number.
-        interrupted: Whether Ctrl-C or SIGTERM ended it.
+        history: All log entries, in order, each with `step`, `epoch`, `tokens`, `flops` and `seconds` so far. Training entries have `loss`
+            (the minimised one), `loss_cycle_i` of scored cycles, `loss_<term>` of each additional term, `learning_rate`, `grad_norm`,
+            `tokens_per_second`: means since the previous entry; and `memory`, the peak so far, in GiB. Validation entries have
+            `train_loss` (last cycle, mean since the previous validation), `eval_loss` (at H_cycles), `eval_loss_cycle_i`, and
+            `eval_perplexity`, or in embedding space `eval_nearest_right`: the share of tokens, 0 to 1, for which the embedding nearest to
+            the state of the last cycle is the correct one.
+        steps: Optimizer steps, including those before a resume.
+        tokens: Training tokens.
+        seconds: Wall-clock time, including validation and samples.
+        eval_loss: The last validation loss; None if the run was interrupted before the first validation.
+        best_eval_loss: The lowest finite validation loss.
+        interrupted: Whether Ctrl-C or SIGTERM stopped the run.
     """
 
     history: list[dict[str, Any]]
@@ -61,7 +61,7 @@ class FitResult:
 
 
 class RecursiveTrainer(CycleTrainer):
-    """transformers' Trainer for a recursive model: a loss at every cycle, the depth of each step, exact checkpoints.
+    """transformers' Trainer for a recursive model: deep supervision, sampled depths, exact resume.
 
         trainer = RecursiveTrainer(
             model=model, args=FitSettings(lr=1e-4), train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
@@ -69,26 +69,26 @@ class RecursiveTrainer(CycleTrainer):
         trainer.train()
         trainer.save_model("out")
 
-    `fit` and `recursify train` are this trainer, too.
+    `fit` and `recursify train` use this trainer.
 
     Args:
-        model: A recursive model, or any causal language model of transformers for comparison. It is changed in place: to float32, on the
-            device of the settings, and what the approach does not train is frozen.
+        model: A recursive model, or any causal language model of transformers as a baseline. It is changed in place: cast to float32,
+            moved to the device of the settings, and frozen except for what the approach trains.
         args: `FitSettings`, or those of another approach; their fields are the flags of `recursify train`. Or transformers'
-            TrainingArguments, of which what has no counterpart here is refused.
-        train_dataset: Rows with `input_ids`, all of one length, and `labels` where not every token counts; or with a column `text`, which
-            is tokenized and packed into blocks of `seq_len`. A stream of rows with `input_ids` trains, too.
-        eval_dataset: Likewise; None validates nothing, and so keeps no best checkpoint.
+            TrainingArguments; arguments without counterpart here raise an error.
+        train_dataset: Rows with `input_ids`, all of one length, and optionally `labels`; or with a column `text`, which is tokenized and
+            packed into blocks of `seq_len`. A stream of rows with `input_ids` is supported as well.
+        eval_dataset: Likewise; None disables validation, so no best checkpoint is kept.
         processing_class: The tokenizer.
-        data_collator: Rows to a batch of `input_ids`, `labels` and, where documents are kept apart, `position_ids`.
-        callbacks: As of the Trainer.
-        teacher: The causal model that `distill_weight` distills from.
-        saver: Where checkpoints and metrics.jsonl go. Default: `output_dir` of the settings. None writes nothing at all.
-        resuming: Whether the model has the weights of the checkpoint already that `train(resume_from_checkpoint=)` continues.
-        console: Whether to show the bar, samples and summaries.
+        data_collator: Rows to a batch of `input_ids`, `labels` and, for a block-diagonal mask, `position_ids`.
+        callbacks: As for the Trainer.
+        teacher: The causal model for knowledge distillation (`distill_weight`).
+        saver: Writes checkpoints and metrics.jsonl. Default: to `output_dir` of the settings. None writes no files.
+        resuming: Whether the model already has the weights of the checkpoint given to `train(resume_from_checkpoint=)`.
+        console: Whether to show the progress bar, samples and summaries.
 
     Raises:
-        UserError: A setting out of range or one that the model or the machine cannot serve; rows that cannot be trained on.
+        UserError: A setting out of range or unsupported by the model or the machine; rows that cannot be trained on.
     """
 
     def __init__(
@@ -115,9 +115,7 @@ class RecursiveTrainer(CycleTrainer):
             saver = _default_saver(model, settings, processing_class)
         train_dataset, eval_dataset = (tokenized_rows(each, settings, processing_class) for each in (train_dataset, eval_dataset))
         total = total_steps(train_dataset, settings)
-        arguments = training_arguments(
-            settings, device, saver, validates=eval_dataset is not None
-        )  # several processes find each other here
+        arguments = training_arguments(settings, device, saver, validates=eval_dataset is not None)  # initialises the process group
         freeze_rest(model, settings)
         model.float()
         depths = depth_schedule(model.config, settings, total)
@@ -148,18 +146,18 @@ class RecursiveTrainer(CycleTrainer):
         self.resuming = resuming
         self.bar, save_steps = ProgressBar(), SaveSteps(settings.save_every if saver else 0)
         self.stop = StopOnSignal(save_steps if saver else None, self.any_rank)
-        inference_model = _console_callbacks(self, processing_class, self.bar) if console else []
-        for callback in (*inference_model, *_saving_callbacks(self, quiet=not console), save_steps, *callbacks, self.stop):
+        console_callbacks = _console_callbacks(self, processing_class, self.bar) if console else []
+        for callback in (*console_callbacks, *_saving_callbacks(self, quiet=not console), save_steps, *callbacks, self.stop):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None) -> Any:
-        """Train; the model is left in evaluation mode, with `fsdp` each process has its share of it.
+        """Train. Afterwards the model is in evaluation mode; with `fsdp` it stays sharded.
 
         Args:
-            resume_from_checkpoint: A checkpoint_step_N.pt that a run like this one wrote; True is the newest in `output_dir`.
+            resume_from_checkpoint: A checkpoint_step_N.pt of a run with the same settings; True takes the newest in `output_dir`.
 
         Raises:
-            UserError: A loss that is not a number, or no such checkpoint.
+            UserError: A non-finite gradient, or no such checkpoint.
         """
         model, point = self.model.model, _resume_point(resume_from_checkpoint, self.settings)
         if point is not None and not self.resuming:
@@ -175,7 +173,7 @@ class RecursiveTrainer(CycleTrainer):
             model.eval()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model, or its moving average where the run has one, in either form of a checkpoint: a folder, or a `.pt` file."""
+        """Save the model, or its moving average if the run has one, as a folder or, with the suffix `.pt`, as a file."""
         saver = self.saver or _default_saver(self.model.model, self.settings, self.processing_class)
         with self.inference_model():
             if self.args.should_save:
@@ -197,17 +195,17 @@ def fit(
     console: bool = True,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> FitResult:
-    """Train a model in memory with `RecursiveTrainer`, which says what the arguments are, and return what the run did.
+    """Train a model in memory with `RecursiveTrainer`.
 
     Args:
-        model: As of `RecursiveTrainer`; so are train_blocks and eval_blocks (its datasets), settings (its args) and teacher.
+        model: As for `RecursiveTrainer`; so are train_blocks and eval_blocks (its datasets), settings (its args) and teacher.
         tokenizer: Its processing_class.
-        saver: Where checkpoints and metrics.jsonl go; None writes nothing at all.
-        resume_from: A checkpoint_step_N.pt that a run like this one wrote, whose weights `model` holds already.
-        console: Whether to show the bar, samples and summaries.
+        saver: Writes checkpoints and metrics.jsonl; None writes no files.
+        resume_from: A checkpoint_step_N.pt of a run with the same settings, whose weights `model` already has.
+        console: Whether to show the progress bar, samples and summaries.
 
     Raises:
-        UserError: As of `RecursiveTrainer` and its `train`.
+        UserError: As for `RecursiveTrainer` and its `train`.
     """
     trainer = RecursiveTrainer(
         model, settings, train_blocks, eval_blocks, tokenizer, callbacks=callbacks, teacher=teacher, saver=saver,
@@ -218,10 +216,10 @@ def fit(
 
 
 def tokenized_rows(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
-    """Rows with `input_ids`; a table of texts is tokenized and packed into blocks.
+    """A dataset with `input_ids`; rows of text are tokenized and packed into blocks.
 
     Raises:
-        UserError: Neither, or no tokenizer for a text.
+        UserError: Neither `input_ids` nor `text`, or text without a tokenizer.
     """
     columns = getattr(dataset, "column_names", None)
     if dataset is None or not columns or "input_ids" in columns:
@@ -230,23 +228,23 @@ def tokenized_rows(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
         raise UserError(f"train_dataset: expected rows with input_ids, or with text, got the columns {', '.join(columns)}")
     if tokenizer is None:
         raise UserError("processing_class: expected the tokenizer of the model, which rows of text need, got None")
-    from ..data.loading import tokenize  # here: rows of tokens need no library for data sets
+    from ..data.loading import tokenize  # here: the datasets library is only needed for text
 
     return tokenize(dataset, tokenizer, settings.seq_len)
 
 
-def _resume_point(named: Any, settings: RunSettings) -> Path | None:
-    if not named:
+def _resume_point(given: Any, settings: RunSettings) -> Path | None:
+    if not given:
         return None
-    points = resume_points(settings.folder) if named is True else [Path(named)]
+    points = resume_points(settings.folder) if given is True else [Path(given)]
     if not points or not state_folder(points[0]).is_dir():
-        expected = f"a checkpoint_step_N.pt with its _state folder in {settings.folder}" if named is True else "one with a _state folder"
-        raise UserError(f"resume_from_checkpoint: expected {expected}, got {'none' if named is True else named}")
+        expected = f"a checkpoint_step_N.pt with its _state folder in {settings.folder}" if given is True else "one with a _state folder"
+        raise UserError(f"resume_from_checkpoint: expected {expected}, got {'none' if given is True else given}")
     return points[0]
 
 
 def _separator_token(settings: RunSettings, tokenizer: Any) -> int | None:
-    """The token that ends a document, where documents are kept apart."""
+    """The token that ends a document, if the mask is block-diagonal."""
     if not settings.separates:
         return None
     if tokenizer is None:
@@ -260,7 +258,6 @@ def _default_saver(model: Any, settings: RunSettings, tokenizer: Any) -> Saver:
 
 
 def _console_callbacks(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, bar: ProgressBar) -> list[TrainerCallback]:
-    """What a run shows on its way."""
     settings, model = trainer.settings, trainer.model.model
     shows_text = settings.generate_every and tokenizer is not None and APPROACHES[settings.approach].generates
     samples = [Samples(model, tokenizer, settings, trainer.inference_model)] if shows_text else []
@@ -268,9 +265,9 @@ def _console_callbacks(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase
 
 
 def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallback]:
-    """What measures, writes down and keeps, and so decides what is the best."""
+    """Callbacks for metrics, validation and checkpoints."""
     settings, saver = trainer.settings, trainer.saver
-    for callback in trainer.callback_handler.callbacks:  # TensorBoard's files go beside the others, unless its own variable says where
+    for callback in trainer.callback_handler.callbacks:  # next to the checkpoints, unless TENSORBOARD_LOGGING_DIR is set
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and saver is not None:
             callback.logging_dir = str(saver.folder / "tensorboard")
     return [
@@ -283,10 +280,10 @@ def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallbac
 
 
 def _frozen_teacher(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
-    """The teacher, frozen and on the device.
+    """The teacher, frozen and on the device; None without knowledge distillation.
 
     Raises:
-        UserError: There is a distillation term and no teacher.
+        UserError: Knowledge distillation without a teacher.
     """
     if not settings.distill_weight:
         return None
@@ -296,7 +293,7 @@ def _frozen_teacher(teacher: Any, settings: RunSettings, device: torch.device) -
 
 
 def depth_schedule(config: Any, settings: RunSettings, total: int) -> DepthSchedule | None:
-    """The depths of a run of `total` steps; None for a model without cycles."""
+    """The depth schedule of a run of `total` steps; None for a model without cycles."""
     if not hasattr(config, "H_cycles"):
         return None
     choices = settings.cycle_choices or (config.H_cycles,)
@@ -305,7 +302,7 @@ def depth_schedule(config: Any, settings: RunSettings, total: int) -> DepthSched
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Layers keep their input only; under the name that transformers gives it, which changed in 5.23."""
+    """Enable gradient checkpointing of the layers, by the method's name in the installed transformers: it changed in 5.23."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -314,13 +311,12 @@ def checkpoint_layers(model: Any) -> None:
 
 
 def _disable_checkpointing(model: Any) -> None:
-    """Undoes `checkpoint_layers`."""
     name = "activation_checkpointing_disable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_disable")()
 
 
 def compile_layers(model: Any) -> None:
-    """Each layer by itself: its code is compiled once for all layers and all of their applications, so no depth compiles anew."""
+    """Compile each layer separately: its code is compiled once for all layers and applications, so a new depth does not recompile."""
     for layer in model.base_model.layers:
         layer.compile()
 
@@ -331,7 +327,7 @@ def uncompile_layers(model: Any) -> None:
 
 
 def _save_best(trainer: CycleTrainer) -> Path | None:
-    """All ranks take part; the first one writes."""
+    """Collective; the first rank writes."""
     saver = trainer.saver
     if saver is None:
         return None
@@ -342,15 +338,15 @@ def _save_best(trainer: CycleTrainer) -> Path | None:
 
 
 def result_of(state: TrainerState, interrupted: bool) -> FitResult:
-    measured = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    finite = [loss for loss in measured if math.isfinite(loss)]
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    finite = [loss for loss in losses if math.isfinite(loss)]
     last = state.log_history[-1] if state.log_history else {"seconds": 0.0}
     return FitResult(
         history=state.log_history,
         steps=state.global_step,
         tokens=state.num_input_tokens_seen,
         seconds=last["seconds"],
-        eval_loss=measured[-1] if measured else None,
+        eval_loss=losses[-1] if losses else None,
         best_eval_loss=min(finite) if finite else None,
         interrupted=interrupted,
     )

@@ -1,9 +1,9 @@
 """Parameter groups, learning-rate schedules, optimizers, and the moving average of the weights.
 
-    parameter_groups        which weights have which rate and decay
-    learning_rate_factor    the schedules; warmup_of says how long the warm-up is
-    build_optimizer         adamw, muon or adamw_8bit; MuonAdamW is the second of them
-    EMA                     an exponential moving average of the weights, and a way to try it on
+    parameter_groups        learning rate and weight decay of each parameter
+    learning_rate_factor    the schedules; warmup_of gives the length of the warm-up
+    build_optimizer         adamw, muon (MuonAdamW) or adamw_8bit
+    EMA                     an exponential moving average of the weights, which can be swapped in
 
 Units: steps are optimizer steps, learning rates are per step.
 """
@@ -29,8 +29,8 @@ ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def parameter_groups(model: Any, settings: RunSettings) -> list[dict[str, Any]]:
-    """What the optimizer trains, in three groups: matrices, which decay; norms and biases; the recursion's own parameters. Any of them
-    may be empty."""
+    """The trainable parameters in three groups: matrices, with weight decay; norms and biases; parameters of the recursion. Groups may be
+    empty."""
     own = {id(p) for p in model.model.recursion.parameters()} if is_recursive(model) else set()
     trained = [p for p in model.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in own]
@@ -42,16 +42,16 @@ def parameter_groups(model: Any, settings: RunSettings) -> list[dict[str, Any]]:
 
 
 def learning_rate_factor(schedule: str, step: int, warmup: int, total: int, decay_share: float) -> float:
-    """What the learning rate is multiplied with in optimizer step `step`, from 0.
+    """Factor of the learning rate in optimizer step `step`, from 0.
 
-    Every schedule goes up to 1 at the end of the warm-up and is down at 0 after the last step; no step has a rate of 0.
+    Every schedule rises linearly to 1 at the end of the warm-up and reaches 0 after the last step; no step has a rate of 0.
 
     Args:
-        schedule: linear falls evenly from the end of the warm-up on; cosine along half a cosine; wsd (warm-up, stable, decay) stays at 1
-            and falls evenly over the last part of the run.
-        warmup: Steps of the warm-up, fewer than `total`.
+        schedule: linear decays linearly after the warm-up; cosine along half a cosine; wsd (warm-up, stable, decay) stays at 1 and decays
+            linearly at the end of the run.
+        warmup: Warm-up steps, fewer than `total`.
         total: Steps of the run.
-        decay_share: How large that last part is, of the whole run, 0 to 1; at most all that follows the warm-up. Only wsd has it.
+        decay_share: Share of the run, 0 to 1, in which wsd decays; at most all steps after the warm-up.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -59,20 +59,20 @@ def learning_rate_factor(schedule: str, step: int, warmup: int, total: int, deca
     if schedule == "linear":
         return left / after_warmup
     if schedule == "cosine":
-        return math.sin(math.pi / 2 * left / after_warmup) ** 2  # (1 + cos) / 2 without the cancellation near its end
+        return math.sin(math.pi / 2 * left / after_warmup) ** 2  # (1 + cos) / 2 without cancellation near 0
     assert schedule == "wsd", schedule
     return min(1.0, left / max(1.0, min(decay_share * total, after_warmup)))
 
 
 def warmup_of(settings: RunSettings, total: int) -> int:
-    """The warm-up in optimizer steps: a tenth of the run where the one asked for would take more than half of it."""
+    """The warm-up in optimizer steps: warmup_steps, or a tenth of the run if they are more than half of it."""
     return settings.warmup_steps if settings.warmup_steps <= total // 2 else total // 10
 
 
 def build_optimizer(model: Any, settings: RunSettings) -> Optimizer:
-    """The optimizer that the settings name, over `parameter_groups`.
+    """The optimizer of the settings, over `parameter_groups`.
 
-    Its first group has the rate `lr`, which is the one that the logs show.
+    Its first group has the rate `lr`, which is the one in the logs.
 
     Raises:
         UserError: adamw_8bit without torchao.
@@ -86,13 +86,13 @@ def build_optimizer(model: Any, settings: RunSettings) -> Optimizer:
 
 
 def _embedding_parameters(model: Any) -> set[int]:
-    """Identities of the parameters that turn tokens into states and back, whose rows are entries of a table rather than a linear map."""
+    """Ids of the parameters of embeddings and head, whose rows belong to tokens: Muon is for linear maps."""
     modules = [*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings()]
     return {id(p) for module in modules for p in module.parameters()}
 
 
 def _split_for_muon(groups: list[dict[str, Any]], embeddings: set[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The groups for Muon and those for AdamW: Muon's are the donor's matrices but for both embeddings; a stack of matrices is none."""
+    """The groups for Muon and those for AdamW. Muon gets the donor's 2-D matrices, except embeddings and head."""
     matrices, *others = groups
     muon = [p for p in matrices["params"] if p.ndim == 2 and id(p) not in embeddings]
     taken = {id(p) for p in muon}
@@ -103,14 +103,14 @@ def _split_for_muon(groups: list[dict[str, Any]], embeddings: set[int]) -> tuple
 class MuonAdamW(Optimizer):
     """Muon for some groups and AdamW for the others, as one optimizer.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the momentum of a matrix orthogonal before each step. Its
-    steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate and one decay serve both.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix before each step. Its
+    updates are scaled to the RMS of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that both use the same learning rate and weight decay.
 
-    Groups and state are kept here, where schedulers, checkpoints and accelerate look for them; the two optimizers of torch within
-    compute the steps, each over the groups whose `method` names it.
+    Groups and state are attributes of this optimizer, where schedulers, checkpoints and accelerate expect them; the two inner optimizers
+    of torch compute the steps, each over the groups with its name as `method`.
 
     Args:
-        matrices: Groups for Muon, of matrices only.
+        matrices: Groups for Muon, matrices only.
         others: Groups for AdamW.
     """
 
@@ -122,13 +122,13 @@ class MuonAdamW(Optimizer):
         super().__init__([group | {"method": name} for name, method in self.methods.items() for group in method.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both. `closure`, where there is one, computes the loss again, and its value is returned."""
+        """One step of both optimizers. `closure` recomputes the loss; its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for name, method in self.methods.items():
-            # Each time: loading a state puts new groups and a new state in the place of the old.
+            # At each step, because load_state_dict replaces groups and state.
             method.param_groups = [group for group in self.param_groups if group["method"] == name]
             method.state = self.state
             method.step()
@@ -136,13 +136,13 @@ class MuonAdamW(Optimizer):
 
 
 def adamw_8bit() -> type[Optimizer]:
-    """torchao's AdamW, which keeps its two moments in 8 bits each where a parameter has 4,096 elements or more.
+    """torchao's AdamW with 8-bit moments for parameters of 4,096 elements or more.
 
-    It compiles its step for every shape of parameter: the first step takes longer, and on a CPU needs a C++ compiler. Its learning rates
+    It compiles the update of every parameter shape: the first step takes longer, and on a CPU needs a C++ compiler. Its learning rates
     are tensors.
 
     Raises:
-        UserError: No torchao here, or one from before 0.11.
+        UserError: torchao is not installed, or older than 0.11.
     """
     try:
         from torchao.optim import AdamW8bit
@@ -156,14 +156,14 @@ def adamw_8bit() -> type[Optimizer]:
 
 
 class EMA:
-    """An exponential moving average of the weights that are trained: average = d * average + (1 - d) * weights after every step.
+    """An exponential moving average of the trainable weights: average = d * average + (1 - d) * weights after every step.
 
-    After n updates d is min(decay, (1 + n) / (10 + n)), so that a short run does not keep the weights that it began with: as long as d
-    grows, n updates leave 1 / C(n + 9, 9) of them, a ten-millionth after 20. It reaches `decay` after about 9 / (1 - decay) updates.
+    After n updates d is min(decay, (1 + n) / (10 + n)), so that the average of a short run is not dominated by the initial weights: while
+    d grows, n updates leave 1 / C(n + 9, 9) of them, a ten-millionth after 20. It reaches `decay` after about 9 / (1 - decay) updates.
 
     Args:
-        parameters: Those of the model, on the device, and cut up among the ranks, where they stay. Frozen ones are left out.
-        decay: From 0 to 1, both excluded; the average is over about the last 1 / (1 - decay) steps.
+        parameters: Those of the model, on their final device and already sharded. Frozen parameters are skipped.
+        decay: Between 0 and 1, exclusive; the average covers about the last 1 / (1 - decay) steps.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
@@ -172,17 +172,17 @@ class EMA:
         self.decay, self.updates = decay, 0
 
     def update(self) -> None:
-        """Take in the weights as they are now; to be called after every optimizer step."""
+        """Add the current weights to the average; call after every optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(self.averages, [p.detach().float() for p in self.parameters], self.updates)
         self.updates += 1
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The model has the averages for weights meanwhile, and exactly its own again afterwards; not to be trained in between.
+        """Replaces the weights of the model by their averages, and restores them exactly on exit. Do not train inside.
 
-        Takes the memory of one more copy of the weights, as much as the gradients of a step. Under FSDP2, a unit that is still gathered
-        at either end computes on with the weights it has: `reshard` it before.
+        Needs memory for one more copy of the weights, as much as the gradients of a step. Under FSDP2, a unit that is unsharded on entry
+        or exit keeps using its old weights: `reshard` it first.
         """
         own = [p.detach().clone() for p in self.parameters]
         try:
@@ -197,15 +197,15 @@ class EMA:
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """`updates` so far, and the `averages` in the order of the parameters; not copies, as with optimizers."""
+        """`updates` so far, and the `averages` in the order of the parameters; not copied, as for optimizers."""
         return {"updates": self.updates, "averages": self.averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore from a `state_dict`.
 
         Raises:
-            ValueError: The averages of another number of parameters.
+            ValueError: The number of averages differs from the number of parameters.
         """
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.copy_(saved)

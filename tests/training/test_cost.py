@@ -469,11 +469,11 @@ def test_what_is_printed_by_hand() -> None:
         ["steps", "1,200"],
         ["tokens", "4,000"],
         ["FLOPs", "8.00e+12", "2.00e+09", "per", "token"],
-        ["parameters", "5,000", "300", "of", "them", "learn"],
+        ["parameters", "5,000", "300", "trainable"],
         ["memory", "in", "GB", "(estimated)"],
         ["weights", "1.50"],
         ["activations", "2.25"],
-        ["total", "3.75", "and", "1", "to", "2", "for", "the", "device's", "own", "libraries"],
+        ["total", "3.75", "plus", "1", "to", "2", "for", "the", "device", "context", "and", "libraries"],
     ]
     assert found.memory_total == found.to_dict()["memory_total"] == 3.75e9
 

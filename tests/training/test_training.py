@@ -449,7 +449,7 @@ def test_early_stopping(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr(LossModule, "row_sums", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
     result = run(recursive(), num_epochs=5, eval_every=1, early_stopping_patience=2, eval_batch_size=8)
     assert evaluations(result) == [1, 2, 3, 4, 5, 6] and result.steps == 6
-    assert "has not fallen for 2 validations: stopping" in capsys.readouterr().err
+    assert "has not improved for 2 validations: stopping" in capsys.readouterr().err
 
 
 def test_averaged_weights_are_validated_and_saved(files: TrainSettings, tmp_path: Path) -> None:
