@@ -39,8 +39,8 @@ from .parallel import (
     full_state,
     gathered,
     load_full_state,
-    part_like,
     read_state,
+    shard_like,
 )
 from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, training_notes
 from .settings import RunSettings
@@ -193,7 +193,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             self.ema = EMA([p for p in self.model.parameters() if p.requires_grad], self.settings.ema_decay)
             if resume_from_checkpoint is not None:
                 state = read_state(Path(resume_from_checkpoint) / AVERAGES)
-                parts = [part_like(mine, whole) for mine, whole in zip(self.ema.averages, state["averages"], strict=True)]
+                parts = [shard_like(mine, whole) for mine, whole in zip(self.ema.averages, state["averages"], strict=True)]
                 self.ema.load_state_dict(state | {"averages": parts})
         return model, loader
 

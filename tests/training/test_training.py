@@ -415,7 +415,7 @@ def test_what_can_be_resumed(files: TrainSettings, corner: Path, tmp_path: Path,
     with pytest.raises(UserError, match=r"step_2.pt comes from another run: --batch_size was 4, is 2; give the same flags"):
         train(replace(short, resume=True, batch_size=2))
     done = train(replace(short, resume=True, max_steps=2))
-    assert "is the end of this run already" in capsys.readouterr().err and done.fit.steps == 2
+    assert "is already the end of this run" in capsys.readouterr().err and done.fit.steps == 2
 
 
 # What a run can do besides
@@ -813,7 +813,7 @@ def test_a_resumed_run_keeps_its_gains_and_its_clock(files: TrainSettings, tmp_p
     told.write_text(json.dumps(settings_then))
     capsys.readouterr()
     resumed = train(replace(common, output_dir=str(cut), resume=True))
-    assert "is there already" not in capsys.readouterr().err
+    assert "already exists" not in capsys.readouterr().err
     last, expected = load(cut / "checkpoint_step_4.pt"), load(out / "checkpoint_step_4.pt")
     assert all(torch.equal(a, b) for a, b in zip(last.parameters(), expected.parameters(), strict=True))
     assert logged(resumed.fit, "loss") == logged(whole.fit, "loss")
@@ -877,12 +877,12 @@ def test_where_bfloat16_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [computes_in_bf16(settings(bf16=flag), cpu) for flag in (None, True, False)] == [False, True, False]
     assert not computes_in_bf16(settings(), mps)
     for device in (mps, cuda):
-        with pytest.raises(UserError, match=f"--bf16: {device.type} does not compute in bfloat16"):
+        with pytest.raises(UserError, match=f"--bf16: {device.type} does not support bfloat16"):
             computes_in_bf16(settings(bf16=True), device)
 
 
 def test_the_second_gpu_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--device: training takes the first GPU that it sees, got cuda:1; .*CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(UserError, match=r"--device: training uses the first visible GPU, got cuda:1; .*CUDA_VISIBLE_DEVICES=1"):
         training_arguments(settings(), torch.device("cuda:1"), None)
 
 
