@@ -64,12 +64,12 @@ def training_step(way: Way, batch: Batch, bench: Bench) -> Callable[[], Any]:
     """A step as `fit` makes it, without its loader and log."""
     model = build(recursive_config(bench.pick(TOY, HALF_B, HALF_B).config(), **way.loop), bench.device).train()
     settings = settings_of(way, batch, bench.device, 1)
-    supervised, optimizer = LossModule(model, Supervision.of(settings)), build_optimizer(model, settings)
+    loss_module, optimizer = LossModule(model, Supervision.of(settings)), build_optimizer(model, settings)
     ids = tokens(model.config, batch.rows, batch.length, bench.device)
 
     def step() -> None:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.on_gpu):
-            loss = supervised(ids, ids)["loss"]
+            loss = loss_module(ids, ids)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

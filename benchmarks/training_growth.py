@@ -51,13 +51,13 @@ class Step:
         donor = shape.config(layers=point.L_layers, vocabulary=point.V)
         self.config = recursive_config(donor, L_layers=point.L_layers, H_cycles=point.H, L_cycles=point.L)
         model = build(self.config, device).train()
-        self.supervised = LossModule(model, Supervision(every_cycle=point.every_cycle, backprop="full"))
+        self.loss_module = LossModule(model, Supervision(every_cycle=point.every_cycle, backprop="full"))
         self.ids = tokens(self.config, point.batch, point.T, device)
 
     def run(self) -> None:
-        self.supervised.zero_grad(set_to_none=True)
+        self.loss_module.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.supervised(self.ids, self.ids)["loss"]
+            loss = self.loss_module(self.ids, self.ids)["loss"]
         loss.backward()
 
     @property

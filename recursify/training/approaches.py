@@ -136,7 +136,8 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
         say("It predicts embeddings and has no head, so it cannot generate; train_qwen_trm_hybrid.py trains a model that generates text")
     if getattr(settings, "tune_lm_head", False) and model.config.tie_word_embeddings:
         model = untied(model)
-        say(f"--tune_lm_head: the head was tied to the embeddings and is now a separate matrix of {model.lm_head.weight.numel():,} parameters")
+        size = f"{model.lm_head.weight.numel():,}"
+        say(f"--tune_lm_head: the head was tied to the embeddings and is now a separate matrix of {size} parameters")
     notes = {**donor.origin, "seq_len": settings.seq_len, "loop": "fresh" if settings.starts_fresh else "donor"}
     model.config.conversion = conversion_record(None if settings.starts_fresh else plan, notes)
     return checkpoint.Checkpoint(model, tokenizer)

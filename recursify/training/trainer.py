@@ -1,4 +1,4 @@
-"""The training loop of `transformers.Trainer` with our objective, depth per step, validation and checkpoints.
+"""`transformers.Trainer` with our objective, a depth per step, validation per cycle, and our checkpoints.
 
 Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps, memory in GiB.
 """
@@ -49,18 +49,18 @@ GIB = 2**30
 
 
 class MetricWindow:
-    """Sums since they were last asked for: of each cycle's loss, of further terms, and the tokens that they were summed over."""
+    """Sums since the last log entry: of the loss of each cycle, of additional terms, and of the tokens."""
 
     def __init__(self, deepest: int):
         self.deepest = deepest
         self.sums: dict[str, Tensor] = {}
 
     def add(self, outputs: dict[str, Any], scale: Any, tokens: Tensor, H: int) -> None:
-        """One micro-batch.
+        """Add a micro-batch.
 
         Args:
             outputs: Of `LossModule`, divided by `scale` tokens.
-            tokens: Those that count, on this rank.
+            tokens: Number of scored tokens on this rank.
         """
         cycle_losses, scored = outputs["cycle_losses"] * scale, outputs["scored"] * tokens
         self._add("cycles", torch.stack([cycle_losses, scored]))
@@ -72,7 +72,8 @@ class MetricWindow:
         self.sums[name] = self.sums[name] + values if name in self.sums else values
 
     def drain(self, accelerator: Any) -> tuple[dict[str, float], float, float]:
-        """Over all ranks: the means, `loss_cycle_i` of scored cycles and `loss_<term>`; the last cycle's summed loss; its tokens."""
+        """Reduce over all ranks and reset. Returns the means (`loss_cycle_i`, `loss_<term>`), the summed loss of the last cycle, and its
+        tokens. Collective."""
         sums = {name: accelerator.reduce(value.double(), "sum") for name, value in sorted(self.sums.items())}
         self.sums = {}
         cycle_losses, scored = sums.pop("cycles").tolist()
@@ -85,7 +86,7 @@ class MetricWindow:
 
 
 class CycleTrainer(ShardedTrainerMixin, Trainer):
-    """`Trainer` with our objective, parameter groups and depths, a validation loss per token, and checkpoints in our form."""
+    """`Trainer` with our objective, parameter groups and depths, a validation loss per token, and our checkpoint format."""
 
     loss_is_scaled_for_ga = True
     model: Any  # a LossModule
@@ -105,44 +106,44 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.settings, self.depths, self.saver = settings, depths, saver
         self.ema: EMA | None = None
         self.window = MetricWindow(model.deepest)
-        # Of the last cycle since the last validation, summed: loss, tokens.
+        # Sums of the last cycle since the last validation: loss, tokens.
         self.epoch_loss, self.epoch_tokens = 0.0, 0.0
         self.started = time.perf_counter()
         self.throughput = Throughput()
-        self.batches: list[dict[str, Any]] = []  # of the optimizer step that is under way
+        self.batches: list[dict[str, Any]] = []  # micro-batches of the current optimizer step
         self.cycle_losses: Tensor | None = None
-        self.flops: dict[tuple[int, int], int] = {}  # of a micro-batch, by its tokens and its depth
+        self.flops: dict[tuple[int, int], int] = {}  # of a micro-batch, by tokens and depth
 
     # The objective
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         H = self.depth
         outputs = model(**inputs, H_cycles=H, num_items_in_batch=num_items_in_batch)
-        here = counted(inputs["labels"])
-        divisor = here if num_items_in_batch is None else num_items_in_batch
-        self.window.add(outputs, divisor, here, H or 1)
+        tokens = counted(inputs["labels"])
+        divisor = tokens if num_items_in_batch is None else num_items_in_batch
+        self.window.add(outputs, divisor, tokens, H or 1)
         self.batches.append(inputs)
         self.cycle_losses = outputs["cycle_losses"]
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.accelerator.num_processes
-        # Each rank divides by the tokens of all ranks, and DDP takes the mean of their gradients.
+        # Each rank divides by the tokens of all ranks, and DDP averages the gradients.
         loss = outputs["loss"] * self.accelerator.num_processes if num_items_in_batch is not None else outputs["loss"]
         return (loss, outputs) if return_outputs else loss
 
     @property
     def depth(self) -> int | None:
-        """Cycles of the optimizer step that is under way; None for a model that has none."""
+        """Cycles of the current optimizer step; None for a model without cycles."""
         return None if self.depths is None else self.depths.at(self.state.global_step)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Every application of the loop counted, and what the way back does."""
+        """FLOPs of the forward and backward pass, with every application of the loop."""
         key = tokens, depth = inputs["input_ids"].numel(), self.depth or 1
-        if key not in self.flops:  # asked at every micro-batch
+        if key not in self.flops:  # called for every micro-batch
             (teacher,) = self.model.teacher
             self.flops[key] = int(pass_flops(self.model.model.config, self.settings, tokens, depth, teacher and teacher.config))
         return self.flops[key]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """After the backward pass and before the optimizer: the last moment at which the weights are still good."""
+        """Checks the gradient norm after the backward pass, before a non-finite one would reach the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(float(norm)):
             raise self._non_finite_gradient(float(norm))
@@ -150,7 +151,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return norm
 
     def _non_finite_gradient(self, norm: float) -> UserError:
-        """What happened, with the data of the step beside it."""
+        """The error of a non-finite gradient; saves the batches of the step."""
         step = self.state.global_step + 1
         losses = [] if self.cycle_losses is None else self.cycle_losses.tolist()
         first = next((f"; the loss of cycle {i} is {loss}" for i, loss in enumerate(losses, start=1) if not math.isfinite(loss)), "")
@@ -161,12 +162,12 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             content = {"step": step, "H_cycles": self.depth, "batches": batches, "cycle_losses": losses}
             try:
                 write_atomic({file: lambda target: torch.save(content, target)})
-                where = f"; the data of the step is in {file}"
+                where = f"; the batches of the step are in {file}"
             except UserError as error:
-                where = f"; the data of the step is lost ({error})"
+                where = f"; the batches of the step could not be saved ({error})"
         return UserError(
-            f"step {step}: the gradient's norm is {norm}{first}. The step was not taken{where}. Go on from the last checkpoint with "
-            "--resume and a lower --lr or --max_grad_norm, or without --bf16"
+            f"step {step}: expected a finite gradient norm, got {norm}{first}. The weights were not updated{where}. Continue from the last "
+            "checkpoint with --resume and a lower --lr or --max_grad_norm, or without --bf16"
         )
 
     # The optimizer
@@ -193,8 +194,8 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             self.ema = EMA([p for p in self.model.parameters() if p.requires_grad], self.settings.ema_decay)
             if resume_from_checkpoint is not None:
                 state = read_state(Path(resume_from_checkpoint) / AVERAGES)
-                parts = [shard_like(mine, whole) for mine, whole in zip(self.ema.averages, state["averages"], strict=True)]
-                self.ema.load_state_dict(state | {"averages": parts})
+                shards = [shard_like(own, full) for own, full in zip(self.ema.averages, state["averages"], strict=True)]
+                self.ema.load_state_dict(state | {"averages": shards})
         return model, loader
 
     def update_average(self) -> None:
@@ -203,7 +204,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the weights are their moving average, if the run has one: what is validated, inference_model and kept."""
+        """Inside, the weights are their moving average, if the run has one: for validation, samples and checkpoints."""
         if self.ema is None:
             yield
         else:
@@ -212,21 +213,21 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
     @contextmanager
     def inference_model(self) -> Iterator[None]:
-        """Inside, the model is whole on each rank, averaged_weights, and not compiled for every length that is generated. Collective."""
+        """Inside, the model is averaged, gathered on each rank, and not compiled: each length would recompile. Collective."""
         eager = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
         with self.averaged_weights(), gathered(self.model), eager:
             yield
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether it is true of any rank. Collective."""
+        """Whether the flag is set on any rank. Collective."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum").item())
 
-    # Measuring
+    # Validation and logging
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The loss of every cycle over all tokens of the validation text: a mean over tokens, not over batches."""
+        """The validation loss of every cycle, as a mean over all tokens, not over batches."""
         with self.throughput.stopped():
             means = self._mean_losses(eval_dataset)
         metrics = self._eval_metrics(means, metric_key_prefix)
@@ -259,7 +260,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return {f"{prefix}_{name}": value for name, value in figures}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_runtime" in logs:  # the Trainer's closing summary, which says nothing new
+        if "train_runtime" in logs:  # the Trainer's final summary, which has no new information
             return
         if "loss" in logs:
             logs |= self._drain_window()
@@ -274,20 +275,20 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.epoch_loss, self.epoch_tokens = self.epoch_loss + loss, self.epoch_tokens + tokens
         return means
 
-    # Saving and going on
+    # Checkpoints and resume
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The weights, and beside them what only a resumed run needs. All ranks take part; the first one writes."""
+        """Save the weights and the further state for a resume. Collective; the first rank writes."""
         if self.saver is None:
             return
-        if self.is_deepspeed_enabled:  # its states are in parts that only DeepSpeed can put together
+        if self.is_deepspeed_enabled:  # only DeepSpeed can gather its sharded states
             if self.args.should_save:
                 self.saver.save_step(self.state.global_step, self.model.model, None, **self.notes())
             return
         assert self.lr_scheduler is not None
         state: dict[str, Any] = {OPTIMIZER_NAME: full_optimizer_state(self.optimizer), SCHEDULER_NAME: self.lr_scheduler.state_dict()}
         if self.saver.dtype != torch.float32 or self.ema is not None:
-            # On a CPU these are the weights themselves, which the averages overwrite while the checkpoint is written: hence the copy.
+            # Copied, because on a CPU these are the weights themselves, which averaged_weights overwrites during the save.
             weights = full_state(self.model.model)
             state[MASTERS] = weights if self.ema is None else copy.deepcopy(weights)
         if self.ema is not None:
@@ -307,7 +308,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
                 self.saver.save_step(self.state.global_step, self.model.model, write, **self.notes())
 
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint of this moment says of the run."""
+        """Metadata of the run for a checkpoint of the current step."""
         return training_notes(self.settings, self.state)
 
     def _run_state(self) -> dict[str, Any]:
@@ -320,15 +321,15 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             with tempfile.TemporaryDirectory() as folder:
                 self._save_rng_state(folder)
                 own = [(file.name, file.read_bytes()) for file in Path(folder).iterdir()]
-        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk with an error of its own
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise UserError(
-                f"{tempfile.gettempdir()}: the random states of a checkpoint could not be written there on their way ({error}); the "
-                "checkpoints saved so far are whole. Free some space, or name another folder with TMPDIR, and go on with --resume"
+                f"{tempfile.gettempdir()}: the random states of a checkpoint could not be written to this temporary folder ({error}); "
+                "the checkpoints saved so far are intact. Free some space, or set another folder with TMPDIR, and continue with --resume"
             ) from error
         return dict(gather_object(own))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The model was read from the .pt; what that has rounded or averaged_weights comes from here."""
+        """Load the float32 weights if those in the .pt, which the model has, are rounded or averaged; and the sums of the epoch."""
         folder = Path(resume_from_checkpoint)
         if (folder / MASTERS).is_file():
             load_full_state(self.model.model, read_state(folder / MASTERS))
@@ -344,7 +345,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
 
 class Throughput:
-    """Tokens per second of training: validation stops it."""
+    """Training tokens per second, without the time of validation."""
 
     def __init__(self) -> None:
         self.start(0)
@@ -353,7 +354,7 @@ class Throughput:
         self.tokens, self.since = tokens, time.perf_counter()
 
     def rate(self, tokens: int) -> float:
-        """Since it was last asked."""
+        """Tokens per second since the last call."""
         now = time.perf_counter()
         rate = (tokens - self.tokens) / max(1e-9, now - self.since)
         self.tokens, self.since = tokens, now
@@ -369,7 +370,7 @@ class Throughput:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: what the GPU has had allocated at most, else what the process has had resident at most."""
+    """Peak memory in bytes: allocated on the GPU, else resident of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

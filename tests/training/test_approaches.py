@@ -164,7 +164,9 @@ def test_only_what_the_table_says_moves(
     err = capsys.readouterr().err
     start = "randomly initialised" if wanted.starts_fresh else "layers [0, 2]"
     assert f"{approach} approach: 2 looped layers ({start}) are trained on the frozen embeddings of {corner / donor}" in err
-    assert ("the head was tied to the embeddings and is now a separate matrix of 12,288 parameters" in err) == (donor == "tied" and bool(more))
+    assert ("the head was tied to the embeddings and is now a separate matrix of 12,288 parameters" in err) == (
+        donor == "tied" and bool(more)
+    )
 
 
 def test_without_L_cycles_their_injection_stays_idle(corner: Path) -> None:
@@ -308,7 +310,10 @@ def test_the_summary_says_what_was_measured(corner: Path, tmp_path: Path, capsys
     again = train(settings("hybrid", corner, tmp_path, generate_every=1))
     captured = capsys.readouterr()
     assert f"  Perplexity: {again.fit.history[-1]['eval_perplexity']:.2f}\n" in captured.out and "Generating sample" in captured.out
-    assert f"{tmp_path / BEST} already exists and will be overwritten by the best model of this run; another --output_dir keeps both" in captured.err
+    assert (
+        f"{tmp_path / BEST} already exists and will be overwritten by the best model of this run; another --output_dir keeps both"
+        in captured.err
+    )
 
 
 # What the model can do then

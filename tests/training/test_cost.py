@@ -331,7 +331,9 @@ def test_memory_of_several_devices() -> None:
     ddp = cost.memory_by_part(config, B * T, parallelism=cost.Parallelism(devices=4))
     assert ddp == alone | {"exchange": alone["gradients"]}
     last, every, whole = (
-        cost.memory_by_part(config, B * T, supervised=supervised, parallelism=cost.Parallelism(devices=4, fsdp=True, accumulates=accumulates))
+        cost.memory_by_part(
+            config, B * T, supervised=supervised, parallelism=cost.Parallelism(devices=4, fsdp=True, accumulates=accumulates)
+        )
         for supervised, accumulates in ((1, False), (2, False), (1, True))
     )
     for part in ("weights", "gradients", "optimizer"):

@@ -313,8 +313,8 @@ def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
         enable_deep_supervision=True, deep_supervision_schedule="early_decay", deep_supervision_weight=0.6, distill_temperature=2.0,
         backprop=backprop, **EACH_TERM[terms],
     )  # fmt: skip
-    supervised = LossModule(model, Supervision.of(want), teacher=teacher if want.distill_weight else None)
-    found = supervised(ids, labels)
+    loss_module = LossModule(model, Supervision.of(want), teacher=teacher if want.distill_weight else None)
+    found = loss_module(ids, labels)
     cycles, expected, total = naive(model, teacher, ids, labels, want)
     asked = {"all": set(EACH_TERM) - {"all", "none"}, "none": set[str]()}.get(terms, {terms})
     assert set(expected) == asked and all(value > 1e-3 for value in expected.values())
@@ -322,14 +322,14 @@ def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
     assert found["cycle_losses"].tolist() == pytest.approx(cycles, rel=1e-5) and found["scored"].tolist() == [1, 1, 1]
     assert found["loss"].item() == pytest.approx(total, rel=1e-5)
     # of a batch that is one of several, everything is divided by the tokens of all of them
-    part, share = supervised(ids, labels, num_items_in_batch=1000), (labels[:, 1:] != -100).sum().item() / 1000
+    part, share = loss_module(ids, labels, num_items_in_batch=1000), (labels[:, 1:] != -100).sum().item() / 1000
     for key in ("loss", "cycle_losses"):
         torch.testing.assert_close(part[key], found[key] * share, rtol=1e-5, atol=1e-6)
     assert {name: value.item() for name, value in part["terms"].items()} == pytest.approx(
         {n: v * share for n, v in expected.items()}, rel=1e-4
     )
     # at another depth the last cycle is another one
-    shallow = supervised(ids, labels, H_cycles=2)
+    shallow = loss_module(ids, labels, H_cycles=2)
     cycles, expected, total = naive(model, teacher, ids, labels, want, H=2)
     assert shallow["cycle_losses"].tolist() == pytest.approx([*cycles, 0.0], rel=1e-5) and shallow["scored"].tolist() == [1, 1, 0]
     assert shallow["loss"].item() == pytest.approx(total, rel=1e-5)
@@ -405,15 +405,15 @@ def test_positions_reach_teacher_and_plain_models(kind: str) -> None:
     positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
     labels = ids.clone()
     labels[:, 6] = -100
-    supervised = LossModule(model, Supervision(distill=1.0), teacher=teacher)
-    packed, mixed = supervised(ids, labels, positions), supervised(ids, labels)
-    alone = [supervised(part, part, num_items_in_batch=14) for part in (ids[:, :6], ids[:, 6:])]
+    loss_module = LossModule(model, Supervision(distill=1.0), teacher=teacher)
+    packed, mixed = loss_module(ids, labels, positions), loss_module(ids, labels)
+    alone = [loss_module(part, part, num_items_in_batch=14) for part in (ids[:, :6], ids[:, 6:])]
     for found in ((packed["loss"], packed["terms"]["distill"], packed["cycle_losses"][-1]),):
         expected = [sum(each) for each in zip(*((a["loss"], a["terms"]["distill"], a["cycle_losses"][-1]) for a in alone), strict=True)]
         torch.testing.assert_close(list(found), expected, rtol=1e-4, atol=1e-5)
     assert packed["terms"]["distill"].item() != pytest.approx(mixed["terms"]["distill"].item(), rel=1e-3)
-    rows = [supervised.row_sums(part, part) for part in (ids[:, :6], ids[:, 6:])]
-    torch.testing.assert_close(supervised.row_sums(ids, labels, positions), sum(rows), rtol=1e-4, atol=1e-5)
+    rows = [loss_module.row_sums(part, part) for part in (ids[:, :6], ids[:, 6:])]
+    torch.testing.assert_close(loss_module.row_sums(ids, labels, positions), sum(rows), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backprop", ["full", "cycle"])
@@ -430,9 +430,9 @@ def test_the_halting_term_changes_nothing_but_the_halting_head(backprop: str) ->
 
 def test_the_teacher_is_no_part_of_the_model() -> None:
     model, teacher = recursive(), tiny_donor("qwen2", num_hidden_layers=2)
-    supervised = LossModule(model, Supervision(distill=1.0), teacher=teacher)
-    assert not any("teacher" in name for name in supervised.state_dict())
-    assert {id(p) for p in supervised.parameters()} == {id(p) for p in model.parameters()}
+    loss_module = LossModule(model, Supervision(distill=1.0), teacher=teacher)
+    assert not any("teacher" in name for name in loss_module.state_dict())
+    assert {id(p) for p in loss_module.parameters()} == {id(p) for p in model.parameters()}
 
 
 def test_a_teacher_that_is_the_model_teaches_nothing() -> None:

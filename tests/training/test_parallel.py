@@ -68,7 +68,7 @@ class Communication(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def supervised(model: Any, every_cycle: bool) -> LossModule:
+def loss_module(model: Any, every_cycle: bool) -> LossModule:
     return LossModule(model, Supervision(every_cycle=every_cycle))
 
 
@@ -93,7 +93,7 @@ def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 def sharded_gradients(every_cycle: bool, checkpointing: bool, H_cycles: int) -> dict[str, Any]:
     rows = batch()
-    alone, ours = (supervised(recursive(H_cycles=H_cycles), every_cycle) for _ in range(2))
+    alone, ours = (loss_module(recursive(H_cycles=H_cycles), every_cycle) for _ in range(2))
     expected = gradients(alone, rows)
     shard(ours, CPU, reads_every_cycle=every_cycle)
     if checkpointing:
@@ -105,7 +105,7 @@ def sharded_gradients(every_cycle: bool, checkpointing: bool, H_cycles: int) -> 
 
 def plain_gradients() -> dict[str, Any]:
     rows = batch()
-    alone, ours = (supervised(tiny_model("llama", num_hidden_layers=3), False) for _ in range(2))
+    alone, ours = (loss_module(tiny_model("llama", num_hidden_layers=3), False) for _ in range(2))
     expected = gradients(alone, rows)
     shard(ours, CPU, reads_every_cycle=False)
     found, sent = counted_gradients(ours, share(rows))
@@ -116,7 +116,7 @@ def plain_gradients() -> dict[str, Any]:
 def used_alone() -> dict[str, Any]:
     """A sharded model before its first pass and between two steps: one process generates and takes the weights, the others wait."""
     rows, rank = batch(), distributed.get_rank()
-    alone, ours = supervised(recursive(), True), supervised(recursive(), True)
+    alone, ours = loss_module(recursive(), True), loss_module(recursive(), True)
     shard(ours, CPU, reads_every_cycle=True)
     found: dict[str, Any] = {}
     for moment in ("before", "after"):
@@ -139,7 +139,7 @@ def used_alone() -> dict[str, Any]:
 
 def states_there_and_back() -> dict[str, Any]:
     """A whole state of one process in a sharded model and its optimizer, and out again."""
-    alone, ours = supervised(recursive(1), False), supervised(recursive(2), False)
+    alone, ours = loss_module(recursive(1), False), loss_module(recursive(2), False)
     shard(ours, CPU, reads_every_cycle=False)
     optimizers = [torch.optim.AdamW(model.parameters(), 1e-3) for model in (alone, ours)]
     gradients(alone, batch())

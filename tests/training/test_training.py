@@ -615,7 +615,7 @@ def test_mixed_and_streamed_text(files: TrainSettings, tmp_path: Path, monkeypat
     for name in ("train", "validation"):
         (other / f"{name}.txt").write_text("The old ship sailed. " * 200)
     common = replace(files, mix=(f"{other}=1.5",), streaming=True, max_steps=5, save_every=2)
-    with pytest.raises(UserError, match="--streaming: the end of a stream is not known; .* --max_steps or --max_tokens"):
+    with pytest.raises(UserError, match="--streaming: the length of a stream is unknown; .* --max_steps or --max_tokens"):
         train(replace(common, max_steps=None))
     whole = train(common)
     cut = replace(common, output_dir=str(tmp_path / "cut"))
@@ -788,7 +788,10 @@ def test_a_gradient_that_overflows_is_not_stepped_along(monkeypatch: pytest.Monk
         return outputs | ({"loss": outputs["loss"] * 1e30} if watch.weights else {})
 
     monkeypatch.setattr(LossModule, "forward", forward)
-    with pytest.raises(UserError, match=r"^step 2: the gradient's norm is inf. The step was not taken. Go on from the last checkpoint"):
+    with pytest.raises(
+        UserError,
+        match=r"^step 2: expected a finite gradient norm, got inf. The weights were not updated. Continue from the last checkpoint",
+    ):
         run(model, callbacks=[watch], gradient_checkpointing=True)
     assert not model.training and not model.is_gradient_checkpointing
     assert all(torch.equal(tensor, watch.weights[0][name]) for name, tensor in model.state_dict().items())
@@ -1080,7 +1083,7 @@ def test_when_a_checkpoint_is_asked_for(every: int, at_once: list[int], after_va
         ({"save_every": -1}, r"--save_every: expected at least 0, got -1"),
         ({"device": "cuda:9"}, r"--device: expected one that this machine has"),
         ({"output_dir": __file__}, r"--output_dir: expected a folder, got .*test_training.py, which is a file"),
-        ({"output_dir": "/proc/nowhere"}, r"--output_dir: the folder /proc/nowhere cannot be made"),
+        ({"output_dir": "/proc/nowhere"}, r"--output_dir: the folder /proc/nowhere cannot be created"),
         ({"dataset_name": "/nowhere/text.txt"}, r"/nowhere/text.txt"),
         ({"cycle_choices": (2, 1)}, r"--cycle_choices: expected different cycle counts of at least 1, ascending, got 2 1"),
         ({"cycle_choices": (0, 1)}, r"--cycle_choices: expected different cycle counts of at least 1, ascending, got 0 1"),
@@ -1090,7 +1093,7 @@ def test_when_a_checkpoint_is_asked_for(every: int, at_once: list[int], after_va
         ({"depth_curriculum": 0.5}, r"--depth_curriculum: expected several --cycle_choices, got one depth"),
         ({"depth_curriculum": 1.0, "cycle_choices": (1, 2)}, r"--depth_curriculum: expected at least 0 and less than 1, got 1.0"),
         ({"backprop": "cycle", "enable_deep_supervision": False}, r"--backprop cycle: .* add --enable_deep_supervision"),
-        ({"backprop": "last"}, r"--backprop last: only the last cycle has gradients, .* take --backprop cycle"),
+        ({"backprop": "last"}, r"--backprop last: only the last cycle has gradients, .* use --backprop cycle"),
         ({"backprop": "none"}, r"--backprop: expected one of full, cycle, last, got 'none'"),
         ({"halting_weight": 1.0, "enable_deep_supervision": False}, r"--halting_weight: compares cycles, .* add --enable_deep_supervision"),
         ({"teacher": "x"}, r"--teacher: x has no effect without --distill_weight; set its weight"),
