@@ -255,9 +255,9 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
     def _eval_metrics(self, means: list[float], prefix: str) -> dict[str, float]:
         losses, hits = means[: self.model.deepest], means[self.model.deepest :]
         loss = losses[self.model.main_cycle - 1]
-        figure = ("nearest_right", hits[0]) if hits else ("perplexity", perplexity(loss))
-        figures = [("loss", loss), figure, *((f"loss_cycle_{i}", each) for i, each in enumerate(losses, start=1))]
-        return {f"{prefix}_{name}": value for name, value in figures}
+        quality = ("nearest_right", hits[0]) if hits else ("perplexity", perplexity(loss))
+        metrics = [("loss", loss), quality, *((f"loss_cycle_{i}", each) for i, each in enumerate(losses, start=1))]
+        return {f"{prefix}_{name}": value for name, value in metrics}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_runtime" in logs:  # the Trainer's final summary, which has no new information

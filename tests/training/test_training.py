@@ -726,7 +726,7 @@ def test_depths_of_a_run() -> None:
     result = run(recursive(), train_blocks=blocks(12), batch_size=1, enable_deep_supervision=True, **changes)
     steps = [entry for entry in result.history if "loss" in entry]
     drawn = [2 if "loss_cycle_2" in entry else 1 for entry in steps]
-    schedule = DepthSchedule((1, 2), (1.0, 2.0), opening=6, seed=7)
+    schedule = DepthSchedule((1, 2), (1.0, 2.0), curriculum_steps=6, seed=7)
     assert depth_schedule(recursive().config, settings(**changes), 12) == schedule
     assert drawn == [schedule.at(step) for step in range(12)] != [schedule.at(step + 1) for step in range(12)]
     expected = [entry[f"loss_cycle_{depth}"] for entry, depth in zip(steps, drawn, strict=True)]
@@ -736,8 +736,10 @@ def test_depths_of_a_run() -> None:
 
 
 def test_depth_schedules_by_default() -> None:
-    assert depth_schedule(recursive().config, settings(), 12) == DepthSchedule((3,), (1.0,), opening=0, seed=42)
-    assert depth_schedule(recursive().config, settings(cycle_choices=(1, 4)), 12) == DepthSchedule((1, 4), (1.0, 1.0), opening=0, seed=42)
+    assert depth_schedule(recursive().config, settings(), 12) == DepthSchedule((3,), (1.0,), curriculum_steps=0, seed=42)
+    assert depth_schedule(recursive().config, settings(cycle_choices=(1, 4)), 12) == DepthSchedule(
+        (1, 4), (1.0, 1.0), curriculum_steps=0, seed=42
+    )
     assert depth_schedule(tiny_config("qwen2"), settings(), 12) is None
 
 
@@ -1002,7 +1004,7 @@ def test_the_second_signal_ends_a_run_at_once(number: signal.Signals, capsys: py
         stop.on_step_end(None, TrainerState(global_step=1, max_steps=9, epoch=0.5), control)
         assert not control.should_training_stop
         os.kill(os.getpid(), number)
-        assert stop.asked and not stop.stopped
+        assert stop.requested and not stop.stopped
         stop.on_step_end(None, TrainerState(global_step=2, max_steps=9, epoch=0.7), control)
         assert control.should_training_stop and stop.stopped and not control.should_save
         os.kill(os.getpid(), number)
@@ -1015,7 +1017,7 @@ def test_a_stopped_run_is_validated_only_where_an_epoch_ends(epoch: float, valid
     """A signal in the last step of an epoch takes its validation from nobody."""
     for asked in (False, True):
         stop, control = callbacks.StopOnSignal(None, lambda asked: asked), TrainerControl(should_evaluate=True)
-        stop.asked = asked
+        stop.requested = asked
         stop.on_epoch_end(None, TrainerState(global_step=3, max_steps=9, epoch=epoch), control)
         assert control.should_evaluate is (validated or not asked)
 
