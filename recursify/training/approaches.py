@@ -1,12 +1,12 @@
 """The three training approaches as one table: initialisation, trained parts, objective.
 
-    approach     embeddings       looped block          norm and head            trained           objective        writes text
-    full         the checkpoint's, all of it                                     everything        next token       yes
-    hybrid       donor, frozen    donor, or fresh       donor, frozen or tuned   loop              next token       yes
-    embedding    donor, frozen    fresh, or donor       none                     loop              next embedding   no
+    approach     embeddings       looped block          norm and head            trained           objective        generates text
+    full         all from the checkpoint                                         everything        next token       yes
+    hybrid       donor, frozen    donor, or random      donor, frozen or tuned   loop              next token       yes
+    embedding    donor, frozen    random, or donor      none                     loop              next embedding   no
 
-The loop is the looped block and the recursion's own parameters: gains and start states. Every model is an ordinary checkpoint; one that
-was trained in embedding space keeps the donor's head, unused, and the note of its approach keeps commands from reading it through that.
+The loop is the looped block and the parameters of the recursion: gains and initial states. Every model is an ordinary checkpoint. A model
+trained in embedding space keeps the donor's head, unused; its metadata records the approach, so that no command uses that head.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from .settings import DonorSettings, RunSettings
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises.
+    """What a run minimises. `reader` is the module whose weights states are compared with: the LM head or the embeddings.
 
     Args:
-        reader: `(model) -> module` that states are scored with: the LM head, or the embedding table.
-        loss: `(states, labels, reader, shares, num_items) -> (sum of share * loss, losses)`, for training; `losses`, one per
-            state, are detached.
+        reader: `(model) -> module`: its head, or its embeddings.
+        loss: `(states, labels, reader, shares, num_items) -> (sum of share * loss, losses)`, for training; the losses, one per state, have
+            no gradient.
         token_losses: `(state, labels, reader) -> [B, T - 1]`, for validation.
-        token_hits: `(state, labels, reader) -> [B, T - 1]`, 1 where the prediction is right; validation reports the accuracy. None: the
-            loss is in nats and validation reports the perplexity.
+        token_hits: `(state, labels, reader) -> [B, T - 1]`, 1 where the prediction is correct; validation reports their mean. Where None,
+            the loss is in nats and validation reports the perplexity.
     """
 
     reader: Callable[[Any], Any]
@@ -59,13 +59,13 @@ class Approach:
     """A row of the table.
 
     Args:
-        trained: `(model, settings) -> modules` whose parameters are trained, except those that are frozen already.
-        writes: Whether the model has a usable LM head.
+        trained: `(model, settings) -> modules` whose parameters are trained, except those that the model itself freezes.
+        generates: Whether the model can generate text.
     """
 
     trained: Callable[[Any, Any], Iterable[nn.Module]]
     objective: Objective
-    writes: bool
+    generates: bool
 
 
 def _everything(model: Any, settings: Any) -> list[nn.Module]:
@@ -80,22 +80,24 @@ def _loop_and_head(model: Any, settings: Any) -> list[nn.Module]:
     if not settings.tune_lm_head:
         return _loop(model, settings)
     if model.lm_head.weight is model.model.embed_tokens.weight:
-        raise UserError("--tune_lm_head: the head is tied to the embeddings, which this approach freezes; separate them first (untied)")
+        raise UserError(
+            "--tune_lm_head: the head is tied to the embeddings, which this approach freezes; untie them first (approaches.untied)"
+        )
     return [*_loop(model, settings), model.model.norm, model.lm_head]
 
 
 APPROACHES = {
-    "full": Approach(_everything, NEXT_TOKEN, writes=True),
-    "hybrid": Approach(_loop_and_head, NEXT_TOKEN, writes=True),
-    checkpoint.EMBEDDING: Approach(_loop, NEXT_EMBEDDING, writes=False),
+    "full": Approach(_everything, NEXT_TOKEN, generates=True),
+    "hybrid": Approach(_loop_and_head, NEXT_TOKEN, generates=True),
+    checkpoint.EMBEDDING: Approach(_loop, NEXT_EMBEDDING, generates=False),
 }
 
 
 def freeze_rest(model: Any, settings: RunSettings) -> None:
-    """Freeze every parameter that the approach does not train, and those that get no gradient, which DDP would raise on.
+    """Freeze every parameter that the approach does not train, or that gets no gradient: DDP fails on trainable parameters without one.
 
     Raises:
-        UserError: A matrix to train is tied to one to freeze.
+        UserError: A trained and a frozen parameter are tied.
     """
     trained = {id(p) for module in APPROACHES[settings.approach].trained(model, settings) for p in module.parameters()}
     for parameter in model.parameters():
@@ -104,18 +106,18 @@ def freeze_rest(model: Any, settings: RunSettings) -> None:
     if is_recursive(model):
         recursion, deepest = model.model.recursion, max(settings.cycle_choices, default=model.config.H_cycles)
         recursion.q_head.requires_grad_(settings.halting_weight > 0)
-        for state in (recursion.H_init, recursion.L_init):  # the last of several cycles starts from states without a gradient
+        for state in (recursion.H_init, recursion.L_init):  # with "last", they have a gradient only if there is one cycle
             state.requires_grad_(settings.backprop != "last" or deepest == 1)
 
 
 def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint.Checkpoint:
-    """Build the initial model of a run from a donor, in the donor's dtype; deterministic in the seed.
+    """The initial model of a run with these settings, in the donor's dtype; deterministic for a given seed.
 
     Args:
-        say: Receives the log lines.
+        say: Called with messages on how the model was initialised.
 
     Raises:
-        UserError: A donor that cannot be used, or flags that do not fit it.
+        UserError: An unusable donor, or flags that do not fit it.
     """
     donor = open_donor(settings.model_name, revision=settings.revision)
     tokenizer = donor_tokenizer(donor, settings.tokenizer_path)
@@ -125,18 +127,17 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
     plan = resolve_plan(donor, wanted)
     torch.manual_seed(settings.seed)
     model: Any = convert_tensors(donor, plan, wanted).model
-    start = "fresh" if settings.starts_fresh else f"layers {list(plan.loop)}"
-    say(f"{settings.approach} approach: {len(plan.loop)} looped layers ({start}) trained, everything else frozen, from {donor.name}")
+    start = "randomly initialised" if settings.starts_fresh else f"layers {list(plan.loop)}"
+    say(f"{settings.approach} approach: {len(plan.loop)} looped layers ({start}) are trained on the frozen embeddings of {donor.name}")
     if settings.starts_fresh:
         reinitialise(model, looped_layers(model))
-    if not APPROACHES[settings.approach].writes:
-        reinitialise(model, [model.model.norm])  # all ones: it rescales the state, and a cosine does not see that
-        say("The model predicts embeddings and has no LM head: it cannot generate text. --approach hybrid trains one that can")
+    if not APPROACHES[settings.approach].generates:
+        reinitialise(model, [model.model.norm])  # all ones: a cosine does not depend on the scale of the state
+        say("It predicts embeddings and has no head, so it cannot generate; train_qwen_trm_hybrid.py trains a model that generates text")
     if getattr(settings, "tune_lm_head", False) and model.config.tie_word_embeddings:
         model = untied(model)
-        say(
-            f"--tune_lm_head: the head was tied to the embeddings; it is a separate matrix now, {model.lm_head.weight.numel():,} parameters"
-        )
+        size = f"{model.lm_head.weight.numel():,}"
+        say(f"--tune_lm_head: the head was tied to the embeddings and is now a separate matrix of {size} parameters")
     notes = {**donor.origin, "seq_len": settings.seq_len, "loop": "fresh" if settings.starts_fresh else "donor"}
     model.config.conversion = conversion_record(None if settings.starts_fresh else plan, notes)
     return checkpoint.Checkpoint(model, tokenizer)
@@ -149,16 +150,16 @@ def looped_layers(model: Any) -> list[nn.Module]:
 
 @torch.no_grad()
 def reinitialise(model: Any, parts: Iterable[nn.Module]) -> None:
-    """Re-initialise modules of a model with the donor class's own initialisation."""
+    """Reinitialise parts of a model as the donor's class initialises them."""
     for part in parts:
         for parameter in part.parameters():
-            parameter.__dict__.pop("_is_hf_initialized", None)  # transformers' mark on what was loaded, which it never initialises
+            parameter.__dict__.pop("_is_hf_initialized", None)  # set by transformers on loaded parameters, which it skips
         for module in part.modules():
             model.model._init_weights(module)
 
 
 def untied(model: Any) -> RecursiveLLM:
-    """The same model with a separate head, a copy of the embeddings; every other tensor is shared with the original."""
+    """The model with an untied head, initialised with a copy of the embeddings; all other tensors are shared with the original."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     state = {**model.state_dict(), "lm_head.weight": model.lm_head.weight.detach().clone()}

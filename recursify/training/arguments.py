@@ -19,16 +19,16 @@ from .settings import FitSettings, RunSettings
 
 
 def training_arguments(settings: RunSettings, device: torch.device, saver: Saver | None, validates: bool = True) -> TrainingArguments:
-    """Our settings as TrainingArguments. What is not set here is decided by `CycleTrainer`.
+    """Our settings as TrainingArguments. Everything not set here is handled by `CycleTrainer`.
 
     Args:
-        validates: Whether there is a validation set.
+        validates: Whether there is validation data.
 
     Raises:
-        UserError: A second GPU, bfloat16 on a device without it, or an unknown tracker or one that is not installed.
+        UserError: A GPU other than the first one, bfloat16 on a device without it, or a tracker that is unknown or not installed.
     """
     if device.index and processes() == 1:
-        raise UserError(f"--device: training takes the first GPU that it sees, got {device}; choose by CUDA_VISIBLE_DEVICES={device.index}")
+        raise UserError(f"--device: training uses the first visible GPU, got {device}; select it by CUDA_VISIBLE_DEVICES={device.index}")
     _check_trackers(settings.report_to)
     args = TrainingArguments(
         output_dir=str(saver.folder if saver else "."),
@@ -36,19 +36,19 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
         per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
         gradient_accumulation_steps=settings.grad_accum_steps,
         num_train_epochs=settings.num_epochs,
-        max_steps=named_steps(settings) or -1,
+        max_steps=requested_steps(settings) or -1,
         learning_rate=settings.lr,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=settings.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         eval_strategy="epoch" if validates else "no",
-        save_strategy="no",  # SaveSteps asks instead
+        save_strategy="no",  # SaveSteps requests saves
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         bf16=computes_in_bf16(settings, device),
         use_cpu=device.type == "cpu",
-        ddp_find_unused_parameters=False,  # idle parameters are frozen
+        ddp_find_unused_parameters=False,  # freeze_rest freezes unused parameters
         deepspeed=settings.deepspeed,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
@@ -57,16 +57,16 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
         disable_tqdm=True,
     )
     if args.n_gpu > 1:
-        args._n_gpu = 1  # else the Trainer splits every batch over all GPUs with DataParallel, which is slower than one of them
+        args._n_gpu = 1  # otherwise the Trainer uses DataParallel, which is slower than a single GPU
     return args
 
 
-# TrainingArguments without effect on our runs, which validate after every epoch in any case.
-_IGNORED = {
+# TrainingArguments without effect here: a run validates after each epoch in any case.
+_IGNORED_ARGUMENTS = {
     "dataloader_pin_memory", "disable_tqdm", "do_eval", "do_predict", "do_train", "eval_strategy", "log_level", "logging_dir",
     "logging_first_step", "run_name",
 }  # fmt: skip
-_VALUES: dict[str, dict[Any, Any]] = {  # theirs -> ours
+_VALUES: dict[str, dict[Any, Any]] = {  # name -> value of TrainingArguments -> our value
     "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_torch_8bit": "adamw_8bit"},
     "lr_scheduler_type": {"warmup_stable_decay": "wsd"},
     "use_cpu": {True: "cpu"},
@@ -75,21 +75,23 @@ _VALUES: dict[str, dict[Any, Any]] = {  # theirs -> ours
 
 
 def from_training_arguments(args: Any) -> FitSettings:
-    """Our settings from TrainingArguments; an argument at transformers' default takes our default.
+    """TrainingArguments as our settings. Arguments at their default keep our default.
 
     Raises:
-        UserError: Not a TrainingArguments object, or an argument without a counterpart here.
+        UserError: Not TrainingArguments, or an argument without counterpart here.
     """
     if not isinstance(args, TrainingArguments):
         raise UserError(f"args: expected FitSettings, or transformers' TrainingArguments, got {type(args).__name__}")
     ours = {field.name for field in fields(FitSettings)}
     names = {theirs: name for name, theirs in ALIASES.items() if name in ours} | {name: name for name in ours}
     names |= {"use_cpu": "device", "save_strategy": "save_every"}
-    usual = TrainingArguments(output_dir=args.output_dir)
-    given = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init and field.name not in _IGNORED}
-    given = {name: value for name, value in given.items() if name == "output_dir" or value != getattr(usual, name)}
+    defaults = TrainingArguments(output_dir=args.output_dir)
+    given = {
+        field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init and field.name not in _IGNORED_ARGUMENTS
+    }
+    given = {name: value for name, value in given.items() if name == "output_dir" or value != getattr(defaults, name)}
     if other := sorted(name for name, value in given.items() if name not in names or (name == "save_strategy" and value != "no")):
-        raise UserError(f"args: {', '.join(other)}: no counterpart here; give FitSettings, whose fields `recursify train --help` explains")
+        raise UserError(f"args: {', '.join(other)}: not supported; use FitSettings, whose fields `recursify train --help` explains")
     return FitSettings(**{names[name]: _as_ours(name, value) for name, value in given.items()})
 
 
@@ -103,14 +105,14 @@ def _as_ours(name: str, value: Any) -> Any:
 
 
 def computes_in_bf16(settings: RunSettings, device: torch.device) -> bool:
-    """`settings.bf16`; None means bfloat16 on a GPU that supports it and float32 elsewhere: on a CPU bfloat16 is slower.
+    """Whether to use bfloat16 autocast: as set; by default on GPUs that support it, not on a CPU, where it is slower than float32.
 
     Raises:
-        UserError: The device does not support bfloat16.
+        UserError: It is set, and the device does not support it.
     """
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if settings.bf16 and not (on_gpu or device.type == "cpu"):
-        raise UserError(f"--bf16: {device} does not compute in bfloat16; leave the flag out")
+        raise UserError(f"--bf16: {device} does not support bfloat16; leave the flag out")
     return on_gpu if settings.bf16 is None else settings.bf16
 
 
@@ -125,16 +127,16 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def total_steps(blocks: Any, settings: RunSettings) -> int:
-    """Optimizer steps of a run: `max_steps` or `max_tokens` if set, else those of the epochs. The last step of an epoch may have fewer
-    micro-batches, the last micro-batch fewer sequences. Never takes the length of a stream, which has none."""
-    if named := named_steps(settings):
+    """Optimizer steps of a run: as set, else those of num_epochs. The last step of an epoch may have fewer micro-batches, and its last
+    micro-batch fewer sequences. The length of a stream, which has none, is not queried."""
+    if named := requested_steps(settings):
         return named
     batches = math.ceil(len(blocks) / (settings.batch_size * processes()))
     return math.ceil(batches / settings.grad_accum_steps) * settings.num_epochs
 
 
-def named_steps(settings: RunSettings) -> int | None:
-    """`max_steps`, or the number of steps that reach `max_tokens`; None if neither is set and epochs decide."""
+def requested_steps(settings: RunSettings) -> int | None:
+    """max_steps, or the steps that max_tokens take; None if num_epochs decides."""
     if settings.max_tokens is None:
         return settings.max_steps
     return math.ceil(settings.max_tokens / (settings.seq_len * settings.batch_size * settings.grad_accum_steps * processes()))

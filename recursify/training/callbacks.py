@@ -1,6 +1,6 @@
-"""Callbacks of a run: progress bar (stderr), samples and summaries (stdout), metrics file, validation, saving, signals.
+"""Callbacks of a run: progress bar (stderr), samples and summaries (stdout), metrics file, validation, checkpoints, signals.
 
-All intervals are counted in optimizer steps, never in micro-batches.
+All intervals are in optimizer steps, not micro-batches.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
-# As tqdm's own, without the rate.
+# tqdm's default without the rate.
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-SECONDS_BETWEEN_LINES = 30.0  # of a progress bar in a log file
+SECONDS_BETWEEN_LINES = 30.0  # if stderr is not a terminal
 SAMPLE_TOKENS = 50
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what cluster schedulers send before they kill a job
-# Validation metrics other than losses, and their line in the summary.
-FIGURES = {"eval_perplexity": "Perplexity: {:.2f}", "eval_nearest_right": "Nearest Embedding Right: {:.2%}"}
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and the signal of schedulers before preemption
+# Validation metrics other than losses, and their lines in the summary.
+METRIC_LINES = {"eval_perplexity": "Perplexity: {:.2f}", "eval_nearest_right": "Nearest Embedding Right: {:.2%}"}
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print on stdout without breaking a progress bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
@@ -77,15 +77,15 @@ class ProgressBar(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """Sample generations during training. They do not advance the run's random state.
+    """Generates sample texts during training. The random state of the run is not affected.
 
     Args:
-        shown: Context manager inside which the model has its averaged weights, unsharded and uncompiled. Collective: all ranks enter it.
+        inference_model: Context manager in which the model is averaged, gathered and uncompiled. Collective.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: RunSettings, shown: Callable[[], Any]):
-        """Raises UserError for a prompt as long as the model's context."""
-        self.model, self.tokenizer, self.shown = model, tokenizer, shown
+    def __init__(self, model: Any, tokenizer: Any, settings: RunSettings, inference_model: Callable[[], Any]):
+        """Raises UserError for a prompt that leaves no position for a new token."""
+        self.model, self.tokenizer, self.inference_model = model, tokenizer, inference_model
         self.prompt, self.every, self.seed = settings.generation_prompt, settings.generate_every, settings.seed
         positions = getattr(model.config, "max_position_embeddings", None) or SAMPLE_TOKENS + len(self.prompt)
         room = positions - len(tokenizer(self.prompt).input_ids)
@@ -96,14 +96,14 @@ class Samples(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every:
             return
-        with self.shown():
+        with self.inference_model():
             if state.is_world_process_zero:
                 text = generate_text(self.model, self.tokenizer, self.prompt, self.sampling, seed=self.seed).text
-                say(f"\nStep {state.global_step} - Generating sample:\nPrompt: {self.prompt}\nOutput: {self.prompt}{text}")
+                print_line(f"\nStep {state.global_step} - Generating sample:\nPrompt: {self.prompt}\nOutput: {self.prompt}{text}")
 
 
 class AfterOptimizer(TrainerCallback):
-    """Calls something right after every step of the optimizer."""
+    """Calls a function after every step of the optimizer."""
 
     def __init__(self, call: Callable[[], None]):
         self.call = call
@@ -113,7 +113,7 @@ class AfterOptimizer(TrainerCallback):
 
 
 class Validate(TrainerCallback):
-    """Triggers a validation every `every` steps. The Trainer triggers those at epoch ends itself; no step is validated twice."""
+    """Requests a validation every so many steps. The Trainer validates at the end of each epoch; no step is validated twice."""
 
     def __init__(self, every: int | None):
         self.every = every
@@ -128,7 +128,7 @@ class Validate(TrainerCallback):
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops when the validation loss has not improved for `patience` validations. Reads the log history, so resuming needs no state."""
+    """Stops the run when the validation loss has not improved for `patience` validations. Stateless: it reads the log history."""
 
     def __init__(self, patience: int):
         self.patience = patience
@@ -139,14 +139,14 @@ class EarlyStopping(TrainerCallback):
         if len(losses) - 1 - best >= self.patience:
             control.should_training_stop = True
             if state.is_world_process_zero:
-                logger.info("\nThe validation loss has not fallen for %d validations: stopping.", self.patience)
+                logger.info("\nThe validation loss has not improved for %d validations: stopping.", self.patience)
 
 
 class Summary(TrainerCallback):
-    """After each validation: prints the summary and saves the best model so far.
+    """After each validation: prints the summary, and saves the model if it is the best so far.
 
     Args:
-        save_best: Called on all ranks with the metrics when the validation loss is the lowest so far; returns the path saved to, or None.
+        save_best: Called on all ranks with the metrics when the validation loss is the lowest so far; returns the path, None if not saved.
         quiet: Save without printing.
     """
 
@@ -160,22 +160,22 @@ class Summary(TrainerCallback):
             f"\nEpoch {math.ceil(state.epoch or 0)} Summary:" if at_epoch_end(state) else f"\nStep {state.global_step} Summary:",
             f"  Train Loss: {metrics['train_loss']:.4f}",
             f"  Val Loss: {loss:.4f}",
-            *(f"  {text.format(metrics[name])}" for name, text in FIGURES.items() if name in metrics),
+            *(f"  {text.format(metrics[name])}" for name, text in METRIC_LINES.items() if name in metrics),
         ]
-        # The Trainer updates best_metric after its callbacks, so this is still the best of the earlier validations.
+        # The Trainer updates it after its callbacks, so this is the best of the earlier validations.
         best = state.best_metric
         is_best = math.isfinite(loss) and (best is None or loss < best)
         saved = self.save_best(metrics) if is_best else None
         if saved is not None:
             lines.append(f"  ✓ New best model saved: {saved}")
         if state.is_world_process_zero and not self.quiet:
-            say("\n".join(lines))
+            print_line("\n".join(lines))
 
 
 class SaveSteps(TrainerCallback):
-    """Triggers a checkpoint every `every` steps, after flushing the log.
+    """Requests a checkpoint every so many steps, after logging what is pending.
 
-    At the end of an epoch the checkpoint is saved after the validation: a run resumed from an earlier one would skip that validation.
+    At the end of an epoch the checkpoint is saved after the validation, which a run that resumes from it would otherwise skip.
     """
 
     def __init__(self, every: int):
@@ -183,9 +183,9 @@ class SaveSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
-            self.ask(state, control)
+            self.request_save(state, control)
 
-    def ask(self, state: TrainerState, control: TrainerControl) -> None:
+    def request_save(self, state: TrainerState, control: TrainerControl) -> None:
         if at_epoch_end(state):
             self.waiting = True
         else:
@@ -198,20 +198,20 @@ class SaveSteps(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM stops the run after the current optimizer step and saves a checkpoint; a second one stops it at once, without.
+    """Ctrl-C or SIGTERM stops the run after the current optimizer step, with a checkpoint; a second signal stops it immediately, without.
 
     Args:
-        save: Callback that is asked for the checkpoint; None saves nothing.
-        agree: `(asked) -> bool`, a collective "any": all ranks must stop at the same step.
+        save: The callback that requests the checkpoint; None if nothing is saved.
+        any_rank: `(requested) -> bool`: whether a stop was requested on any rank. All ranks must stop at the same step.
     """
 
-    def __init__(self, save: SaveSteps | None, agree: Callable[[bool], bool]):
-        self.save, self.agree = save, agree
-        self.asked = self.stopped = False  # `asked` without `stopped`: the signal came in the last validation, too late to stop a step
+    def __init__(self, save: SaveSteps | None, any_rank: Callable[[bool], bool]):
+        self.save, self.any_rank = save, any_rank
+        self.requested = self.stopped = False  # a signal during the last validation is too late: `requested`, not `stopped`
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside the context; does nothing outside the main thread, where Python has no signal handlers."""
+        """Installs the signal handlers; in the main thread only, as Python requires."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -223,25 +223,25 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         logger.info("\nStopping after this step; Ctrl-C again stops at once and saves nothing.")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.asked = self.agree(self.asked)
-        if self.asked:
+        self.requested = self.any_rank(self.requested)
+        if self.requested:
             self.stopped = control.should_training_stop = True
             if self.save is not None:
-                self.save.ask(state, control)
+                self.save.request_save(state, control)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked and not at_epoch_end(state):
+        if self.requested and not at_epoch_end(state):
             control.should_evaluate = False
 
 
 class MetricsFile(TrainerCallback):
-    """`metrics.jsonl`: one line per log entry. A resumed run first restores the entries up to its checkpoint and drops later ones."""
+    """`metrics.jsonl`: one line per log entry. A resumed run first truncates it to the entries up to its checkpoint."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -260,11 +260,11 @@ class MetricsFile(TrainerCallback):
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
         except OSError as error:
             raise UserError(
-                f"{self.path}: could not be written ({error.strerror}); the checkpoints saved so far are whole. Free some space, then go "
-                "on with --resume"
+                f"{self.path}: could not be written ({error.strerror}); the checkpoints saved so far are intact. Free some space, then "
+                "continue with --resume"
             ) from error
 
 
 def at_epoch_end(state: TrainerState) -> bool:
-    """Whether the last optimizer step ended an epoch or the run."""
+    """Whether the current step is the last of an epoch or of the run."""
     return state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()

@@ -13,10 +13,10 @@ from ..network.losses import IGNORED
 
 
 class Collate:
-    """Rows of equal length as one batch; the labels are those of the rows, else the tokens themselves, unshifted.
+    """Rows of equal length as one batch. Labels are those of the rows, else the input ids, unshifted.
 
     Args:
-        eos_token_id: The token that ends a document, if documents must not attend to each other; None lets them.
+        eos_token_id: Token that ends a document, for a block-diagonal mask; None lets tokens attend across documents.
     """
 
     def __init__(self, eos_token_id: int | None):

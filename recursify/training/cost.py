@@ -1,17 +1,16 @@
-"""Cost of training and decoding from configurations alone: parameters, FLOPs, bytes of memory.
+"""Cost of training, computed from configurations: parameters, FLOPs, bytes of memory.
 
-    parameters_by_part   how many numbers there are to train
-    step_flops           the matrix products of one forward and backward pass, every application of the loop counted
-    memory_by_part       bytes on one device while it trains
-    estimate             all of it for a run of some settings, as a TrainingCost
-    slot_bytes           of decoding: one slot of the KV cache
+    parameters_by_part   number of parameters
+    step_flops           matrix products of one forward and backward pass, with every application of the loop
+    memory_by_part       bytes on one device during training
+    estimate             all of these for a run with given settings, as a TrainingCost
 
-Counting is by the rules of PaLM (arXiv 2204.02311, appendix B): a product of a matrix with one token costs 2 operations per weight, and
-4 more in the backward pass, 2 for the gradient of its input and 2 for that of the weight; attention costs 4 * Q * T forward and 8 * Q * T
-backward per token and layer, with Q = heads * head_dim, over all T positions although half of them are masked. What is computed twice to
-save memory counts twice. Norms, activations, rotary embeddings, look-ups and the optimizer are no matrix products and not counted.
+FLOPs are counted as in PaLM (arXiv 2204.02311, appendix B): a matrix times one token costs 2 operations per weight, and 4 more in the
+backward pass, 2 for the gradient of the input and 2 for that of the weight; attention costs 4 * Q * T forward and 8 * Q * T backward per
+token and layer, with Q = heads * head_dim, over all T positions although half of them are masked. Recomputation counts again. Norms,
+activations, rotary embeddings, look-ups and the optimizer are not counted.
 
-Units: FLOPs, bytes, tokens. Letters: T sequence length, D hidden size, V vocabulary, H cycles, L steps of z_L in a cycle.
+Units: FLOPs, bytes, tokens. Shape letters: T sequence length, D hidden size, V vocabulary, H cycles, L steps of z_L in a cycle.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from ..network.size import Shape, parameters_by_part, shape_of
 LOOP = frozenset({"L_level", "recursion"})
 READOUT = frozenset({"norm", "lm_head"})
 
-# Bytes of optimizer state per trained number; Muon keeps one momentum for the matrices of layers, and AdamW's two for the rest.
+# Bytes of optimizer state per trained parameter; Muon keeps one momentum for the matrices of layers, and AdamW's two for the rest.
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 8}
 MUON_BYTES = 4
 
-# Bytes per logit of a chunk: the logits in the head's dtype, in float32, their log-probabilities and their gradients;
-# and of logits that are few enough to be kept for the backward pass.
+# Per element of a chunk of logits: the logits, their float32 copy, the log-probabilities, and the gradients of these; and the part that is
+# kept for the backward pass if all logits fit in one chunk.
 _LOGIT_BYTES, _KEPT_LOGIT_BYTES = 16, 8
 GB = 1e9
 
 
 def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:
-    """Names of the model parts that a run trains.
+    """The parts that a run with these settings trains.
 
     Args:
         settings: A `RunSettings`: its `approach`, and `tune_lm_head` where it has one.
@@ -51,7 +50,7 @@ def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:
 
 
 def everything(config: Any) -> frozenset[str]:
-    """All parts except those that the configuration freezes; a head tied to frozen embeddings is frozen with them."""
+    """All parts that the configuration does not freeze; a head tied to frozen embeddings is frozen, too."""
     parts = frozenset(shape_of(config).parameters)
     if not getattr(config, "freeze_embeddings", False):
         return parts
@@ -76,51 +75,52 @@ def step_flops(
 ) -> float:
     """Floating-point operations of one forward and backward pass over `tokens` tokens in sequences of `seq_len`.
 
-    Embeddings and prelude run once, the looped block H * (L + 1) times, coda and head once per cycle that is scored. A
-    frozen part costs its forward pass, plus the gradient of its input if anything below it is trained.
+    Embeddings and prelude are applied once, the looped block H * (L + 1) times, coda and head once per supervised cycle. A frozen part
+    costs its forward pass, and the gradient of its input if a part before it is trained.
 
     Args:
-        config: Configuration of a recursive model, or of a plain donor: one pass through its layers.
-        H_cycles, L_cycles: The configuration's where None.
-        supervised: Number of cycles that are scored.
-        backprop: "full" back-propagates through all cycles, "cycle" through the scored ones, "last" through the last alone.
-        gradient_checkpointing: Layers with a gradient run forward a second time, except for their last matrix product.
-        trained: Parts that get a gradient; None is `everything`.
-        reads_logits: Whether the loss uses the LM head; False in embedding space.
-        recomputes_logits: Whether the head runs forward a second time as well (see `recomputes_logits`).
-        self_distills: Earlier cycles are distilled from the last: one more head per cycle; with "cycle" one more pass through the loop.
-        teacher_config: Configuration of the teacher: one forward pass, and its head for every scored cycle.
+        config: Of a recursive model, or of a plain donor, which is one pass through its layers.
+        H_cycles, L_cycles: Those of the configuration where None.
+        supervised: Number of cycles with a loss.
+        backprop: "full" backpropagates through all cycles, "cycle" through the supervised ones, "last" through the last one only.
+        gradient_checkpointing: The forward pass of layers with a gradient is recomputed, except for their last product.
+        trained: Parts that get a gradient; `everything` where None.
+        reads_logits: Whether the loss uses the head; False for training in embedding space.
+        recomputes_logits: Whether the forward pass of the head is recomputed as well (see `recomputes_logits`).
+        self_distills: Self-distillation from the last cycle: the head once more at each earlier cycle; with "cycle" an additional pass
+            through the loop first.
+        teacher_config: The teacher of knowledge distillation: one forward pass, and its head once per supervised cycle.
     """
     shape = shape_of(config)
     trained = everything(config) if trained is None else trained
-    times = _times(config, shape, H_cycles, L_cycles, supervised, backprop)
-    below, flops = False, 0.0
-    for part, (forward, backward) in times.items():
-        below = below or part in trained or ("embeddings" in trained) or (part == "L_level" and "recursion" in trained)
+    passes = _pass_counts(config, shape, H_cycles, L_cycles, supervised, backprop)
+    needs_grad, flops = False, 0.0
+    for part, (forwards, backwards) in passes.items():
+        needs_grad = needs_grad or part in trained or ("embeddings" in trained) or (part == "L_level" and "recursion" in trained)
         matrices = shape.matrices[part]
         attention = 4 * shape.heads * seq_len * shape.layers.get(part, 0)
-        once = 2 * matrices + attention
-        back = 2 * matrices + 2 * attention if below else 0  # the gradient of the input
-        back += 2 * matrices if part in trained else 0
-        if below and part == "lm_head":
-            back += once if recomputes_logits else 0
-        elif below and gradient_checkpointing:  # checkpointing stops before the down projection
-            back += once - 2 * shape.hidden * shape.inner * shape.layers[part]
+        forward = 2 * matrices + attention
+        backward = 2 * matrices + 2 * attention if needs_grad else 0  # the gradient of the input
+        backward += 2 * matrices if part in trained else 0
+        if needs_grad and part == "lm_head":
+            backward += forward if recomputes_logits else 0
+        elif needs_grad and gradient_checkpointing:  # torch does not recompute the last product, the down projection: it is not saved
+            backward += forward - 2 * shape.hidden * shape.inner * shape.layers[part]
         if part != "lm_head" or reads_logits:
-            flops += forward * once + backward * back
-    again = 1 + recomputes_logits
+            flops += forwards * forward + backwards * backward
+    head_passes = 1 + recomputes_logits
     if teacher_config is not None:
-        flops += _forward_flops(shape_of(teacher_config), seq_len, {"lm_head": times["lm_head"][0] * again})
-    if self_distills and "L_level" in times:
-        other = {"L_level": times["L_level"][0], "coda": 1, "lm_head": 0} if backprop == "cycle" else dict.fromkeys(times, 0)
-        flops += _forward_flops(shape, seq_len, other | {"prelude": 0, "lm_head": (times["lm_head"][0] - 1) * again})
+        flops += _forward_flops(shape_of(teacher_config), seq_len, {"lm_head": passes["lm_head"][0] * head_passes})
+    if self_distills and "L_level" in passes:
+        more = {"L_level": passes["L_level"][0], "coda": 1, "lm_head": 0} if backprop == "cycle" else dict.fromkeys(passes, 0)
+        flops += _forward_flops(shape, seq_len, more | {"prelude": 0, "lm_head": (passes["lm_head"][0] - 1) * head_passes})
     return flops * tokens
 
 
-def _times(
+def _pass_counts(
     config: Any, shape: Shape, H_cycles: int | None, L_cycles: int | None, supervised: int, backprop: str
 ) -> dict[str, tuple[int, int]]:
-    """Part -> (forward passes, backward passes), in the order of the pass."""
+    """Part -> number of its forward and of its backward passes, in the order of the forward pass."""
     if not isinstance(config, RecursiveLLMConfig):
         return {"layers": (1, 1), "lm_head": (1, 1)}
     H = config.H_cycles if H_cycles is None else H_cycles
@@ -132,10 +132,10 @@ def _times(
 
 
 def _forward_flops(shape: Shape, seq_len: int, passes: dict[str, int]) -> float:
-    """FLOPs of one token, forward only.
+    """FLOPs of the forward pass of one token.
 
     Args:
-        passes: Part -> number of passes; 1 for a missing part.
+        passes: Part -> number of forward passes; 1 if missing.
     """
     return sum(
         passes.get(part, 1) * (2 * matrices + 4 * shape.heads * seq_len * shape.layers.get(part, 0))
@@ -144,22 +144,22 @@ def _forward_flops(shape: Shape, seq_len: int, passes: dict[str, int]) -> float:
 
 
 def recomputes_logits(config: PreTrainedConfig, tokens: int, *, by_token: bool = False, references: int = 0) -> bool:
-    """Whether the logits of `tokens` tokens are computed in chunks, each of which is recomputed in the backward pass (`network.losses`).
+    """Whether the logits of `tokens` tokens are computed in chunks that are recomputed in the backward pass (see `network.losses`).
 
     Args:
-        by_token: Whether the loss has terms beside the next-token loss; without any, a chunked loss avoids the recomputation.
-        references: Distributions that each cycle is compared with; a chunk holds the logits of these as well.
+        by_token: Whether the loss has terms other than the next-token loss; without them the chunked loss needs no recomputation.
+        references: Number of distributions that each cycle is distilled from; a chunk contains their logits as well.
     """
     return by_token and tokens * shape_of(config).vocabulary * (1 + references) > CHUNK_ELEMENTS
 
 
 def layer_bytes(config: PreTrainedConfig, bf16: bool) -> int:
-    """Bytes that autograd keeps per layer and token, for transformers' own classes with fused attention.
+    """Bytes that autograd saves per layer application and token, for the layers of transformers with fused attention.
 
-    In float32: for each of two norms its input and twice its output, before and after its weight (24 D); queries, keys, values and the
-    result of attention (8 Q + 8 K); four vectors of the feed-forward (16 I). Under bfloat16 autocast the norms stay float32 (16 D), each
-    of five projections casts its input for itself (10 D), and the rest is halved (4 Q + 4 K + 8 I). Norms of queries and keys add
-    8 (Q + K), or 6. Q, K and I are the widths of all queries, all keys, and the feed-forward.
+    In float32: for each of two norms its input, and its output before and after the weight (24 D); queries, keys, values and the output
+    of attention (8 Q + 8 K); four vectors of the feed-forward (16 I). Under bfloat16 autocast the norms stay float32 (16 D), each of five
+    projections casts its input separately (10 D), and the rest is halved (4 Q + 4 K + 8 I). Norms of queries and keys add 8 (Q + K), or 6.
+    Q, K and I are the widths of all queries, all keys, and the feed-forward.
     """
     s = shape_of(config)
     heads = (6 if bf16 else 8) * (s.heads + s.keys) if s.norms_heads else 0
@@ -169,12 +169,12 @@ def layer_bytes(config: PreTrainedConfig, bf16: bool) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Number of devices and the kind of data parallelism.
+class Parallelism:
+    """Number of devices and kind of data parallelism.
 
     Args:
         fsdp: FSDP2; else DDP.
-        accumulates: Whether a step has several micro-batches. FSDP2 then holds unsharded gradients until the last of them.
+        accumulates: Whether a step has several micro-batches. FSDP2 then keeps unsharded gradients until the last of them.
     """
 
     devices: int = 1
@@ -197,92 +197,92 @@ def memory_by_part(
     optimizer: str = "adamw",
     ema: bool = False,
     bf16: bool = True,
-    spread: Spread = Spread(),
+    parallelism: Parallelism = Parallelism(),
     teacher_config: PreTrainedConfig | None = None,
 ) -> dict[str, float]:
-    """Estimated bytes on one device at the peak of a step, by purpose. docs/scaling.md compares it with measurements.
+    """Peak memory of a training step on one device, in bytes by purpose. An estimate; docs/scaling.md compares it with measurements.
 
-    Weights, gradients and the moving average (ema) are float32; bfloat16 is autocast, which keeps a copy of every matrix for the
-    step. Not counted: the device context, kernel workspaces and allocator fragmentation.
+    Weights, gradients and the moving average of the weights (ema) are float32; bfloat16 is autocast, which keeps a copy of every matrix
+    for the step. Not counted: the device context, workspaces of kernels, and fragmentation.
 
     Args:
-        tokens: Tokens in one micro-batch of one device.
-        by_token: Whether the loss has terms beside the next-token loss.
-        The others: as in `step_flops` and `RunSettings`.
+        tokens: Tokens of a micro-batch on one device.
+        by_token: Whether the loss has terms other than the next-token loss.
+        The others are those of `step_flops` and of `RunSettings`.
     """
     shape = shape_of(config)
     trained = everything(config) if trained is None else trained
-    learning = sum(count for part, count in shape.parameters.items() if part in trained)
+    trained_count = sum(count for part, count in shape.parameters.items() if part in trained)
     in_layers = sum(shape.matrices[part] for part in shape.layers if part in trained)
-    share = spread.devices if spread.fsdp else 1
+    share = parallelism.devices if parallelism.fsdp else 1
     matrices = sum(shape.matrices.values()) - (0 if reads_logits else shape.matrices["lm_head"])
-    waiting = _applications_kept(config, shape, trained, H_cycles, L_cycles, supervised, backprop)
-    kinds = {
+    kept = _applications_kept(config, shape, trained, H_cycles, L_cycles, supervised, backprop)
+    parts = {
         "weights": 4 * sum(shape.parameters.values()) / share,
-        # "cycle" accumulates the gradients of its cycles beside those of the earlier micro-batches
-        "gradients": 4 * learning * (2 if backprop == "cycle" and spread.accumulates else 1) / share,
-        "optimizer": (STATE_BYTES[optimizer] * learning - (MUON_BYTES * in_layers if optimizer == "muon" else 0)) / share,
-        "ema": 4 * learning / share if ema else 0,
+        # "cycle" accumulates those of its cycles separately from the sum over the micro-batches
+        "gradients": 4 * trained_count * (2 if backprop == "cycle" and parallelism.accumulates else 1) / share,
+        "optimizer": (STATE_BYTES[optimizer] * trained_count - (MUON_BYTES * in_layers if optimizer == "muon" else 0)) / share,
+        "ema": 4 * trained_count / share if ema else 0,
         "autocast": 2 * matrices if bf16 else 0,
-        "exchange": _exchange(shape, trained, spread, supervised),
-        "activations": tokens * _activations(config, shape, waiting, bf16, gradient_checkpointing),
-        "logits": _logit_bytes(tokens * shape.vocabulary, waiting["lm_head"], by_token) if reads_logits else 0,
+        "exchange": _communication_bytes(shape, trained, parallelism, supervised),
+        "activations": tokens * _activations(config, shape, kept, bf16, gradient_checkpointing),
+        "logits": _logit_bytes(tokens * shape.vocabulary, kept["lm_head"], by_token) if reads_logits else 0,
         "teacher": 0 if teacher_config is None else (2 if bf16 else 4) * sum(parameters_by_part(teacher_config).values()),
     }
-    return {name: float(count) for name, count in kinds.items() if count}
+    return {name: float(count) for name, count in parts.items() if count}
 
 
 def _logit_bytes(elements: int, readouts: int, by_token: bool) -> int:
-    """Bytes of one chunk of logits. If one chunk is enough (for all scored cycles, if the loss has no per-token terms), all are kept."""
+    """Bytes of one chunk of logits, or of all logits if they fit in one (those of all readouts together, unless `by_token`)."""
     if elements * (1 if by_token else readouts) > CHUNK_ELEMENTS:
         return _LOGIT_BYTES * min(elements, CHUNK_ELEMENTS)
     return (_LOGIT_BYTES + _KEPT_LOGIT_BYTES * (readouts - 1)) * elements
 
 
-def _exchange(shape: Shape, trained: Collection[str], spread: Spread, supervised: int) -> float:
+def _communication_bytes(shape: Shape, trained: Collection[str], parallelism: Parallelism, supervised: int) -> float:
     """Bytes of communication buffers.
 
-    DDP: buckets as large as the gradients. FSDP2: the unsharded root unit, weights and gradients (see `training.parallel`), and
-    three times a layer: the one that computes, its gradients, and the next one; or all gradients, where they accumulate.
+    DDP: buckets as large as the gradients. FSDP2: the unsharded weights and gradients of the root unit (see `training.parallel`), and
+    three times a layer: the current one, its gradients, and the prefetched next one; or all gradients under gradient accumulation.
     """
-    learning = sum(count for part, count in shape.parameters.items() if part in trained)
-    if spread.devices == 1:
+    trained_count = sum(count for part, count in shape.parameters.items() if part in trained)
+    if parallelism.devices == 1:
         return 0
-    if not spread.fsdp:
-        return 4 * learning
+    if not parallelism.fsdp:
+        return 4 * trained_count
     units = {"prelude", "layers"} if supervised > 1 else {"prelude", "layers", "coda"}
     root = {part: count for part, count in shape.parameters.items() if part not in units}
     layer = sum(shape.matrices[part] for part in shape.layers) / sum(shape.layers.values())
-    gradients = learning if spread.accumulates else sum(count for part, count in root.items() if part in trained) + layer
+    gradients = trained_count if parallelism.accumulates else sum(count for part, count in root.items() if part in trained) + layer
     return 4 * (sum(root.values()) + 2 * layer + gradients)
 
 
 def _applications_kept(
     config: Any, shape: Shape, trained: Collection[str], H_cycles: int | None, L_cycles: int | None, supervised: int, backprop: str
 ) -> dict[str, int]:
-    """Part -> applications whose activations are held at the same time: those of one cycle with "cycle" and "last"."""
-    times = _times(config, shape, H_cycles, L_cycles, 1 if backprop == "cycle" else supervised, backprop)
-    kept = {part: backward for part, (_, backward) in times.items()}
+    """Part -> applications whose activations are kept at the same time: with "cycle" those of one cycle, as with "last"."""
+    passes = _pass_counts(config, shape, H_cycles, L_cycles, 1 if backprop == "cycle" else supervised, backprop)
+    kept = {part: backward for part, (_, backward) in passes.items()}
     return kept if {"embeddings", "prelude"} & set(trained) else kept | {"prelude": 0}
 
 
-def _activations(config: Any, shape: Shape, waiting: dict[str, int], bf16: bool, gradient_checkpointing: bool) -> float:
-    """Bytes per token: `layer_bytes` per layer, or its input alone plus one layer that is being recomputed; the two differences of
-    each mix; of each readout two states of the final norm and one of the head."""
+def _activations(config: Any, shape: Shape, kept: dict[str, int], bf16: bool, gradient_checkpointing: bool) -> float:
+    """Bytes per token: `layer_bytes` per layer application, or under checkpointing its input and all of the one that is being recomputed;
+    two differences per injection; two states of the final norm and one of the head per readout."""
     layer, state = layer_bytes(config, bf16), 4 * shape.hidden
-    passes = sum(layers * waiting.get(part, 0) for part, layers in shape.layers.items())
-    others = (2 * waiting.get("L_level", 0) + 3 * waiting["lm_head"]) * state
+    passes = sum(layers * kept.get(part, 0) for part, layers in shape.layers.items())
+    others = (2 * kept.get("L_level", 0) + 3 * kept["lm_head"]) * state
     return others + (passes * state + layer if gradient_checkpointing else passes * layer)
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """The cost of a run.
+    """Cost of a training run.
 
     Args:
         steps, tokens: Optimizer steps, and their training tokens on all devices.
-        flops: Of the whole run on all devices, without validation.
-        parameters, trained_parameters: Number of parameters, and of those that are trained.
+        flops: Of the whole run, on all devices, without validation.
+        parameters, trained_parameters: Of the model, and of the parts that are trained.
         memory: Bytes on one device, by purpose.
         devices: Number of devices.
     """
@@ -300,21 +300,21 @@ class TrainingCost:
         return sum(self.memory.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
+        """As JSON types."""
         return {**asdict(self), "memory_total": self.memory_total}
 
     def render(self) -> str:
-        """A table for the terminal."""
+        """As text for the console."""
         devices = f", each of {self.devices} devices" if self.devices > 1 else ""
         lines = [
             f"{'steps':<12} {self.steps:>16,}",
             f"{'tokens':<12} {self.tokens:>16,}",
             f"{'FLOPs':<12} {self.flops:>16.2e}   {self.flops / max(1, self.tokens):.2e} per token",
-            f"{'parameters':<12} {self.parameters:>16,}   {self.trained_parameters:,} of them learn",
+            f"{'parameters':<12} {self.parameters:>16,}   {self.trained_parameters:,} trainable",
             "",
             f"memory in GB{devices} (estimated)",
             *(f"  {name:<12} {count / GB:>8.2f}" for name, count in self.memory.items()),
-            f"  {'total':<12} {self.memory_total / GB:>8.2f}   and 1 to 2 for the device's own libraries",
+            f"  {'total':<12} {self.memory_total / GB:>8.2f}   plus 1 to 2 for the device context and libraries",
         ]
         return "\n".join(lines)
 
@@ -322,14 +322,14 @@ class TrainingCost:
 def estimate(
     config: PreTrainedConfig, settings: Any, steps: int, world_size: int = 1, teacher_config: PreTrainedConfig | None = None
 ) -> TrainingCost:
-    """Estimate the cost of a run.
+    """The cost of a run with these settings.
 
     Args:
-        config: Configuration of the model that is trained.
-        settings: A `RunSettings`. `bf16=None` counts as True. DeepSpeed's configuration is not read: memory is estimated as for DDP.
+        config: Of the trained model.
+        settings: A `RunSettings`. `bf16` None counts as True. The DeepSpeed file is not read: memory is estimated as for DDP.
         steps: Optimizer steps.
         world_size: Number of devices.
-        teacher_config: Configuration of the teacher, if there is one.
+        teacher_config: Of the teacher of knowledge distillation, if any.
     """
     tokens, bf16, trained = settings.batch_size * settings.seq_len, settings.bf16 is not False, trained_parts(config, settings)
     depths = depth_shares(config, settings)
@@ -347,7 +347,7 @@ def estimate(
         optimizer=settings.optimizer,
         ema=settings.ema_decay > 0,
         bf16=bf16,
-        spread=Spread(devices=world_size, fsdp=settings.fsdp, accumulates=settings.grad_accum_steps > 1),
+        parallelism=Parallelism(devices=world_size, fsdp=settings.fsdp, accumulates=settings.grad_accum_steps > 1),
         teacher_config=teacher_config,
     )
     parameters, passes = parameters_by_part(config), steps * settings.grad_accum_steps * world_size
@@ -363,19 +363,19 @@ def estimate(
 
 
 def _references(settings: Any, teacher_config: PreTrainedConfig | None) -> int:
-    """Number of distributions that each cycle is compared with."""
+    """Number of distributions that each cycle is distilled from."""
     return (teacher_config is not None) + (settings.self_distill_weight > 0)
 
 
 def _by_token(settings: Any, teacher_config: PreTrainedConfig | None) -> bool:
-    """Whether the loss has terms beside the next-token loss."""
+    """Whether the loss has terms other than the next-token loss."""
     return bool(_references(settings, teacher_config) or settings.monotone_weight or settings.halting_weight)
 
 
 def pass_flops(
     config: PreTrainedConfig, settings: Any, tokens: int, H_cycles: int, teacher_config: PreTrainedConfig | None = None
 ) -> float:
-    """`step_flops` of one micro-batch at the depth drawn for it."""
+    """`step_flops` of one micro-batch with these settings at a sampled depth."""
     by_token, references = _by_token(settings, teacher_config), _references(settings, teacher_config)
     return step_flops(
         config,
@@ -398,9 +398,9 @@ def _scored_cycles(H_cycles: int, settings: Any) -> int:
 
 
 def depth_shares(config: Any, settings: Any) -> dict[int, float]:
-    """Cycle count -> expected share of the steps that run it. A plain donor has one "cycle".
+    """Cycle count -> expected share of the steps that sample it. A plain donor has one "cycle".
 
-    The curriculum is divided into as many equal stages as there are choices; in stage k the first k choices can be drawn.
+    The curriculum divides its part of the run into as many equal stages as there are choices; in stage k the first k can be sampled.
     """
     choices = settings.cycle_choices or (getattr(config, "H_cycles", 1),)
     weights = settings.cycle_weights or (1.0,) * len(choices)

@@ -1,4 +1,4 @@
-"""Training of a model in memory: `RecursiveTrainer` and `fit`. A plain causal model is trained as one with a single cycle.
+"""Training of a model in memory: `RecursiveTrainer` and `fit`. A plain causal model is trained as a model with one cycle.
 
 Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps.
 """
@@ -37,15 +37,15 @@ class FitResult:
     """Result of a training run.
 
     Args:
-        history: Every log entry, in order, each with `step`, `epoch`, `tokens`, `flops` and `seconds` so far. Training entries have `loss`
-            (the objective), `loss_cycle_i` of the scored cycles, `loss_<term>` of each further term, `learning_rate`, `grad_norm`,
-            `tokens_per_second`: means since the previous entry; and `memory`, the peak so far in GiB. Validation entries
-            have `train_loss` (last cycle, mean since the previous validation), `eval_loss` (at H_cycles), `eval_loss_cycle_i`, and
-            `eval_perplexity`; in embedding space `eval_nearest_right` instead: the share of tokens, 0 to 1, for which the embedding nearest
-            to the last cycle's state is the right one.
-        steps: Optimizer steps, those before a resume included.
+        history: All log entries, in order, each with `step`, `epoch`, `tokens`, `flops` and `seconds` so far. Training entries have `loss`
+            (the minimised one), `loss_cycle_i` of scored cycles, `loss_<term>` of each additional term, `learning_rate`, `grad_norm`,
+            `tokens_per_second`: means since the previous entry; and `memory`, the peak so far, in GiB. Validation entries have
+            `train_loss` (last cycle, mean since the previous validation), `eval_loss` (at H_cycles), `eval_loss_cycle_i`, and
+            `eval_perplexity`, or in embedding space `eval_nearest_right`: the share of tokens, 0 to 1, for which the embedding nearest to
+            the state of the last cycle is the correct one.
+        steps: Optimizer steps, including those before a resume.
         tokens: Training tokens.
-        seconds: Wall-clock time, validation and samples included.
+        seconds: Wall-clock time, including validation and samples.
         eval_loss: The last validation loss; None if the run was interrupted before the first validation.
         best_eval_loss: The lowest finite validation loss.
         interrupted: Whether Ctrl-C or SIGTERM stopped the run.
@@ -61,7 +61,7 @@ class FitResult:
 
 
 class RecursiveTrainer(CycleTrainer):
-    """transformers' Trainer for a recursive model: deep supervision over the cycles, a depth per step, exact resume.
+    """transformers' Trainer for a recursive model: deep supervision, sampled depths, exact resume.
 
         trainer = RecursiveTrainer(
             model=model, args=FitSettings(lr=1e-4), train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
@@ -72,23 +72,23 @@ class RecursiveTrainer(CycleTrainer):
     `fit` and `recursify train` use this trainer.
 
     Args:
-        model: A recursive model, or any causal language model of transformers as a baseline. Changed in place: to float32, on the
-            device of the settings; parameters that the approach does not train are frozen.
+        model: A recursive model, or any causal language model of transformers as a baseline. It is changed in place: cast to float32,
+            moved to the device of the settings, and frozen except for what the approach trains.
         args: `FitSettings`, or those of another approach; their fields are the flags of `recursify train`. Or transformers'
-            TrainingArguments; arguments without a counterpart here are refused.
-        train_dataset: Rows with `input_ids`, all of one length, and `labels` if not every token is scored; or with a column `text`, which
-            is tokenized and packed into blocks of `seq_len`. A stream of rows with `input_ids` works as well.
-        eval_dataset: Likewise; None disables validation and the best checkpoint.
+            TrainingArguments; arguments without counterpart here raise an error.
+        train_dataset: Rows with `input_ids`, all of one length, and optionally `labels`; or with a column `text`, which is tokenized and
+            packed into blocks of `seq_len`. A stream of rows with `input_ids` is supported as well.
+        eval_dataset: Likewise; None disables validation, so no best checkpoint is kept.
         processing_class: The tokenizer.
-        data_collator: Rows to a batch of `input_ids`, `labels` and, if documents must not attend to each other, `position_ids`.
-        callbacks: As for transformers' Trainer.
-        teacher: The causal model that `distill_weight` refers to.
-        saver: Writes checkpoints and metrics.jsonl. Default: into `output_dir` of the settings. None writes nothing.
-        resuming: Whether the model already holds the weights of the checkpoint that `train(resume_from_checkpoint=)` continues.
-        console: Whether to show the bar, samples and summaries.
+        data_collator: Rows to a batch of `input_ids`, `labels` and, for a block-diagonal mask, `position_ids`.
+        callbacks: As for the Trainer.
+        teacher: The causal model for knowledge distillation (`distill_weight`).
+        saver: Writes checkpoints and metrics.jsonl. Default: to `output_dir` of the settings. None writes no files.
+        resuming: Whether the model already has the weights of the checkpoint given to `train(resume_from_checkpoint=)`.
+        console: Whether to show the progress bar, samples and summaries.
 
     Raises:
-        UserError: A setting out of range or one that the model or the machine cannot serve; rows that cannot be trained on.
+        UserError: A setting out of range or unsupported by the model or the machine; rows that cannot be trained on.
     """
 
     def __init__(
@@ -112,12 +112,10 @@ class RecursiveTrainer(CycleTrainer):
         device = choose_device(settings.device)
         check_launch(settings, device)
         if saver == "output_dir":
-            saver = _own_saver(model, settings, processing_class)
-        train_dataset, eval_dataset = (rows_of(each, settings, processing_class) for each in (train_dataset, eval_dataset))
+            saver = _default_saver(model, settings, processing_class)
+        train_dataset, eval_dataset = (tokenized_rows(each, settings, processing_class) for each in (train_dataset, eval_dataset))
         total = total_steps(train_dataset, settings)
-        arguments = training_arguments(
-            settings, device, saver, validates=eval_dataset is not None
-        )  # several processes find each other here
+        arguments = training_arguments(settings, device, saver, validates=eval_dataset is not None)  # initialises the process group
         freeze_rest(model, settings)
         model.float()
         depths = depth_schedule(model.config, settings, total)
@@ -125,7 +123,7 @@ class RecursiveTrainer(CycleTrainer):
         module = LossModule(
             model, Supervision.of(settings), APPROACHES[settings.approach].objective, deepest, _frozen_teacher(teacher, settings, device)
         )
-        collate = data_collator or Collate(_separator(settings, processing_class))
+        collate = data_collator or Collate(_separator_token(settings, processing_class))
         if not resuming:
             start_gains(module, train_dataset if eval_dataset is None else eval_dataset, collate, settings, device)
         if settings.gradient_checkpointing:
@@ -148,20 +146,20 @@ class RecursiveTrainer(CycleTrainer):
         self.resuming = resuming
         self.bar, save_steps = ProgressBar(), SaveSteps(settings.save_every if saver else 0)
         self.stop = StopOnSignal(save_steps if saver else None, self.any_rank)
-        shown = _console(self, processing_class, self.bar) if console else []
-        for callback in (*shown, *_saving_callbacks(self, quiet=not console), save_steps, *callbacks, self.stop):
+        console_callbacks = _console_callbacks(self, processing_class, self.bar) if console else []
+        for callback in (*console_callbacks, *_saving_callbacks(self, quiet=not console), save_steps, *callbacks, self.stop):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None) -> Any:
-        """Train. Leaves the model in evaluation mode; with `fsdp` each process holds its shard.
+        """Train. Afterwards the model is in evaluation mode; with `fsdp` it stays sharded.
 
         Args:
-            resume_from_checkpoint: A checkpoint_step_N.pt of a run with these settings; True is the newest in `output_dir`.
+            resume_from_checkpoint: A checkpoint_step_N.pt of a run with the same settings; True takes the newest in `output_dir`.
 
         Raises:
             UserError: A non-finite gradient, or no such checkpoint.
         """
-        model, point = self.model.model, _point(resume_from_checkpoint, self.settings)
+        model, point = self.model.model, _resume_point(resume_from_checkpoint, self.settings)
         if point is not None and not self.resuming:
             model.load_state_dict(checkpoint.load(point).model.state_dict())
         state = None if point is None else str(state_folder(point))
@@ -175,9 +173,9 @@ class RecursiveTrainer(CycleTrainer):
             model.eval()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, or its moving average if the run has one, as a folder or a `.pt` file."""
-        saver = self.saver or _own_saver(self.model.model, self.settings, self.processing_class)
-        with self.shown():
+        """Save the model, or its moving average if the run has one, as a folder or, with the suffix `.pt`, as a file."""
+        saver = self.saver or _default_saver(self.model.model, self.settings, self.processing_class)
+        with self.inference_model():
             if self.args.should_save:
                 saver.save(
                     Path(output_dir or self.settings.folder / "model"), self.model.model, step=self.state.global_step, **self.notes()
@@ -197,17 +195,17 @@ def fit(
     console: bool = True,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> FitResult:
-    """Train a model in memory with `RecursiveTrainer`; its documentation describes the arguments.
+    """Train a model in memory with `RecursiveTrainer`.
 
     Args:
         model: As for `RecursiveTrainer`; so are train_blocks and eval_blocks (its datasets), settings (its args) and teacher.
         tokenizer: Its processing_class.
-        saver: Writes checkpoints and metrics.jsonl; None writes nothing.
-        resume_from: A checkpoint_step_N.pt of a run with these settings, whose weights `model` already holds.
+        saver: Writes checkpoints and metrics.jsonl; None writes no files.
+        resume_from: A checkpoint_step_N.pt of a run with the same settings, whose weights `model` already has.
         console: Whether to show the progress bar, samples and summaries.
 
     Raises:
-        UserError: As `RecursiveTrainer` and its `train`.
+        UserError: As for `RecursiveTrainer` and its `train`.
     """
     trainer = RecursiveTrainer(
         model, settings, train_blocks, eval_blocks, tokenizer, callbacks=callbacks, teacher=teacher, saver=saver,
@@ -217,11 +215,11 @@ def fit(
     return result_of(trainer.state, interrupted=trainer.stop.stopped)
 
 
-def rows_of(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
-    """The dataset as rows with `input_ids`; a column `text` is tokenized and packed into blocks.
+def tokenized_rows(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
+    """A dataset with `input_ids`; rows of text are tokenized and packed into blocks.
 
     Raises:
-        UserError: The dataset has neither column, or a `text` and no tokenizer.
+        UserError: Neither `input_ids` nor `text`, or text without a tokenizer.
     """
     columns = getattr(dataset, "column_names", None)
     if dataset is None or not columns or "input_ids" in columns:
@@ -230,23 +228,23 @@ def rows_of(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
         raise UserError(f"train_dataset: expected rows with input_ids, or with text, got the columns {', '.join(columns)}")
     if tokenizer is None:
         raise UserError("processing_class: expected the tokenizer of the model, which rows of text need, got None")
-    from ..data.loading import tokenize  # here: rows of tokens need no library for data sets
+    from ..data.loading import tokenize  # here: the datasets library is only needed for text
 
     return tokenize(dataset, tokenizer, settings.seq_len)
 
 
-def _point(named: Any, settings: RunSettings) -> Path | None:
-    if not named:
+def _resume_point(given: Any, settings: RunSettings) -> Path | None:
+    if not given:
         return None
-    points = resume_points(settings.folder) if named is True else [Path(named)]
+    points = resume_points(settings.folder) if given is True else [Path(given)]
     if not points or not state_folder(points[0]).is_dir():
-        expected = f"a checkpoint_step_N.pt with its _state folder in {settings.folder}" if named is True else "one with a _state folder"
-        raise UserError(f"resume_from_checkpoint: expected {expected}, got {'none' if named is True else named}")
+        expected = f"a checkpoint_step_N.pt with its _state folder in {settings.folder}" if given is True else "one with a _state folder"
+        raise UserError(f"resume_from_checkpoint: expected {expected}, got {'none' if given is True else given}")
     return points[0]
 
 
-def _separator(settings: RunSettings, tokenizer: Any) -> int | None:
-    """The token that ends a document, if documents must not attend to each other."""
+def _separator_token(settings: RunSettings, tokenizer: Any) -> int | None:
+    """The token that ends a document, if the mask is block-diagonal."""
     if not settings.separates:
         return None
     if tokenizer is None:
@@ -254,23 +252,22 @@ def _separator(settings: RunSettings, tokenizer: Any) -> int | None:
     return int(tokenizer.eos_token_id)
 
 
-def _own_saver(model: Any, settings: RunSettings, tokenizer: Any) -> Saver:
+def _default_saver(model: Any, settings: RunSettings, tokenizer: Any) -> Saver:
     make_folder(settings.folder)
     return Saver(settings.folder, tokenizer, model.dtype, None, {"approach": settings.approach}, settings.keep_last)
 
 
-def _console(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, bar: ProgressBar) -> list[TrainerCallback]:
-    """Callbacks that print."""
+def _console_callbacks(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, bar: ProgressBar) -> list[TrainerCallback]:
     settings, model = trainer.settings, trainer.model.model
-    shows_text = settings.generate_every and tokenizer is not None and APPROACHES[settings.approach].writes
-    samples = [Samples(model, tokenizer, settings, trainer.shown)] if shows_text else []
+    shows_text = settings.generate_every and tokenizer is not None and APPROACHES[settings.approach].generates
+    samples = [Samples(model, tokenizer, settings, trainer.inference_model)] if shows_text else []
     return [*([bar] if trainer.is_world_process_zero() else []), *samples]
 
 
 def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallback]:
-    """Callbacks that log metrics and save checkpoints."""
+    """Callbacks for metrics, validation and checkpoints."""
     settings, saver = trainer.settings, trainer.saver
-    for callback in trainer.callback_handler.callbacks:  # TensorBoard's files go beside the others, unless its own variable says where
+    for callback in trainer.callback_handler.callbacks:  # next to the checkpoints, unless TENSORBOARD_LOGGING_DIR is set
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None and saver is not None:
             callback.logging_dir = str(saver.folder / "tensorboard")
     return [
@@ -283,10 +280,10 @@ def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallbac
 
 
 def _frozen_teacher(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
-    """Freeze the teacher and move it to the device.
+    """The teacher, frozen and on the device; None without knowledge distillation.
 
     Raises:
-        UserError: The loss has a distillation term and there is no teacher.
+        UserError: Knowledge distillation without a teacher.
     """
     if not settings.distill_weight:
         return None
@@ -305,7 +302,7 @@ def depth_schedule(config: Any, settings: RunSettings, total: int) -> DepthSched
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Turn on gradient checkpointing of every layer. The method's name changed in transformers 5.23."""
+    """Enable gradient checkpointing of the layers, by the method's name in the installed transformers: it changed in 5.23."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -314,13 +311,12 @@ def checkpoint_layers(model: Any) -> None:
 
 
 def _disable_checkpointing(model: Any) -> None:
-    """Undo `checkpoint_layers`."""
     name = "activation_checkpointing_disable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_disable")()
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each layer by itself: one compilation serves all layers and all applications, so no depth recompiles."""
+    """Compile each layer separately: its code is compiled once for all layers and applications, so a new depth does not recompile."""
     for layer in model.base_model.layers:
         layer.compile()
 
@@ -331,26 +327,26 @@ def uncompile_layers(model: Any) -> None:
 
 
 def _save_best(trainer: CycleTrainer) -> Path | None:
-    """A function that saves the best model. Collective; rank 0 writes."""
+    """Collective; the first rank writes."""
     saver = trainer.saver
     if saver is None:
         return None
-    with trainer.shown():
+    with trainer.inference_model():
         if trainer.args.should_save:
             saver.save(saver.folder / BEST, trainer.model.model, step=trainer.state.global_step, **trainer.notes())
     return saver.folder / BEST
 
 
 def result_of(state: TrainerState, interrupted: bool) -> FitResult:
-    measured = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    finite = [loss for loss in measured if math.isfinite(loss)]
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    finite = [loss for loss in losses if math.isfinite(loss)]
     last = state.log_history[-1] if state.log_history else {"seconds": 0.0}
     return FitResult(
         history=state.log_history,
         steps=state.global_step,
         tokens=state.num_input_tokens_seen,
         seconds=last["seconds"],
-        eval_loss=measured[-1] if measured else None,
+        eval_loss=losses[-1] if losses else None,
         best_eval_loss=min(finite) if finite else None,
         interrupted=interrupted,
     )

@@ -1,8 +1,8 @@
 """Initial gains of the loop: a sweep on validation text.
 
-At gain 0 the model is the donor exactly, but only two of the four gains get a gradient and the rest of the loop learns nothing; at a large
-gain the donor is broken before training begins. So the start is chosen on held-out text: the largest gain of a few whose cost at the
-trained depth is at most MAX_COST.
+At gain 0 the model equals the donor, but only two of the four gains get a gradient and the rest of the loop is not trained; a large gain
+damages the donor before training begins. So the initial gain is chosen on held-out text: the largest of a few candidates that raises the
+loss at the trained depth by at most MAX_COST.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from .loss_module import LossModule
 from .parallel import announce
 from .settings import DonorSettings, RunSettings
 
-CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # from the largest that there is
-MAX_COST = 0.02  # nats per token of the last cycle, over the plain pass
-CALIBRATION_TOKENS = 8192  # fewer gave costs that differed by 0.04 nats from one text to the next
+CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # descending; the first is the largest possible gain
+MAX_COST = 0.02  # increase of the loss of the last cycle over gain 0, in nats per token
+CALIBRATION_TOKENS = 8192  # with fewer, the cost varied by 0.04 nats between texts
 
 
 def injections(model: Any) -> list[AnchoredInjection]:
-    """The injections that have gains; empty for the `sum` injection."""
+    """The injections with gains; none with `sum_norm`."""
     return [module for module in model.model.recursion.children() if isinstance(module, AnchoredInjection)]
 
 
 def all_zero(model: Any) -> bool:
-    """Whether the model has gains and all are 0: converted and never trained."""
+    """Whether the model has gains, and all are 0: converted, and not yet trained."""
     return bool(injections(model)) and not any(p.any() for module in injections(model) for p in module.parameters())
 
 
 @torch.no_grad()
 def set_gains(model: Any, gain: float) -> None:
-    """Set all channels of all gains to one value."""
+    """Set the same gain for all channels."""
     for module in injections(model):
         for theta in module.parameters():
             theta.fill_(math.atanh(gain))
 
 
 def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float] = CANDIDATES) -> tuple[float, list[tuple[float, float]]]:
-    """Set the gain to the largest candidate whose loss is at most MAX_COST above that of gain 0, else to the smallest.
+    """Set the largest candidate that costs at most MAX_COST, else the smallest.
 
     Args:
-        loss: Measures the model's current loss at its trained depth on held-out text.
-        candidates: Gains in descending order.
+        loss: Computes the current loss of the model at its trained depth on held-out text.
+        candidates: In descending order.
 
     Returns:
-        The gain, and the sweep: (gain, loss above that of gain 0) for each candidate tried.
+        The gain, and the sweep: (gain, increase of the loss over gain 0) of all candidates tried.
     """
     set_gains(model, 0.0)
-    exact, sweep = loss(), []
+    baseline, sweep = loss(), []
     for gain in candidates:
         set_gains(model, gain)
-        sweep.append((gain, loss() - exact))
+        sweep.append((gain, loss() - baseline))
         if sweep[-1][1] <= MAX_COST:
             break
     return sweep[-1][0], sweep
@@ -68,7 +68,7 @@ def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float]
 def start_gains(
     loss_module: LossModule, blocks: Any, collate: Callable[[Any], dict[str, Tensor]], settings: RunSettings, device: torch.device
 ) -> None:
-    """Set the initial gains: `start_gain` of the settings if given, else by the sweep if the model's own are all 0."""
+    """Set the initial gains: those of the settings; else, if all gains of the model are 0, those of the sweep."""
     model = loss_module.model
     if not is_recursive(model):
         return
@@ -77,24 +77,26 @@ def start_gains(
         return
     if not all_zero(model):
         return
-    if isinstance(settings, DonorSettings) and settings.starts_fresh:  # a loop that knows nothing yet has nothing to lose
+    if isinstance(settings, DonorSettings) and settings.starts_fresh:  # a randomly initialised loop has nothing to preserve
         set_gains(model, CANDIDATES[0])
         return
     model.to(device).eval()
     rows = [blocks[i] for i in range(min(max(1, CALIBRATION_TOKENS // settings.seq_len), len(blocks)))]
     batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, len(rows), settings.batch_size)]
     scorer = LossModule(model, objective=loss_module.objective)
-    gain, sweep = calibrate(model, lambda: _loss_on(scorer, batches, device))
-    (gain,) = broadcast_object_list([gain])  # of the first rank: others may round another way
+    gain, sweep = calibrate(model, lambda: _mean_loss(scorer, batches, device))
+    (gain,) = broadcast_object_list([gain])  # from the first rank: rounding may differ between ranks
     set_gains(model, gain)
-    tried = ", ".join(f"{g:g} costs {cost:+.4f}" for g, cost in sweep)
-    why = f"the largest that costs at most {MAX_COST:g}" if sweep[-1][1] <= MAX_COST else f"the smallest; all cost more than {MAX_COST:g}"
-    announce(f"The loop starts from gain {gain:g}, {why}: {tried} (--start_gain names another)")
+    tried = ", ".join(f"{g:g} by {cost:+.4f}" for g, cost in sweep)
+    why = f"the largest that raises the loss by at most {MAX_COST:g}"
+    if sweep[-1][1] > MAX_COST:
+        why = f"the smallest candidate; all raise the loss by more than {MAX_COST:g}"
+    announce(f"Initial gain {gain:g}, {why}: {tried} (--start_gain overrides it)")
 
 
 @torch.no_grad()
-def _loss_on(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
-    """The mean loss of the cycle H_cycles."""
+def _mean_loss(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
+    """The mean loss at H_cycles, per token."""
     tokens = sum(int(counted(batch["labels"])) for batch in batches)
     parts = [scorer(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=tokens) for batch in batches]
     return float(sum(part["loss"] for part in parts))

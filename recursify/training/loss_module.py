@@ -1,8 +1,8 @@
-"""A model with its objective: batches in, losses out; and the three ways of backpropagating through cycles.
+"""A model with its objective: batches in, losses out; and the three modes of backpropagation through the cycles.
 
-    full    one graph through all cycles; its activations are those of every application
-    cycle   the states are detached between cycles and the loss of each cycle is back-propagated before the next one runs: supervising
-            every cycle takes about the memory of one (docs/performance.md)
+    full    one graph through all cycles, with the activations of every layer application
+    cycle   states are detached between cycles, and the loss of each cycle is backpropagated before the next cycle runs: deep supervision
+            at about the memory of one cycle (docs/performance.md)
     last    all cycles but the last run without gradients (TRM); only the last is supervised
 
 Shape letters: B batch, T tokens, D hidden size, H cycles.
@@ -26,10 +26,10 @@ from .settings import RunSettings
 
 @dataclass(frozen=True)
 class Supervision:
-    """The terms of the loss; names and defaults are those of the flags in `RunSettings`.
+    """Terms and weights of the loss. Names and defaults follow the flags in `RunSettings`.
 
     Args:
-        every_cycle: Whether every cycle is scored, or only the last.
+        every_cycle: Whether every cycle is scored, or the last one only.
     """
 
     every_cycle: bool = False
@@ -57,30 +57,30 @@ class Supervision:
         )
 
     def shares(self, H: int) -> list[float]:
-        """The loss weight of each cycle; 0 for a cycle that is not scored."""
+        """The normalised loss weight of each cycle; 0 for a cycle that is not scored."""
         return cycle_shares(self.schedule, self.weight, H) if self.every_cycle else [0.0] * (H - 1) + [1.0]
 
     @property
     def by_token(self) -> bool:
-        """Whether a term needs the loss or distribution of every token rather than the summed loss."""
+        """Whether a term needs the losses or logits of each token rather than the summed loss of a cycle."""
         return bool(self.distill or self.self_distill or self.monotone or self.halting)
 
 
 class LossModule(nn.Module):
-    """The module that is trained: model and objective in one forward pass, so that DDP and FSDP wrap both.
+    """Model and loss in one module, which is what training wraps (DDP, FSDP): its forward pass returns the loss.
 
-    It deliberately has no `config`: the Trainer would set `use_cache = False` in it, and saved models would generate without a
+    It has no `config` on purpose: the Trainer would set `use_cache = False` in it, and every saved model would generate without a KV
     cache.
 
     Args:
-        model: A recursive model, or a plain causal model of transformers, which counts as one cycle.
-        deepest: The largest number of cycles trained or evaluated; None is the configuration's H_cycles.
-        teacher: A frozen causal model with the same vocabulary, on the same device; not a submodule, so it is neither wrapped
-            nor saved nor averaged.
+        model: A recursive model, or a plain causal model of transformers, whose forward pass counts as its only cycle.
+        deepest: The largest number of cycles that is trained or evaluated; H_cycles of the configuration where None.
+        teacher: A frozen causal model with the same vocabulary, on the same device. It is not a submodule, so it is not wrapped, saved or
+            averaged.
     """
 
     accepts_loss_kwargs = True
-    loss_type = "ForCausalLM"  # tells the Trainer that labels are shifted by the loss, when it counts tokens
+    loss_type = "ForCausalLM"  # the Trainer then counts tokens of labels that the loss shifts
     main_input_name = "input_ids"
 
     def __init__(
@@ -94,7 +94,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.supervision, self.objective = model, supervision or Supervision(), objective
         self.deepest = deepest or (model.config.H_cycles if is_recursive(model) else 1)
-        self.teacher = (teacher,)
+        self.teacher = (teacher,)  # a tuple: nn.Module would register it as a submodule
 
     def forward(
         self,
@@ -104,36 +104,36 @@ class LossModule(nn.Module):
         H_cycles: int | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> dict[str, Any]:
-        """The loss and its components.
+        """The loss of a batch, and its parts for the log.
 
         Args:
             input_ids, labels: `[B, T]`; labels unshifted, -100 for ignored tokens.
-            position_ids: `[B, T]`, restarting at each document if documents must not attend to each other.
-            H_cycles: Cycles of this pass; None is the configuration's.
-            num_items_in_batch: Number of scored tokens to divide by, over all accumulated batches; None counts those of this batch.
+            position_ids: `[B, T]`, restarting at each document of a packed sequence (block-diagonal mask).
+            H_cycles: Cycles of this pass; those of the configuration where None.
+            num_items_in_batch: Number of scored tokens to divide by: that of all accumulated batches. That of this batch where None.
 
         Returns:
-            `loss`; and detached: `cycle_losses` `[deepest]`, `scored` `[deepest]` (1 for scored cycles, else 0), and
-            `terms`, a value for each further active term. All are means per scored token.
+            `loss`, with gradients; detached, `cycle_losses` `[deepest]`, `scored` `[deepest]` (1 for scored cycles, else 0), and `terms`,
+            the value of each additional loss term; all per scored token.
         """
         H = H_cycles or (self.model.config.H_cycles if is_recursive(self.model) else 1)
-        score = BatchLoss(self, labels, num_items_in_batch, H, self._teacher_reference(input_ids, position_ids))
+        batch_loss = BatchLoss(self, labels, num_items_in_batch, H, self._teacher_reference(input_ids, position_ids))
         if not is_recursive(self.model):
             state = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            return score.outputs(score.cycle(0, state, None))
+            return batch_loss.outputs(batch_loss.cycle_loss(0, state, None))
         base = self.model.base_model
         e, block, read = base.begin_pass(input_ids, position_ids)
 
         def losses(e: Tensor) -> Iterator[Tensor]:
-            return score.cycles(lambda: base.recursion.steps(e, block, H, self.model.config.L_cycles, self.supervision.backprop), read)
+            return batch_loss.losses(lambda: base.recursion.steps(e, block, H, self.model.config.L_cycles, self.supervision.backprop), read)
 
-        each = self.supervision.backprop == "cycle"
-        return score.outputs(backpropagate_each(losses, e, self.model) if each else torch.stack(list(losses(e))).sum())
+        per_cycle = self.supervision.backprop == "cycle"
+        return batch_loss.outputs(backpropagate_each(losses, e, self.model) if per_cycle else torch.stack(list(losses(e))).sum())
 
     @torch.no_grad()
     def row_sums(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """`[B, cycles]`: the summed loss of each sequence at every cycle up to the deepest; one more column with the hits at cycle H_cycles
-        if the objective counts them."""
+        """`[B, cycles]`: the summed loss of each sequence at every cycle up to `deepest`; if the objective has `token_hits`, one more
+        column with the number of correct predictions at `main_cycle`."""
         states = self._states(input_ids, position_ids)
         columns = [self.objective.token_losses(state, labels, self.reader) for state in states]
         if self.objective.token_hits is not None:
@@ -161,108 +161,108 @@ class LossModule(nn.Module):
 
     @property
     def main_cycle(self) -> int:
-        """The cycle whose output is the model's output, from 1."""
+        """The cycle whose output is the model's prediction, from 1."""
         return self.model.config.H_cycles if is_recursive(self.model) else 1
 
 
 class BatchLoss:
-    """Accumulates the loss of one batch over its cycles."""
+    """The loss of one batch, computed cycle by cycle. Cycles are counted from 0."""
 
-    def __init__(self, owner: LossModule, labels: Tensor, num_items: Any, H: int, references: list[Reference]):
-        self.owner, self.want, self.objective, self.labels = owner, owner.supervision, owner.objective, labels
+    def __init__(self, loss_module: LossModule, labels: Tensor, num_items: Any, H: int, references: list[Reference]):
+        self.loss_module, self.supervision, self.objective = loss_module, loss_module.supervision, loss_module.objective
+        self.labels = labels
         self.items = torch.as_tensor(counted(labels) if num_items is None else num_items, device=labels.device).clamp(min=1)
-        self.H, self.shares, self.references = H, self.want.shares(H), references
-        self.found = torch.zeros(owner.deepest, device=labels.device)
-        self.scored = torch.zeros(owner.deepest, device=labels.device)
+        self.H, self.shares, self.references = H, self.supervision.shares(H), references
+        self.cycle_losses = torch.zeros(loss_module.deepest, device=labels.device)
+        self.scored = torch.zeros(loss_module.deepest, device=labels.device)
         self.terms: dict[str, Tensor] = {}
-        self.tokens: list[Tensor] = []  # per-token losses of each scored cycle, if a term needs them
-        self.halts: list[Tensor] = []  # inputs of the halting head at each cycle, if it is trained
+        self.token_losses: list[Tensor] = []  # of each cycle, if a loss term needs them
+        self.halting_states: list[Tensor] = []  # input of the halting head at each cycle, if it is trained
 
-    def cycles(self, steps: Callable[[], Iterator[Tensor]], read: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        """Yields the summands of the loss as early as possible: one per scored cycle, or one for all of them if nothing needs them apart.
+    def losses(self, steps: Callable[[], Iterator[Tensor]], read: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """The summands of the loss: one per scored cycle where it must be available before the next cycle runs, else one for all.
 
         Args:
-            steps: Runs the loop from its start at every call and yields the states.
-            read: State to output.
+            steps: Runs the loop from its start and yields z_H after each cycle.
+            read: From z_H to the state that is scored (coda and final norm).
         """
         states: Iterator[tuple[Tensor, Tensor | None]] = ((z, read(z) if self._is_scored(c) else None) for c, z in enumerate(steps()))
         last = None
-        if self.want.self_distill and self.want.backprop == "full":
-            together = list(states)
-            states, last = iter(together), together[-1][1]
-        elif self.want.self_distill:  # the last cycle is the teacher of all: an extra pass without gradients computes it first
+        if self.supervision.self_distill and self.supervision.backprop == "full":
+            all_states = list(states)
+            states, last = iter(all_states), all_states[-1][1]
+        elif self.supervision.self_distill:  # the last cycle is the teacher and is needed first: an additional pass without gradients
             with torch.no_grad():
                 *_, z = steps()
                 last = read(z)
-        plain: dict[int, Tensor] = {}
+        deferred: dict[int, Tensor] = {}
         for c, (z, state) in enumerate(states):
-            if self.want.halting:
-                self.halts.append(z.detach())
+            if self.supervision.halting:
+                self.halting_states.append(z.detach())
             if state is None:
                 continue
-            if self.want.by_token or self.want.backprop == "cycle":
-                yield self.cycle(c, state, last)
+            if self.supervision.by_token or self.supervision.backprop == "cycle":
+                yield self.cycle_loss(c, state, last)
             else:
-                plain[c] = state
-        if plain:
-            yield self.together(plain)
+                deferred[c] = state
+        if deferred:
+            yield self._objective_loss(deferred)
 
     def _is_scored(self, c: int) -> bool:
-        return self.want.every_cycle or c == self.H - 1
+        return self.supervision.every_cycle or c == self.H - 1
 
-    def cycle(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
-        """The weighted loss of cycle `c` (from 0)."""
-        return self._with_terms(c, state, last) if self.want.by_token else self.together({c: state})
+    def cycle_loss(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
+        """The weighted loss of cycle `c`; `last` is the state of the last cycle, for self-distillation."""
+        return self._loss_with_terms(c, state, last) if self.supervision.by_token else self._objective_loss({c: state})
 
-    def together(self, states: dict[int, Tensor]) -> Tensor:
-        """The weighted loss of these cycles (from 0), without further terms."""
+    def _objective_loss(self, states: dict[int, Tensor]) -> Tensor:
+        """The weighted loss of these cycles without further terms."""
         shares = [self.shares[c] for c in states]
-        total, losses = self.objective.loss(list(states.values()), self.labels, self.owner.reader, shares, self.items)
+        total, losses = self.objective.loss(list(states.values()), self.labels, self.loss_module.reader, shares, self.items)
         for c, loss in zip(states, losses, strict=True):
-            self.found[c], self.scored[c] = loss, 1.0
+            self.cycle_losses[c], self.scored[c] = loss, 1.0
         return total
 
-    def _with_terms(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
-        """The weighted loss of cycle `c`, with its further terms."""
-        head, want = self.owner.reader, self.want
+    def _loss_with_terms(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
+        head, supervision = self.loss_module.reader, self.supervision
         references = list(self.references)
         if last is not None and c < self.H - 1:
-            references.append(Reference(last, head, want.temperature))
+            references.append(Reference(last, head, supervision.temperature))
         tokens, *divergences = losses_and_divergences(state, self.labels, head, references)
         own = total = tokens.sum() / self.items
-        weights = [("distill", want.distill)] * len(self.references) + [("self_distill", want.self_distill)]
+        weights = [("distill", supervision.distill)] * len(self.references) + [("self_distill", supervision.self_distill)]
         for (name, weight), divergence in zip(weights, divergences, strict=False):
-            total = total + weight * self._note(name, c, divergence)
-        if want.monotone and self.tokens:
-            total = total + want.monotone * self._note("monotone", c, worsening(tokens, self.tokens[-1]))
-        self.tokens.append(tokens.detach())
-        self.found[c], self.scored[c] = own.detach(), 1.0
+            total = total + weight * self._record(name, c, divergence)
+        if supervision.monotone and self.token_losses:
+            total = total + supervision.monotone * self._record("monotone", c, worsening(tokens, self.token_losses[-1]))
+        self.token_losses.append(tokens.detach())
+        self.cycle_losses[c], self.scored[c] = own.detach(), 1.0
         return self.shares[c] * total
 
-    def _note(self, name: str, c: int, tokens: Tensor) -> Tensor:
-        """The mean of a term over tokens. Its logged value is the mean over cycles, by their loss weights."""
+    def _record(self, name: str, c: int, tokens: Tensor) -> Tensor:
+        """The mean of a term over tokens. Its mean over cycles, weighted by their shares, is added up for the log."""
         mean = tokens.sum() / self.items
         self.terms[name] = self.terms.get(name, torch.zeros_like(mean)) + self.shares[c] * mean.detach()
         return mean
 
     def outputs(self, loss: Tensor) -> dict[str, Any]:
-        if self.halts:
-            q_head = self.owner.model.base_model.recursion.q_head
-            halting = halting_loss([q_head(z) for z in self.halts], self.tokens, self.labels, self.items)
-            self.terms["halting"], loss = halting.detach(), loss + self.want.halting * halting
-        return {"loss": loss, "cycle_losses": self.found, "scored": self.scored, "terms": self.terms}
+        if self.halting_states:
+            q_head = self.loss_module.model.base_model.recursion.q_head
+            halting = halting_loss([q_head(z) for z in self.halting_states], self.token_losses, self.labels, self.items)
+            self.terms["halting"], loss = halting.detach(), loss + self.supervision.halting * halting
+        return {"loss": loss, "cycle_losses": self.cycle_losses, "scored": self.scored, "terms": self.terms}
 
 
 def backpropagate_each(losses: Callable[[Tensor], Iterator[Tensor]], e: Tensor, model: nn.Module) -> Tensor:
-    """The sum of losses, back-propagating each one before the next is computed; the gradient of the sum is unchanged.
+    """The sum of losses, each of which is backpropagated before the next one is computed.
 
-    The gradients are accumulated on the way and returned by the backward pass of the sum: DDP, gradient accumulation and clipping see one
-    backward pass with one gradient per parameter.
+    The gradients accumulate in shadow parameters and are returned by the backward pass of the sum: DDP, gradient accumulation and
+    clipping see one backward pass with one gradient per parameter.
 
     Args:
-        losses: Maps `e` to the losses one by one; no loss may need the graph of an earlier one.
-        e: `[B, T, D]`, the only tensor that connects the losses to the graph before them.
-        model: The model that the losses are computed with; its trainable parameters get the gradients.
+        losses: From `e` to the losses, one by one; no loss may depend on the graph of an earlier one.
+        e: `[B, T, D]`, the input that all losses share, with its graph.
+        model: The model that computes the losses; its trainable parameters get the gradients.
     """
     leaf = e.detach().requires_grad_(e.requires_grad)
     total = torch.zeros((), device=e.device)
@@ -270,24 +270,21 @@ def backpropagate_each(losses: Callable[[Tensor], Iterator[Tensor]], e: Tensor, 
         for loss in losses(leaf):
             loss.backward()
             total = total + loss.detach()
-    torch.clear_autocast_cache()  # which holds copies of the shadows
+    torch.clear_autocast_cache()  # it holds copies of the shadow parameters
     originals, leaves = [*shadows, e], [*shadows.values(), leaf]
-    return _PrecomputedGrad.apply(total, [each.grad for each in leaves], *originals)
+    return _PrecomputedGrad.apply(total, [leaf.grad for leaf in leaves], *originals)
 
 
 @contextmanager
 def _shadow_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Swap the trainable parameters for others that share their storage, so that gradients accumulate without triggering DDP's hooks.
-
-    Yields:
-        parameter -> its shadow.
-    """
+    """Replaces the trainable parameters of a model by shadow parameters that share their storage, so that gradients accumulate, in place,
+    without triggering the hooks of DDP. Yields parameter -> shadow parameter."""
     shadows: dict[nn.Parameter, nn.Parameter] = {}
     places = [
         (module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None and p.requires_grad
     ]
     try:
-        for module, name, p in places:  # a tied one stands in several places
+        for module, name, p in places:  # a tied parameter has several places
             module._parameters[name] = shadows.setdefault(p, nn.Parameter(p.detach()))
         yield shadows
     finally:
@@ -296,7 +293,7 @@ def _shadow_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Param
 
 
 class _PrecomputedGrad(torch.autograd.Function):
-    """A value with precomputed gradients."""
+    """A value whose gradients have already been computed."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
@@ -310,5 +307,5 @@ class _PrecomputedGrad(torch.autograd.Function):
 
 
 def scored_tokens(labels: Tensor) -> Tensor:
-    """`[B]`: number of scored next tokens per row."""
+    """`[B]`: number of scored positions of each sequence."""
     return (labels[:, 1:] != IGNORED).sum(dim=1)

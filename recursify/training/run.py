@@ -1,10 +1,10 @@
-"""A training run from settings to files.
+"""A training run that reads and writes files.
 
-    train(settings)   from files to files: load or convert, find the text, fit, save
+    train(settings)   load or convert the model, load the text, fit, save
 
-The same on a model in memory, plain causal models of transformers included, is `fit` in fitting.py.
+`fit` in fitting.py does the same for a model in memory, including plain causal models of transformers.
 
-What is trained, and what for, is a row of `approaches.APPROACHES`; the settings name it. `saving` says what a run leaves on disk.
+The settings name the approach (`approaches.APPROACHES`), which determines trained parameters and objective. `saving` documents the files.
 
 Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps.
 """
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Result of the training command.
+    """Result of a training run on files.
 
     Args:
-        best: Path of the best checkpoint; None without validation.
+        best: The best checkpoint; None without validation.
         fit: None for a dry run.
     """
 
@@ -52,21 +52,21 @@ class TrainResult:
 
 
 def train(settings: RunSettings) -> TrainResult:
-    """Train a checkpoint, or the model that an approach builds from a donor; writes checkpoints, the best one and metrics.jsonl.
+    """Train a checkpoint, or the initial model of an approach, on a data set; write checkpoints, the best model and metrics.jsonl.
 
     Raises:
-        UserError: A setting out of range, a checkpoint, donor or dataset that cannot be used, a folder that cannot be written, or a resume
-            from a run with other settings.
+        UserError: A setting out of range, an unusable checkpoint, donor or data set, a folder that cannot be written, or a resume with
+            other settings.
     """
     settings.validate()
     device = choose_device(settings.device)
     check_launch(settings, device)
-    PartialState(cpu=device.type == "cpu")  # several processes find each other here, before the first of them is waited for
+    PartialState(cpu=device.type == "cpu")  # initialises the process group before the first collective
     point = _point_to_resume(settings) if settings.resume else None
-    found = _starting_model(settings, point)
-    tokenizer = checkpoint.require_tokenizer(found, point or settings.source)
-    settings.validate_model(found.model.config)
-    _check_tokenizer(found.model, tokenizer)
+    loaded = _starting_model(settings, point)
+    tokenizer = checkpoint.need_tokenizer(loaded, point or settings.source)
+    settings.validate_model(loaded.model.config)
+    _check_tokenizer(loaded.model, tokenizer)
 
     blocks = _load_text(settings, tokenizer)
     total = total_steps(blocks.train, settings)
@@ -75,32 +75,32 @@ def train(settings: RunSettings) -> TrainResult:
     announce(f"{count} training and {len(blocks.validation):,} validation sequences of {settings.seq_len} tokens: {total:,} steps")
     if warmup_of(settings, total) != settings.warmup_steps:
         announce(f"--warmup_steps {settings.warmup_steps} is more than half of that: warming up for {warmup_of(settings, total)}")
-    teacher = _load_teacher(settings, found, device)
+    teacher = _load_teacher(settings, loaded, device)
     if settings.dry_run:
         as_computed = replace(settings, bf16=computes_in_bf16(settings, device))
-        cost = estimate(found.model.config, as_computed, total, processes(), teacher and teacher.config)
+        cost = estimate(loaded.model.config, as_computed, total, processes(), teacher and teacher.config)
         if PartialState().is_main_process:
             print(cost.render())
         return TrainResult(None, None)
     best = settings.folder / BEST
     if point is not None and step_of(point) >= total:
-        announce(f"{point} is the end of this run already; increase --num_epochs or --max_steps to continue")
+        announce(f"{point} is already the end of this run; increase --num_epochs or --max_steps to continue")
         state = TrainerState.load_from_json(str(state_folder(point) / STATE))
         return TrainResult(best, result_of(state, interrupted=False))
 
     if best.exists() and point is None:
-        announce(f"{best} is there already: the best model of this run replaces it; another --output_dir keeps both")
+        announce(f"{best} already exists and will be overwritten by the best model of this run; another --output_dir keeps both")
     make_folder(settings.folder)
     saver = Saver(
-        settings.folder, tokenizer, found.model.dtype, found.plan, {**found.notes, "approach": settings.approach}, settings.keep_last
+        settings.folder, tokenizer, loaded.model.dtype, loaded.plan, {**loaded.notes, "approach": settings.approach}, settings.keep_last
     )
-    result = fit(found.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)
+    result = fit(loaded.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)
     if result.interrupted:
         announce(f"Interrupted and saved at step {result.steps}; the same command with --resume continues from there")
     return TrainResult(best if result.best_eval_loss is not None else None, result)
 
 
-# What a run begins with
+# Inputs
 
 
 def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Checkpoint:
@@ -112,24 +112,24 @@ def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Che
 
 
 def _load_text(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Blocks:
-    from ..data.loading import load_blocks  # here: `fit`, on rows in memory, needs no library for data sets
+    from ..data.loading import load_blocks  # here: `fit` does not need the datasets library
 
     return load_blocks(settings, tokenizer, settings.seq_len, settings.seed)
 
 
-def _load_teacher(settings: RunSettings, found: checkpoint.Checkpoint, device: torch.device) -> Any:
-    """Load the teacher, in bfloat16 if the GPU supports it; None if the run does not distill."""
+def _load_teacher(settings: RunSettings, loaded: checkpoint.Checkpoint, device: torch.device) -> Any:
+    """The teacher of knowledge distillation, in bfloat16 on GPUs that support it; None if distill_weight is 0."""
     if not settings.distill_weight:
         return None
-    notes = found.notes
+    notes = loaded.notes
     name, revision = split_revision(settings.teacher) if settings.teacher else (notes.get("donor"), notes.get("revision"))
     if name is None:
         raise UserError(f"--distill_weight: {settings.source} does not say which donor it comes from; name one with --teacher")
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     teacher = open_donor(name, revision=revision).load(dtype=dtype)
-    words, own = (model.get_output_embeddings().out_features for model in (teacher, found.model))
-    if words != own:
-        raise UserError(f"--teacher: expected one with the vocabulary of the model, but {name} has {words} entries, the model {own}")
+    size, own_size = (model.get_output_embeddings().out_features for model in (teacher, loaded.model))
+    if size != own_size:
+        raise UserError(f"--teacher: expected one with the vocabulary of the model, but {name} has {size} entries, the model {own_size}")
     return teacher
 
 
@@ -137,7 +137,7 @@ def _load_teacher(settings: RunSettings, found: checkpoint.Checkpoint, device: t
 
 
 def _point_to_resume(settings: RunSettings) -> Path | None:
-    """The newest complete checkpoint; None if the run stopped before its first one and starts over."""
+    """The newest complete checkpoint; None if there is none, and the run starts from the beginning."""
     points = resume_points(settings.folder)
     if not points:
         announce(f"--resume: no checkpoint_step_N.pt with its _state folder in {settings.folder.absolute()}; starting from the beginning")
@@ -150,7 +150,7 @@ def _point_to_resume(settings: RunSettings) -> Path | None:
             "name its folder with --output_dir, or give no --resume"
         )
     before = run["settings"]
-    known = [name for name in settings.resume_fields if name in before]  # an earlier version had fewer
+    known = [name for name in settings.resume_fields if name in before]  # earlier versions had fewer fields
     changed = [f"--{name} was {before[name]}, is {now[name]}" for name in known if _plain(before[name]) != _plain(now[name])]
     if changed:
         raise UserError(f"--resume: {point} comes from another run: {'; '.join(changed)}; give the same flags, or no --resume")
@@ -159,7 +159,7 @@ def _point_to_resume(settings: RunSettings) -> Path | None:
 
 
 def _plain(value: Any) -> Any:
-    """The value after a JSON round trip."""
+    """The value after a round trip through JSON."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -167,6 +167,6 @@ def _check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(
-            f"--tokenizer_path: the tokenizer has {len(tokenizer)} entries, the model's vocabulary only {vocabulary}: they do not belong "
-            "together; name the donor's tokenizer"
+            f"--tokenizer_path: the tokenizer has {len(tokenizer)} entries, the model's vocabulary only {vocabulary}: they do not match; "
+            "name the donor's tokenizer"
         )

@@ -1,8 +1,8 @@
-"""The flags of training: a class for each group of `--help`, and a settings class for each approach, which inherits them.
+"""The flags of training: a class per group of `--help`, and a settings class per approach, which inherits them.
 
 FitSettings          `fit`, RecursiveTrainer                  a model in memory
 TrainSettings        `recursify train`                        a checkpoint
-HybridSettings       `recursify train --approach hybrid`      a donor, whose embeddings and head are frozen
+HybridSettings       `recursify train --approach hybrid`      a donor with frozen embeddings and head
 EmbeddingSettings    `recursify train --approach embedding`   a donor, in its embedding space
 """
 
@@ -31,12 +31,12 @@ NOT_NEGATIVE = (
     "halting_weight", "generate_every", "save_every", "keep_last", "early_stopping_patience",
 )  # fmt: skip
 
-# What decides which tokens a step sees. A resumed run must agree with the interrupted one in all of it.
+# Settings that determine the tokens of each step. They must not change on resume.
 DATA_FIELDS = (
     "dataset_name", "dataset_config_name", "text_column", "mix", "streaming", "separate_documents", "seq_len", "batch_size",
     "grad_accum_steps", "seed",
 )  # fmt: skip
-# What changes the trained state itself or what it is made of; another value would read it wrongly.
+# Settings that determine the contents of the saved state. They must not change on resume.
 STATE_FIELDS = ("optimizer", "ema_decay")
 
 
@@ -181,13 +181,13 @@ class Computation(DeviceOptions):
 # The groups of --help come in the order of the fields, which is that of the bases from the last to the first.
 @dataclass(kw_only=True)
 class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLength, Packing, DataSettings, TokenizerSource):
-    """What every training run has, whatever it trains and wherever the model comes from."""
+    """Settings that all training runs have."""
 
     approach: ClassVar[str]  # its row of `approaches.APPROACHES`
-    resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, *STATE_FIELDS)  # in which a resumed run must agree with the interrupted one
+    resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, *STATE_FIELDS)  # must not change on resume
 
     def validate(self) -> None:
-        """Check all that can be checked without the model.
+        """Check everything that does not depend on the model.
 
         Raises:
             UserError: A value out of range.
@@ -207,14 +207,14 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name}: expected at least 0 and less than 1, got {getattr(self, name)}")
         if self.seq_len < 2:
-            raise UserError(f"--seq_len: expected at least 2 tokens, so that one can be predicted from another, got {self.seq_len}")
+            raise UserError(f"--seq_len: expected at least 2 tokens, for next-token prediction, got {self.seq_len}")
         self._validate_depth()
         self._validate_terms()
         if self.max_steps and self.max_tokens:
-            raise UserError("--max_tokens: expected it or --max_steps, got both: each says where the run ends; give one")
+            raise UserError("--max_tokens: expected it or --max_steps, got both: each sets the length of the run; give one")
         parse_mix(self.mix)
         if self.streaming and not (self.max_steps or self.max_tokens):
-            raise UserError("--streaming: the end of a stream is not known; say where the run ends with --max_steps or --max_tokens")
+            raise UserError("--streaming: the length of a stream is unknown; set the length of the run with --max_steps or --max_tokens")
         if self.streaming and self.has_questions:
             raise UserError("--streaming: question sets are small and not streamed; leave it out")
         if self.generate_every and not self.generation_prompt.strip():
@@ -237,13 +237,12 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
             raise UserError("--depth_curriculum: expected several --cycle_choices, got one depth; name more or leave it out")
         if self.backprop == "cycle" and not self.enable_deep_supervision:
             raise UserError(
-                "--backprop cycle: back-propagates the loss of each cycle, but only the last one is scored; add --enable_deep_supervision, "
-                "or take --backprop last, which is the same without it"
+                "--backprop cycle: backpropagates the loss of each cycle, but only the last one is scored; add --enable_deep_supervision, "
+                "or use --backprop last, which is the same without it"
             )
         if self.backprop == "last" and self.enable_deep_supervision:
             raise UserError(
-                "--backprop last: only the last cycle has gradients, so --enable_deep_supervision has nothing to train; "
-                "take --backprop cycle"
+                "--backprop last: only the last cycle has gradients, so --enable_deep_supervision has no effect; use --backprop cycle"
             )
         if self.start_gain is not None and not abs(self.start_gain) <= GAIN_MAX:
             raise UserError(f"--start_gain: expected a number between -{GAIN_MAX} and {GAIN_MAX}, got {self.start_gain}")
@@ -256,10 +255,10 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
             raise UserError(f"--teacher: {self.teacher} has no effect without --distill_weight; set its weight")
 
     def validate_model(self, config: Any) -> None:
-        """Check what depends on the model.
+        """Check the settings that depend on the model.
 
         Args:
-            config: The model's configuration; a plain donor's has no cycles, and is trained as it is.
+            config: The model's configuration; that of a plain donor has no cycles.
 
         Raises:
             UserError: No cycle to train, or sequences longer than the model has positions.
@@ -268,7 +267,7 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
             raise UserError(f"--start_gain: the loop of this model has no gains (injection {config.injection!r}); leave the flag out")
         if getattr(config, "H_cycles", 1) == 0:
             raise UserError(
-                f"{self.source}: cannot train at 0 cycles: with H_cycles 0 the recursion is never run and learns nothing; "
+                f"{self.source}: cannot train at 0 cycles: with H_cycles 0 the recursion is never run, so it is not trained; "
                 "convert with --H_cycles 1 or more"
             )
         positions = getattr(config, "max_position_embeddings", None)
@@ -277,12 +276,12 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
 
     @property
     def source(self) -> str:
-        """Where the model comes from."""
+        """The source of the model, for error messages."""
         return "the model"
 
     @property
     def separates(self) -> bool:
-        """Whether documents are kept apart."""
+        """Whether the mask is block-diagonal: documents of a packed sequence do not attend to each other."""
         return self.separate_documents or self.has_questions
 
     @property
@@ -300,12 +299,12 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
 
 @dataclass(kw_only=True)
 class FitSettings(RunSettings):
-    """Training of a model in memory: all of it, by its next-token loss."""
+    """Training of all parameters of a model in memory by the next-token loss."""
 
     approach = "full"
 
 
-# Help lists the fields of the last base first: where the model comes from, then the run.
+# --help lists the fields of the last base first: the model, then the run.
 @dataclass(kw_only=True)
 class TrainSettings(FitSettings, RecursiveSource):
     """Fine-tune a recursive model on text."""
@@ -325,7 +324,7 @@ class _FromDonor(Revision):
 
 @dataclass(kw_only=True)
 class DonorSettings(RunSettings, LoopSettings, _FromDonor):
-    """Loop: the approaches that start at a donor, whose embeddings they freeze, and train the loop alone."""
+    """Loop: the approaches that start from a donor, freeze its embeddings and train the loop."""
 
     resume_fields: ClassVar[tuple[str, ...]] = (*RunSettings.resume_fields, "model_name", "revision", "L_layers", "H_cycles", "L_cycles")
 
@@ -335,7 +334,7 @@ class DonorSettings(RunSettings, LoopSettings, _FromDonor):
 
     @property
     def starts_fresh(self) -> bool:
-        """Whether the looped layers start at random and not as the donor's."""
+        """Whether the looped layers are initialised randomly rather than from the donor."""
         raise NotImplementedError
 
     def validate(self) -> None:
@@ -358,7 +357,7 @@ class EmbeddingSettings(DonorSettings):
         super().validate()
         for name in ("distill_weight", "self_distill_weight", "monotone_weight", "halting_weight"):
             if getattr(self, name):
-                raise UserError(f"--{name}: compares predictions of words, and this approach predicts embeddings; leave it out")
+                raise UserError(f"--{name}: needs next-token predictions, but this approach predicts embeddings; leave it out")
 
     @property
     def starts_fresh(self) -> bool:
@@ -383,12 +382,12 @@ class HybridSettings(DonorSettings):
 
 
 def _check_folder(folder: Path) -> None:
-    """Whether a run could write into a folder that may not be there yet."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise UserError(f"--output_dir: expected a folder, got {there}, which is a file")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"--output_dir: {folder} cannot be written: {there} is not writable; choose another")
+    """Check that a folder, which may not exist yet, can be written."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir: expected a folder, got {existing}, which is a file")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir: {folder} cannot be written: {existing} is not writable; choose another")
 
 
 def _listed(values: Iterable[Any]) -> str:

@@ -1,4 +1,4 @@
-"""The training loop of `transformers.Trainer` with our objective, depth per step, validation and checkpoints.
+"""`transformers.Trainer` with our objective, a depth per step, validation per cycle, and our checkpoints.
 
 Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in tokens, steps are optimizer steps, memory in GiB.
 """
@@ -39,8 +39,8 @@ from .parallel import (
     full_state,
     gathered,
     load_full_state,
-    part_like,
     read_state,
+    shard_like,
 )
 from .saving import AVERAGES, MASTERS, RUN, STATE, Saver, training_notes
 from .settings import RunSettings
@@ -49,7 +49,7 @@ GIB = 2**30
 
 
 class MetricWindow:
-    """Running sums since the last `drain`: each cycle's loss, further terms, and their numbers of tokens."""
+    """Sums since the last log entry: of the loss of each cycle, of additional terms, and of the tokens."""
 
     def __init__(self, deepest: int):
         self.deepest = deepest
@@ -59,12 +59,12 @@ class MetricWindow:
         """Add a micro-batch.
 
         Args:
-            outputs: Outputs of `LossModule`, divided by `scale` tokens.
-            tokens: Scored tokens on this rank.
+            outputs: Of `LossModule`, divided by `scale` tokens.
+            tokens: Number of scored tokens on this rank.
         """
-        found, scored = outputs["cycle_losses"] * scale, outputs["scored"] * tokens
-        self._add("cycles", torch.stack([found, scored]))
-        self._add("last", torch.stack([found[H - 1], tokens.to(found.dtype)]))
+        cycle_losses, scored = outputs["cycle_losses"] * scale, outputs["scored"] * tokens
+        self._add("cycles", torch.stack([cycle_losses, scored]))
+        self._add("last", torch.stack([cycle_losses[H - 1], tokens.to(cycle_losses.dtype)]))
         for name, value in outputs["terms"].items():
             self._add(name, torch.stack([value * scale, tokens.to(value.dtype)]))
 
@@ -72,16 +72,13 @@ class MetricWindow:
         self.sums[name] = self.sums[name] + values if name in self.sums else values
 
     def drain(self, accelerator: Any) -> tuple[dict[str, float], float, float]:
-        """Reduce over all ranks and reset.
-
-        Returns:
-            The means, `loss_cycle_i` of scored cycles and `loss_<term>`; the last cycle's summed loss; its tokens.
-        """
+        """Reduce over all ranks and reset. Returns the means (`loss_cycle_i`, `loss_<term>`), the summed loss of the last cycle, and its
+        tokens. Collective."""
         sums = {name: accelerator.reduce(value.double(), "sum") for name, value in sorted(self.sums.items())}
         self.sums = {}
-        found, scored = sums.pop("cycles").tolist()
+        cycle_losses, scored = sums.pop("cycles").tolist()
         last, tokens = sums.pop("last").tolist()
-        means = {f"loss_cycle_{i}": loss / n for i, (loss, n) in enumerate(zip(found, scored, strict=True), start=1) if n}
+        means = {f"loss_cycle_{i}": loss / n for i, (loss, n) in enumerate(zip(cycle_losses, scored, strict=True), start=1) if n}
         for name, value in sums.items():
             total, n = value.tolist()
             means[f"loss_{name}"] = total / max(1.0, n)
@@ -109,26 +106,26 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.settings, self.depths, self.saver = settings, depths, saver
         self.ema: EMA | None = None
         self.window = MetricWindow(model.deepest)
-        # Of the last cycle since the last validation, summed: loss, tokens.
+        # Sums of the last cycle since the last validation: loss, tokens.
         self.epoch_loss, self.epoch_tokens = 0.0, 0.0
         self.started = time.perf_counter()
-        self.clock = Throughput()
-        self.batches: list[dict[str, Any]] = []  # of the current optimizer step
+        self.throughput = Throughput()
+        self.batches: list[dict[str, Any]] = []  # micro-batches of the current optimizer step
         self.cycle_losses: Tensor | None = None
-        self.flops: dict[tuple[int, int], int] = {}  # of a micro-batch, by its tokens and its depth
+        self.flops: dict[tuple[int, int], int] = {}  # of a micro-batch, by tokens and depth
 
     # The objective
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         H = self.depth
         outputs = model(**inputs, H_cycles=H, num_items_in_batch=num_items_in_batch)
-        here = counted(inputs["labels"])
-        divisor = here if num_items_in_batch is None else num_items_in_batch
-        self.window.add(outputs, divisor, here, H or 1)
+        tokens = counted(inputs["labels"])
+        divisor = tokens if num_items_in_batch is None else num_items_in_batch
+        self.window.add(outputs, divisor, tokens, H or 1)
         self.batches.append(inputs)
         self.cycle_losses = outputs["cycle_losses"]
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.accelerator.num_processes
-        # Each rank divides by the tokens of all ranks, and DDP takes the mean of their gradients.
+        # Each rank divides by the tokens of all ranks, and DDP averages the gradients.
         loss = outputs["loss"] * self.accelerator.num_processes if num_items_in_batch is not None else outputs["loss"]
         return (loss, outputs) if return_outputs else loss
 
@@ -138,15 +135,15 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return None if self.depths is None else self.depths.at(self.state.global_step)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """FLOPs of forward and backward pass, with every application of the loop."""
+        """FLOPs of the forward and backward pass, with every application of the loop."""
         key = tokens, depth = inputs["input_ids"].numel(), self.depth or 1
-        if key not in self.flops:  # called at every micro-batch
+        if key not in self.flops:  # called for every micro-batch
             (teacher,) = self.model.teacher
             self.flops[key] = int(pass_flops(self.model.model.config, self.settings, tokens, depth, teacher and teacher.config))
         return self.flops[key]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Also checks for a non-finite gradient: after the backward pass and before the optimizer can spoil the weights."""
+        """Checks the gradient norm after the backward pass, before a non-finite one would reach the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(float(norm)):
             raise self._non_finite_gradient(float(norm))
@@ -154,7 +151,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return norm
 
     def _non_finite_gradient(self, norm: float) -> UserError:
-        """The error for a non-finite gradient; dumps the batches of the step."""
+        """The error of a non-finite gradient; saves the batches of the step."""
         step = self.state.global_step + 1
         losses = [] if self.cycle_losses is None else self.cycle_losses.tolist()
         first = next((f"; the loss of cycle {i} is {loss}" for i, loss in enumerate(losses, start=1) if not math.isfinite(loss)), "")
@@ -165,12 +162,12 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             content = {"step": step, "H_cycles": self.depth, "batches": batches, "cycle_losses": losses}
             try:
                 write_atomic({file: lambda target: torch.save(content, target)})
-                where = f"; the data of the step is in {file}"
+                where = f"; the batches of the step are in {file}"
             except UserError as error:
-                where = f"; the data of the step is lost ({error})"
+                where = f"; the batches of the step could not be saved ({error})"
         return UserError(
-            f"step {step}: the gradient's norm is {norm}{first}. The step was not taken{where}. Go on from the last checkpoint with "
-            "--resume and a lower --lr or --max_grad_norm, or without --bf16"
+            f"step {step}: expected a finite gradient norm, got {norm}{first}. The weights were not updated{where}. Continue from the last "
+            "checkpoint with --resume and a lower --lr or --max_grad_norm, or without --bf16"
         )
 
     # The optimizer
@@ -197,8 +194,8 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             self.ema = EMA([p for p in self.model.parameters() if p.requires_grad], self.settings.ema_decay)
             if resume_from_checkpoint is not None:
                 state = read_state(Path(resume_from_checkpoint) / AVERAGES)
-                parts = [part_like(mine, whole) for mine, whole in zip(self.ema.averages, state["averages"], strict=True)]
-                self.ema.load_state_dict(state | {"averages": parts})
+                shards = [shard_like(own, full) for own, full in zip(self.ema.averages, state["averages"], strict=True)]
+                self.ema.load_state_dict(state | {"averages": shards})
         return model, loader
 
     def update_average(self) -> None:
@@ -206,8 +203,8 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.ema.update()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Context in which the weights are their moving average, if the run has one: for validation, samples and saving."""
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, if the run has one: for validation, samples and checkpoints."""
         if self.ema is None:
             yield
         else:
@@ -215,25 +212,25 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
                 yield
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Context in which the model is unsharded, averaged, and not recompiled for every generated length. Collective."""
+    def inference_model(self) -> Iterator[None]:
+        """Inside, the model is averaged, gathered on each rank, and not compiled: each length would recompile. Collective."""
         eager = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
-        with self.averaged(), gathered(self.model), eager:
+        with self.averaged_weights(), gathered(self.model), eager:
             yield
 
     def any_rank(self, flag: bool) -> bool:
-        """Logical or over all ranks. Collective."""
+        """Whether the flag is set on any rank. Collective."""
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum").item())
 
-    # Measuring
+    # Validation and logging
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The loss of every cycle over all tokens of the validation text: a mean over tokens, not over batches."""
-        with self.clock.stopped():
+        """The validation loss of every cycle, as a mean over all tokens, not over batches."""
+        with self.throughput.stopped():
             means = self._mean_losses(eval_dataset)
-        metrics = self._summary(means, metric_key_prefix)
+        metrics = self._eval_metrics(means, metric_key_prefix)
         if self.window.sums:
             self._drain_window()
         metrics["train_loss"] = self.epoch_loss / max(1.0, self.epoch_tokens)
@@ -246,7 +243,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.model.eval()
         counts_hits = self.model.objective.token_hits is not None
         sums, tokens = torch.zeros(self.model.deepest + counts_hits, dtype=torch.float64), 0
-        with self.averaged():
+        with self.averaged_weights():
             for batch in self.get_eval_dataloader(eval_dataset):
                 with self.accelerator.autocast():
                     rows = self.model.row_sums(**batch)
@@ -255,19 +252,19 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
                 tokens += int(scored.sum())
         return (sums / max(1, tokens)).tolist()
 
-    def _summary(self, means: list[float], prefix: str) -> dict[str, float]:
+    def _eval_metrics(self, means: list[float], prefix: str) -> dict[str, float]:
         losses, hits = means[: self.model.deepest], means[self.model.deepest :]
         loss = losses[self.model.main_cycle - 1]
-        figure = ("nearest_right", hits[0]) if hits else ("perplexity", perplexity(loss))
-        figures = [("loss", loss), figure, *((f"loss_cycle_{i}", each) for i, each in enumerate(losses, start=1))]
-        return {f"{prefix}_{name}": value for name, value in figures}
+        quality = ("nearest_right", hits[0]) if hits else ("perplexity", perplexity(loss))
+        metrics = [("loss", loss), quality, *((f"loss_cycle_{i}", each) for i, each in enumerate(losses, start=1))]
+        return {f"{prefix}_{name}": value for name, value in metrics}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_runtime" in logs:  # the Trainer's closing summary
+        if "train_runtime" in logs:  # the Trainer's final summary, which has no new information
             return
         if "loss" in logs:
             logs |= self._drain_window()
-            logs["tokens_per_second"] = round(self.clock.rate(self.state.num_input_tokens_seen), 1)
+            logs["tokens_per_second"] = round(self.throughput.rate(self.state.num_input_tokens_seen), 1)
             logs["memory"] = round(peak_memory(self.args.device) / GIB, 3)
         logs["tokens"], logs["flops"] = self.state.num_input_tokens_seen, self.state.total_flos
         logs["seconds"] = round(time.perf_counter() - self.started, 3)
@@ -278,20 +275,20 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.epoch_loss, self.epoch_tokens = self.epoch_loss + loss, self.epoch_tokens + tokens
         return means
 
-    # Saving and going on
+    # Checkpoints and resume
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save the weights and the resume state. Collective; rank 0 writes."""
+        """Save the weights and the further state for a resume. Collective; the first rank writes."""
         if self.saver is None:
             return
-        if self.is_deepspeed_enabled:  # its states are sharded in a way that only DeepSpeed can merge
+        if self.is_deepspeed_enabled:  # only DeepSpeed can gather its sharded states
             if self.args.should_save:
                 self.saver.save_step(self.state.global_step, self.model.model, None, **self.notes())
             return
         assert self.lr_scheduler is not None
         state: dict[str, Any] = {OPTIMIZER_NAME: full_optimizer_state(self.optimizer), SCHEDULER_NAME: self.lr_scheduler.state_dict()}
         if self.saver.dtype != torch.float32 or self.ema is not None:
-            # A copy: on a CPU these would alias the weights, which the averages overwrite while the checkpoint is written.
+            # Copied, because on a CPU these are the weights themselves, which averaged_weights overwrites during the save.
             weights = full_state(self.model.model)
             state[MASTERS] = weights if self.ema is None else copy.deepcopy(weights)
         if self.ema is not None:
@@ -304,17 +301,17 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             for name, content in random.items():
                 (folder / name).write_bytes(content)
             self.state.save_to_json(str(folder / STATE))
-            (folder / RUN).write_text(json.dumps(self._so_far(), indent=2) + "\n", encoding="utf-8")
+            (folder / RUN).write_text(json.dumps(self._run_state(), indent=2) + "\n", encoding="utf-8")
 
-        with self.shown():
+        with self.inference_model():
             if self.args.should_save:
                 self.saver.save_step(self.state.global_step, self.model.model, write, **self.notes())
 
     def notes(self) -> dict[str, Any]:
-        """Training metadata at this moment (`training_notes`)."""
+        """Metadata of the run for a checkpoint of the current step."""
         return training_notes(self.settings, self.state)
 
-    def _so_far(self) -> dict[str, Any]:
+    def _run_state(self) -> dict[str, Any]:
         sums = {"saved_at": time.time(), "epoch_loss": self.epoch_loss, "epoch_tokens": self.epoch_tokens}
         return {**sums, "approach": self.settings.approach, "settings": asdict(self.settings)}
 
@@ -324,15 +321,15 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             with tempfile.TemporaryDirectory() as folder:
                 self._save_rng_state(folder)
                 own = [(file.name, file.read_bytes()) for file in Path(folder).iterdir()]
-        except (OSError, RuntimeError) as error:  # torch's writer raises its own error on a full disk
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             raise UserError(
-                f"{tempfile.gettempdir()}: the random states of a checkpoint could not be written there on their way ({error}); the "
-                "checkpoints saved so far are whole. Free some space, or name another folder with TMPDIR, and go on with --resume"
+                f"{tempfile.gettempdir()}: the random states of a checkpoint could not be written to this temporary folder ({error}); "
+                "the checkpoints saved so far are intact. Free some space, or set another folder with TMPDIR, and continue with --resume"
             ) from error
         return dict(gather_object(own))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Restore full-precision, unaveraged weights from the state folder: the .pt may hold rounded or averaged ones."""
+        """Load the float32 weights if those in the .pt, which the model has, are rounded or averaged; and the sums of the epoch."""
         folder = Path(resume_from_checkpoint)
         if (folder / MASTERS).is_file():
             load_full_state(self.model.model, read_state(folder / MASTERS))
@@ -343,12 +340,12 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         position = super()._init_training_state(*args, **kwargs)
         spent = self.state.log_history[-1]["seconds"] if self.state.log_history else 0.0
         self.started = time.perf_counter() - spent
-        self.clock.start(self.state.num_input_tokens_seen)
+        self.throughput.start(self.state.num_input_tokens_seen)
         return position
 
 
 class Throughput:
-    """Training tokens per second; paused during validation."""
+    """Training tokens per second, without the time of validation."""
 
     def __init__(self) -> None:
         self.start(0)
@@ -357,7 +354,7 @@ class Throughput:
         self.tokens, self.since = tokens, time.perf_counter()
 
     def rate(self, tokens: int) -> float:
-        """Rate since the previous call."""
+        """Tokens per second since the last call."""
         now = time.perf_counter()
         rate = (tokens - self.tokens) / max(1e-9, now - self.since)
         self.tokens, self.since = tokens, now
@@ -373,7 +370,7 @@ class Throughput:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: allocated on the GPU, or resident in the process without one."""
+    """Peak memory in bytes: allocated on the GPU, else resident of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

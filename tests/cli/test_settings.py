@@ -500,7 +500,9 @@ class Training(Cases):
 
     def depth_curriculum(self) -> None:
         depths = self._trainer(cycle_choices=(1, 3), depth_curriculum=0.5, max_steps=40).depths
-        assert depths.opening == 20 and {depths.at(step) for step in range(10)} == {1} != {depths.at(step) for step in range(20, 40)}
+        assert depths.curriculum_steps == 20 and {depths.at(step) for step in range(10)} == {1} != {
+            depths.at(step) for step in range(20, 40)
+        }
 
     def backprop(self) -> None:
         for kind, more in (("last", {}), ("cycle", {"enable_deep_supervision": True}), ("full", {})):
@@ -795,7 +797,7 @@ class Embedding(FromDonor):
     # It predicts no words: terms over predictions are refused, and there is nothing to show.
 
     def distill_weight(self) -> None:
-        self._refused("--distill_weight: compares predictions of words", distill_weight=0.1)
+        self._refused("--distill_weight: needs next-token predictions", distill_weight=0.1)
 
     def distill_temperature(self) -> None:
         assert self._trainer(distill_temperature=3.0).model.supervision.temperature == 3.0
@@ -804,13 +806,13 @@ class Embedding(FromDonor):
         self._refused("--teacher: other has no effect without --distill_weight", teacher="other")
 
     def self_distill_weight(self) -> None:
-        self._refused("--self_distill_weight: compares predictions of words", self_distill_weight=0.1, enable_deep_supervision=True)
+        self._refused("--self_distill_weight: needs next-token predictions", self_distill_weight=0.1, enable_deep_supervision=True)
 
     def monotone_weight(self) -> None:
-        self._refused("--monotone_weight: compares predictions of words", monotone_weight=0.1, enable_deep_supervision=True)
+        self._refused("--monotone_weight: needs next-token predictions", monotone_weight=0.1, enable_deep_supervision=True)
 
     def halting_weight(self) -> None:
-        self._refused("--halting_weight: compares predictions of words", halting_weight=0.1, enable_deep_supervision=True)
+        self._refused("--halting_weight: needs next-token predictions", halting_weight=0.1, enable_deep_supervision=True)
 
     def generate_every(self) -> None:
         assert "Generating sample" not in self._finished.said and "Summary" in self._finished.said

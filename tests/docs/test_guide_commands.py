@@ -252,7 +252,7 @@ CASES: dict[str, dict[str, Case]] = {
             f"{TRAIN} --output_dir runs/long --seq_len 64 --resume",
             before=(f"{TRAIN} {QUICK.replace('--save_every 0', '--save_every 1')} --output_dir runs/long",),
         ),
-        "The loop starts from gain 0.05": Case(
+        "Initial gain 0.05": Case(
             "recursify train --checkpoint touchy.pt --max_steps 1 --save_every 0",
             before=("recursify convert --qwen_model touchy --L_layers 2 --output_path touchy.pt",),
             prepare=lambda: tiny.tiny_donor("qwen2", Path("touchy"), num_hidden_layers=2, initializer_range=1.0),

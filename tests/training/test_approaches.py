@@ -162,9 +162,9 @@ def test_only_trained_parts_change(
     assert found.plan == from_donor(wanted).plan and (found.plan is None) == wanted.starts_fresh
     assert found.notes["approach"] == approach and found.notes["donor"] == str(corner / donor) and "eval_loss" in found.notes["training"]
     err = capsys.readouterr().err
-    start = "fresh" if wanted.starts_fresh else "layers [0, 2]"
-    assert f"{approach} approach: 2 looped layers ({start}) trained, everything else frozen, from {corner / donor}" in err
-    assert ("the head was tied to the embeddings; it is a separate matrix now, 12,288 parameters" in err) == (
+    start = "randomly initialised" if wanted.starts_fresh else "layers [0, 2]"
+    assert f"{approach} approach: 2 looped layers ({start}) are trained on the frozen embeddings of {corner / donor}" in err
+    assert ("the head was tied to the embeddings and is now a separate matrix of 12,288 parameters" in err) == (
         donor == "tied" and bool(more)
     )
 
@@ -306,11 +306,14 @@ def test_summary_lists_the_metrics(corner: Path, tmp_path: Path, capsys: pytest.
     expected = f"  Train Loss: {entry['train_loss']:.4f}\n  Val Loss: {entry['eval_loss']:.4f}\n"
     assert f"{expected}  Nearest Embedding Right: {entry['eval_nearest_right']:.2%}\n  ✓ New best model saved" in captured.out
     assert "Perplexity" not in captured.out and "Generating sample" not in captured.out
-    assert "The model predicts embeddings and has no LM head: it cannot generate text" in captured.err
+    assert "It predicts embeddings and has no head, so it cannot generate" in captured.err
     again = train(settings("hybrid", corner, tmp_path, generate_every=1))
     captured = capsys.readouterr()
     assert f"  Perplexity: {again.fit.history[-1]['eval_perplexity']:.2f}\n" in captured.out and "Generating sample" in captured.out
-    assert f"{tmp_path / BEST} is there already: the best model of this run replaces it; another --output_dir keeps both" in captured.err
+    assert (
+        f"{tmp_path / BEST} already exists and will be overwritten by the best model of this run; another --output_dir keeps both"
+        in captured.err
+    )
 
 
 # What the model can do then
@@ -399,7 +402,7 @@ def test_bad_flags(approach: str, changes: dict[str, Any], message: str, corner:
 def test_tied_head_cannot_be_tuned_alone(corner: Path) -> None:
     wanted = settings("hybrid", corner)
     found: Any = from_donor(wanted)
-    with pytest.raises(UserError, match=r"--tune_lm_head: the head is tied to the embeddings, which this approach freezes; separate them"):
+    with pytest.raises(UserError, match=r"--tune_lm_head: the head is tied to the embeddings, which this approach freezes; untie them"):
         fit(found.model, found.tokenizer, [], [], replace(wanted, tune_lm_head=True))
 
 

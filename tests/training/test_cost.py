@@ -283,15 +283,15 @@ def test_bytes_by_hand() -> None:
     )  # fmt: skip
     assert memory(trained=cost.LOOP, optimizer="muon")["optimizer"] == 8 * learn_count - 4 * matrices["L_level"]
     for way, accumulates, times in (("full", True, 1), ("cycle", False, 1), ("cycle", True, 2)):
-        spread = cost.Spread(accumulates=accumulates)
-        assert memory(backprop=way, spread=spread)["gradients"] == times * 4 * sum(parts.values())
+        spread = cost.Parallelism(accumulates=accumulates)
+        assert memory(backprop=way, parallelism=spread)["gradients"] == times * 4 * sum(parts.values())
     donor = tiny_config("qwen2")
     teacher = sum(cost.parameters_by_part(donor).values())
     assert [memory(teacher_config=donor, bf16=bf16)["teacher"] for bf16 in (True, False)] == [2 * teacher, 4 * teacher]
-    spread = memory(spread=cost.Spread(devices=4, fsdp=True), ema=True, optimizer="adamw_8bit")
+    spread = memory(parallelism=cost.Parallelism(devices=4, fsdp=True), ema=True, optimizer="adamw_8bit")
     assert (spread["ema"], spread["optimizer"]) == (sum(parts.values()), 2 * sum(parts.values()) / 4)
-    assert "exchange" not in memory(spread=cost.Spread(devices=1, fsdp=True))
-    assert memory(trained=cost.LOOP, spread=cost.Spread(devices=2))["exchange"] == 4 * learn_count
+    assert "exchange" not in memory(parallelism=cost.Parallelism(devices=1, fsdp=True))
+    assert memory(trained=cost.LOOP, parallelism=cost.Parallelism(devices=2))["exchange"] == 4 * learn_count
 
 
 def test_shard_bytes_by_hand() -> None:
@@ -328,10 +328,12 @@ def test_memory_by_part() -> None:
 def test_memory_of_several_devices() -> None:
     config = config_of("llama", prelude=2, coda=2)
     alone = cost.memory_by_part(config, B * T)
-    ddp = cost.memory_by_part(config, B * T, spread=cost.Spread(devices=4))
+    ddp = cost.memory_by_part(config, B * T, parallelism=cost.Parallelism(devices=4))
     assert ddp == alone | {"exchange": alone["gradients"]}
     last, every, whole = (
-        cost.memory_by_part(config, B * T, supervised=supervised, spread=cost.Spread(devices=4, fsdp=True, accumulates=accumulates))
+        cost.memory_by_part(
+            config, B * T, supervised=supervised, parallelism=cost.Parallelism(devices=4, fsdp=True, accumulates=accumulates)
+        )
         for supervised, accumulates in ((1, False), (2, False), (1, True))
     )
     for part in ("weights", "gradients", "optimizer"):
@@ -371,7 +373,7 @@ def test_cost_of_a_run_is_the_sum_of_its_steps() -> None:
     ("changed", "options"),
     [
         ({"gradient_checkpointing": True}, {"gradient_checkpointing": True}),
-        ({"backprop": "cycle"}, {"backprop": "cycle", "spread": cost.Spread(accumulates=True)}),
+        ({"backprop": "cycle"}, {"backprop": "cycle", "parallelism": cost.Parallelism(accumulates=True)}),
         ({"backprop": "last", "enable_deep_supervision": False}, {"backprop": "last", "supervised": 1}),
         ({"enable_deep_supervision": False}, {"supervised": 1}),
         ({"optimizer": "muon"}, {"optimizer": "muon"}),
@@ -389,7 +391,7 @@ def test_every_setting_affects_the_estimate(changed: dict[str, Any], options: di
     expected: dict[str, Any] = {"supervised": 3, "bf16": False, **options}
     assert found.memory == cost.memory_by_part(config, 2 * 32, **expected) != plain.memory
     if not changed.keys() & {"cycle_choices"}:
-        of_memory = {"optimizer", "ema", "bf16", "spread"}
+        of_memory = {"optimizer", "ema", "bf16", "parallelism"}
         per_token = cost.step_flops(config, 1, 32, **{name: value for name, value in expected.items() if name not in of_memory})
         assert found.flops == found.tokens * per_token
 
@@ -399,8 +401,8 @@ def test_devices_and_teachers_affect_the_estimate() -> None:
     for fsdp in (False, True):
         for micro_batches in (1, 3):
             found = cost.estimate(config, settings(fsdp=fsdp, grad_accum_steps=micro_batches), steps=1, world_size=4)
-            spread = cost.Spread(devices=4, fsdp=fsdp, accumulates=micro_batches > 1)
-            assert found.memory == cost.memory_by_part(config, 64, supervised=3, bf16=False, spread=spread)
+            spread = cost.Parallelism(devices=4, fsdp=fsdp, accumulates=micro_batches > 1)
+            assert found.memory == cost.memory_by_part(config, 64, supervised=3, bf16=False, parallelism=spread)
             assert (found.tokens, found.devices) == (64 * 4 * micro_batches, 4)
     taught = cost.estimate(config, settings(), 1, teacher_config=donor)
     assert taught.memory == cost.memory_by_part(config, 64, supervised=3, bf16=False, by_token=True, teacher_config=donor)
@@ -469,11 +471,11 @@ def test_rendered_estimate() -> None:
         ["steps", "1,200"],
         ["tokens", "4,000"],
         ["FLOPs", "8.00e+12", "2.00e+09", "per", "token"],
-        ["parameters", "5,000", "300", "of", "them", "learn"],
+        ["parameters", "5,000", "300", "trainable"],
         ["memory", "in", "GB", "(estimated)"],
         ["weights", "1.50"],
         ["activations", "2.25"],
-        ["total", "3.75", "and", "1", "to", "2", "for", "the", "device's", "own", "libraries"],
+        ["total", "3.75", "plus", "1", "to", "2", "for", "the", "device", "context", "and", "libraries"],
     ]
     assert found.memory_total == found.to_dict()["memory_total"] == 3.75e9
 
@@ -490,7 +492,7 @@ def test_a_run_at_several_depths() -> None:
 def test_depth_shares_equal_the_trainers_draws() -> None:
     steps, curriculum = 3000, 0.5
     mixed = settings(cycle_choices=(1, 2, 4), cycle_weights=(1.0, 1.0, 2.0), depth_curriculum=curriculum)
-    schedule = DepthSchedule((1, 2, 4), (1.0, 1.0, 2.0), opening=int(curriculum * steps))
+    schedule = DepthSchedule((1, 2, 4), (1.0, 1.0, 2.0), curriculum_steps=int(curriculum * steps))
     drawn = [schedule.at(step) for step in range(steps)]
     for H, share in cost.depth_shares(config_of(), mixed).items():
         assert drawn.count(H) / steps == pytest.approx(share, abs=0.03)

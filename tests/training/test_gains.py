@@ -99,19 +99,22 @@ def test_a_converted_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> 
     assert gain in CANDIDATES and gain < CANDIDATES[0]
     assert gain == CANDIDATES[-1] or cost(gain) <= MAX_COST
     assert cost(CANDIDATES[CANDIDATES.index(gain) - 1]) > MAX_COST
-    assert f"starts from gain {gain:g}" in said and "--start_gain" in said and held.shape == (5, SEQ_LEN)
+    assert f"Initial gain {gain:g}" in said and "--start_gain" in said and held.shape == (5, SEQ_LEN)
 
 
 @pytest.mark.parametrize(
     ("sweep", "why"),
-    [([(0.45, 1.0), (0.2, MAX_COST)], "the largest that costs at most"), ([(0.2, MAX_COST * 1.001)], "the smallest; all cost more than")],
+    [
+        ([(0.45, 1.0), (0.2, MAX_COST)], "the largest that raises the loss by at most"),
+        ([(0.2, MAX_COST * 1.001)], "the smallest candidate; all raise the loss by more than"),
+    ],
 )
 def test_calibration_is_logged(
     sweep: list[tuple[float, float]], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gains_module, "calibrate", lambda model, loss: (sweep[-1][0], sweep))
     _, said = start_of(recursive(gain_init=0.0), capsys)
-    tried = ", ".join(f"{gain:g} costs {cost:+.4f}" for gain, cost in sweep)
+    tried = ", ".join(f"{gain:g} by {cost:+.4f}" for gain, cost in sweep)
     assert f"gain 0.2, {why} {MAX_COST:g}: {tried} (" in " ".join(said.split())
 
 

@@ -410,8 +410,8 @@ def test_unsupported_flags_with_deepspeed_are_refused(tmp_path: Path, monkeypatc
             check_launch(settings(**({"deepspeed": good} | changes)), CPU)
 
 
-@pytest.mark.parametrize(("content", "message"), [("[", "which is none"), ("[]", "which is none"), ("", "which is none")])
-def test_invalid_deepspeed_configuration_is_refused(content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("content", "message"), [("[", "which is not one"), ("[]", "which is not one"), ("", "which is not one")])
+def test_a_file_that_is_not_deepspeeds_is_refused(content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recursify.training.parallel.find_spec", lambda name: SimpleNamespace(name=name))
     monkeypatch.setenv("RANK", "0")
     file = tmp_path / "broken.json"
@@ -427,8 +427,8 @@ def test_unwrapped_model_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     check_sharding(model, settings())
     with pytest.raises(RuntimeError, match="the model is not sharded: Linear"):
         check_sharding(model, settings(fsdp=True))
-    with pytest.raises(RuntimeError, match="the model is not DeepSpeed's: Linear"):
+    with pytest.raises(RuntimeError, match="the model is not a DeepSpeedEngine: Linear"):
         check_sharding(model, settings(deepspeed="ds.json"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="2 processes train models that know nothing of each other: Linear"):
+    with pytest.raises(RuntimeError, match="2 processes would each train their own model, without synchronisation: Linear"):
         check_sharding(model, settings())

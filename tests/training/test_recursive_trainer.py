@@ -57,7 +57,7 @@ def test_the_trainer_takes_transformers_arguments(tmp_path: Path) -> None:
 
 def test_trainer_refuses_invalid_arguments(tmp_path: Path) -> None:
     train_rows, held, shape = rows_and_model()
-    with pytest.raises(UserError, match=r"args: label_smoothing_factor, neftune_noise_alpha: no counterpart here; give FitSettings"):
+    with pytest.raises(UserError, match=r"args: label_smoothing_factor, neftune_noise_alpha: not supported; use FitSettings"):
         args = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, neftune_noise_alpha=5, use_cpu=True)
         RecursiveTrainer(recursive(), args, train_rows, held)
     with pytest.raises(UserError, match=r"args: expected FitSettings, or transformers' TrainingArguments, got NoneType"):

@@ -654,7 +654,9 @@ def test_non_finite_loss_stops_before_the_optimizer_step(
     whole, argv = whole_runs("everything"), argv_of("everything", corner, tmp_path)
     stopped = server.run("poisoned", 10, *argv)
     data = tmp_path / "nan_step_5_rank_0.pt"
-    assert ends_clearly(stopped, rf"step 5: the gradient's norm is nan.*not taken; the data of the step is in {data}"), stopped.output
+    assert ends_clearly(
+        stopped, rf"step 5: expected a finite gradient norm, got nan.*not updated; the batches of the step are in {data}"
+    ), stopped.output
     found = read_pt(data)
     assert found["step"] == 5 and found["H_cycles"] in (1, 2, 3) and len(found["cycle_losses"]) > 0
     assert [batch["input_ids"].shape for batch in found["batches"]] == [(4, SEQ_LEN)] * 2
@@ -683,7 +685,10 @@ def test_non_finite_step_is_not_applied(corner: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(LossModule, "forward", forward)
     saver = Saver(tmp_path, make_tiny_tokenizer(), torch.float32)
     settings = TrainSettings(checkpoint="in memory", seq_len=SEQ_LEN, lr=1e-3, warmup_steps=0, generate_every=0, device="cpu")
-    with pytest.raises(UserError, match=r"step 3: the gradient's norm is (nan|inf).*The step was not taken; the data of the step is in"):
+    with pytest.raises(
+        UserError,
+        match=r"step 3: expected a finite gradient norm, got (nan|inf).*The weights were not updated; the batches of the step are in",
+    ):
         fit(model, make_tiny_tokenizer(), blocks, blocks[:2], settings, saver=saver, console=False, callbacks=[Watch()])
     assert not torch.equal(seen[0]["lm_head.weight"], seen[1]["lm_head.weight"])
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
@@ -692,7 +697,9 @@ def test_non_finite_step_is_not_applied(corner: Path, tmp_path: Path, monkeypatc
 def test_non_finite_step_is_reported_even_if_its_batch_cannot_be_dumped(server: Server, corner: Path, tmp_path: Path) -> None:
     argv = ["train", *flags(corner, tmp_path, batch_size=16, save_every=0)]
     life = server.run("with_files_of", 3_000, "poisoned", [1, *argv])
-    assert ends_clearly(life, r"step 1: the gradient's norm is nan.*; the data of the step is lost .*disk is full"), life.output
+    assert ends_clearly(
+        life, r"step 1: expected a finite gradient norm, got nan.*; the batches of the step could not be saved .*disk is full"
+    ), life.output
 
 
 if __name__ == "__main__":

@@ -413,7 +413,7 @@ def test_resume_requires_equal_settings(files: TrainSettings, corner: Path, tmp_
     with pytest.raises(UserError, match=r"step_2.pt comes from another run: --batch_size was 4, is 2; give the same flags"):
         train(replace(short, resume=True, batch_size=2))
     done = train(replace(short, resume=True, max_steps=2))
-    assert "is the end of this run already" in capsys.readouterr().err and done.fit.steps == 2
+    assert "is already the end of this run" in capsys.readouterr().err and done.fit.steps == 2
 
 
 # What a run can do besides
@@ -447,7 +447,7 @@ def test_early_stopping(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr(LossModule, "row_sums", lambda *args, **kwargs: own(*args, **kwargs) * next(luck))
     result = run(recursive(), num_epochs=5, eval_every=1, early_stopping_patience=2, eval_batch_size=8)
     assert evaluations(result) == [1, 2, 3, 4, 5, 6] and result.steps == 6
-    assert "has not fallen for 2 validations: stopping" in capsys.readouterr().err
+    assert "has not improved for 2 validations: stopping" in capsys.readouterr().err
 
 
 def test_averaged_weights_are_validated_and_saved(files: TrainSettings, tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ def test_mixed_and_streamed_text(files: TrainSettings, tmp_path: Path, monkeypat
     for name in ("train", "validation"):
         (other / f"{name}.txt").write_text("The old ship sailed. " * 200)
     common = replace(files, mix=(f"{other}=1.5",), streaming=True, max_steps=5, save_every=2)
-    with pytest.raises(UserError, match="--streaming: the end of a stream is not known; .* --max_steps or --max_tokens"):
+    with pytest.raises(UserError, match="--streaming: the length of a stream is unknown; .* --max_steps or --max_tokens"):
         train(replace(common, max_steps=None))
     whole = train(common)
     cut = replace(common, output_dir=str(tmp_path / "cut"))
@@ -724,7 +724,7 @@ def test_depths_of_a_run() -> None:
     result = run(recursive(), train_blocks=blocks(12), batch_size=1, enable_deep_supervision=True, **changes)
     steps = [entry for entry in result.history if "loss" in entry]
     drawn = [2 if "loss_cycle_2" in entry else 1 for entry in steps]
-    schedule = DepthSchedule((1, 2), (1.0, 2.0), opening=6, seed=7)
+    schedule = DepthSchedule((1, 2), (1.0, 2.0), curriculum_steps=6, seed=7)
     assert depth_schedule(recursive().config, settings(**changes), 12) == schedule
     assert drawn == [schedule.at(step) for step in range(12)] != [schedule.at(step + 1) for step in range(12)]
     expected = [entry[f"loss_cycle_{depth}"] for entry, depth in zip(steps, drawn, strict=True)]
@@ -734,8 +734,10 @@ def test_depths_of_a_run() -> None:
 
 
 def test_depth_schedules_by_default() -> None:
-    assert depth_schedule(recursive().config, settings(), 12) == DepthSchedule((3,), (1.0,), opening=0, seed=42)
-    assert depth_schedule(recursive().config, settings(cycle_choices=(1, 4)), 12) == DepthSchedule((1, 4), (1.0, 1.0), opening=0, seed=42)
+    assert depth_schedule(recursive().config, settings(), 12) == DepthSchedule((3,), (1.0,), curriculum_steps=0, seed=42)
+    assert depth_schedule(recursive().config, settings(cycle_choices=(1, 4)), 12) == DepthSchedule(
+        (1, 4), (1.0, 1.0), curriculum_steps=0, seed=42
+    )
     assert depth_schedule(tiny_config("qwen2"), settings(), 12) is None
 
 
@@ -786,7 +788,10 @@ def test_overflowing_gradient_norm_stops_before_the_optimizer_step(monkeypatch: 
         return outputs | ({"loss": outputs["loss"] * 1e30} if watch.weights else {})
 
     monkeypatch.setattr(LossModule, "forward", forward)
-    with pytest.raises(UserError, match=r"^step 2: the gradient's norm is inf. The step was not taken. Go on from the last checkpoint"):
+    with pytest.raises(
+        UserError,
+        match=r"^step 2: expected a finite gradient norm, got inf. The weights were not updated. Continue from the last checkpoint",
+    ):
         run(model, callbacks=[watch], gradient_checkpointing=True)
     assert not model.training and not model.is_gradient_checkpointing
     assert all(torch.equal(tensor, watch.weights[0][name]) for name, tensor in model.state_dict().items())
@@ -811,7 +816,7 @@ def test_resumed_run_keeps_gains_and_elapsed_time(files: TrainSettings, tmp_path
     told.write_text(json.dumps(settings_then))
     capsys.readouterr()
     resumed = train(replace(common, output_dir=str(cut), resume=True))
-    assert "is there already" not in capsys.readouterr().err
+    assert "already exists" not in capsys.readouterr().err
     last, expected = load(cut / "checkpoint_step_4.pt"), load(out / "checkpoint_step_4.pt")
     assert all(torch.equal(a, b) for a, b in zip(last.parameters(), expected.parameters(), strict=True))
     assert logged(resumed.fit, "loss") == logged(whole.fit, "loss")
@@ -875,12 +880,12 @@ def test_bf16_default_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [computes_in_bf16(settings(bf16=flag), cpu) for flag in (None, True, False)] == [False, True, False]
     assert not computes_in_bf16(settings(), mps)
     for device in (mps, cuda):
-        with pytest.raises(UserError, match=f"--bf16: {device.type} does not compute in bfloat16"):
+        with pytest.raises(UserError, match=f"--bf16: {device.type} does not support bfloat16"):
             computes_in_bf16(settings(bf16=True), device)
 
 
 def test_the_second_gpu_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--device: training takes the first GPU that it sees, got cuda:1; .*CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(UserError, match=r"--device: training uses the first visible GPU, got cuda:1; .*CUDA_VISIBLE_DEVICES=1"):
         training_arguments(settings(), torch.device("cuda:1"), None)
 
 
@@ -997,7 +1002,7 @@ def test_second_signal_stops_immediately(number: signal.Signals, capsys: pytest.
         stop.on_step_end(None, TrainerState(global_step=1, max_steps=9, epoch=0.5), control)
         assert not control.should_training_stop
         os.kill(os.getpid(), number)
-        assert stop.asked and not stop.stopped
+        assert stop.requested and not stop.stopped
         stop.on_step_end(None, TrainerState(global_step=2, max_steps=9, epoch=0.7), control)
         assert control.should_training_stop and stop.stopped and not control.should_save
         os.kill(os.getpid(), number)
@@ -1010,7 +1015,7 @@ def test_stopped_run_is_validated_at_an_epoch_end_only(epoch: float, validated: 
     """A signal in the last step of an epoch takes its validation from nobody."""
     for asked in (False, True):
         stop, control = callbacks.StopOnSignal(None, lambda asked: asked), TrainerControl(should_evaluate=True)
-        stop.asked = asked
+        stop.requested = asked
         stop.on_epoch_end(None, TrainerState(global_step=3, max_steps=9, epoch=epoch), control)
         assert control.should_evaluate is (validated or not asked)
 
@@ -1078,7 +1083,7 @@ def test_checkpoint_trigger_steps(every: int, at_once: list[int], after_validati
         ({"save_every": -1}, r"--save_every: expected at least 0, got -1"),
         ({"device": "cuda:9"}, r"--device: expected one that this machine has"),
         ({"output_dir": __file__}, r"--output_dir: expected a folder, got .*test_training.py, which is a file"),
-        ({"output_dir": "/proc/nowhere"}, r"--output_dir: the folder /proc/nowhere cannot be made"),
+        ({"output_dir": "/proc/nowhere"}, r"--output_dir: the folder /proc/nowhere cannot be created"),
         ({"dataset_name": "/nowhere/text.txt"}, r"/nowhere/text.txt"),
         ({"cycle_choices": (2, 1)}, r"--cycle_choices: expected different cycle counts of at least 1, ascending, got 2 1"),
         ({"cycle_choices": (0, 1)}, r"--cycle_choices: expected different cycle counts of at least 1, ascending, got 0 1"),
@@ -1088,7 +1093,7 @@ def test_checkpoint_trigger_steps(every: int, at_once: list[int], after_validati
         ({"depth_curriculum": 0.5}, r"--depth_curriculum: expected several --cycle_choices, got one depth"),
         ({"depth_curriculum": 1.0, "cycle_choices": (1, 2)}, r"--depth_curriculum: expected at least 0 and less than 1, got 1.0"),
         ({"backprop": "cycle", "enable_deep_supervision": False}, r"--backprop cycle: .* add --enable_deep_supervision"),
-        ({"backprop": "last"}, r"--backprop last: only the last cycle has gradients, .* take --backprop cycle"),
+        ({"backprop": "last"}, r"--backprop last: only the last cycle has gradients, .* use --backprop cycle"),
         ({"backprop": "none"}, r"--backprop: expected one of full, cycle, last, got 'none'"),
         ({"halting_weight": 1.0, "enable_deep_supervision": False}, r"--halting_weight: compares cycles, .* add --enable_deep_supervision"),
         ({"teacher": "x"}, r"--teacher: x has no effect without --distill_weight; set its weight"),
