@@ -64,7 +64,7 @@ def train(settings: RunSettings) -> TrainResult:
     PartialState(cpu=device.type == "cpu")  # initialises the process group before the first collective
     point = _point_to_resume(settings) if settings.resume else None
     loaded = _starting_model(settings, point)
-    tokenizer = checkpoint.need_tokenizer(loaded, point or settings.source)
+    tokenizer = checkpoint.require_tokenizer(loaded, point or settings.source)
     settings.validate_model(loaded.model.config)
     _check_tokenizer(loaded.model, tokenizer)
 

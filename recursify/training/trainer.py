@@ -316,7 +316,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return {**sums, "approach": self.settings.approach, "settings": asdict(self.settings)}
 
     def _random_states(self) -> dict[str, bytes]:
-        """File name -> random state, of all ranks. Collective."""
+        """File name -> contents, of all ranks. Collective."""
         try:
             with tempfile.TemporaryDirectory() as folder:
                 self._save_rng_state(folder)

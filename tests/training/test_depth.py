@@ -23,7 +23,7 @@ def test_depth_of_a_step_is_equal_on_all_ranks() -> None:
     assert [first.at(step) for step in range(50)] != [other.at(step) for step in range(50)]
 
 
-def test_the_curriculum_opens_one_after_another() -> None:
+def test_curriculum_adds_depths_one_by_one() -> None:
     schedule = DepthSchedule((1, 2, 4), (1, 1, 1), curriculum_steps=8)
     assert [schedule.available_at(step) for step in range(10)] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
     assert all(schedule.at(step) == 1 for step in range(3)) and all(schedule.at(step) < 4 for step in range(6))
@@ -53,7 +53,7 @@ def test_curriculum_renormalises_the_weights_of_available_depths() -> None:
     assert 0.7 < after[4] / 2000 < 0.8 and after[2] > 3 * after[1] > 0
 
 
-def test_each_choice_opens_after_an_equal_part() -> None:
+def test_curriculum_stages_have_equal_length() -> None:
     assert [DepthSchedule((1, 2), (1, 1), curriculum_steps=4).available_at(step) for step in range(6)] == [1, 1, 1, 2, 2, 2]
     assert [DepthSchedule((1, 2), (1, 1), curriculum_steps=5).available_at(step) for step in range(7)] == [1, 1, 1, 2, 2, 2, 2]
     assert [DepthSchedule((1, 2, 3, 4), (1,) * 4, curriculum_steps=1).available_at(step) for step in range(3)] == [1, 4, 4]

@@ -411,7 +411,7 @@ def test_unsupported_flags_with_deepspeed_are_refused(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(("content", "message"), [("[", "which is not one"), ("[]", "which is not one"), ("", "which is not one")])
-def test_a_file_that_is_not_deepspeeds_is_refused(content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_deepspeed_configuration_is_refused(content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recursify.training.parallel.find_spec", lambda name: SimpleNamespace(name=name))
     monkeypatch.setenv("RANK", "0")
     file = tmp_path / "broken.json"
