@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Each stamp is remade when what it installs has changed.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-oldest lint docs mutants evidence bench bench-gpu clean
+.PHONY: demo test test-oldest compat lint docs mutants evidence bench bench-gpu clean
 
 demo: .venv/.installed
 	$(BIN)/recursify demo
@@ -15,6 +15,12 @@ test: .venv/.installed-test
 # The same suite with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest
+
+# Exports of every family, read by transformers 4 in an environment of its own.
+compat: .venv/.installed-test .venv-compat/.installed
+	rm -rf .venv-compat/exports
+	$(BIN)/python -m tests.compat.write .venv-compat/exports
+	.venv-compat/bin/python tests/compat/read.py .venv-compat/exports
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -52,6 +58,11 @@ evidence: .venv/.installed
 
 .venv/.installed-test: .venv/.installed
 	$(INSTALL) -e ".[test]"
+	touch $@
+
+.venv-compat/.installed:
+	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check "transformers==4.57.*" torch==2.13.0 jinja2
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt

@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from ..network.plan import ConversionPlan, conversion_record, notes_of, plan_of
 from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from .configs import CONFIG_FAULTS, generation_config, reason
+from .dialects import write_config, write_tokenizer
 from .guide_names import from_guides, to_guides
 from .repository import HUB_ID, check_revision
 from .tokenizer import load_tokenizer
@@ -183,7 +185,7 @@ def save(
     writers: dict[Path, Callable[[Path], Any]] = {}
     if is_file_form(path):
         if tokenizer is not None:
-            writers[tokenizer_folder(path)] = tokenizer.save_pretrained
+            writers[tokenizer_folder(path)] = partial(write_tokenizer, tokenizer)
         config: Any = model.config
         content = {
             "format": FORMAT,
@@ -453,20 +455,21 @@ def write_folder(
     """
     from .model_card import recursive_card  # not needed to read checkpoints
 
-    with quiet(), _plain_generation_config(model):
+    with quiet(), plain_generation_config(model):
         model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
     # by itself: published donors have inconsistent ones, such as a temperature without sampling, which transformers refuses to save
     model.generation_config.to_json_file(folder / "generation_config.json")
     fields = read_json(folder / "config.json")  # with dtype and record of the model in memory
     fields |= {"dtype": str(dtype).removeprefix("torch."), "conversion": conversion_record(plan, notes)}
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_config(folder, fields, notes.get("donor_fields"))
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(tokenizer, folder)
     (folder / "README.md").write_text(card or recursive_card(model, plan, notes), encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _plain_generation_config(model: Any) -> Iterator[None]:
+def plain_generation_config(model: Any) -> Iterator[None]:
+    """Replace a generation config, which may be one that transformers refuses to save, by an empty one inside the context."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

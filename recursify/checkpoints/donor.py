@@ -29,6 +29,7 @@ from ..errors import UserError, first_line, short
 from ..network.configuration_recursive_llm import CONFIGS, PREFIX, from_donor
 from ..utils.files import read_json
 from .configs import CONFIG_FAULTS, generation_config, reason
+from .dialects import changed_fields
 from .repository import file_exists, find_file, read_config, require_file
 from .tokenizer import load_tokenizer
 
@@ -58,18 +59,28 @@ _REFUSED = {
 
 
 class Donor:
-    """A supported donor; `config` is its own configuration, `hub` the revision and token that its files are read with."""
+    """A supported donor.
 
-    def __init__(self, name: str, config: PreTrainedConfig, **hub: Any):
-        self.name, self.config, self.hub = name, config, hub
+    Args:
+        name: A hub id, or a folder.
+        config: Its configuration.
+        fields: Its config.json.
+        hub: The revision and token that its files are read with.
+    """
+
+    def __init__(self, name: str, config: PreTrainedConfig, fields: dict[str, Any], **hub: Any):
+        self.name, self.config, self.fields, self.hub = name, config, fields, hub
         self._where: dict[str, str] | None = None
         self._open: dict[str, Any] = {}
 
     @property
-    def origin(self) -> dict[str, str]:
-        """Name of the donor and, for a hub id, its commit: what a converted model records."""
-        commit = None if os.path.isdir(self.name) else extract_commit_hash(find_file(self.name, "config.json", **self.hub), None)
-        return {"donor": self.name} | ({"revision": commit} if commit else {})
+    def origin(self) -> dict[str, Any]:
+        """What a converted model records of its donor: the name; the absolute path of a folder, or the commit of a hub id; and fields of
+        its config.json that transformers does not keep as they are."""
+        folder = os.path.abspath(self.name) if os.path.isdir(self.name) else None
+        commit = None if folder else extract_commit_hash(find_file(self.name, "config.json", **self.hub), None)
+        found = {"donor_folder": folder, "revision": commit, "donor_fields": changed_fields(self.fields, self.config)}
+        return {"donor": self.name} | {name: value for name, value in found.items() if value}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,7 +197,7 @@ def open_donor(name: str, *, revision: str | None = None, token: str | None = No
         raise UserError(
             f"{name}: config.json is not a valid {fields['model_type']} configuration: {reason(error)}; download or copy it again"
         ) from error
-    return Donor(name, config, **hub)
+    return Donor(name, config, fields, **hub)
 
 
 def donor_tokenizer(donor: Donor, tokenizer_path: str | None = None) -> PreTrainedTokenizerBase:

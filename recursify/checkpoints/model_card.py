@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ _TRAINING = {
     "optimizer": "optimizer", "eval_loss": "validation loss", "eval_loss_cycles": "validation loss of each cycle",
     "eval_step": "validated at step",
 }  # fmt: skip
+
+
+_UNLISTED = ("training", "donor_folder", "donor_fields")  # notes that the list at the end of a card leaves out
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,11 @@ def recursive_card(model: Any, plan: ConversionPlan | None, notes: Mapping[str, 
     """The card of a `RecursiveLLM`: description, use, plan, training and evaluation."""
     extras = extras or Extras()
     generates = notes.get("approach") != EMBEDDING
-    base = base_model(plan, extras)
+    base = base_model(plan, notes, extras)
     parts = [
         _front(extras, base, "text-generation" if generates else "feature-extraction", ["recursify", "recursive-reasoning"]),
-        f"# {_title(plan, model.config)}, made recursive",
-        _what(model, plan, base),
+        f"# {_donor_name(plan, notes) if plan else model.config.model_type}, made recursive",
+        _what(model, plan, notes, base),
         *_use(model.config, extras, generates),
         *_plan(plan, extras),
         *_training(model, notes, generates),
@@ -130,14 +133,14 @@ def donor_card(
         lost: Name -> number of parameters, of the tensors that were left out.
     """
     extras = extras or Extras()
-    base = base_model(plan, extras)
+    base = base_model(plan, notes, extras)
     name, place, count = type(donor).__name__, json.dumps(extras.name), donor.config.num_hidden_layers
     # this model is the recursive one at H_cycles = 0
     measured = None if extras.evaluation is None else [row for row in extras.evaluation.rows if not row.H_cycles]
     kept = "all layers of its donor" if plan and plan.keeps_donor else f"the {count} layers that the recursive model has"
     parts = [
         _front(extras, base, "text-generation", ["recursify"]),
-        f"# {_title(plan, donor.config)}, from a recursive model",
+        f"# {_donor_name(plan, notes) if plan else donor.config.model_type}, from a recursive model",
         f"A plain `{name}` of {count} layers and {donor.num_parameters():,} parameters, exported by recursify from a recursive model: it "
         f"equals that model at 0 cycles. It has {kept}, each applied once.",
         f"The recursion is left out: {len(lost)} tensors, {sum(lost.values()):,} parameters ({', '.join(f'`{key}`' for key in lost)}). "
@@ -172,11 +175,23 @@ def pictures(model: Any, plan: ConversionPlan | None, evaluation: Evaluation | N
     return {name: standalone(svg) for name, svg in found.items()}
 
 
-def base_model(plan: ConversionPlan | None, extras: Extras) -> str | None:
-    """Hub id of the donor; None for a local folder."""
+def base_model(plan: ConversionPlan | None, notes: Mapping[str, Any], extras: Extras) -> str | None:
+    """Hub id of the donor; None for a local folder. Which of the two it was is decided at conversion; records of version 0.1.0 do not
+    say it, so there the name has to."""
     if extras.base_model is not None or plan is None:
         return extras.base_model
+    if notes.get("donor_folder") or notes.get("revision"):
+        return None if notes.get("donor_folder") else plan.donor
     return plan.donor if HUB_ID.fullmatch(plan.donor) and not os.path.exists(plan.donor) else None
+
+
+def public_record(plan: ConversionPlan | None, notes: Mapping[str, Any]) -> tuple[ConversionPlan | None, dict[str, Any]]:
+    """Plan and notes without local paths: a donor's folder is named by its last part."""
+    notes = dict(notes)
+    if plan is not None and notes.get("donor_folder"):
+        plan = replace(plan, donor=Path(plan.donor).name)
+        notes["donor"] = plan.donor
+    return None if plan is None else ConversionPlan.from_dict(public(plan.to_dict())), public(notes)
 
 
 def public(value: Any) -> Any:
@@ -205,13 +220,13 @@ def _front(extras: Extras, base: str | None, task: str, tags: list[str]) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
-def _title(plan: ConversionPlan | None, config: Any) -> str:
-    return _escaped(public(plan.donor)) if plan else str(config.model_type)
+def _donor_name(plan: ConversionPlan, notes: Mapping[str, Any]) -> str:
+    return _escaped(Path(plan.donor).name if notes.get("donor_folder") else public(plan.donor))
 
 
-def _what(model: Any, plan: ConversionPlan | None, base: str | None) -> str:
+def _what(model: Any, plan: ConversionPlan | None, notes: Mapping[str, Any], base: str | None) -> str:
     config, count = model.config, sum(parameters_by_part(model.config).values())
-    origin = f"[{base}](https://huggingface.co/{base})" if base else _escaped(public(plan.donor)) if plan else "a pretrained model"
+    origin = f"[{base}](https://huggingface.co/{base})" if base else _donor_name(plan, notes) if plan else "a pretrained model"
     return (
         f"A recursive language model of {count:,} parameters (`{config.model_type}`), converted from {origin} by recursify. Each "
         f"token passes {config.prelude_layers} prelude layers, then a block of {config.L_layers} layers, H_cycles {config.H_cycles} x "
@@ -343,7 +358,7 @@ def _license(extras: Extras, base: str | None) -> list[str]:
 
 
 def _notes(notes: Mapping[str, Any]) -> list[str]:
-    rest = {key: value for key, value in notes.items() if key != "training"}
+    rest = {key: value for key, value in notes.items() if key not in _UNLISTED}
     return ["## Notes", "\n".join(f"- {_escaped(key)}: {_value(value)}" for key, value in rest.items())] if rest else []
 
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..checkpoints import checkpoint
 from ..checkpoints.checkpoint import MAX_SHARD_SIZE
-from ..checkpoints.model_card import Evaluation, Extras, Row, donor_card, pictures, public, recursive_card
+from ..checkpoints.dialects import write_config, write_tokenizer
+from ..checkpoints.model_card import Evaluation, Extras, Row, donor_card, pictures, public, public_record, recursive_card
 from ..checkpoints.repository import HUB_ID
 from ..checkpoints.settings import RecursiveSource, TokenizerSource
 from ..errors import UserError
@@ -28,7 +29,6 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.settings import EvaluateSettings, TextMeasurement
 from ..network.configuration_recursive_llm import RecursiveLLMConfig
 from ..network.modeling_recursive_llm import RecursiveLLM
-from ..network.plan import ConversionPlan
 from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from . import upload
@@ -318,9 +318,8 @@ def check_donor(donor: Any, model: Any) -> None:
 def _write_recursive(
     model: RecursiveLLM, tokenizer: PreTrainedTokenizerBase, found: checkpoint.Checkpoint, settings: ExportSettings, extras: Extras
 ) -> dict[str, int]:
-    plan = None if found.plan is None else ConversionPlan.from_dict(public(found.plan.to_dict()))
-    notes = public(found.notes)
-    card = recursive_card(model, found.plan, notes, extras)
+    plan, notes = public_record(found.plan, found.notes)
+    card = recursive_card(model, plan, notes, extras)
     drawn = pictures(model, plan, extras.evaluation)
 
     def write(folder: Path) -> None:
@@ -339,12 +338,14 @@ def _write_donor(
     settings: ExportSettings,
     extras: Extras,
 ) -> dict[str, int]:
-    card = donor_card(donor, found.plan, public(found.notes), lost, extras)
+    card = donor_card(donor, *public_record(found.plan, found.notes), lost, extras)
 
     def write(folder: Path) -> None:
-        with checkpoint.quiet():
+        with checkpoint.quiet(), checkpoint.plain_generation_config(donor):
             donor.save_pretrained(folder, max_shard_size=settings.max_shard_size)
-        tokenizer.save_pretrained(folder)
+        donor.generation_config.to_json_file(folder / "generation_config.json")
+        write_config(folder, read_json(folder / "config.json"), found.notes.get("donor_fields"))
+        write_tokenizer(tokenizer, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return _write(settings, write)

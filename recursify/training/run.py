@@ -11,6 +11,7 @@ Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in token
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,16 +122,26 @@ def _load_teacher(settings: RunSettings, loaded: checkpoint.Checkpoint, device: 
     """The teacher of knowledge distillation, in bfloat16 on GPUs that support it; None if distill_weight is 0."""
     if not settings.distill_weight:
         return None
-    notes = loaded.notes
-    name, revision = split_revision(settings.teacher) if settings.teacher else (notes.get("donor"), notes.get("revision"))
-    if name is None:
-        raise UserError(f"--distill_weight: {settings.source} does not say which donor it comes from; name one with --teacher")
+    name, revision = split_revision(settings.teacher) if settings.teacher else _recorded_donor(loaded.notes, settings)
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     teacher = open_donor(name, revision=revision).load(dtype=dtype)
     size, own_size = (model.get_output_embeddings().out_features for model in (teacher, loaded.model))
     if size != own_size:
         raise UserError(f"--teacher: expected one with the vocabulary of the model, but {name} has {size} entries, the model {own_size}")
     return teacher
+
+
+def _recorded_donor(notes: dict[str, Any], settings: RunSettings) -> tuple[str, str | None]:
+    """Name and revision of the donor that a checkpoint was converted from; a folder by its absolute path."""
+    folder = notes.get("donor_folder")
+    if folder is not None and not os.path.isdir(folder):
+        raise UserError(
+            f"--distill_weight: {settings.source} was converted from the folder {folder}, which is not there; name it with --teacher"
+        )
+    name = folder or notes.get("donor")
+    if name is None:
+        raise UserError(f"--distill_weight: {settings.source} does not say which donor it comes from; name one with --teacher")
+    return name, notes.get("revision")
 
 
 # Resuming, and checks

@@ -358,7 +358,7 @@ def test_plain_save_pretrained_keeps_plan_and_donor(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     found = checkpoint.load(tmp_path / "saved")
     assert found.plan == ConversionPlan(str(tmp_path / "donor"), 4, (0,), (1, 2), (3,), "middle")
-    assert found.notes == {"donor": str(tmp_path / "donor")}
+    assert found.notes == {name: str(tmp_path / "donor") for name in ("donor", "donor_folder")}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     again.save_pretrained(tmp_path / "again")
     assert checkpoint.load(tmp_path / "again").plan == found.plan

@@ -370,7 +370,7 @@ def test_written_checkpoint_equals_the_conversion(donor: str, tmp_path: Path, mo
     report = run(ConvertSettings(qwen_model=donor, L_layers=3, seq_len=64, output_path=str(tmp_path / "out")), say=lambda _: None)
     found = checkpoint.load(tmp_path / "out")
     assert found.plan == ConversionPlan(donor, LAYERS, (), (0, 4, 7), (), "uniform")
-    assert found.notes == {"donor": donor, "seq_len": 64}
+    assert found.notes == {"donor": donor, "donor_folder": donor, "seq_len": 64}
     assert found.tokenizer("the old ship")["input_ids"] == make_tiny_tokenizer()("the old ship")["input_ids"]
     assert torch.equal(found.model(token_ids()).logits, convert(donor, L_layers=3)(token_ids()).logits)
     data = json.loads(json.dumps(report.to_dict()))

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recursify import ConversionPlan, RecursiveLLM, convert
-from recursify.checkpoints import checkpoint
+from recursify.checkpoints import checkpoint, model_card
+from recursify.conversion import convert as convert_command
 from recursify.errors import UserError
 from recursify.hub import export, upload
 from recursify.hub.export import ExportSettings, check_donor, export_donor, left_out
@@ -499,3 +500,28 @@ def test_the_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", "out", "--checkpoint", "model.pt", "--donor"])
     assert ended.value.code == 2 and "error: out: is a folder with other things in it" in capsys.readouterr().err
+
+
+def test_a_relative_donor_folder_is_no_hub_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converted as donors/qwen2, used from elsewhere: the card links nothing, takes over no licence, and names no path."""
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_donor("qwen2", tmp_path / "donors" / "qwen2", num_hidden_layers=4)
+    convert_command.run(
+        convert_command.ConvertSettings(qwen_model="donors/qwen2", output_path="model.pt", L_layers=2, seq_len=64), say=lambda _: None
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for donor in (False, True):
+        export.run(ExportSettings(checkpoint="../model.pt", out=f"out_{donor}", donor=donor), say=lambda _: None)
+        card = (tmp_path / "elsewhere" / f"out_{donor}" / "README.md").read_text()
+        assert "base_model" not in front(Path(f"out_{donor}")) and "huggingface.co/donors" not in card and "donors/" not in card
+        assert "# qwen2, " in card and "donor_folder" not in card and str(tmp_path) not in card
+    assert str(tmp_path) not in Path("out_False/config.json").read_text()
+
+
+def test_a_hub_donor_stays_one_where_a_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = {"donor": DONOR, "revision": "abc"}
+    monkeypatch.chdir(tmp_path)
+    assert model_card.base_model(PLAN, notes, model_card.Extras()) == DONOR
+    (tmp_path / DONOR).mkdir(parents=True)
+    assert model_card.base_model(PLAN, notes, model_card.Extras()) == DONOR

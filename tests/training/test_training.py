@@ -567,6 +567,12 @@ def test_default_teacher_is_the_donor_of_the_checkpoint(files: TrainSettings, co
     checkpoint.save(path, found.model, found.tokenizer, notes={"donor": str(corner / "donor")})
     named = train(short)
     assert logged(named.fit, "loss_distill") == logged(train(replace(short, teacher=str(corner / "donor"))).fit, "loss_distill")
+    # the folder of a relative name is the recorded one, wherever the run starts
+    checkpoint.save(path, found.model, found.tokenizer, notes={"donor": "x/donor", "donor_folder": str(corner / "donor")})
+    assert logged(train(short).fit, "loss_distill") == logged(named.fit, "loss_distill")
+    checkpoint.save(path, found.model, found.tokenizer, notes={"donor": "x/donor", "donor_folder": "/nowhere/donor"})
+    with pytest.raises(UserError, match=r"converted from the folder /nowhere/donor, which is not there; name it with --teacher"):
+        train(short)
 
 
 def test_a_teacher_of_another_vocabulary(files: TrainSettings, tmp_path: Path) -> None:
