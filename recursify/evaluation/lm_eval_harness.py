@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserError
 from ..inference.options import DecodingOptions
 from ..utils.distributed import map_jobs
-from ..utils.models import evaluating
+from ..utils.models import evaluating, without_donor_settings
 from ..utils.tables import table
 from .accuracy import column
 
@@ -192,6 +192,7 @@ def _at_depth(model: Any, tokenizer: PreTrainedTokenizerBase, run: DecodingOptio
                 return model(inps, use_cache=False, **depth).logits
 
         def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return super()._model_generate(*args, **kwargs, **depth)
+            with without_donor_settings(model):
+                return super()._model_generate(*args, **kwargs, **depth)
 
     return AtDepth(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)

@@ -13,6 +13,7 @@ from .prompt import prompt_ids
 from .transcript import Message
 
 _PROBE = "recursify asks where this ends"
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)  # templates are programs and may raise anything
 
 
 class Dialogue:
@@ -25,7 +26,8 @@ class Dialogue:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.template = _plain_template(tokenizer)
+        self.has_template = self.template is not None
         self.ends = self._template_ends() if self.has_template else ()
         self.stop: tuple[str, ...] = () if self.has_template else ("\nUser:",)
 
@@ -33,7 +35,7 @@ class Dialogue:
         """Token ids up to where the answer to the last message begins.
 
         Raises:
-            UserError: Text that is not UTF-8, or a conversation that the template refuses.
+            UserError: Text that is not UTF-8, or a conversation that the template refuses or makes nothing of.
         """
         for message in messages:
             try:
@@ -43,9 +45,12 @@ class Dialogue:
         if not self.has_template:
             return prompt_ids(self.tokenizer, _plain(messages))
         try:
-            return list(self._ids(list(messages), add_generation_prompt=True))
-        except TemplateError as error:
+            encoded: Any = self._render(list(messages), tokenize=True, return_dict=True, add_generation_prompt=True)
+        except _TEMPLATE_FAULTS as error:
             raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+        if not encoded["input_ids"]:
+            raise UserError("the tokenizer's chat template makes nothing of this conversation")
+        return list(encoded["input_ids"])
 
     def said(self, answer: str) -> str:
         """The content of an answer as it goes into the conversation: stripped in the plain format."""
@@ -55,16 +60,30 @@ class Dialogue:
         """The special token right behind an answer, such as <|im_end|>; empty if the template puts anything else there."""
         conversation = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
         try:
-            text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
-        except TemplateError:
+            text = self._render(conversation, tokenize=False)
+        except _TEMPLATE_FAULTS:
             return ()
         behind = str(text).rpartition(_PROBE)[2].lstrip()
         ids = self.tokenizer(behind, add_special_tokens=False).input_ids if behind else []
         return (ids[0],) if ids and ids[0] in self.tokenizer.added_tokens_decoder else ()
 
-    def _ids(self, messages: list[Message], **options: Any) -> Any:
-        encoded: Any = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-        return encoded["input_ids"]
+    def _render(self, messages: Any, **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
+
+
+def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template of a tokenizer. Of several named ones, `default`, or the first that renders a plain conversation."""
+    found = getattr(tokenizer, "chat_template", None) or None
+    if not isinstance(found, dict):
+        return found
+    probe = [{"role": "user", "content": _PROBE}]
+    for template in (found[name] for name in sorted(found, key=lambda name: name != "default")):
+        try:
+            if _PROBE in str(tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)):
+                return str(template)
+        except _TEMPLATE_FAULTS:
+            continue
+    return None
 
 
 def _plain(messages: Sequence[Message]) -> str:

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from ..utils.models import evaluating
+from ..errors import UserError
+from ..network.decoding_recursive_llm import rotary_limit
+from ..utils.models import evaluating, without_donor_settings
 from .early_exit import applications
-from .options import WHERE_A_DONOR_HAS_IT, Sampling
+from .options import Sampling
 from .prefix_cache import PrefixCache
 from .prompt import EncodedPrompt, check_ids, encode_prompt, end_tokens
 from .streaming import Finish, Row, Rows
@@ -120,8 +122,29 @@ def generate_batch(
     ends = {*end_tokens(model, tokenizer)}
     new = sampling.max_new_tokens
     encoded = [encode_prompt(model, tokenizer, prompt, new) if isinstance(prompt, str) else prompt for prompt in prompts]
-    rows = [Row(tokenizer, prompt.ids, ends, sampling.stop) for prompt in encoded]
-    return _results(model, [prompt.text for prompt in encoded], rows, sampling, _write(model, tokenizer, rows, sampling, seed))
+    results: dict[int, Generated] = {}
+    for group in _groups(model, encoded, new):
+        rows = [Row(tokenizer, encoded[i].ids, ends, sampling.stop) for i in group]
+        output = _write(model, tokenizer, rows, sampling, seed)
+        results |= dict(zip(group, _results(model, [encoded[i].text for i in group], rows, sampling, output), strict=True))
+    return [results[i] for i in range(len(encoded))]
+
+
+def _groups(model: Any, prompts: Sequence[EncodedPrompt], new: int) -> list[list[int]]:
+    """Indices of prompts that may share a batch: one whose rotary angles depend on the longest text of a pass runs alone."""
+    limit = rotary_limit(model.config)
+    alone = [i for i, prompt in enumerate(prompts) if limit is not None and len(prompt.ids) + new > limit]
+    return [group for group in ([i for i in range(len(prompts)) if i not in alone], *([i] for i in alone)) if group]
+
+
+def _check_rotary_limit(model: Any, width: int, sampling: Sampling) -> None:
+    limit = rotary_limit(model.config)
+    if sampling.draft_cycles is not None and limit is not None and width + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"--draft_cycles: the rotary embedding of this {model.config.model_type} changes with the length of the text beyond {limit} "
+            f"tokens, so drafts cannot be verified there; expected prompt and --max_new_tokens of at most {limit} tokens together, got "
+            f"{width} and {sampling.max_new_tokens}"
+        )
 
 
 def _write(
@@ -142,10 +165,8 @@ def _write(
     mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing], device=model.device)
     criterion = Rows(rows, width, should_stop)
     config = sampling.as_transformers(ends, pad)
-    for name, off in WHERE_A_DONOR_HAS_IT.items():
-        if getattr(model.generation_config, name, None) is not None:
-            setattr(config, name, off)
-    with evaluating(model), _seeded(seed, model.device):
+    _check_rotary_limit(model, width, sampling)
+    with evaluating(model), without_donor_settings(model), _seeded(seed, model.device):
         output = model.generate(
             batch,
             attention_mask=mask,

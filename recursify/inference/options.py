@@ -19,10 +19,6 @@ from ..utils.options import Options
 
 # Below this the distribution is one-hot, and dividing logits by less overflows.
 GREEDY_BELOW = 1e-5
-# Neutral values of transformers' generation parameters.
-_NO_PENALTY: dict[str, Any] = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-_NO_CUTOFF: dict[str, Any] = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-WHERE_A_DONOR_HAS_IT: dict[str, Any] = {"min_length": 0, "min_new_tokens": 0, "min_p": 0.0}  # otherwise they cost time, or a warning
 CachePolicy = Literal["full", "last"]
 Halt = Literal["none", "q_head", "kl", "entropy"]
 
@@ -172,16 +168,12 @@ class Sampling(DecodingOptions):
         super().validate()
 
     def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
-        """As a GenerationConfig. Penalties, cutoffs and num_return_sequences of the donor's generation_config.json are switched
-        off: what is None here would be taken from there."""
+        """As a GenerationConfig, for `generate` inside `without_donor_settings`: what is None here would be taken from the model's."""
         greedy = self.temperature < GREEDY_BELOW
-        choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, **_NO_CUTOFF}
+        choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=not greedy,
-            num_beams=1,
-            num_return_sequences=1,
-            **_NO_PENALTY,
             use_cache=True,
             eos_token_id=list(ends) or None,
             pad_token_id=pad,

@@ -30,13 +30,16 @@ def encode_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, m
     return EncodedPrompt(prompt, ids)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, field: str = "--prompt") -> list[int]:
     """Token ids of a prompt, with the leading special tokens that the tokenizer adds, and without a trailing end token.
+
+    Args:
+        field: Where the prompt comes from, for errors: a flag, or a field of a request.
 
     Raises:
         UserError: An empty prompt, or one that is not valid UTF-8.
     """
-    check_prompt(prompt)
+    check_prompt(prompt, field)
     ids = list(tokenizer(prompt, verbose=False).input_ids)
     if not tokenizer.num_special_tokens_to_add():
         bare = ids
@@ -45,7 +48,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         while len(ids) > len(bare) and ids[-1] == tokenizer.eos_token_id and ids[-len(bare) :] != bare:
             ids.pop()
     if not bare:
-        raise UserError(f"--prompt: the tokenizer makes no token of {prompt!r}; expected some text to continue")
+        raise UserError(f"{field}: the tokenizer makes no token of {prompt!r}; expected some text to continue")
     return ids
 
 
@@ -73,13 +76,14 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(token) for token in dict.fromkeys(found) if token is not None]
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, field: str = "--prompt") -> None:
     if not prompt.strip():
-        raise UserError(f"--prompt is empty: expected some text to continue, got {prompt!r}; leave --prompt out for the interactive mode")
+        cure = "; leave --prompt out for the interactive mode" if field == "--prompt" else ""
+        raise UserError(f"{field} is empty: expected some text to continue, got {prompt!r}{cure}")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"--prompt: expected UTF-8 text, got {prompt!r}, which has a stray byte at position {error.start}") from error
+        raise UserError(f"{field}: expected UTF-8 text, got {prompt!r}, which has a stray byte at position {error.start}") from error
 
 
 def _check_length(prompt: int, new: int, positions: int | None) -> None:

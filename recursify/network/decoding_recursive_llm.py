@@ -156,6 +156,18 @@ def slotted(config: Any, H_cycles: int | None, L_cycles: int | None, cache_polic
     return other
 
 
+def rotary_limit(config: Any) -> int | None:
+    """Largest number of tokens at which a token's rotary angles depend on its own position alone; None where they always do.
+
+    Beyond it, `longrope` and `dynamic` change the angles of every token in a pass with the longest position in it, so keys in a cache and
+    other sequences of a batch no longer match.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return int(config.max_position_embeddings) if rope.get("rope_type") == "dynamic" else None
+
+
 def draft_slots(config: Any, draft_cycles: int) -> int:
     """Number of slots of a draft alone: those of its coda and, with 0 cycles, of its one application of the loop."""
     return config.coda_layers + (config.L_layers if draft_cycles == 0 else 0)
@@ -395,6 +407,13 @@ def self_speculation(
     """
     depth = model.model.cycles(model_kwargs.get("H_cycles"), model_kwargs.get("L_cycles"))
     _check_draft(draft_cycles, draft_tokens, depth, generation_config, model_kwargs)
+    limit, longest = rotary_limit(model.config), stopping_criteria.max_length
+    if limit is not None and (longest is None or longest > limit):
+        raise ValueError(
+            f"draft_cycles: the rotary embedding of this {model.config.model_type} ({model.config.rope_parameters['rope_type']}) changes "
+            f"with the length of the text beyond {limit} tokens, so drafts cannot be verified there; expected at most {limit} tokens, "
+            f"prompt included, got {longest}; ask for fewer new tokens, or leave draft_cycles out"
+        )
     cache = _draft_cache(model, draft_cycles, depth, model_kwargs)
     draft = DraftLength(model.config, draft_cycles, depth, draft_tokens)
     mask = model_kwargs.get("attention_mask")

@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ..errors import UserError
 from ..inference.chat_prompt import Dialogue
-from ..inference.prompt import encode_prompt, end_tokens
+from ..inference.prompt import encode_prompt, end_tokens, prompt_ids
 from ..inference.streaming import Row
+from ..network.decoding_recursive_llm import rotary_limit
 from ..network.modeling_recursive_llm import RecursiveLLM
 from .engine import Depth, Engine, Event, Job, QueueFull, Request, Unavailable
 from .metrics import Labels, Metrics, labelled
@@ -44,14 +43,17 @@ class Service:
 
     def __init__(self, model: Any, tokenizer: Any, name: str, settings: ServeSettings):
         self.model, self.tokenizer, self.name, self.settings = model, tokenizer, name, settings
-        self.ends = [*dict.fromkeys([*end_tokens(model, tokenizer), *Dialogue(tokenizer).ends])]
+        self.dialogue = Dialogue(tokenizer)
+        self.ends = [*dict.fromkeys([*end_tokens(model, tokenizer), *self.dialogue.ends])]
         encode_prompt(model, tokenizer, "a")  # checks that they belong together
         depths = _depths(model, settings)
         cache_tokens, batch_tokens = settings.sizes(model.device)
         sizes = {"cache_tokens": cache_tokens, "batch_tokens": batch_tokens, "max_running": settings.max_running}
         self.engine = Engine(model, self.ends, depths, max_queue=settings.max_queue, **sizes)
         positions = getattr(model.config, "max_position_embeddings", None)
-        self.longest = min(self.engine.longest, positions or self.engine.longest)
+        # beyond the rotary limit the angles of a text would change with the longest one of its batch
+        limits = (self.engine.longest, positions, rotary_limit(model.config))
+        self.longest = min(limit for limit in limits if limit is not None)
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self.metrics = Metrics()
         self.created = int(time.time())
@@ -127,29 +129,30 @@ class Service:
                 raise ApiError(400, f"prompt: token ids are 0 to {self.vocabulary - 1} here, got {max(prompt)}", param="prompt")
             return prompt
         try:
-            # The length is checked later, together with max_tokens.
-            return encode_prompt(_NoMemoryLimit(self.model), self.tokenizer, prompt).ids
+            ids = prompt_ids(self.tokenizer, prompt, "prompt")
         except UserError as error:
-            raise ApiError(400, str(error).removeprefix("--"), param="prompt") from None
+            raise ApiError(400, str(error), param="prompt") from None
+        if max(ids) >= self.vocabulary:
+            raise ApiError(400, f"prompt: has token {max(ids)}, and the model knows 0 to {self.vocabulary - 1}", param="prompt")
+        return ids
 
     def _read_chat(self, ask: ChatRequest) -> list[int]:
-        if not self.tokenizer.chat_template:
+        if not self.dialogue.has_template:
             raise ApiError(
                 400, f"messages: {self.name!r} has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
         messages = [message.as_template() for message in ask.messages]
         try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except (TemplateError, TypeError, ValueError) as error:  # templates are programs and may raise anything
-            raise ApiError(400, f"messages: the model's chat template refuses them: {error}", param="messages") from None
-        if not ids:
-            raise ApiError(400, "messages: the model's chat template makes nothing of them", param="messages")
-        return list(ids)
+            return self.dialogue.prompt(messages)
+        except UserError as error:
+            raise ApiError(400, f"messages: {error}", param="messages") from None
 
     def _jobs(self, ask: BaseRequest, prompts: list[list[int]], n: int) -> list[Job]:
         """One job per choice, in order."""
         seed = secrets.randbits(64) if ask.seed is None else ask.seed
-        temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, ask.top_p or 1.0
+        temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, 1.0 if ask.top_p is None else ask.top_p
+        if top_p == 0:  # the most likely token alone
+            temperature, top_p = 0.0, 1.0
         jobs: list[Job] = []
         for prompt in prompts:
             limit = self._limit(ask, len(prompt))
@@ -167,15 +170,7 @@ class Service:
             )  # fmt: skip
         if ask.limit is None:
             return min(room, most if isinstance(ask, ChatRequest) else min(most, _COMPLETION_TOKENS))
-        name, wanted = ask.limit
-        if wanted > most:
-            raise ApiError(400, f"{name}: at most {most} on this server, got {wanted}", param=name)
-        if wanted > room:
-            raise ApiError(
-                400, f"{name}: the prompt has {prompt} tokens, and prompt and answer together have room for {self.longest}, so at most "
-                f"{room}; got {wanted}", param=name, code="context_length_exceeded",
-            )  # fmt: skip
-        return wanted
+        return min(ask.limit, room, most)
 
 
 @dataclass(frozen=True)
@@ -266,11 +261,3 @@ def _depths(model: Any, settings: ServeSettings) -> tuple[int, ...]:
     if wanted:
         raise UserError(f"--depths: {settings.checkpoint} is a plain model without cycles; leave the flag out")
     return ()
-
-
-class _NoMemoryLimit:
-    """Stands in for the model in `encode_prompt` and disables its length check, whose message is about flags."""
-
-    def __init__(self, model: Any):
-        self.get_input_embeddings = model.get_input_embeddings
-        self.config = object()

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mutab
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -61,6 +62,10 @@ def make_app(service: Service) -> Any:
         page = service.metrics.render(service.gauges())
         return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
 
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(service.settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     app.add_exception_handler(ApiError, _error_response)
     app.add_exception_handler(HTTPException, _error_response)
     app.add_exception_handler(Exception, _error_response)

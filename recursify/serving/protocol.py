@@ -73,7 +73,7 @@ class BaseRequest(_Strict):
     n: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=_STOPS)] | None = None
@@ -84,10 +84,9 @@ class BaseRequest(_Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def limit(self) -> tuple[str, int] | None:
-        """Name and value of the field that limits the new tokens."""
-        given = [(name, value) for name in ("max_completion_tokens", "max_tokens") if (value := getattr(self, name)) is not None]
-        return given[0] if given else None
+    def limit(self) -> int | None:
+        """The requested maximum of new tokens."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def wants_usage(self) -> bool:
@@ -110,11 +109,11 @@ class Part(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None
 
     def as_template(self) -> dict[str, str]:
-        """As a chat template expects it; `developer` is OpenAI's newer name for `system`."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """As a chat template expects it; `developer` is OpenAI's newer name for `system`, and null is no text."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 

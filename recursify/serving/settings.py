@@ -44,6 +44,8 @@ class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
     """Largest max_tokens of a request; also the default of chats."""
     max_choices: int = 16
     """Largest number of completions per request: prompts times n."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages whose scripts may call the API, e.g. https://chat.example.org, or * for all. Default: none."""
     max_body_bytes: int = 2_000_000
     """Largest request body in bytes."""
     request_timeout: float = 600.0

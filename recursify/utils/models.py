@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import GenerationConfig
+
 
 def is_recursive(model: Any) -> bool:
     """Whether the model has cycles; False for a plain transformers model."""
@@ -21,3 +23,17 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def without_donor_settings(model: Any) -> Iterator[None]:
+    """Generation without the model's `generation_config`, from which `generate` fills every setting that a call leaves open.
+
+    Published models have penalties, cutoffs, stop strings or several return sequences there, which no flag of ours asked for.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

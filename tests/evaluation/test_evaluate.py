@@ -157,6 +157,7 @@ def test_tasks_are_run_at_every_depth(model: RecursiveLLM, monkeypatch: pytest.M
         return []
 
     monkeypatch.setattr("recursify.evaluation.evaluate.run_tasks", run_tasks)
+    monkeypatch.setattr("recursify.evaluation.lm_eval_harness.check", lambda tasks, folder: None)
     measure(model, tasks=("a,b", "c"), tasks_folder="here", cycles=(1, 3), halt="kl", batch_size=5, max_items=7)
     assert asked == {
         "names": ("a", "b", "c"), "runs": [(1, "none"), (3, "none"), (3, "kl")], "folder": "here", "batch_size": 5, "max_items": 7,

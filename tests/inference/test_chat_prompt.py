@@ -72,3 +72,15 @@ def test_a_tokenizer_of_qwen2s_kind(tmp_path: Path) -> None:
     assert text.endswith("<|im_start|>user\n龙虾🦞<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(dialogue.prompt(TALK[1:2])).startswith("<|im_start|>system\nBe of help.<|im_end|>\n<|im_start|>user\nHello")
     assert dialogue.ends == (end,) != (tokenizer.eos_token_id,) and dialogue.stop == ()
+
+
+@pytest.mark.parametrize("named", [{"tool_use": "{{ raise_exception('tools only') }}"}, {"default": ""}])
+def test_named_templates(named: dict[str, str]) -> None:
+    """The default one, or where there is none, the first that renders a plain conversation."""
+    tokenizer = with_template()
+    plain = tokenizer.chat_template
+    wanted = Dialogue(tokenizer).prompt(TALK)
+    tokenizer.chat_template = {**named, "default" if "default" in named else "chat": plain, "rag": "{{ documents[0].x }}"}
+    assert Dialogue(tokenizer).prompt(TALK) == wanted
+    tokenizer.chat_template = {"tool_use": "{{ raise_exception('tools only') }}"}
+    assert not Dialogue(tokenizer).has_template

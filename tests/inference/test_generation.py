@@ -215,6 +215,29 @@ def test_donor_cache_return_count_and_min_length_settings_are_ignored(donor: Any
         assert ended.token_ids == plain.token_ids[: plain.token_ids.index(end) + 1]
 
 
+# further fields that a published generation_config.json may have
+OF_ANY_DONOR: dict[str, Any] = {
+    "bad_words_ids": [[token] for token in range(2, 60)], "suppress_tokens": list(range(2, 200)), "forced_bos_token_id": 5,
+    "begin_suppress_tokens": list(range(2, 200)), "forced_eos_token_id": 5, "stop_strings": ["e", "a", " "], "max_length": 9,
+    "exponential_decay_length_penalty": (1, 50.0), "sequence_bias": [[[5], 90.0]], "guidance_scale": 9.0, "penalty_alpha": 0.9,
+    "max_time": 1e-9,
+    "prompt_lookup_num_tokens": 2, "cache_implementation": "static", "num_return_sequences": 2, "num_beams": 4, "token_healing": True,
+    "watermarking_config": {"bias": 90.0}, "output_scores": True, "no_repeat_ngram_size": 2, "diversity_penalty": 1.0, "top_h": 0.4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_ANY_DONOR)
+@pytest.mark.parametrize("kind", ["model", "donor"])
+def test_no_setting_of_the_donor_changes_greedy_text(kind: str, name: str, tokenizer: Any, request: pytest.FixtureRequest) -> None:
+    """In every way of generating: one text, a batch, and the answers of an evaluation, which are batches."""
+    model = request.getfixturevalue(kind)
+    plain = generate_text(model, tokenizer, "The", GREEDY)
+    with own_way(model, **{"do_sample": name == "num_return_sequences", name: OF_ANY_DONOR[name]}):
+        assert generate_text(model, tokenizer, "The", GREEDY) == plain
+        assert generate_batch(model, tokenizer, ["The", "The"], GREEDY) == [plain, plain]
+        assert model.generation_config.to_dict().get(name) is not None  # and it is left as it was
+
+
 def test_exit_cycles_are_reported_if_the_donor_disables_the_cache(model: Any, tokenizer: Any) -> None:
     sampling = replace(GREEDY, halt="entropy", halt_threshold=5.6)
     with own_way(model, use_cache=False):

@@ -62,6 +62,55 @@ def test_completion_equals_generate_at_each_depth(H_cycles: Any, client: Any, mo
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (read, 40, read + 40)
 
 
+@pytest.mark.parametrize("wanted", [600, 10**12])
+def test_max_tokens_beyond_the_room_is_cut_to_it(server: Running, tokenizer: Any, wanted: int) -> None:
+    prompt = tokenizer(PROMPTS[0]).input_ids * 30
+    answer = server.post(prompt=prompt, max_tokens=wanted, temperature=0).json()
+    assert answer["usage"]["total_tokens"] == server.service.longest == 512 and answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_top_p_0_is_greedy(server: Running, model: Any, tokenizer: Any) -> None:
+    assert server.write(PROMPTS[0], temperature=1.5, top_p=0) == text_of(model, tokenizer, PROMPTS[0], 3, 12)
+
+
+def test_null_content_is_no_text(server: Running) -> None:
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": None}, {"role": "user", "content": "again"}]
+    empty = [{**message, "content": message["content"] or ""} for message in said]
+    found = [server.post("/v1/chat/completions", messages=each, temperature=0, max_tokens=9).json() for each in (said, empty)]
+    assert found[0]["choices"] == found[1]["choices"] and found[0]["choices"][0]["message"]["content"]
+    missing = server.post("/v1/chat/completions", messages=[{"role": "user"}])
+    assert missing.status_code == 400 and "content" in missing.json()["error"]["message"]
+
+
+def test_web_pages_may_call_the_api_only_if_allowed(server: Running, model: Any, tokenizer: Any) -> None:
+    asked = {
+        "origin": "https://chat.example.org",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type",
+    }
+    assert "access-control-allow-origin" not in server.http.options("/v1/completions", headers=asked).headers
+    with running(model, tokenizer, cors_origins=("https://chat.example.org",)) as open_server:
+        before = open_server.http.options("/v1/completions", headers=asked)
+        assert before.status_code == 200 and before.headers["access-control-allow-origin"] == asked["origin"]
+        answer = open_server.http.post("/v1/completions", json={"prompt": "The", "max_tokens": 2}, headers={"origin": asked["origin"]})
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == asked["origin"]
+        other = open_server.http.options("/v1/completions", headers=asked | {"origin": "https://other.example.org"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_errors_name_request_fields_and_no_flags(server: Running) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "   "},
+        {"prompt": "\ud83d"},
+        {"prompt": [5] * 600},
+        {"prompt": [10**6]},
+        {"H_cycles": 99, "prompt": "a"},
+    ]
+    for body in bodies:
+        answer = server.http.post("/v1/completions", content=json.dumps(body))
+        assert answer.status_code == 400 and "--" not in answer.json()["error"]["message"], answer.text
+
+
 def test_depths_give_different_texts(model: Any, tokenizer: Any) -> None:
     assert len({text_of(model, tokenizer, PROMPTS[0], depth, 40) for depth in DEPTHS}) == len(DEPTHS)
 
