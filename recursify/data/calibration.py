@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..utils.encodings import read_text
 
 _CHARACTERS = 16  # characters read per requested token: an upper bound
 
@@ -25,9 +26,11 @@ def calibration_windows(file: str, tokenizer: PreTrainedTokenizerBase, size: int
     """
     least = size if least is None else least
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--calibration_file: {file} cannot be read as text ({error}); name a UTF-8 text file") from error
+        text = read_text(Path(file)).replace("\r\n", "\n")
+    except OSError as error:
+        raise UserError(f"--calibration_file: {file} cannot be read ({error.strerror}); name a UTF-8 text file") from error
+    except UserError as error:
+        raise UserError(f"--calibration_file: {error}") from error
     ids = tokenizer(text[: size * most * _CHARACTERS], verbose=False)["input_ids"]
     if len(ids) < least:
         raise UserError(f"--calibration_file: {file} has {len(ids)} tokens; expected at least {least}")

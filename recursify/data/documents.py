@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-from ..errors import UserError
+from ..errors import UserError, short
+from ..utils.encodings import check_characters, not_utf8, open_text, read_text
 from ..utils.http import httpx
 from .cached_dataset import bars_on_terminals_only, make_table
 from .question_sets import is_questions
@@ -159,6 +160,8 @@ def _local_splits(settings: TextSource) -> dict[str, list[Path]]:
         )
     path = Path(settings.dataset_name).expanduser()
     splits = find_files(path)
+    if sum(map(len, splits.values())) > 1:
+        splits = {split: kept for split, files in splits.items() if (kept := _without_metadata(files, settings.text_column))}
     if "train" not in splits:
         named = ", ".join(file.name for files in splits.values() for file in files[:3])
         raise UserError(f"{path} has no text to train on: by their names, its files ({named}, ...) are all for validation or test")
@@ -204,10 +207,7 @@ def read_files(files: list[Path], column: str) -> Iterator[dict[str, str]]:
         try:
             yield from _without_blanks(READERS[path.suffix.lower()](path, column))
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 text: it holds the byte {error.object[error.start]:#04x} ({error.reason}); "
-                f"convert it, for example: iconv -f latin1 -t utf-8 {path}"
-            ) from error
+            raise not_utf8(path, error) from error
         except (OSError, pa.ArrowException, csv.Error) as error:
             raise UserError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
@@ -220,8 +220,10 @@ def _without_blanks(texts: Iterable[str | None]) -> Iterator[dict[str, str]]:
 
 def _read_txt(path: Path, column: str) -> Iterator[str]:
     lines: list[str] = []
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         for line in file:
+            if "\0" in line:
+                raise UserError(f"{path}: expected UTF-8 text, got a NUL in {short(line)}; name a text file")
             if line.strip() == DOCUMENT_SEPARATOR:
                 yield "".join(lines)
                 lines = []
@@ -231,28 +233,29 @@ def _read_txt(path: Path, column: str) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[str | None]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _field(_parse_json(line, f"{path}, line {number}"), column, f"{path}, line {number}")
+    with open_text(path) as file:
+        places = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        yield from _fields(((place, _parse_json(line, place)) for place, line in places), column, path)
 
 
 def _read_json(path: Path, column: str) -> Iterator[str | None]:
     """A list of objects, or one object per line as in ``.jsonl``."""
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         if not file.read(1024).lstrip().startswith("["):
             yield from _read_jsonl(path, column)
             return
-        file.seek(0)
-        for number, record in enumerate(_parse_json(file.read(), str(path))):
-            yield _field(record, column, f"{path}, element {number}")
+    records = _parse_json(read_text(path), str(path))
+    yield from _fields(((f"{path}, element {number}", record) for number, record in enumerate(records)), column, path)
 
 
 def _read_csv(path: Path, column: str) -> Iterator[str | None]:
     csv.field_size_limit(2**31 - 1)  # the default allows no document beyond 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, record in enumerate(csv.DictReader(file), 1):
-            yield _field(record, column, f"{path}, row {number}")
+    with open_text(path, newline="") as file:
+        rows = csv.DictReader(file)
+        if list(rows.fieldnames or ()).count(column) > 1:
+            raise UserError(f"{path}: expected one column {column!r}, got {list(rows.fieldnames or ()).count(column)}; rename the others")
+        records = ((f"{path}, row {number}", {name: row[name] for name in row if name}) for number, row in enumerate(rows, 1))
+        yield from _fields(records, column, path)
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
@@ -276,8 +279,26 @@ READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
 ACCEPTED = f"accepted are {', '.join(READERS)} files and folders of them"
 
 
+def _without_metadata(files: list[Path], column: str) -> list[Path]:
+    for path in (each for each in files if each.suffix.lower() == ".json" and _is_metadata(each, column)):
+        logger.warning("%s: an object without %r beside other files: taken for metadata and left out", path, column)
+        files = [file for file in files if file != path]
+    return files
+
+
+def _is_metadata(path: Path, column: str) -> bool:
+    """Whether a .json file among other text files describes them rather than being one: a JSON object without the column."""
+    try:
+        fields = json.loads(read_text(path))
+    except (ValueError, OSError):  # one object per line, or nothing that can be read: an error of its own
+        return False
+    return isinstance(fields, dict) and column not in fields
+
+
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _parse_json(content: str, place: str) -> Any:
@@ -287,13 +308,27 @@ def _parse_json(content: str, place: str) -> Any:
         raise UserError(f"{place} is not valid JSON ({error}); expected an object with the text column") from error
 
 
-def _field(record: Any, column: str, place: str) -> str | None:
-    if not isinstance(record, dict):
-        raise UserError(f'{place}: expected an object such as {{"{column}": "..."}}, found {type(record).__name__}')
-    _require_column(list(record), column, place)
-    value = record[column]
-    _require_text(value is None or isinstance(value, str), column, type(value).__name__, place)
-    return value
+def _fields(records: Iterable[tuple[str, Any]], column: str, path: Path) -> Iterator[str | None]:
+    """The column of every record (place, record); None where it is missing or null, which is logged once per file.
+
+    Raises:
+        UserError: A record that is not an object, a value that is not text, or a file without any record that has the column.
+    """
+    first, count, without, found = None, 0, 0, False
+    for place, record in records:
+        if not isinstance(record, dict):
+            raise UserError(f'{place}: expected an object such as {{"{column}": "..."}}, found {type(record).__name__}')
+        first = first or (place, list(record))
+        value = record.get(column)
+        found, count, without = found or column in record, count + 1, without + (value is None)
+        _require_text(value is None or isinstance(value, str), column, type(value).__name__, place)
+        if value is not None:
+            check_characters(value, f"{place}, column {column!r}")
+        yield value
+    if first is not None and not found:
+        _require_column(first[1], column, first[0])
+    if without:
+        logger.warning("%s: %d of %d rows have no %r and are left out", path, without, count, column)
 
 
 def _require_column(columns: list[str], column: str, place: str) -> None:
@@ -374,7 +409,9 @@ def _reader(rows: IterableDataset, column: str, name: str) -> Reader:
     with _hub_errors(name):
         first = next(iter(rows), None)
     if first is not None:  # a stream may not know its columns before it is read
-        _field(first, column, f"data set {name}")
+        place = f"data set {name}"
+        _require_column(list(first), column, place)
+        _require_text(first[column] is None or isinstance(first[column], str), column, type(first[column]).__name__, place)
     return partial(_read_rows, rows.select_columns(column), column, name == WIKITEXT)
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..utils.atomic import write_text
+from ..utils.encodings import read_text
 from .generation import Generated, decoding_stats, generate_batch
 from .options import Sampling
 from .prompt import EncodedPrompt, encode_prompt
@@ -88,10 +89,13 @@ def read_prompts(file: str) -> list[Prompt]:
         UserError: Not UTF-8, a line that is not a JSON object with a "prompt", or no prompt at all.
     """
     try:
-        content = Path(file).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
-        raise UserError(f"--prompt_file: {file} cannot be read ({why}); name a UTF-8 text file with one prompt per line") from error
+        content = read_text(Path(file))
+    except OSError as error:
+        raise UserError(
+            f"--prompt_file: {file} cannot be read ({error.strerror}); name a UTF-8 text file with one prompt per line"
+        ) from error
+    except UserError as error:
+        raise UserError(f"--prompt_file: {error}") from error
     lines = [line.removesuffix("\r") for line in content.split("\n")]  # no other character ends a line
     is_json = Path(file).suffix == ".jsonl"
     prompts = [Prompt(i, _field(file, i, line) if is_json else line) for i, line in enumerate(lines) if line.strip()]

@@ -7,12 +7,13 @@ import logging
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recursify.data.documents import hold_out, join_articles, split_of, split_text
+from recursify.data.documents import hold_out, join_articles, read_files, split_of, split_text
 from tests.support import tiny
 from tests.support.corpora import load, says, table, texts, write_jsonl
 from tests.support.hub_stand_in import HubStandIn
@@ -334,9 +335,51 @@ class TestErrors:
         with says("a.jsonl, line 1", "no column 'text'", "'id', 'body'", "--text_column"):
             load(write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "body": "x"}]))
 
-    def test_missing_column_further_down(self, tmp_path: Path) -> None:
-        with says("a.jsonl, line 3", "no column 'text'", "'body'"):
-            load(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y"}, {"body": "x"}]))
+    @pytest.mark.parametrize("streamed", [False, True])
+    @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+    def test_rows_without_text_are_left_out_counted_and_logged_once(
+        self, suffix: str, streamed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A missing column and null are one thing."""
+        rows: list[dict[str, Any]] = [{"text": "x"}, {"body": "y"}, {"text": None}, {"text": "z", "body": "y"}]
+        path = tmp_path / f"a.{suffix}"
+        if suffix == "csv":
+            path.write_text("body,text\n1,x\n2\n3\n4,z\n")
+        else:
+            path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+        with caplog.at_level("WARNING"):
+            found = [row["text"] for row in read_files([path], "text")] if streamed else load(path).train["text"]
+        assert set(found) <= {"x", "z"} and found
+        assert [record.message for record in caplog.records if "left out" in record.message] == [
+            f"{path}: 2 of 4 rows have no 'text' and are left out"
+        ]
+
+    def test_half_a_character_is_named_with_its_place(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": "fine"}\n{"text": "ab\\ud83d"}\n')
+        with says("a.jsonl, line 2, column 'text'", "at character 2, half of a surrogate pair"):
+            list(read_files([path], "text"))
+
+    @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+    def test_every_kind_of_text_in_parquet(self, kind: pa.DataType, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"text": pa.array(["one", "two", None, "one"], pa.string()).cast(kind)}), tmp_path / "a.parquet")
+        assert [row["text"] for row in read_files([tmp_path / "a.parquet"], "text")] == ["one", "two", "one"]
+
+    def test_metadata_beside_texts_is_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "README.md").write_text("# Data")
+        (tmp_path / "dataset_info.json").write_text(json.dumps({"features": {"text": {"dtype": "string"}}}, indent=2))
+        (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+        with caplog.at_level("WARNING"):
+            found = load(tmp_path)
+        assert sorted([*found.train["text"], *found.validation["text"]]) == ["one", "two"]
+        assert "dataset_info.json" in caplog.text
+
+    def test_csv_with_odd_column_names(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("text,,x,x\none,1,2,3\ntwo,4,5,6,7,8\n")
+        assert [row["text"] for row in read_files([tmp_path / "a.csv"], "text")] == ["one", "two"]
+        (tmp_path / "b.csv").write_text("text,text\none,two\n")
+        with says("b.csv", "expected one column 'text', got 2"):
+            list(read_files([tmp_path / "b.csv"], "text"))
 
     def test_missing_column_in_parquet(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
@@ -364,7 +407,7 @@ class TestErrors:
 
     def test_text_that_is_not_utf8(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes("café\n".encode("latin1"))
-        with says("a.txt", "not UTF-8", "0xe9", "iconv"):
+        with says("a.txt", "expected UTF-8", "0xe9", "iconv -f WINDOWS-1252"):
             load(tmp_path / "a.txt")
 
     def test_configuration_of_a_local_file(self, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_jsonl(tmp_path: Path) -> None:
     [
         ("x.txt", b"", "x.txt has no prompt; expected one per line"),
         ("x.txt", b"\n \n", "x.txt has no prompt"),
-        ("x.txt", b"ab\xff", "x.txt cannot be read (not UTF-8 at byte 2)"),
+        ("x.txt", b"ab\xff", "x.txt: expected UTF-8 text, got the byte 0xff"),
         ("x.jsonl", b'{"prompt": "a"}\n{"text": "b"}', """line 2: expected a JSON object with a text "prompt", got '{"text": "b"}'"""),
         ("x.jsonl", b'{"prompt": 3}', "line 1: expected a JSON object"),
         ("x.jsonl", b"nothing", "line 1: expected a JSON object"),

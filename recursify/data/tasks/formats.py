@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...utils.encodings import check_characters, not_utf8, open_text, read_text
 from .item import FINAL, Item
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -58,7 +59,7 @@ def read(name: str, path: str | Path) -> list[Item]:
     try:
         items = list(FORMATS[name](path))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text, found the byte {error.object[error.start]:#x}") from error
+        raise not_utf8(path, error) from error
     except (OSError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a file of {name}: {error}") from error
     if not items:
@@ -92,7 +93,7 @@ def _svamp_records(path: Path) -> Iterator[Item]:
 
 
 def _svamp_rows(path: Path) -> Iterator[Item]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with open_text(path, newline="") as file:
         rows = csv.DictReader(file)
         for row in rows:
             place = f"{path}, line {rows.line_num}"
@@ -162,7 +163,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[Item]]] = {
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Name of the place, and content, of the lines that are not blank."""
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path}, line {number}", line.rstrip("\n")
@@ -176,7 +177,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     elif suffix == ".parquet":
         yield from _numbered(path, "row", _table(path))
     else:
-        records = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
+        records = _parsed(read_text(path), str(path))
         if not isinstance(records, list):
             raise _fault(str(path), "a list of objects", records)
         yield from _numbered(path, "element", records)
@@ -221,6 +222,7 @@ def _text(record: dict[str, Any], key: str, place: str) -> str:
     value = _field(record, key, place)
     if not isinstance(value, str) or not value.strip():
         raise _fault(place, f"text as {key}", value)
+    check_characters(value, f"{place}, {key}")
     return value.strip()
 
 
