@@ -17,10 +17,11 @@ from .checkpoints.checkpoint import Checkpoint, load, save
 from .checkpoints.loading import load_model
 from .conversion.convert import convert
 from .errors import UserError
-from .network.configuration_recursive_llm import CONFIGS, RecursiveLLMConfig
+from .network.configuration_recursive_llm import CONFIGS, PREFIX, RecursiveLLMConfig
 from .network.decoding_recursive_llm import RecursiveCache
 from .network.modeling_recursive_llm import FAMILIES, RecursiveLLM
 from .network.plan import ConversionPlan
+from .utils import peft_defaults
 
 if TYPE_CHECKING:
     from .data.loading import load_blocks
@@ -95,6 +96,7 @@ def __dir__() -> list[str]:
 
 
 _moved.install()
+peft_defaults.install(PREFIX, (model_type.removeprefix(PREFIX) for model_type in CONFIGS))
 
 for _type, _config in CONFIGS.items():
     _family = FAMILIES[_type]

@@ -40,7 +40,7 @@ from .configs import CONFIG_FAULTS, generation_config, reason
 from .dialects import write_config, write_tokenizer
 from .guide_names import from_guides, to_guides
 from .repository import HUB_ID, check_revision
-from .tokenizer import load_tokenizer
+from .tokenizer import check_vocabulary, load_tokenizer
 
 FORMAT = "recursify/1"
 RECORD = "recursify.json"  # plan and notes in folders of version 0.1.0
@@ -114,6 +114,8 @@ def load(
         found.tokenizer = load_tokenizer(tokenizer_path, token=token)
     elif (folder / "tokenizer_config.json").is_file():
         found.tokenizer = load_tokenizer(str(folder))
+    if found.tokenizer is not None:
+        check_vocabulary(found.tokenizer, found.model.config.vocab_size, tokenizer_path or str(path))
     return found
 
 
@@ -190,9 +192,9 @@ def save(
         content = {
             "format": FORMAT,
             "config": _config_dict(model, stored),
-            "plan": None if plan is None else plan.to_dict(),
-            "notes": notes or {},
-            "generation_config": model.generation_config.to_diff_dict(),
+            "plan": None if plan is None else _plain(plan.to_dict()),
+            "notes": _plain(notes or {}),
+            "generation_config": json.loads(model.generation_config.to_json_string()),
             "model_state_dict": to_guides(stored_state(model, stored), config),
         }
         writers[path] = lambda target: _write_pt(content, target)
@@ -427,6 +429,11 @@ def _config_dict(model: RecursiveLLM, dtype: torch.dtype) -> dict[str, Any]:
     for name in ("conversion", "_name_or_path"):  # the latter is a path of this machine
         fields.pop(name, None)
     return {**fields, "dtype": str(dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
+
+
+def _plain(value: Any) -> Any:
+    """JSON types, which a `.pt` file is read back with; anything else is an error before it is written."""
+    return json.loads(json.dumps(value))
 
 
 def _write_pt(content: dict[str, Any], target: Path) -> None:

@@ -31,7 +31,7 @@ from ..utils.files import read_json
 from .configs import CONFIG_FAULTS, generation_config, reason
 from .dialects import changed_fields
 from .repository import file_exists, find_file, read_config, require_file
-from .tokenizer import load_tokenizer
+from .tokenizer import check_vocabulary, load_tokenizer
 
 FAMILIES = tuple(model_type.removeprefix(PREFIX) for model_type in CONFIGS)
 _SUPPORTED = f"Supported: {', '.join(FAMILIES)} (Qwen2.5 is qwen2)"
@@ -204,9 +204,11 @@ def donor_tokenizer(donor: Donor, tokenizer_path: str | None = None) -> PreTrain
     """The donor's tokenizer, or the one that `tokenizer_path` names.
 
     Raises:
-        UserError: No tokenizer there.
+        UserError: No tokenizer there, or one with more tokens than the donor has rows.
     """
-    return load_tokenizer(tokenizer_path, token=donor.hub.get("token")) if tokenizer_path else load_tokenizer(donor.name, **donor.hub)
+    found = load_tokenizer(tokenizer_path, token=donor.hub.get("token")) if tokenizer_path else load_tokenizer(donor.name, **donor.hub)
+    check_vocabulary(found, donor.config.vocab_size, tokenizer_path or donor.name)
+    return found
 
 
 def _check_builds(config: PreTrainedConfig) -> None:

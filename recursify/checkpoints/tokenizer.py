@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError, first_line
 from .repository import check_place, find_file, require_file
 
+logger = logging.getLogger(__name__)
+
 # Each of these files holds a vocabulary. Without one, AutoTokenizer may build an empty tokenizer from config.json without a warning.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
+    """Check that the model has a row for every token of its tokenizer.
+
+    Args:
+        rows: Number of embeddings of the model.
+        name: Of the model, for the error.
+
+    Raises:
+        UserError: A token without a row: a tokenizer of another model, or tokens that were added without resizing the model.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise UserError(
+            f"{name}: the tokenizer has tokens up to id {largest}, the model only {rows} rows: they do not belong together; "
+            "name the model's own tokenizer with --tokenizer_path, or give an extended one its rows first: "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+    if largest < rows // 2:
+        logger.warning(
+            "%s: the tokenizer has %d tokens, the model %d rows; text of another model's tokenizer makes no sense", name, largest + 1, rows
+        )
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, token: str | None = None) -> PreTrainedTokenizerBase:

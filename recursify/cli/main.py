@@ -232,7 +232,10 @@ def _command(name: str, settings_class: type[Settings], job: Callable[[Settings]
     from transformers.utils import logging as transformers_logging
 
     from ..utils.log import log_to_stderr
+    from ..utils.streams import replace_unencodable
 
+    for stream in (sys.stdout, sys.stderr):
+        replace_unencodable(stream)
     log_to_stderr()
     try:
         settings = parse(name, settings_class, argv)

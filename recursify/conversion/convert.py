@@ -31,6 +31,8 @@ from .probe import probe
 from .self_check import SelfCheck, compare_logits, compare_tensors, plain_twin
 from .settings import ConvertSettings, Say
 
+DEFAULT_SEQ_LEN = 512
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -123,11 +125,18 @@ def resolve_plan(donor: Donor, settings: ConvertSettings, say: Say = lambda _: N
     )
 
 
-def check_seq_len(donor: Donor, seq_len: int) -> None:
-    """Raise a UserError for sequences longer than the donor's number of positions."""
+def check_seq_len(donor: Donor, seq_len: int | None) -> int:
+    """The sequence length of a conversion; None is DEFAULT_SEQ_LEN, or the donor's number of positions if that is less.
+
+    Raises:
+        UserError: Longer than the donor's number of positions.
+    """
     positions = getattr(donor.config, "max_position_embeddings", None)
+    if seq_len is None:
+        return min(DEFAULT_SEQ_LEN, positions or DEFAULT_SEQ_LEN)
     if seq_len < 1 or (positions is not None and seq_len > positions):
         raise UserError(f"--seq_len: expected 1 to {positions} (the donor's positions), got {seq_len}")
+    return seq_len
 
 
 def _auto_candidates(donor: Donor, settings: ConvertSettings) -> Sequence[ConversionPlan]:
@@ -198,7 +207,9 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     if not settings.dry_run:
         checkpoint.check_writable(settings.output_path)
     donor = open_donor(settings.qwen_model, revision=settings.revision)
-    check_seq_len(donor, settings.seq_len)
+    seq_len = check_seq_len(donor, settings.seq_len)
+    if settings.seq_len is None and seq_len < DEFAULT_SEQ_LEN:
+        say(f"✓ Sequence length {seq_len}, the donor's number of positions (the default is {DEFAULT_SEQ_LEN})")
     if settings.dry_run:
         return _dry_run(donor, settings, say, start)
     tokenizer = donor_tokenizer(donor, settings.tokenizer_path)
@@ -207,7 +218,7 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     c = donor.config
     family = "Qwen" if c.model_type.startswith("qwen") else type(c).__name__.removesuffix("Config")
     say(f"✓ Loaded {family} model: hidden_size={c.hidden_size}, num_layers={c.num_hidden_layers}, vocab_size={c.vocab_size}")
-    notes = {**donor.origin, "seq_len": settings.seq_len}
+    notes = {**donor.origin, "seq_len": seq_len}
 
     def save(model: RecursiveLLM, checked: Callable[[], Any]) -> None:
         checkpoint.save(settings.output_path, model, tokenizer, plan, notes, approve=checked)

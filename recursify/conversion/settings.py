@@ -30,8 +30,9 @@ class ConvertSettings(LoopSettings, TokenizerSource, Revision, JsonOutput):
 
     qwen_model: str = "Qwen/Qwen2-0.5B"
     """The donor: a hub id, or a folder with config.json and safetensors. Qwen2, Qwen2.5, Qwen3, Llama, Mistral, SmolLM3, OLMo2 or Phi3."""
-    seq_len: int = 512
-    """Longest sequence that you plan to use: checked against the donor's number of positions, and recorded."""
+    seq_len: int | None = None
+    """Longest sequence that you plan to use: checked against the donor's number of positions, and recorded. Default: 512, or the donor's
+    positions if those are fewer."""
     layer_selection: Literal["uniform", "first", "last", "middle", "stride", "auto"] | None = None
     """Which donor layers are looped; auto probes every start and keeps all layers. Default: uniform, or middle with --keep_donor."""
     calibration_file: str | None = None

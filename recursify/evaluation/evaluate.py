@@ -19,6 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..checkpoints.loading import load_model
+from ..checkpoints.tokenizer import check_vocabulary
 from ..data.settings import TextSource
 from ..data.tasks import Item
 from ..errors import UserError
@@ -116,6 +117,7 @@ def evaluate(model: Any, tokenizer: Any, settings: MeasureSettings | None = None
     settings = settings or MeasureSettings()
     settings.validate()
     name = getattr(settings, "checkpoint", "") or model.config.name_or_path or type(model).__name__
+    check_vocabulary(tokenizer, model.config.vocab_size, name)
     return evaluate_paired(model, tokenizer, settings, name, question_sets(settings))[0]
 
 

@@ -13,7 +13,7 @@ from .chat_prompt import Dialogue
 from .console import Command, Console
 from .generation import Generated, generate_text
 from .prefix_cache import PrefixCache
-from .session import calibrated, load, print_stats, replace_unencodable
+from .session import calibrated, load, print_stats
 from .settings import WriteSettings
 from .transcript import Message
 
@@ -36,7 +36,6 @@ def run(settings: ChatSettings) -> None:
     """
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
-    replace_unencodable(sys.stdout)
     Chat(model, tokenizer, settings, input_prompt="You: " if sys.stdin.isatty() else "").run()
 
 

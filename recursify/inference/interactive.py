@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 
 from .console import Console
-from .session import calibrated, load, replace_unencodable, write_once
+from .session import calibrated, load, write_once
 from .settings import GenerateSettings
 
 
@@ -18,7 +17,6 @@ def run(settings: GenerateSettings) -> None:
     """
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
-    replace_unencodable(sys.stdout)
     Conversation(model, tokenizer, settings).run()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 from dataclasses import replace
@@ -39,7 +38,7 @@ def run(settings: GenerateSettings) -> None:
         raise UserError("--prompt: expected some text to continue, got none")
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
-    write_once(model, tokenizer, settings.prompt or "", settings, replace_unencodable(sys.stdout), seed=settings.seed)
+    write_once(model, tokenizer, settings.prompt or "", settings, sys.stdout, seed=settings.seed)
 
 
 def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -114,10 +113,3 @@ def print_stats(
 
         ids = generated.prompt_ids + generated.token_ids
         show_steps(model, tokenizer, ids, len(generated.prompt_ids), settings.sampling, out)
-
-
-def replace_unencodable(stream: TextIO) -> TextIO:
-    """Make the stream print ? for characters outside its encoding instead of raising."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")
-    return stream

@@ -38,7 +38,8 @@ METRIC_LINES = {"eval_perplexity": "Perplexity: {:.2f}", "eval_nearest_right": "
 
 def print_line(text: str) -> None:
     """Print on stdout without breaking a progress bar."""
-    tqdm.write(text, file=sys.stdout)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)  # a terminal without ✓ must not end a run
     sys.stdout.flush()
 
 

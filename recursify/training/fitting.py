@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ..checkpoints import checkpoint
+from ..checkpoints.tokenizer import check_vocabulary
 from ..errors import UserError
 from ..utils.device import choose_device
 from .approaches import APPROACHES, freeze_rest
@@ -113,6 +114,8 @@ class RecursiveTrainer(CycleTrainer):
         check_launch(settings, device)
         if saver == "output_dir":
             saver = _default_saver(model, settings, processing_class)
+        if processing_class is not None:
+            check_vocabulary(processing_class, model.config.vocab_size, "processing_class")
         train_dataset, eval_dataset = (tokenized_rows(each, settings, processing_class) for each in (train_dataset, eval_dataset))
         total = total_steps(train_dataset, settings)
         arguments = training_arguments(settings, device, saver, validates=eval_dataset is not None)  # initialises the process group

@@ -67,7 +67,6 @@ def train(settings: RunSettings) -> TrainResult:
     loaded = _starting_model(settings, point)
     tokenizer = checkpoint.require_tokenizer(loaded, point or settings.source)
     settings.validate_model(loaded.model.config)
-    _check_tokenizer(loaded.model, tokenizer)
 
     blocks = _load_text(settings, tokenizer)
     total = total_steps(blocks.train, settings)
@@ -172,12 +171,3 @@ def _point_to_resume(settings: RunSettings) -> Path | None:
 def _plain(value: Any) -> Any:
     """The value after a round trip through JSON."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"--tokenizer_path: the tokenizer has {len(tokenizer)} entries, the model's vocabulary only {vocabulary}: they do not match; "
-            "name the donor's tokenizer"
-        )

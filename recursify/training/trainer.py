@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import resource
 import sys
 import tempfile
 import time
@@ -373,5 +372,12 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: allocated on the GPU, else resident of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows, where psutil has the peak
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

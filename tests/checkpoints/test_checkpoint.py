@@ -784,3 +784,16 @@ print(type(model).__module__)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith("transformers_modules")
+
+
+def test_whatever_a_donors_generation_config_holds_is_read_back(tmp_path: Path) -> None:
+    """Such as a watermark, which is an object of transformers in memory: a `.pt` file holds JSON types only."""
+    donor = tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=4)
+    fields = {"watermarking_config": {"greenlist_ratio": 0.5, "bias": 3.0}, "eos_token_id": [0, 3], "sequence_bias": [[[5], 1.5]]}
+    (tmp_path / "donor" / "generation_config.json").write_text(json.dumps(fields))
+    model = convert(str(tmp_path / "donor"), L_layers=2)
+    for form in ("m.pt", "m"):
+        checkpoint.save(tmp_path / form, model, None)
+        found = checkpoint.load(tmp_path / form).model.generation_config
+        assert found.watermarking_config.bias == 3.0 and found.eos_token_id == [0, 3]
+    assert donor is not None

@@ -258,7 +258,7 @@ def test_every_setting_reaches_the_model(donor: str) -> None:
     default = conversion.recursive_config(found, resolve_plan(found, ConvertSettings()), ConvertSettings())
     for config in (convert(donor).config, default):
         assert [getattr(config, field) for field in fields] == [4, 3, 3, 0, 0, 0.0, "anchored", False]
-    assert ConvertSettings().seq_len == 512 and ConvertSettings().output_path == "qwen_recursive_init.pt"
+    assert ConvertSettings().seq_len is None and ConvertSettings().output_path == "qwen_recursive_init.pt"
 
 
 def test_dtype_and_device(donor: str) -> None:
@@ -438,7 +438,7 @@ def test_a_dry_run_reads_only_the_config(donor: str, nothing_written: Path) -> N
         ({"qwen_model": "/missing/donor"}, "'/missing/donor': no such folder"),
         ({"layer_selection": "auto"}, "--layer_selection auto: needs --calibration_file"),
         ({"layer_selection": "auto", "prelude_layers": 1, "calibration_file": "x"}, "it chooses prelude and coda itself"),
-        ({"layer_selection": "auto", "calibration_file": "/missing.txt"}, "--calibration_file: /missing.txt cannot be read as text"),
+        ({"layer_selection": "auto", "calibration_file": "/missing.txt"}, "--calibration_file: /missing.txt cannot be read"),
         ({"output_path": "/missing/out.pt"}, r"/missing/out.pt: the folder /missing does not exist; make it first \(mkdir -p /missing\)"),
         ({"tokenizer_path": "/missing"}, "'/missing': no such folder; give a folder with a tokenizer"),
     ],
@@ -553,7 +553,7 @@ def test_auto_with_too_little_text(donor: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--calibration_file: .*short.txt has \d+ tokens; expected at least 128"):
         convert(donor, layer_selection="auto", calibration_file=str(tmp_path / "short.txt"))
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"--calibration_file: .*binary.txt cannot be read as text"):
+    with pytest.raises(UserError, match=r"--calibration_file: .*binary.txt: expected UTF-8 text"):
         convert(donor, layer_selection="auto", calibration_file=str(tmp_path / "binary.txt"))
 
 
@@ -561,3 +561,14 @@ def test_a_dry_run_of_auto_says_what_it_would_cost(donor: str, tmp_path: Path) -
     lines = lines_of(qwen_model=donor, layer_selection="auto", L_layers=2, calibration_file=calibration(tmp_path), dry_run=True)
     assert lines[0] == "auto would probe 7 starts, 0 to 6, with 8 donor passes; shown with the block at 0"
     assert "layer   7  ->  coda 5" in lines[1]
+
+
+def test_default_seq_len_is_clamped_to_the_donors_positions(tmp_path: Path) -> None:
+    """Nobody gave the flag, so nobody is told off for it; the value is printed."""
+    tiny_donor("qwen2", tmp_path / "short", num_hidden_layers=4, max_position_embeddings=256)
+    lines = lines_of(qwen_model=str(tmp_path / "short"), L_layers=2, seq_len=None, output_path=str(tmp_path / "m.pt"))
+    assert checkpoint.load(tmp_path / "m.pt").notes["seq_len"] == 256
+    assert any("Sequence length 256" in line for line in lines)
+    tiny_donor("qwen2", tmp_path / "long", num_hidden_layers=4, max_position_embeddings=2048)
+    lines = lines_of(qwen_model=str(tmp_path / "long"), L_layers=2, seq_len=None, output_path=str(tmp_path / "m.pt"))
+    assert checkpoint.load(tmp_path / "m.pt").notes["seq_len"] == 512 and "Sequence length" not in "".join(lines)

@@ -25,7 +25,7 @@ from recursify.inference.early_exit import applications
 from recursify.inference.generation import Generated, decoding_stats, generate_batch, generate_text
 from recursify.inference.options import Sampling
 from recursify.inference.prompt import check_ids, encode_prompt, end_tokens
-from recursify.inference.session import calibrated, load, replace_unencodable, run, write_once
+from recursify.inference.session import calibrated, load, run, write_once
 from recursify.inference.settings import GenerateSettings
 from recursify.utils.device import choose_device
 from tests.support.tiny import END_OF_TEXT, make_tiny_tokenizer, tiny_model
@@ -560,7 +560,7 @@ def test_a_calibration_file_of_one_token(model: Any, tokenizer: Any, tmp_path: P
 def test_calibration_file_that_is_not_text(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").write_text("")
-    for name, message in (("bytes", "cannot be read as text"), ("missing", "cannot be read as text"), ("empty", "has 0 tokens")):
+    for name, message in (("bytes:", "expected UTF-8 text"), ("missing", "cannot be read"), ("empty", "has 0 tokens")):
         settings = GenerateSettings(checkpoint="x", halt="kl", compute_budget=0.8, calibration_file=str(tmp_path / name))
         with pytest.raises(UserError, match=f"--calibration_file: .*{name} {message}"):
             calibrated(settings, model, tokenizer)
@@ -704,9 +704,3 @@ def test_run_writes_to_stdout_and_nothing_else_there(
     assert capsys.readouterr().out == f"The old{expected.text}\n"
     with pytest.raises(UserError, match="--prompt: expected some text to continue, got none"):
         run(GenerateSettings(checkpoint=path))
-
-
-def test_unencodable_characters_are_replaced() -> None:
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    print("🦞", file=replace_unencodable(stream), flush=True)
-    assert stream.buffer.getvalue() == b"?\n"

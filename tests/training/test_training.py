@@ -934,7 +934,7 @@ def test_throughput_excludes_stopped_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_memory_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux says it in KiB, macOS in bytes."""
-    monkeypatch.setattr(trainer.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
     found = {}
     for system in ("linux", "darwin"):
         monkeypatch.setattr(trainer.sys, "platform", system)
@@ -1137,7 +1137,7 @@ def test_tokenizers_that_do_not_fit(files: TrainSettings, tmp_path: Path) -> Non
     larger = make_tiny_tokenizer()
     larger.add_tokens([f"<extra {i}>" for i in range(100)])
     larger.save_pretrained(tmp_path / "larger")
-    with pytest.raises(UserError, match=rf"--tokenizer_path: the tokenizer has {len(larger)} entries, .* only {tiny.VOCAB_SIZE}"):
+    with pytest.raises(UserError, match=rf"larger: the tokenizer has tokens up to id {len(larger) - 1}, .* only {tiny.VOCAB_SIZE} rows"):
         train(replace(files, tokenizer_path=str(tmp_path / "larger")))
 
 
