@@ -39,7 +39,7 @@ from ..utils.files import read_json
 from .configs import CONFIG_FAULTS, generation_config, reason
 from .dialects import write_config, write_tokenizer
 from .guide_names import from_guides, to_guides
-from .repository import HUB_ID, check_revision
+from .repository import HUB_ID, check_revision, no_config
 from .tokenizer import check_vocabulary, load_tokenizer
 
 FORMAT = "recursify/1"
@@ -153,7 +153,7 @@ def require_head(found: Checkpoint, path: str | Path) -> None:
     if found.notes.get("approach") == EMBEDDING:
         raise UserError(
             f"{path}: was trained in embedding space: it predicts embeddings and has no head that predicts tokens, so it cannot generate; "
-            "for a model that generates text use train_qwen_recursive.py or train_qwen_trm_hybrid.py"
+            "recursify train and recursify train --approach hybrid make models that do"
         )
 
 
@@ -287,7 +287,7 @@ def _read_pt(path: Path) -> dict[str, Any]:
 
 def _load_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json in this folder; expected a folder that convert or train wrote")
+        raise UserError(no_config(path))
     config = _read_config(read_json(path / "config.json"), overrides, str(path))
     if config.conversion is None and (path / RECORD).is_file():
         config.conversion = _read_record(path / RECORD)
@@ -320,7 +320,7 @@ def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
     """
     if not isinstance(fields, dict) or fields.get("model_type") not in CONFIGS:
         given = fields.get("model_type") if isinstance(fields, dict) else fields
-        raise UserError(f"{where}: not a recursive model (model_type {given!r}, expected one of {', '.join(CONFIGS)}); convert it first")
+        raise UserError(f"{where}: not a recursive model (model_type {given!r}); convert it first: recursify convert --qwen_model {where}")
     config_class = CONFIGS[fields["model_type"]]
     merged = {**fields, **overrides}
     for name in set(merged) - set(config_class.__dataclass_fields__):

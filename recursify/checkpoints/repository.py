@@ -30,8 +30,7 @@ def read_config(name: str, **hub: Any) -> dict[str, Any]:
     check_place(name, "config.json and *.safetensors", hub.get("revision"))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{name}: the donor folder has no config.json (it holds {there}); name the folder that does")
+            raise UserError(no_config(folder))
         return read_json(folder / "config.json")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
@@ -41,6 +40,15 @@ def read_config(name: str, **hub: Any) -> dict[str, Any]:
             "give a folder with config.json and *.safetensors, or check the id, the revision and the network"
         ) from error
     return fields
+
+
+def no_config(folder: Path) -> str:
+    """The message for a folder without config.json: a training's output folder is taken for its best checkpoint."""
+    found = sorted(folder.glob("*.pt"), key=lambda file: ("best" not in file.name, -file.stat().st_mtime))
+    if found:
+        return f"{folder}: a folder without config.json, but with a checkpoint; did you mean {found[0]}?"
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    return f"{folder}: a folder without config.json (it holds {there}); name the folder that has it"
 
 
 def check_place(name: str, content: str, revision: str | None = None) -> None:

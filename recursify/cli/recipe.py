@@ -18,10 +18,12 @@ from typing import Any, get_type_hints
 import yaml
 
 from ..errors import UserError
+from ..utils.options import ALIASES, VALUE_ALIASES
 from ..utils.typed import typed
 
 JOB_SECTIONS = ("convert", "train", "train_trm", "train_trm_hybrid", "evaluate", "compare", "generate", "chat", "serve", "export")
 APPROACHES = ("full", "hybrid", "embedding")  # of training
+_OURS = {alias: name for name, alias in ALIASES.items()}  # what transformers calls a flag -> our name
 NOTES = ("about", "cost")  # sections that no job reads
 
 
@@ -39,10 +41,13 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
     if not isinstance(section, dict):
         raise UserError(f"--config: {path}: expected flags and their values under {job!r}, got {section!r}")
     section = {name: value for name, value in section.items() if job != "train" or name != "approach"}
+    section = {_OURS.get(name, name) if job.startswith("train") else name: value for name, value in section.items()}
     hints = {field.name: get_type_hints(settings_class)[field.name] for field in dataclasses.fields(settings_class)}
     _known(path, f"key under {job!r}", section, hints)
     values = {}
     for name, value in section.items():
+        if isinstance(value, str):
+            value = VALUE_ALIASES.get(name, {}).get(value, value)
         try:
             values[name] = typed(value, hints[name], text=True)
         except TypeError as error:
@@ -89,5 +94,5 @@ def _known(path: str | Path, kind: str, given: Iterable[Any], known: Iterable[st
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"--config: {path}: unknown {kind}: {name!r}; {hint}known are {', '.join(known)}")
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise UserError(f"--config: {path}: unknown {kind}: {name!r}; {hint}")

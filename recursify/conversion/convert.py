@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -206,6 +207,8 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     start = time.monotonic()
     if not settings.dry_run:
         checkpoint.check_writable(settings.output_path)
+        if Path(settings.output_path).exists():
+            say(f"! {settings.output_path} exists and will be replaced")
     donor = open_donor(settings.qwen_model, revision=settings.revision)
     seq_len = check_seq_len(donor, settings.seq_len)
     if settings.seq_len is None and seq_len < DEFAULT_SEQ_LEN:
@@ -227,6 +230,11 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     check = done.check
     say(f"✓ Checked against {check.reference}: {check.tensors_compared} tensors equal, {_verdict(check)}")
     say(f"✓ Saved to {settings.output_path}")
+    if plan.dropped:
+        say(
+            f"! {len(plan.dropped)} of the donor's {plan.donor_layers} layers are dropped: the model is not the donor until it is trained "
+            "(--keep_donor keeps all)"
+        )
     seconds = round(time.monotonic() - start, 2)
     config: Any = done.model.config
     return ConvertReport(inspect(config), check, settings.output_path, seconds)

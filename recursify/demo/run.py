@@ -40,6 +40,9 @@ def run(settings: DemoSettings) -> Path:
         UserError: The output folder cannot be made.
     """
     check_seed(settings.seed)
+    for name in ("steps", "tracking_steps"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(settings, name)}")
     out, clock = Path(settings.output_dir), Clock()
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class TextMeasurement(TextSource, DeviceOptions):
     batch_size: int = 8
     """Windows, questions or lm-eval requests per forward pass."""
     max_windows: int | None = None
-    """Measure only the first so many windows."""
+    """Measure only the first N windows."""
 
 
 @dataclass(kw_only=True)

@@ -35,7 +35,7 @@ _QUOTES = '"""'
 # command -> (setting, type, help)
 _VALUES: dict[str, tuple[str, type, str]] = {
     "/temp": ("temperature", float, "sampling temperature; 0 is greedy"),
-    "/max": ("max_new_tokens", int, "write at most so many tokens"),
+    "/max": ("max_new_tokens", int, "maximum number of new tokens"),
     "/cycles": ("H_cycles", int, "cycles per token; 0 is one plain pass"),
 }
 

@@ -68,7 +68,7 @@ class DecodingOptions(EarlyExit):
     cache_policy: CachePolicy = "full"
     """KV cache: full, one slot per layer application; last, one per layer, as small as that of a plain model, but an approximation."""
     draft_cycles: int | None = None
-    """Self-speculative decoding: draft tokens with so many cycles (0: a plain pass) and verify them at full depth. Greedy output is
+    """Self-speculative decoding: draft tokens with N cycles (0: a plain pass) and verify them at full depth. Greedy output is
     identical in float32. Default: off."""
     draft_tokens: int = 16
     """Longest draft; the actual length adapts to the acceptance rate."""
@@ -149,7 +149,7 @@ class Sampling(DecodingOptions):
     top_p: float = 1.0
     """Nucleus sampling: the smallest set of tokens with this total probability; 1.0 is off."""
     top_k: int = 0
-    """Sample among so many most likely tokens; 0 is off."""
+    """Sample among the N most likely tokens; 0 is off."""
     stop: tuple[str, ...] = ()
     """Stop strings, not included in the output, e.g. --stop "Question:" "###"."""
 

@@ -133,7 +133,7 @@ def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint
         reinitialise(model, looped_layers(model))
     if not APPROACHES[settings.approach].generates:
         reinitialise(model, [model.model.norm])  # all ones: a cosine does not depend on the scale of the state
-        say("It predicts embeddings and has no head, so it cannot generate; train_qwen_trm_hybrid.py trains a model that generates text")
+        say("It predicts embeddings and has no head, so it cannot generate; --approach hybrid trains a model that does")
     if getattr(settings, "tune_lm_head", False) and model.config.tie_word_embeddings:
         model = untied(model)
         size = f"{model.lm_head.weight.numel():,}"

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..errors import UserError
-from ..utils.options import ALIASES
+from ..utils.options import ALIASES, VALUE_ALIASES
 from .parallel import processes
 from .saving import Saver
 from .settings import FitSettings, RunSettings
@@ -67,8 +67,8 @@ _IGNORED_ARGUMENTS = {
     "logging_first_step", "run_name",
 }  # fmt: skip
 _VALUES: dict[str, dict[Any, Any]] = {  # name -> value of TrainingArguments -> our value
-    "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_torch_8bit": "adamw_8bit"},
-    "lr_scheduler_type": {"warmup_stable_decay": "wsd"},
+    "optim": VALUE_ALIASES["optimizer"],
+    "lr_scheduler_type": VALUE_ALIASES["lr_schedule"],
     "use_cpu": {True: "cpu"},
     "save_strategy": {"no": 0},
 }

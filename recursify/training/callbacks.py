@@ -114,7 +114,7 @@ class AfterOptimizer(TrainerCallback):
 
 
 class Validate(TrainerCallback):
-    """Requests a validation every so many steps. The Trainer validates at the end of each epoch; no step is validated twice."""
+    """Requests a validation every N steps. The Trainer validates at the end of each epoch; no step is validated twice."""
 
     def __init__(self, every: int | None):
         self.every = every
@@ -174,7 +174,7 @@ class Summary(TrainerCallback):
 
 
 class SaveSteps(TrainerCallback):
-    """Requests a checkpoint every so many steps, after logging what is pending.
+    """Requests a checkpoint every N steps, after logging what is pending.
 
     At the end of an epoch the checkpoint is saved after the validation, which a run that resumes from it would otherwise skip.
     """

@@ -87,11 +87,11 @@ def start_gains(
     gain, sweep = calibrate(model, lambda: _mean_loss(scorer, batches, device))
     (gain,) = broadcast_object_list([gain])  # from the first rank: rounding may differ between ranks
     set_gains(model, gain)
-    tried = ", ".join(f"{g:g} by {cost:+.4f}" for g, cost in sweep)
-    why = f"the largest that raises the loss by at most {MAX_COST:g}"
+    tried = ", ".join(f"{g:g}: {cost:+.4f}" for g, cost in sweep)
+    why = f"the largest whose validation loss is at most {MAX_COST:g} above that of gain 0, at which the loop hardly learns"
     if sweep[-1][1] > MAX_COST:
-        why = f"the smallest candidate; all raise the loss by more than {MAX_COST:g}"
-    announce(f"Initial gain {gain:g}, {why}: {tried} (--start_gain overrides it)")
+        why = f"the smallest: all are more than {MAX_COST:g} above the loss at gain 0, as expected of a compact model"
+    announce(f"Initial gain {gain:g}, {why} ({tried}); --start_gain sets another")
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def train(settings: RunSettings) -> TrainResult:
     count = "a stream of" if settings.streaming else f"{len(blocks.train):,}"
     announce(f"{count} training and {len(blocks.validation):,} validation sequences of {settings.seq_len} tokens: {total:,} steps")
     if warmup_of(settings, total) != settings.warmup_steps:
-        announce(f"--warmup_steps {settings.warmup_steps} is more than half of that: warming up for {warmup_of(settings, total)}")
+        announce(f"--warmup_steps {settings.warmup_steps} exceeds half of the {total:,} steps: using {warmup_of(settings, total)}")
     teacher = _load_teacher(settings, loaded, device)
     if settings.dry_run:
         as_computed = replace(settings, bf16=computes_in_bf16(settings, device))
@@ -123,7 +123,10 @@ def _load_teacher(settings: RunSettings, loaded: checkpoint.Checkpoint, device: 
         return None
     name, revision = split_revision(settings.teacher) if settings.teacher else _recorded_donor(loaded.notes, settings)
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    teacher = open_donor(name, revision=revision).load(dtype=dtype)
+    try:
+        teacher = open_donor(name, revision=revision).load(dtype=dtype)
+    except UserError as error:
+        raise UserError(f"--teacher: {error}") from error
     size, own_size = (model.get_output_embeddings().out_features for model in (teacher, loaded.model))
     if size != own_size:
         raise UserError(f"--teacher: expected one with the vocabulary of the model, but {name} has {size} entries, the model {own_size}")

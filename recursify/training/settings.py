@@ -63,13 +63,13 @@ class RunLength(Options):
     num_epochs: int = 3
     """Passes over the training data."""
     max_steps: int | None = None
-    """Stop after so many optimizer steps; overrides num_epochs and repeats the data as needed. Default: num_epochs decides."""
+    """Stop after N optimizer steps; overrides num_epochs and repeats the data as needed. Default: num_epochs decides."""
     max_tokens: int | None = None
-    """Stop after so many training tokens, rounded up to whole steps; like max_steps. Default: num_epochs decides."""
+    """Stop after N training tokens, rounded up to whole steps; like max_steps. Default: num_epochs decides."""
     eval_every: int | None = None
-    """Validate every so many optimizer steps, in addition to the end of each epoch. Default: at the end of each epoch only."""
+    """Validate every N optimizer steps, in addition to the end of each epoch. Default: at the end of each epoch only."""
     early_stopping_patience: int = 0
-    """Stop after so many validations in a row without a lower validation loss; 0 disables it."""
+    """Stop after N validations in a row without a lower validation loss; 0 disables it."""
 
 
 @dataclass(kw_only=True)
@@ -143,17 +143,17 @@ class Logging(Options):
     output_dir: str = "."
     """Folder for checkpoints and metrics.jsonl; created if missing."""
     save_every: int = 1000
-    """Save checkpoint_step_N.pt, which --resume continues from, every so many optimizer steps; 0 disables it."""
+    """Save checkpoint_step_N.pt, which --resume continues from, every N optimizer steps; 0 disables it."""
     keep_last: int = 0
-    """Keep only so many of the newest step checkpoints; 0 keeps all."""
+    """Keep only the N newest step checkpoints; 0 keeps all."""
     resume: bool = False
     """Resume exactly from the newest complete checkpoint_step_N.pt in output_dir."""
     log_every: int = 10
-    """Log the training loss to metrics.jsonl every so many optimizer steps."""
+    """Log the training loss to metrics.jsonl every N optimizer steps."""
     report_to: tuple[str, ...] = ()
     """Also report metrics to tensorboard, wandb, mlflow, trackio or any other tracker that transformers supports."""
     generate_every: int = 500
-    """Print a sample text every so many optimizer steps; 0 disables it."""
+    """Print a sample text every N optimizer steps; 0 disables it."""
     generation_prompt: str = "The quick brown fox"
     """Prompt of the samples."""
 

@@ -20,8 +20,9 @@ def choose_device(name: str | None = None) -> torch.device:
     except RuntimeError:  # not the name of a device
         device = None
     if device is None or (device.index or 0) >= counts.get(device.type, 0):
-        found = ", ".join(f"{kind} ({counts[kind]})" for kind in there)
-        raise UserError(f"--device: expected one that this machine has, which are {found}; got {name!r}")
+        found = ", ".join(kind if counts[kind] == 1 else f"{kind}:0 to {kind}:{counts[kind] - 1}" for kind in there)
+        hint = "; a GPU is called cuda" if str(name).startswith("gpu") else ""
+        raise UserError(f"--device: this machine has {found}, got {name!r}{hint}")
     return device
 
 

@@ -27,6 +27,12 @@ ALIASES = {
     "seq_len": "max_length",
 }
 
+# What transformers calls a value of these fields.
+VALUE_ALIASES: dict[str, dict[str, str]] = {
+    "lr_schedule": {"warmup_stable_decay": "wsd"},
+    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_torch_8bit": "adamw_8bit"},
+}
+
 
 @dataclass(kw_only=True)
 class Options:

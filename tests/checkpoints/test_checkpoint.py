@@ -193,7 +193,7 @@ def test_wrong_derived_fields_are_recomputed(form: str, model: RecursiveLLM, sav
         ({"H_cycle": 5}, "unknown field H_cycle in its config; did you mean H_cycles?"),
         ({"L_layer": 5}, "unknown field L_layer in its config; did you mean L_layers?"),
         ({"freeze_embedding": True}, "unknown field freeze_embedding in its config; did you mean freeze_embeddings?"),
-        ({"model_type": "qwen2"}, r"not a recursive model \(model_type 'qwen2', expected one of recursive_qwen2, .*\); convert it first"),
+        ({"model_type": "qwen2"}, r"not a recursive model \(model_type 'qwen2'\); convert it first"),
         ({"model_type": None}, r"not a recursive model \(model_type None, expected"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"L_layers": 2}, "block_types: expected one entry for each of the 5 layers of the plan, got 6"),
@@ -315,10 +315,10 @@ def test_paths_without_a_checkpoint_are_refused(saved: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"missing.pt: no such checkpoint; expected a .pt file or a folder that convert or train wrote"):
         checkpoint.load(tmp_path / "missing.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no config.json in this folder"):
+    with pytest.raises(UserError, match=r"empty: a folder without config.json"):
         checkpoint.load(tmp_path / "empty")
     tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=2)
-    with pytest.raises(UserError, match=r"donor: not a recursive model \(model_type 'qwen2', .*\); convert it first"):
+    with pytest.raises(UserError, match=r"donor: not a recursive model \(model_type 'qwen2'\); convert it first"):
         checkpoint.load(tmp_path / "donor")
     weights = saved / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])

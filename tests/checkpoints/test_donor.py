@@ -225,10 +225,10 @@ def test_paths_without_a_donor_are_refused(eight: Path, tmp_path: Path) -> None:
             open_donor(name)
     with pytest.raises(UserError, match=r"config.json: expected a hub id or a folder with config.json and \*.safetensors, got a file"):
         open_donor(str(eight / "config.json"))
-    with pytest.raises(UserError, match=r"the donor folder has no config.json \(it holds nothing\)"):
+    with pytest.raises(UserError, match=r"a folder without config.json \(it holds nothing\)"):
         open_donor(str(tmp_path))
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match=r"has no config.json \(it holds model.safetensors\); name the folder that does"):
+    with pytest.raises(UserError, match=r"a folder without config.json \(it holds model.safetensors\); name the folder that has it"):
         open_donor(str(tmp_path))
 
 

@@ -202,7 +202,7 @@ def test_help_shows_the_recipe(recipe: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train: {batchsize: 4}", ["batchsize", "did you mean batch_size", "seq_len"]),
+        ("train: {batchsize: 4}", ["batchsize", "did you mean batch_size"]),
         ("trian: {}", ["trian", "did you mean train"]),
         ("convert: {}", ["no section 'train'", "convert"]),
         ("train: {batch_size: 4.5}", ["batch_size", "a whole number", "4.5"]),

@@ -91,7 +91,7 @@ def test_a_file_of_a_data_set_on_the_hub(hub: HubStandIn, tmp_path: Path) -> Non
         ("addition:difficulty=4-8/0", "found '4-8/0'"),
         ("addition:difficulty=8-4", "found '8-4', which holds none"),
         ("addition:difficulty=0", "addition: expected a difficulty of at least 1, got 0"),
-        ("addition:group=S3", "addition has no option 'group'; it has none"),
+        ("addition:group=S3", "addition: unknown option 'group'; it has difficulty, count, seed"),
     ],
 )
 def test_refusals(name: str, message: str) -> None:

@@ -599,7 +599,7 @@ def test_calibration_file_that_is_not_text(model: Any, tokenizer: Any, tmp_path:
         ({"output_file": "x.jsonl"}, "--output_file: expected --prompt_file with it, got x.jsonl and no --prompt_file"),
         ({"prompt_file": "x.txt", "prompt": "a"}, "--prompt_file: expected no --prompt with it, got both"),
         ({"prompt_file": "x.txt", "show_recursive_steps": True}, "--prompt_file: expected no --show_recursive_steps with it, got both"),
-        ({"device": "abacus"}, "--device: expected one that this machine has, which are "),
+        ({"device": "abacus"}, "--device: this machine has cpu, got 'abacus'"),
         ({"device": "cuda:99"}, "; got 'cuda:99'"),
         ({"device": "meta"}, "; got 'meta'"),
     ],

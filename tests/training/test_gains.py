@@ -105,8 +105,8 @@ def test_a_converted_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("sweep", "why"),
     [
-        ([(0.45, 1.0), (0.2, MAX_COST)], "the largest that raises the loss by at most"),
-        ([(0.2, MAX_COST * 1.001)], "the smallest candidate; all raise the loss by more than"),
+        ([(0.45, 1.0), (0.2, MAX_COST)], "the largest whose validation loss is at most 0.02 above that of gain 0"),
+        ([(0.2, MAX_COST * 1.001)], "the smallest: all are more than 0.02 above the loss at gain 0"),
     ],
 )
 def test_calibration_is_logged(
@@ -114,8 +114,9 @@ def test_calibration_is_logged(
 ) -> None:
     monkeypatch.setattr(gains_module, "calibrate", lambda model, loss: (sweep[-1][0], sweep))
     _, said = start_of(recursive(gain_init=0.0), capsys)
-    tried = ", ".join(f"{gain:g} by {cost:+.4f}" for gain, cost in sweep)
-    assert f"gain 0.2, {why} {MAX_COST:g}: {tried} (" in " ".join(said.split())
+    tried = ", ".join(f"{gain:g}: {cost:+.4f}" for gain, cost in sweep)
+    said = " ".join(said.split())
+    assert f"gain 0.2, {why}" in said and f"({tried}); --start_gain" in said
 
 
 def test_trained_gains_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ tell the products of all its beginnings, and so those of four letters and more a
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import string
@@ -194,7 +195,10 @@ def generate(name: str, difficulty: int, count: int, seed: int, *, split: str = 
         raise UserError(f"no generated task {name!r}; there are {', '.join(GENERATED)}")
     known = [option for option in inspect.signature(GENERATED[name]).parameters if option not in COMMON]
     if unknown := [option for option in options if option not in known]:
-        raise UserError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        every = ("difficulty", "count", "seed", *known)
+        near = difflib.get_close_matches(unknown[0], every, n=1, cutoff=0.55)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{name}: unknown option {unknown[0]!r}; {hint}it has {', '.join(every)}")
     return GENERATED[name](difficulty, count, seed, split=split, **options)
 
 

@@ -16,7 +16,7 @@ from .item import Item
 T = TypeVar("T")
 
 SPLITS = ("train", "test")
-TEST_SHARE = 5  # one in so many is for test
+TEST_SHARE = 5  # one in five is for test
 PATIENCE = 10_000  # draws in a row without anything new, after which there is nothing new
 
 
@@ -53,7 +53,7 @@ def split_of(key: str) -> str:
 def distinct(make: Callable[[Draw], tuple[Item, str]], count: int, draw: Draw, split: str) -> list[Item]:
     """``count`` items of one split, no question twice; fewer would be the first of these.
 
-    Where there are not so many, all there are, again and again in another order. That there are no more is taken for certain after 10,000
+    If there are fewer, all of them, repeated in another order. That there are no more is concluded after 10,000
     draws in a row without a new one.
 
     Args:

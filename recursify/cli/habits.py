@@ -1,0 +1,57 @@
+"""Spellings that users of transformers and trl are used to, rewritten into ours before the flags are parsed.
+
+--gradient_checkpointing True    a switch with a value
+--bf16                           a value that may be left out
+--optim adamw_torch              a value with another name
+--report_to none                 an empty list
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from ..errors import UserError
+from ..utils.options import ALIASES, VALUE_ALIASES
+
+_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
+def as_ours(words: Sequence[str], settings_class: type[Any]) -> list[str]:
+    """The words of a command line with these spellings replaced.
+
+    Raises:
+        UserError: A value for a switch that takes none, such as a path for --resume.
+    """
+    hints, ours = get_type_hints(settings_class), {field.name for field in dataclasses.fields(settings_class)}
+    names = {alias: name for name, alias in ALIASES.items()} if "lr" in ours else {}
+    found: list[str] = []
+    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])]
+    while rest:
+        word = rest.pop(0)
+        name = names.get(word.removeprefix("--"), word.removeprefix("--")) if word.startswith("--") else ""
+        following = rest[0] if rest and not rest[0].startswith("--") else None
+        if name not in ours:
+            found.append(word)
+        elif hints[name] is bool and following is not None:
+            rest.pop(0)
+            found += [word] if _switched_on(word, name, following) else []
+        elif set(get_args(hints[name])) == {bool, type(None)} and following is None:
+            found += [word, "True"]
+        elif name == "report_to" and following == "none":
+            rest.pop(0)
+        elif following in VALUE_ALIASES.get(name, {}):
+            found += [word, VALUE_ALIASES[name][rest.pop(0)]]
+        else:
+            found.append(word)
+    return found
+
+
+def _switched_on(word: str, name: str, value: str) -> bool:
+    if value.lower() in _TRUE:
+        return True
+    if value.lower() in _FALSE:
+        return False
+    more = "; it continues the newest checkpoint in --output_dir" if name == "resume" else ""
+    raise UserError(f"{word}: takes no value, got {value!r}{more}")
