@@ -339,9 +339,19 @@ class ShardedTrainerMixin(_TrainerBase):
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_full_optimizer_state(self.optimizer, read_state(Path(checkpoint) / OPTIMIZER_NAME))
-        scheduler: Any = self.lr_scheduler
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        optimizer: Any = self.optimizer
+        rates = list(scheduler.base_lrs)
+        options = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
+        load_full_optimizer_state(optimizer, read_state(Path(checkpoint) / OPTIMIZER_NAME))
         scheduler.load_state_dict(read_state(Path(checkpoint) / SCHEDULER_NAME))
+        # Moments and the step come from the checkpoint, learning rates and decay from the settings of this run.
+        scheduler.base_lrs = rates
+        for group, option, rate, factor in zip(optimizer.param_groups, options, rates, scheduler.lr_lambdas, strict=True):
+            group.update(option)
+            now = rate * factor(scheduler.last_epoch)
+            group["lr"] = torch.full_like(group["lr"], now) if isinstance(group["lr"], torch.Tensor) else now
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def read_state(path: Path) -> Any:

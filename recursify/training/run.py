@@ -11,7 +11,10 @@ Units: losses per token, in nats, or 1 - cosine for embeddings; lengths in token
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
+from array import array
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import open_donor
 from ..checkpoints.repository import split_revision
+from ..data.settings import parse_mix
 from ..errors import UserError
 from ..utils.device import choose_device
 from ..utils.files import read_json
@@ -37,6 +41,8 @@ from .settings import DonorSettings, RunSettings, TrainSettings
 
 if TYPE_CHECKING:
     from ..data.loading import Blocks
+
+_HASHED_ROWS = 200_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,9 @@ def train(settings: RunSettings) -> TrainResult:
     settings.validate_model(loaded.model.config)
 
     blocks = _load_text(settings, tokenizer)
+    data = fingerprint(blocks.train, settings)
+    if point is not None:
+        _check_data(point, data)
     total = total_steps(blocks.train, settings)
     announce(f"Training on {describe_launch(settings, device)}")
     count = "a stream of" if settings.streaming else f"{len(blocks.train):,}"
@@ -91,9 +100,8 @@ def train(settings: RunSettings) -> TrainResult:
     if best.exists() and point is None:
         announce(f"{best} already exists and will be overwritten by the best model of this run; another --output_dir keeps both")
     make_folder(settings.folder)
-    saver = Saver(
-        settings.folder, tokenizer, loaded.model.dtype, loaded.plan, {**loaded.notes, "approach": settings.approach}, settings.keep_last
-    )
+    notes = {**loaded.notes, "approach": settings.approach}
+    saver = Saver(settings.folder, tokenizer, loaded.model.dtype, loaded.plan, notes, settings.keep_last, data)
     result = fit(loaded.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)
     if result.interrupted:
         announce(f"Interrupted and saved at step {result.steps}; the same command with --resume continues from there")
@@ -109,6 +117,33 @@ def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Che
         return checkpoint.load(point or settings.source, tokenizer_path=settings.tokenizer_path, revision=revision)
     assert isinstance(settings, DonorSettings)
     return from_donor(settings, announce)
+
+
+def fingerprint(rows: Any, settings: RunSettings) -> str | None:
+    """A hash of the training data: of the tokens of a table, of sizes and ends of the local files of a stream; None for the hub's streams.
+
+    Of more than `_HASHED_ROWS` rows, that many are read, evenly spaced.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if not settings.streaming:
+        chosen = range(0, len(rows), max(1, len(rows) // _HASHED_ROWS))
+        digest.update(f"{len(rows)} rows".encode())
+        for start in range(0, len(chosen), 1000):
+            for column in sorted(batch := rows[chosen[start : start + 1000]]):
+                digest.update(array("q", itertools.chain.from_iterable(batch[column])).tobytes())
+        return digest.hexdigest()
+    names = (settings.dataset_name, *(name for name, _ in parse_mix(settings.mix)))
+    files = [file for name in names for file in _local_files(Path(name).expanduser())]
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(2**16))
+            stream.seek(max(0, file.stat().st_size - 2**16))
+            digest.update(stream.read())
+    return digest.hexdigest() if files else None
+
+
+def _local_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
 
 
 def _load_text(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Blocks:
@@ -163,12 +198,22 @@ def _point_to_resume(settings: RunSettings) -> Path | None:
             "name its folder with --output_dir, or give no --resume"
         )
     before = run["settings"]
-    known = [name for name in settings.resume_fields if name in before]  # earlier versions had fewer fields
+    known = [name for name in settings.resume_fields if name in before and name in now]  # earlier versions had fewer fields
     changed = [f"--{name} was {before[name]}, is {now[name]}" for name in known if _plain(before[name]) != _plain(now[name])]
     if changed:
         raise UserError(f"--resume: {point} comes from another run: {'; '.join(changed)}; give the same flags, or no --resume")
     announce(f"Resuming from {point}")
     return point
+
+
+def _check_data(point: Path, data: str | None) -> None:
+    """Raise a UserError if the training data are not those that a checkpoint was trained on, whatever their name."""
+    before = read_json(state_folder(point) / RUN).get("data")  # absent in checkpoints of version 0.1.0
+    if before is not None and data is not None and before != data:
+        raise UserError(
+            f"--resume: {point} was trained on other data: their contents have changed (fingerprint {before}, now {data}), so the steps "
+            "that it made cannot be told from those to come; restore the data, or give no --resume"
+        )
 
 
 def _plain(value: Any) -> Any:

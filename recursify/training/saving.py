@@ -71,6 +71,7 @@ class Saver:
     Args:
         dtype: Type of the saved weights: that of the initial checkpoint, so a bfloat16 donor gives bfloat16 files.
         keep_last: Number of checkpoints to keep; 0 keeps all.
+        data: Fingerprint of the training data, which a resumed run compares.
     """
 
     folder: Path
@@ -79,6 +80,7 @@ class Saver:
     plan: ConversionPlan | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     keep_last: int = 0
+    data: str | None = None
 
     def save(self, path: Path, model: Any, beside: Mapping[Path, Callable[[Path], Any]] | None = None, **notes: Any) -> Path:
         checkpoint.save(path, model, self.tokenizer, self.plan, {**self.notes, "training": notes}, dtype=self.dtype, beside=beside)

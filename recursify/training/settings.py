@@ -36,8 +36,21 @@ DATA_FIELDS = (
     "dataset_name", "dataset_config_name", "text_column", "mix", "streaming", "separate_documents", "seq_len", "batch_size",
     "grad_accum_steps", "seed",
 )  # fmt: skip
-# Settings that determine the contents of the saved state. They must not change on resume.
-STATE_FIELDS = ("optimizer", "ema_decay")
+# Settings that determine the contents of the saved state, or which parameters have one. They must not change on resume.
+STATE_FIELDS = ("optimizer", "ema_decay", "backprop", "halting_weight")
+# Settings of the model that a run starts from, which a resumed run does not read again.
+START_FIELDS = (
+    "checkpoint",
+    "model_name",
+    "revision",
+    "start_gain",
+    "L_layers",
+    "H_cycles",
+    "L_cycles",
+    "donor_loop",
+    "fresh_loop",
+    "tune_lm_head",
+)
 
 
 @dataclass(kw_only=True)
@@ -184,7 +197,7 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
     """Settings that all training runs have."""
 
     approach: ClassVar[str]  # its row of `approaches.APPROACHES`
-    resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, *STATE_FIELDS)  # must not change on resume
+    resume_fields: ClassVar[tuple[str, ...]] = (*DATA_FIELDS, *STATE_FIELDS, *START_FIELDS)  # must not change on resume; all others may
 
     def validate(self) -> None:
         """Check everything that does not depend on the model.
@@ -326,8 +339,6 @@ class _FromDonor(Revision):
 class DonorSettings(RunSettings, LoopSettings, _FromDonor):
     """Loop: the approaches that start from a donor, freeze its embeddings and train the loop."""
 
-    resume_fields: ClassVar[tuple[str, ...]] = (*RunSettings.resume_fields, "model_name", "revision", "L_layers", "H_cycles", "L_cycles")
-
     @property
     def source(self) -> str:
         return self.model_name
@@ -348,7 +359,6 @@ class EmbeddingSettings(DonorSettings):
     """Train a recursive block that regresses next-token embeddings of a donor; without LM head, it cannot generate."""
 
     approach = "embedding"
-    resume_fields: ClassVar[tuple[str, ...]] = (*DonorSettings.resume_fields, "donor_loop")
 
     donor_loop: bool = False
     """Initialise the looped layers from the donor. Default: randomly, for which an lr near 3e-4 works better than 1e-5."""
@@ -369,7 +379,6 @@ class HybridSettings(DonorSettings):
     """Train the looped layers only, between the frozen embeddings and head of a donor."""
 
     approach = "hybrid"
-    resume_fields: ClassVar[tuple[str, ...]] = (*DonorSettings.resume_fields, "fresh_loop", "tune_lm_head")
 
     fresh_loop: bool = False
     """Initialise the looped layers randomly; an lr near 3e-4 then works better than 1e-5. Default: from the donor."""

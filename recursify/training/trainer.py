@@ -312,7 +312,8 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
 
     def _run_state(self) -> dict[str, Any]:
         sums = {"saved_at": time.time(), "epoch_loss": self.epoch_loss, "epoch_tokens": self.epoch_tokens}
-        return {**sums, "approach": self.settings.approach, "settings": asdict(self.settings)}
+        data = self.saver.data if self.saver is not None else None
+        return {**sums, "approach": self.settings.approach, "settings": asdict(self.settings), "data": data}
 
     def _random_states(self) -> dict[str, bytes]:
         """File name -> contents, of all ranks. Collective."""
