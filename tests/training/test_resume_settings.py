@@ -100,8 +100,6 @@ def test_refused_by_name(name: str, started: TrainSettings, tmp_path: Path) -> N
     now = asdict(started)[name]
     text = "muon" if name == "optimizer" else "other"
     other = {bool: not now, int: 3, float: 0.7, str: text, tuple: ("a=1",), type(None): "x"}[type(now)]
-        type(now)
-    ]
     run = Path(started.output_dir) / "checkpoint_step_2_state" / "run.json"
     before = run.read_text()
     record = json.loads(before)
