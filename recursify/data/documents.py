@@ -82,6 +82,36 @@ def load_documents(settings: TextSource) -> Documents:
         return Documents(train, validation) if validation is not None else hold_out(train, settings.dataset_name)
 
 
+def measured_documents(settings: TextSource, split: str | None = None) -> tuple[Dataset, str]:
+    """The documents to measure a model on, and in words which they are.
+
+    By default a local file is measured whole, and of a folder the validation files, else the test files, else all; of a hub dataset the
+    validation split, as training holds it out.
+
+    Args:
+        split: `validation` is what training validates on: the dataset's own split, or what is held out of it. `test` are the test files of
+            a folder, `all` is everything in it.
+
+    Raises:
+        UserError: As `load_documents`; a split that is not there.
+    """
+    name = settings.dataset_name
+    if split == "validation" or (split is None and not _is_local(name)) or is_questions(name):
+        return load_documents(settings).validation, "validation split"
+    if not _is_local(name):
+        raise UserError(f"--split {split}: expected validation for a hub dataset such as {name}; download its files to measure others")
+    splits = _text_splits(settings)
+    whole = split == "all" or (split is None and Path(name).expanduser().is_file())
+    part = None if whole else split or next((each for each in ("validation", "test") if each in splits), None)
+    if part is not None and part not in splits:
+        raise UserError(f"--split {split}: {name} has no file with {part} in its name; it has files for {', '.join(splits)}")
+    files = splits[part] if part else [file for each in splits.values() for file in each]
+    table = _read_table(files, settings.text_column)
+    if len(table) == 0:
+        raise UserError(f"{name} holds no text: every document in {', '.join(file.name for file in files[:3])} is empty")
+    return table, f"{part} files" if part else "all of it"
+
+
 def open_documents(settings: TextSource) -> tuple[Reader, Reader | None]:
     """Readers of the training documents and of the dataset's own validation split (None if it has none).
 
@@ -154,6 +184,17 @@ def _read_local(settings: TextSource) -> tuple[Reader, Reader | None]:
 
 
 def _local_splits(settings: TextSource) -> dict[str, list[Path]]:
+    """Text files by split, some of them to train on."""
+    splits = _text_splits(settings)
+    if "train" not in splits:
+        named = ", ".join(file.name for files in splits.values() for file in files[:3])
+        raise UserError(
+            f"{settings.dataset_name} has no text to train on: by their names, its files ({named}, ...) are all for validation or test"
+        )
+    return splits
+
+
+def _text_splits(settings: TextSource) -> dict[str, list[Path]]:
     if settings.dataset_config_name:
         raise UserError(
             f"{settings.dataset_name} is local and has no configurations; leave out --dataset_config_name {settings.dataset_config_name}"
@@ -162,9 +203,6 @@ def _local_splits(settings: TextSource) -> dict[str, list[Path]]:
     splits = find_files(path)
     if sum(map(len, splits.values())) > 1:
         splits = {split: kept for split, files in splits.items() if (kept := _without_metadata(files, settings.text_column))}
-    if "train" not in splits:
-        named = ", ".join(file.name for files in splits.values() for file in files[:3])
-        raise UserError(f"{path} has no text to train on: by their names, its files ({named}, ...) are all for validation or test")
     return splits
 
 

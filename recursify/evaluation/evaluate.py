@@ -175,7 +175,9 @@ def _open(model: Any, tokenizer: Any, settings: MeasureSettings) -> Text:
     source = TextSource(
         dataset_name=settings.text or "", dataset_config_name=settings.dataset_config_name, text_column=settings.text_column
     )
-    return open_text(source, tokenizer, seq_len=settings.seq_len, stride=settings.stride, max_windows=settings.max_windows)
+    return open_text(
+        source, tokenizer, seq_len=settings.seq_len, stride=settings.stride, max_windows=settings.max_windows, split=settings.split
+    )
 
 
 def _passages(model: Any, tokenizer: Any, text: Text, depths: Sequence[int | None]) -> list[Passage]:

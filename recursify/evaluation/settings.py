@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -21,7 +22,7 @@ from .lm_eval_harness import split_names
 DEFAULT_TEXT = "wikitext"
 
 
-_OF_TEXT = ("dataset_config_name", "stride", "max_windows")  # settings without effect if no text is measured
+_OF_TEXT = ("dataset_config_name", "stride", "max_windows", "split")  # settings without effect if no text is measured
 
 
 @dataclass(kw_only=True)
@@ -29,8 +30,12 @@ class TextMeasurement(TextSource, DeviceOptions):
     """Text and depths: what loss is measured on, and at which cycle counts."""
 
     dataset_name: str | None = None  # type: ignore[assignment]
-    """Text: wikitext, another hub dataset, a local file (.txt, .jsonl, .parquet) or folder; its validation split is measured. Default:
-    wikitext for evaluate and compare without --questions and --tasks; none for export."""
+    """Text: wikitext or another hub dataset, of which the validation split is measured; a local file (.txt, .jsonl, .parquet, ...), which
+    is measured whole; or a folder, of which the validation files are, else the test files, else all. Default: wikitext for evaluate and
+    compare without --questions and --tasks; none for export."""
+    split: Literal["validation", "test", "all"] | None = None
+    """Part of the text: validation is what training validates on, held out of the text if it has none of its own; test, the test files of
+    a folder; all, everything. Default: see --dataset_name."""
     cycles: tuple[int, ...] = ()
     """Cycle counts to measure, e.g. --cycles 0 1 3 5. Default: 1 to twice that of the checkpoint."""
     seq_len: int = 128

@@ -143,12 +143,14 @@ class Text:
         name: Name of the dataset.
         documents: Table with a column `text`.
         windows: Windows over the concatenated documents.
+        part: What of the dataset these documents are, in words.
     """
 
     name: str
     documents: Dataset
     tokenizer: PreTrainedTokenizerBase
     windows: Windows
+    part: str = "validation split"
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -176,6 +178,7 @@ class TextReport:
         windows: Number of windows.
         stride: Tokens between the starts of consecutive windows.
         scored_tokens, scored_bytes: Number of scored tokens, and the bytes of their text.
+        part: What of the text was measured, in words.
         telemetry: Statistics of the cycles; None for a plain donor, and if no cycle was requested.
     """
 
@@ -186,6 +189,7 @@ class TextReport:
     stride: int
     scored_tokens: int
     scored_bytes: int
+    part: str = "validation split"
     telemetry: CycleStats | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,7 +204,7 @@ class TextReport:
         """
         overlap = "" if self.stride == self.seq_len else f", {self.stride} tokens apart"
         lines = [
-            f"{self.dataset}: {self.windows} windows of {self.seq_len} tokens{overlap}",
+            f"{self.dataset}, {self.part}: {self.windows} windows of {self.seq_len} tokens{overlap}",
             f"scored: {self.scored_tokens:,} tokens, {self.scored_bytes:,} bytes of text",
             "",
         ]
@@ -236,19 +240,26 @@ class PairedText:
 
 
 def open_text(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, stride: int | None = None, max_windows: int | None = None
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    split: str | None = None,
 ) -> Text:
-    """The validation split of a dataset, in windows.
+    """A text in windows: the part of it that `measured_documents` chooses.
 
     Raises:
         UserError: Unusable text.
     """
-    from ..data.loading import load_documents, tokenize  # here: the losses of a model on blocks need no library for data sets
+    from ..data.documents import measured_documents  # here: the losses of a model on blocks need no library for data sets
+    from ..data.loading import tokenize
 
     with one_process_first():
-        documents = load_documents(source).validation
+        documents, part = measured_documents(source, split)
         blocks = tokenize(documents, tokenizer, seq_len)
-    return Text(source.dataset_name, documents, tokenizer, Windows(blocks, stride, max_windows))
+    return Text(source.dataset_name, documents, tokenizer, Windows(blocks, stride, max_windows), part)
 
 
 def measure_text(
@@ -274,7 +285,7 @@ def measure_text(
             told = summarise_halting(sums, tokens, windows.per_piece, model.config, *_rule(model, halting))
         telemetry = summarise_cycles(sums, tokens, windows.per_piece, told)
     report = TextReport(
-        text.name, len(windows), windows.seq_len, rows, windows.step, int(tokens.sum()), round(text.bytes_scored), telemetry
+        text.name, len(windows), windows.seq_len, rows, windows.step, int(tokens.sum()), round(text.bytes_scored), text.part, telemetry
     )  # fmt: skip
     return report, PairedText(sums["asked"], tokens, windows.per_piece, text.key(), text.bytes_scored)
 

@@ -19,6 +19,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..network.configuration_recursive_llm import RecursiveLLMConfig, applications
@@ -285,6 +286,8 @@ class TrainingCost:
         parameters, trained_parameters: Of the model, and of the parts that are trained.
         memory: Bytes on one device, by purpose.
         devices: Number of devices.
+        kept: Step checkpoints on the disk at the end of the run.
+        disk: Bytes of these and of the best model.
     """
 
     steps: int
@@ -294,6 +297,8 @@ class TrainingCost:
     trained_parameters: int
     memory: dict[str, float]
     devices: int = 1
+    kept: int = 0
+    disk: float = 0.0
 
     @property
     def memory_total(self) -> float:
@@ -315,6 +320,8 @@ class TrainingCost:
             f"memory in GB{devices} (estimated)",
             *(f"  {name:<12} {count / GB:>8.2f}" for name, count in self.memory.items()),
             f"  {'total':<12} {self.memory_total / GB:>8.2f}   plus 1 to 2 for the device context and libraries",
+            "",
+            f"{'disk in GB':<14} {self.disk / GB:>8.2f}   {self.kept} step checkpoints (--save_every, --keep_last) and the best model",
         ]
         return "\n".join(lines)
 
@@ -359,7 +366,19 @@ def estimate(
         trained_parameters=sum(count for part, count in parameters.items() if part in trained),
         memory=memory,
         devices=world_size,
+        **_disk(config, settings, steps, sum(parameters.values()), sum(parameters[part] for part in parameters if part in trained)),
     )
+
+
+def _disk(config: PreTrainedConfig, settings: Any, steps: int, parameters: int, trained: int) -> dict[str, Any]:
+    """Step checkpoints that are kept, and bytes of these and the best model; the state to resume from is in the two newest."""
+    made = steps // settings.save_every if settings.save_every else 0
+    kept = min(made, settings.keep_last or made)
+    size = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 4
+    state = STATE_BYTES[settings.optimizer] * trained
+    state += 4 * parameters if size < 4 or settings.ema_decay else 0
+    state += 4 * trained if settings.ema_decay else 0
+    return {"kept": kept, "disk": float((kept + 1) * size * parameters + min(kept, 2) * state)}
 
 
 def _references(settings: Any, teacher_config: PreTrainedConfig | None) -> int:

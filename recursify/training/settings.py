@@ -157,8 +157,8 @@ class Logging(Options):
     """Folder for checkpoints and metrics.jsonl; created if missing."""
     save_every: int = 1000
     """Save checkpoint_step_N.pt, which --resume continues from, every N optimizer steps; 0 disables it."""
-    keep_last: int = 0
-    """Keep only the N newest step checkpoints; 0 keeps all."""
+    keep_last: int = 2
+    """Keep the N newest step checkpoints, each of which has the weights and the state to resume from; 0 keeps all."""
     resume: bool = False
     """Resume exactly from the newest complete checkpoint_step_N.pt in output_dir."""
     log_every: int = 10

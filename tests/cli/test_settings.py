@@ -1123,13 +1123,18 @@ class Serving(Cases):
 
     def max_completion_tokens(self) -> None:
         ask = read(CompletionRequest, b'{"prompt": "a", "max_tokens": 8}')
-        assert self._refused(ask, max_completion_tokens=7) == "max_tokens: at most 7 on this server, got 8"
         with self._service(max_completion_tokens=7) as service:
+            assert service._limit(ask, 3) == 7
             assert service._limit(read(ChatRequest, b'{"messages": [{"role": "user", "content": "a"}]}'), 3) == 7
 
     def max_choices(self) -> None:
         ask = read(CompletionRequest, b'{"prompt": ["a", "b"], "n": 2}')
         assert "4 texts are asked for; this server writes at most 3" in self._refused(ask, max_choices=3)
+
+    def cors_origins(self) -> None:
+        asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
+        with self._client(cors_origins=("https://a.example",)) as (client, _):
+            assert client.options("/v1/completions", headers=asked).headers["access-control-allow-origin"] == "https://a.example"
 
     def max_body_bytes(self) -> None:
         with self._client(max_body_bytes=40) as (client, _):
@@ -1196,6 +1201,10 @@ class Measuring(Cases):
 
     def dataset_config_name(self) -> None:
         assert "Article 11 " in self._text(dataset_name=self._hub(), dataset_config_name="wikitext-103-raw-v1", max_windows=None)
+
+    def split(self) -> None:
+        whole, held_out = (self._measured(dataset_name=self._world.path("text.txt"), split=split).text for split in (None, "validation"))
+        assert (whole.part, held_out.part) == ("all of it", "validation split")
 
     def text_column(self) -> None:
         file = Path(self._world.path("rows.jsonl"))
@@ -1434,6 +1443,11 @@ class Exporting(Cases):
         opened = self._spy(evaluation, "open_text")
         self._measured(dataset_name=self._hub(), dataset_config_name="wikitext-103-raw-v1")
         assert "Article 11 " in opened[0][2].documents["text"][0]
+
+    def split(self) -> None:
+        opened = self._spy(evaluation, "open_text")
+        self._measured(dataset_name=self._world.path("text.txt"), split="validation")
+        assert opened[0][2].part == "validation split"
 
     def text_column(self) -> None:
         opened = self._spy(evaluation, "open_text")

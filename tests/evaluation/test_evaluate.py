@@ -202,8 +202,17 @@ def test_text_settings_reach_the_loader(model: RecursiveLLM, monkeypatch: pytest
 
     monkeypatch.setattr("recursify.evaluation.evaluate.open_text", open_text)
     with pytest.raises(UserError, match="enough"):
-        measure(model, dataset_name="some/set", dataset_config_name="one", text_column="body", seq_len=8, stride=3, max_windows=4)
-    assert asked == [("some/set", "one", "body", {"seq_len": 8, "stride": 3, "max_windows": 4})]
+        measure(
+            model,
+            dataset_name="some/set",
+            dataset_config_name="one",
+            text_column="body",
+            seq_len=8,
+            stride=3,
+            max_windows=4,
+            split="validation",
+        )
+    assert asked == [("some/set", "one", "body", {"seq_len": 8, "stride": 3, "max_windows": 4, "split": "validation"})]
 
 
 def test_judge_and_threshold_are_used(model: RecursiveLLM, text: Path) -> None:

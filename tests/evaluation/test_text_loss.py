@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 
-from recursify import RecursiveLLM, convert
-from recursify.data.settings import DataSettings
+from recursify import MeasureSettings, RecursiveLLM, UserError, convert, evaluate
+from recursify.data.documents import measured_documents
+from recursify.data.settings import DataSettings, TextSource
 from recursify.evaluation.statistics import mean_and_error, standard_error
 from recursify.evaluation.text_loss import PairedText, Text, TextReport, measure, measure_text, open_text, window_losses
 from recursify.evaluation.windows import Windows
@@ -260,3 +261,40 @@ def test_key_identifies_equal_windows(text: Path) -> None:
     other = make_tiny_tokenizer()
     other.add_tokens(["ship"])
     assert open_text(DataSettings(dataset_name=str(text)), other, seq_len=16, max_windows=2).key() != keys[2]
+
+
+def test_what_is_measured_of_a_text(tmp_path: Path) -> None:
+    """A file whole; of a folder the validation files, else the test files, else all; training's own part where it is asked for."""
+    documents = sentences(3, 30)
+    whole = tmp_path / "text.txt"
+    whole.write_text("\n<|endoftext|>\n".join(documents))
+
+    def measured(name: Path, split: str | None = None) -> tuple[int, str]:
+        table, part = measured_documents(TextSource(dataset_name=str(name)), split)
+        return len(table), part
+
+    assert measured(whole) == (30, "all of it") and measured(whole, "validation") == (2, "validation split")
+    for only in ("test", "validation"):
+        (tmp_path / only).mkdir()
+        (tmp_path / only / f"{only}.txt").write_text(whole.read_text())
+        assert measured(tmp_path / only) == (30, f"{only} files")
+    both = tmp_path / "both"
+    both.mkdir()
+    for name, count in (("train", 20), ("validation", 6), ("test", 4)):
+        (both / f"{name}.txt").write_text("\n<|endoftext|>\n".join(documents[:count]))
+    assert measured(both) == (6, "validation files") and measured(both, "validation") == (6, "validation split")
+    assert measured(both, "test") == (4, "test files") and measured(both, "all") == (30, "all of it")
+    with pytest.raises(UserError, match="--split test: .*text.txt has no file with test in its name"):
+        measured(whole, "test")
+    with pytest.raises(UserError, match="--split test: expected validation for a hub dataset such as wikitext"):
+        measured(Path("wikitext"), "test")
+
+
+def test_the_output_says_what_was_scored(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(sentences(3, 30)))
+    settings = MeasureSettings(dataset_name=str(tmp_path / "text.txt"), seq_len=16, device="cpu")
+    tokenizer = make_tiny_tokenizer()
+    report = evaluate(tiny_model("qwen2", num_hidden_layers=2), tokenizer, settings)
+    assert f"{tmp_path / 'text.txt'}, all of it: " in report.render() and report.to_dict()["part"] == "all of it"
+    tokens = sum(len(tokenizer(text).input_ids) + 1 for text in sentences(3, 30))
+    assert report.text.scored_tokens > 0.9 * tokens - 16 * 2 - tokens / 16  # every window but the tail, and no first token of a window

@@ -353,7 +353,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings(**changed: Any) -> Any:
-    return SimpleNamespace(**(SETTINGS | changed))
+    return SimpleNamespace(**({"save_every": 0, "keep_last": 2} | SETTINGS | changed))
 
 
 def test_cost_of_a_run_is_the_sum_of_its_steps() -> None:
@@ -465,7 +465,9 @@ def test_shares_of_depths_by_hand() -> None:
 
 def test_rendered_estimate() -> None:
     memory = {"weights": 1.5e9, "activations": 2.25e9}
-    found = cost.TrainingCost(steps=1200, tokens=4000, flops=8e12, parameters=5000, trained_parameters=300, memory=memory)
+    found = cost.TrainingCost(
+        steps=1200, tokens=4000, flops=8e12, parameters=5000, trained_parameters=300, memory=memory, kept=2, disk=7.5e9
+    )
     lines = [line.split() for line in found.render().splitlines() if line]
     assert lines == [
         ["steps", "1,200"],
@@ -476,8 +478,22 @@ def test_rendered_estimate() -> None:
         ["weights", "1.50"],
         ["activations", "2.25"],
         ["total", "3.75", "plus", "1", "to", "2", "for", "the", "device", "context", "and", "libraries"],
+        ["disk", "in", "GB", "7.50", "2", "step", "checkpoints", "(--save_every,", "--keep_last)", "and", "the", "best", "model"],
     ]
     assert found.memory_total == found.to_dict()["memory_total"] == 3.75e9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ema", [0.0, 0.99])
+@pytest.mark.parametrize(("keep", "kept"), [(0, 4), (1, 1), (2, 2), (9, 4)])
+def test_disk_by_hand(dtype: torch.dtype, ema: float, keep: int, kept: int) -> None:
+    """Weights of each kept checkpoint and of the best model; moments, float32 weights and averages of the two newest."""
+    config = config_of(H=2)
+    config.dtype = dtype
+    found = cost.estimate(config, settings(save_every=10, keep_last=keep, ema_decay=ema), steps=45)
+    state = 8 + (4 if dtype is torch.bfloat16 or ema else 0) + (4 if ema else 0)
+    assert found.kept == kept and found.trained_parameters == found.parameters
+    assert found.disk == found.parameters * ((kept + 1) * dtype.itemsize + min(kept, 2) * state)
 
 
 def test_a_run_at_several_depths() -> None:
