@@ -23,7 +23,7 @@ from recursify.training.trainer import peak_memory
 
 from .case import Bench, Check, Table, case
 from .measure import alone, give_back_when_freed, held, ratio, say, seconds
-from .models import HALF_B, SEVEN_B, SHIPPED, TOY, Shape
+from .models import HALF_B, SEVEN_B, SHIPPED, TOY, TRACKER, Shape
 
 GB = 1e9
 TIME_BOUND, MEMORY_BOUND = 2.0, 1.3
@@ -56,7 +56,7 @@ def write_donor(folder: Path, shape: Shape, layers: Sequence[int]) -> Donor:
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(SHIPPED) / file, folder)
+        shutil.copy(Path(SHIPPED if config.vocab_size >= 4096 else TRACKER) / file, folder)  # no more tokens than rows
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
     if shape.tied:

@@ -55,7 +55,9 @@ HALF_B = Shape("Qwen2-0.5B", 896, 4_864, 14, 2, 24, 151_936)
 ONE_AND_A_HALF_B = Shape("Qwen2-1.5B", 1_536, 8_960, 12, 2, 28, 151_936)
 SEVEN_B = Shape("Qwen2-7B", 3_584, 18_944, 28, 4, 28, 152_064, tied=False)
 
-SHIPPED = str(resources.files("recursify.demo") / "donors" / "prose")  # the small donor that ships, as a folder
+# The bundled donors, as folders.
+SHIPPED = str(resources.files("recursify.demo") / "donors" / "prose")
+TRACKER = str(resources.files("recursify.demo") / "donors" / "tracker")
 
 
 def shipped_shape() -> Shape:

@@ -229,12 +229,12 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     done = convert_tensors(donor, plan, settings, say, save)
     check = done.check
     say(f"✓ Checked against {check.reference}: {check.tensors_compared} tensors equal, {_verdict(check)}")
-    say(f"✓ Saved to {settings.output_path}")
     if plan.dropped:
         say(
             f"! {len(plan.dropped)} of the donor's {plan.donor_layers} layers are dropped: the model is not the donor until it is trained "
             "(--keep_donor keeps all)"
         )
+    say(f"✓ Saved to {settings.output_path}")
     seconds = round(time.monotonic() - start, 2)
     config: Any = done.model.config
     return ConvertReport(inspect(config), check, settings.output_path, seconds)

@@ -22,7 +22,7 @@ def choose_device(name: str | None = None) -> torch.device:
     if device is None or (device.index or 0) >= counts.get(device.type, 0):
         found = ", ".join(kind if counts[kind] == 1 else f"{kind}:0 to {kind}:{counts[kind] - 1}" for kind in there)
         hint = "; a GPU is called cuda" if str(name).startswith("gpu") else ""
-        raise UserError(f"--device: this machine has {found}, got {name!r}{hint}")
+        raise UserError(f"--device: expected {found}, which this machine has; got {name!r}{hint}")
     return device
 
 

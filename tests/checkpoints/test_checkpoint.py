@@ -194,7 +194,7 @@ def test_wrong_derived_fields_are_recomputed(form: str, model: RecursiveLLM, sav
         ({"L_layer": 5}, "unknown field L_layer in its config; did you mean L_layers?"),
         ({"freeze_embedding": True}, "unknown field freeze_embedding in its config; did you mean freeze_embeddings?"),
         ({"model_type": "qwen2"}, r"not a recursive model \(model_type 'qwen2'\); convert it first"),
-        ({"model_type": None}, r"not a recursive model \(model_type None, expected"),
+        ({"model_type": None}, r"not a recursive model \(model_type None\)"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"L_layers": 2}, "block_types: expected one entry for each of the 5 layers of the plan, got 6"),
         ({"L_layers": 2, "block_types": None}, "(missing or left over|left over|does not match)"),

@@ -134,8 +134,8 @@ def test_readme_is_short_and_its_figures_are_those_of_the_evidence() -> None:
     evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     table = evidence.split("<!-- table state_tracking accuracy main -->")[1].split("<!-- end -->")[0]
     pairs = {
-        "base model, fine-tuned for the same FLOPs": "donor, fine-tuned for the same FLOPs",
-        "recursive, 3 cycles": "ours: keep_donor, H 3, L 1",
+        "base model of 4 layers, fine-tuned for the same FLOPs": "donor, fine-tuned for the same FLOPs",
+        "the same layers, recursive, 3 cycles": "ours: keep_donor, H 3, L 1",
     }
     for shown, measured in pairs.items():
         (cells,) = re.findall(rf"^\| {re.escape(shown)} \| (.*) \|$", readme, re.MULTILINE)

@@ -93,7 +93,12 @@ def test_parts_taken_from_the_donor(approach: str, family: str, tmp_path: Path) 
     fresh = {name for name in donor.state_dict() if name.startswith("model.layers.")} | {NORM} if approach == "embedding" else set()
     assert differing(donor, model) == fresh
     assert (found.plan is None) == (approach == "embedding")
-    assert found.notes == {"donor": str(tmp_path), "seq_len": 128, "loop": "fresh" if approach == "embedding" else "donor"}
+    assert found.notes == {
+        "donor": str(tmp_path),
+        "donor_folder": str(tmp_path),
+        "seq_len": 128,
+        "loop": "fresh" if approach == "embedding" else "donor",
+    }
 
 
 def test_fresh_loop_uses_the_donor_class_initialisation(corner: Path) -> None:
@@ -323,7 +328,7 @@ def test_embedding_models_refuse_to_generate(corner: Path, tmp_path: Path, capsy
     """In both forms; and to be measured by the loss of a head that was not trained with them."""
     path = train(settings("embedding", corner, tmp_path)).best
     assert path is not None
-    message = r"was trained in embedding space.*has no head.*use train_qwen_recursive\.py or train_qwen_trm_hybrid\.py"
+    message = r"was trained in embedding space.*has no head.*recursify train and recursify train --approach hybrid make models that do"
     found = checkpoint.load(path)
     checkpoint.save(tmp_path / "folder", found.model, found.tokenizer, found.plan, found.notes)
     for form in (path, tmp_path / "folder"):

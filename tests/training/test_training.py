@@ -241,7 +241,7 @@ def files(corner: Path, tmp_path: Path) -> TrainSettings:
     """Settings of a run over the corner: 3 steps per epoch, 6 in all."""
     return settings(
         checkpoint=str(corner / "init.pt"), dataset_name=str(corner / "text"), seq_len=32, num_epochs=2, output_dir=str(tmp_path / "out"),
-        enable_deep_supervision=True,
+        enable_deep_supervision=True, keep_last=0,
     )  # fmt: skip
 
 
@@ -448,6 +448,12 @@ def test_early_stopping(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     result = run(recursive(), num_epochs=5, eval_every=1, early_stopping_patience=2, eval_batch_size=8)
     assert evaluations(result) == [1, 2, 3, 4, 5, 6] and result.steps == 6
     assert "has not improved for 2 validations: stopping" in capsys.readouterr().err
+
+
+def test_two_step_checkpoints_are_kept_by_default(files: TrainSettings) -> None:
+    train(replace(files, save_every=1, keep_last=TrainSettings.keep_last))
+    steps = [f"checkpoint_step_{step}.pt" for step in (5, 6)]
+    assert sorted(path.name for path in Path(files.output_dir).glob("checkpoint_step_*.pt")) == steps
 
 
 def test_averaged_weights_are_validated_and_saved(files: TrainSettings, tmp_path: Path) -> None:
@@ -1087,7 +1093,7 @@ def test_checkpoint_trigger_steps(every: int, at_once: list[int], after_validati
         ({"deep_supervision_schedule": "cosine"}, r"--deep_supervision_schedule: expected one of linear_decay, constant, .*, got 'cosine'"),
         ({"generate_every": 5, "generation_prompt": " "}, r"--generation_prompt: expected some text to continue"),
         ({"save_every": -1}, r"--save_every: expected at least 0, got -1"),
-        ({"device": "cuda:9"}, r"--device: expected one that this machine has"),
+        ({"device": "cuda:9"}, r"--device: expected cpu, which this machine has"),
         ({"output_dir": __file__}, r"--output_dir: expected a folder, got .*test_training.py, which is a file"),
         ({"output_dir": "/proc/nowhere"}, r"--output_dir: the folder /proc/nowhere cannot be created"),
         ({"dataset_name": "/nowhere/text.txt"}, r"/nowhere/text.txt"),

@@ -15,7 +15,7 @@ def test_cpu_is_always_available() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:1", ""])
 def test_unavailable_device_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"--device: .*cpu \(1\)"):
+    with pytest.raises(UserError, match="--device: expected cpu.*, which this machine has; got"):
         choose_device(name)
 
 
