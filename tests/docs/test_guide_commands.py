@@ -249,7 +249,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "--fsdp": Case(f"{TRAIN} --fsdp"),
         "--resume: runs/long": Case(
-            f"{TRAIN} --output_dir runs/long --seq_len 64 --resume",
+            f"{TRAIN} --output_dir runs/long --seq_len 64 --start_gain 0.1 --resume",
             before=(f"{TRAIN} {QUICK.replace('--save_every 0', '--save_every 1')} --output_dir runs/long",),
         ),
         "Initial gain 0.05": Case(

@@ -93,12 +93,8 @@ def test_parts_taken_from_the_donor(approach: str, family: str, tmp_path: Path) 
     fresh = {name for name in donor.state_dict() if name.startswith("model.layers.")} | {NORM} if approach == "embedding" else set()
     assert differing(donor, model) == fresh
     assert (found.plan is None) == (approach == "embedding")
-    assert found.notes == {
-        "donor": str(tmp_path),
-        "donor_folder": str(tmp_path),
-        "seq_len": 128,
-        "loop": "fresh" if approach == "embedding" else "donor",
-    }
+    loop = "fresh" if approach == "embedding" else "donor"
+    assert found.notes == {"donor": str(tmp_path), "donor_folder": str(tmp_path), "seq_len": 128, "loop": loop}
 
 
 def test_fresh_loop_uses_the_donor_class_initialisation(corner: Path) -> None:
