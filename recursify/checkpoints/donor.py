@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import extract_commit_hash
+from transformers.utils import extract_commit_hash, is_flash_attn_2_available
 
 from ..errors import UserError, first_line, short
 from ..network.configuration_recursive_llm import CONFIGS, PREFIX, from_donor
@@ -32,6 +33,8 @@ from .configs import CONFIG_FAULTS, generation_config, reason
 from .dialects import changed_fields
 from .repository import file_exists, find_file, read_config, require_file
 from .tokenizer import check_vocabulary, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 FAMILIES = tuple(model_type.removeprefix(PREFIX) for model_type in CONFIGS)
 _SUPPORTED = f"Supported: {', '.join(FAMILIES)} (Qwen2.5 is qwen2)"
@@ -145,7 +148,7 @@ class Donor:
             UserError: Files are missing, truncated or corrupt, or do not match the configuration.
         """
         try:
-            return AutoModelForCausalLM.from_pretrained(self.name, **self.hub, **kwargs)
+            return AutoModelForCausalLM.from_pretrained(self.name, config=copy.deepcopy(self.config), **self.hub, **kwargs)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(f"{self.name}: transformers cannot load it ({first_line(error)}); download or copy it again") from error
 
@@ -192,12 +195,21 @@ def open_donor(name: str, *, revision: str | None = None, token: str | None = No
         raise UserError(f"{name}: {hint} (config.json: model_type = {fields.get('model_type')!r}). {_SUPPORTED}")
     try:
         config = AutoConfig.from_pretrained(name, **hub)
+        _replace_missing_attention(name, config, fields)
         _check_builds(config)
     except CONFIG_FAULTS as error:
         raise UserError(
             f"{name}: config.json is not a valid {fields['model_type']} configuration: {reason(error)}; download or copy it again"
         ) from error
     return Donor(name, config, fields, **hub)
+
+
+def _replace_missing_attention(name: str, config: Any, fields: dict[str, Any]) -> None:
+    """Use sdpa where config.json names a flash attention that is not installed."""
+    named = fields.get("attn_implementation") or fields.get("_attn_implementation")
+    if str(named).startswith("flash") and not is_flash_attn_2_available():
+        logger.warning("%s: config.json names %s, which is not installed here; using sdpa", name, named)
+        config._attn_implementation = "sdpa"
 
 
 def donor_tokenizer(donor: Donor, tokenizer_path: str | None = None) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -57,4 +58,6 @@ def load_tokenizer(name: str, *, revision: str | None = None, token: str | None 
         raise UserError(f"{error}; or name a folder that has a tokenizer with --tokenizer_path") from error
     except Exception as error:  # tokenizers raises bare exceptions
         reason = first_line(error)
+        if find_spec("sentencepiece") is None and not find_file(name, _TOKENIZERS[0], **hub) and find_file(name, "tokenizer.model", **hub):
+            reason = "it has tokenizer.model alone, which needs a package that is not installed: pip install sentencepiece"
         raise UserError(f"{name}: its tokenizer cannot be loaded ({reason}); name a folder that has one with --tokenizer_path") from error

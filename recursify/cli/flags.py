@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ..utils.options import ALIASES
+from ..utils.options import ALIASES, OTHER_NAMES
 from ..utils.typed import WORDS
 
 Settings = TypeVar("Settings")
@@ -98,7 +98,9 @@ def _groups(settings_class: type, job: str, defaults: Mapping[str, Any]) -> dict
 
 
 def alias_of(owner: type, field: str) -> str | None:
-    """What transformers calls a flag: of a training, all of them; elsewhere the model alone."""
+    """Another name of a flag: what transformers calls it, of a training; elsewhere that of the model alone; or a plainer one."""
+    if field in OTHER_NAMES:
+        return OTHER_NAMES[field]
     return ALIASES.get(field) if field == "checkpoint" or ".training." in owner.__module__ else None
 
 

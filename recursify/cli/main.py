@@ -250,6 +250,7 @@ def _command(name: str, settings_class: type[Settings], job: Callable[[Settings]
             raise
         _fail(str(error))
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as in `recursify inspect X | head`
         with contextlib.suppress(OSError):

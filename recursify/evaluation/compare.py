@@ -23,6 +23,7 @@ from ..checkpoints.loading import load_model
 from ..checkpoints.repository import split_revision
 from ..data.tasks import Item
 from ..network.modeling_recursive_llm import RecursiveLLM
+from ..utils.device import choose_device, placed
 from ..utils.tables import table
 from .evaluate import EvaluateReport, Paired, evaluate_paired, join_processes
 from .settings import CompareSettings, question_sets
@@ -175,6 +176,7 @@ def _measure(path: str, name: str, settings: CompareSettings, sets: Mapping[str,
     """Measure at the cycles of the settings and at the model's own, and free the model."""
     source, revision = split_revision(path)
     model, tokenizer = load_model(source, settings.tokenizer_path, revision=revision)
+    model = placed(model, choose_device(settings.device), settings.dtype)
     if isinstance(model, RecursiveLLM):
         cycles = tuple(dict.fromkeys((*settings.cycles, model.config.H_cycles))) if settings.cycles else ()
         settings = replace(settings, cycles=cycles)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from ..data.tasks import Item
 from ..errors import UserError
 from ..inference.options import DecodingOptions
 from ..network.modeling_recursive_llm import RecursiveLLM
-from ..utils.device import choose_device
+from ..utils.device import choose_device, placed
 from ..utils.distributed import is_first
 from . import lm_eval_harness
 from .accuracy import QuestionsReport, evaluate_questions
@@ -100,6 +101,7 @@ def run(settings: EvaluateSettings) -> EvaluateReport:
     sets = question_sets(settings)
     join_processes(settings)
     model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
+    model = placed(model, choose_device(settings.device), settings.dtype)
     return evaluate_paired(model, tokenizer, settings, settings.checkpoint, sets)[0]
 
 
@@ -116,6 +118,8 @@ def evaluate(model: Any, tokenizer: Any, settings: MeasureSettings | None = None
     """
     settings = settings or MeasureSettings()
     settings.validate()
+    if settings.dtype != "auto":
+        model.to(getattr(torch, settings.dtype))
     name = getattr(settings, "checkpoint", "") or model.config.name_or_path or type(model).__name__
     check_vocabulary(tokenizer, model.config.vocab_size, name)
     return evaluate_paired(model, tokenizer, settings, name, question_sets(settings))[0]

@@ -14,7 +14,7 @@ from ..data.settings import TextSource
 from ..data.tasks import FORMATS, GENERATED, Item
 from ..errors import UserError
 from ..inference.options import EarlyExit
-from ..utils.options import DeviceOptions, JsonOutput
+from ..utils.options import DeviceOptions, JsonOutput, ModelDtype
 from . import lm_eval_harness
 from .accuracy import Judge
 from .lm_eval_harness import split_names
@@ -47,7 +47,7 @@ class TextMeasurement(TextSource, DeviceOptions):
 
 
 @dataclass(kw_only=True)
-class MeasureSettings(TextMeasurement, EarlyExit, JsonOutput):
+class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
     """Measurement: what is measured beside the loss on a text, and how.
 
     With --halt, a run in which tokens exit early is measured, too: its loss, its layer applications, the cycles that tokens exit at, the

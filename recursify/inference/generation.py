@@ -106,10 +106,12 @@ def generate_batch(
     sampling: Sampling | None = None,
     *,
     seed: int | None = None,
+    ends: Sequence[int] = (),
 ) -> list[Generated]:
     """Continue several prompts as one batch; greedy texts are those of `generate_text`.
 
     Args:
+        ends: As in `generate_text`.
         seed: As in `generate_text`. Sampled texts depend on the composition of the batch.
 
     Raises:
@@ -119,12 +121,12 @@ def generate_batch(
     sampling.validate()
     if not prompts:
         return []
-    ends = {*end_tokens(model, tokenizer)}
+    stops = {*end_tokens(model, tokenizer), *ends}
     new = sampling.max_new_tokens
     encoded = [encode_prompt(model, tokenizer, prompt, new) if isinstance(prompt, str) else prompt for prompt in prompts]
     results: dict[int, Generated] = {}
     for group in _groups(model, encoded, new):
-        rows = [Row(tokenizer, encoded[i].ids, ends, sampling.stop) for i in group]
+        rows = [Row(tokenizer, encoded[i].ids, stops, sampling.stop) for i in group]
         output = _write(model, tokenizer, rows, sampling, seed)
         results |= dict(zip(group, _results(model, [encoded[i].text for i in group], rows, sampling, output), strict=True))
     return [results[i] for i in range(len(encoded))]

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..utils.atomic import write_text
-from ..utils.encodings import read_text
+from ..utils.encodings import check_characters, read_text
 from .generation import Generated, decoding_stats, generate_batch
 from .options import Sampling
-from .prompt import EncodedPrompt, encode_prompt
-from .session import calibrated, load
+from .prompt import EncodedPrompt
+from .session import calibrated, encode_as_asked, load
 from .settings import GenerateSettings
+from .transcript import Message
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,11 @@ _NAMED = 3  # faulty lines listed in an error; the others are counted
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the number of its line, counted from 0."""
+    """A prompt and the number of its line, counted from 0. `messages` are given by the chat template; `text` is then the last one."""
 
     index: int
     text: str
+    messages: list[Message] | None = None
 
 
 def run(settings: GenerateSettings) -> None:
@@ -58,14 +60,14 @@ def run(settings: GenerateSettings) -> None:
         raise UserError(f"--output_file: {output.parent} is not a folder that exists; make it first, or name another file")
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
-    encoded = _encode_each(model, tokenizer, prompts, settings)
+    encoded, ends = _encode_each(model, tokenizer, prompts, settings)
     results = Results(output, prompts, _made_of(model, prompts, settings))
     written: list[Generated] = []
     try:
         with tqdm(total=len(prompts), initial=len(results.done), unit="prompt", file=sys.stderr) as bar:
             for batch in results.missing(settings.batch_size):
                 texts = [encoded[prompt.index] for prompt in batch]
-                written += (batched := generate_batch(model, tokenizer, texts, settings.sampling, seed=_seed(settings, batch)))
+                written += (batched := generate_batch(model, tokenizer, texts, settings.sampling, seed=_seed(settings, batch), ends=ends))
                 bar.update(results.add(batch, batched))
     except KeyboardInterrupt:
         logger.info("Stopped: %d of %d prompts done; the same command resumes from there.", len(results.done), len(prompts))
@@ -98,34 +100,45 @@ def read_prompts(file: str) -> list[Prompt]:
         raise UserError(f"--prompt_file: {error}") from error
     lines = [line.removesuffix("\r") for line in content.split("\n")]  # no other character ends a line
     is_json = Path(file).suffix == ".jsonl"
-    prompts = [Prompt(i, _field(file, i, line) if is_json else line) for i, line in enumerate(lines) if line.strip()]
+    prompts = [_prompt(file, i, line) if is_json else Prompt(i, line) for i, line in enumerate(lines) if line.strip()]
     if not prompts:
         raise UserError(f"--prompt_file: {file} has no prompt; expected one per line")
     return prompts
 
 
-def _field(file: str, index: int, line: str) -> str:
+def _prompt(file: str, index: int, line: str) -> Prompt:
     try:
-        prompt = json.loads(line)["prompt"]
-        if isinstance(prompt, str):
-            return prompt
-    except (ValueError, TypeError, KeyError):
+        record = json.loads(line)
+        if isinstance(prompt := record.get("prompt"), str):
+            return Prompt(index, prompt)
+        if messages := [{"role": str(each["role"]), "content": each["content"]} for each in record["messages"]]:
+            check_characters("".join(each["content"] for each in messages), f"--prompt_file: {file}, line {index + 1}")
+            return Prompt(index, messages[-1]["content"], messages)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError):
         pass
-    raise UserError(f'--prompt_file: {file}, line {index + 1}: expected a JSON object with a text "prompt", got {line[:80]!r}')
+    raise UserError(
+        f'--prompt_file: {file}, line {index + 1}: expected a JSON object with a text "prompt" or with "messages", got {line[:80]!r}'
+    )
 
 
-def _encode_each(model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[int, EncodedPrompt]:
-    """Tokenize and check every prompt up front, so that an invalid one does not end the run hours later."""
+def _encode_each(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], settings: GenerateSettings
+) -> tuple[dict[int, EncodedPrompt], tuple[int, ...]]:
+    """Tokenize and check every prompt up front, so that an invalid one does not end the run hours later; and the end tokens of answers."""
     faults, encoded = [], {}
+    ends: tuple[int, ...] = ()
     for prompt in prompts:
         try:
-            encoded[prompt.index] = encode_prompt(model, tokenizer, prompt.text, settings.max_new_tokens)
+            encoded[prompt.index], more_ends = encode_as_asked(model, tokenizer, prompt.text, settings, prompt.messages)
+            ends = ends or more_ends
         except UserError as error:
             faults.append(f"line {prompt.index + 1}: {error}")
     if faults:
         more = f"\n(and {len(faults) - _NAMED} more)" if len(faults) > _NAMED else ""
         raise UserError(f"--prompt_file: {settings.prompt_file}, " + "\n".join(faults[:_NAMED]) + more)
-    return encoded
+    return encoded, ends
 
 
 def _seed(settings: GenerateSettings, batch: Sequence[Prompt]) -> int | None:
@@ -138,8 +151,10 @@ def _seed(settings: GenerateSettings, batch: Sequence[Prompt]) -> int | None:
 def _made_of(model: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[str, Any]:
     """Everything that the results depend on, in JSON types."""
     sampling: Sampling = settings.sampling
-    texts = json.dumps([[prompt.index, prompt.text] for prompt in prompts])
+    texts = json.dumps([[prompt.index, prompt.text, *([prompt.messages] if prompt.messages else [])] for prompt in prompts])
+    chat = {"chat": True, "system": settings.system} if settings.chat else {}
     return {
+        **chat,
         "format": FORMAT,
         "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16],
         "weights": _fingerprint(model),

@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.loading import load_model
 from ..data.calibration import calibration_windows
 from ..errors import UserError
-from ..utils.device import choose_device
+from ..utils.device import choose_device, placed
+from .chat_prompt import Dialogue
 from .early_exit import calibrate
 from .generation import Generated, decoding_stats, generate_text
-from .prompt import encode_prompt
+from .prompt import EncodedPrompt, check_ids, encode_prompt, end_tokens
 from .settings import GenerateSettings, WriteSettings
+from .transcript import Message
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
     settings.validate()
     model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
     settings.sampling.generate_kwargs(model)  # for what it refuses
-    return model.to(choose_device(settings.device)), tokenizer
+    return placed(model, choose_device(settings.device), settings.dtype), tokenizer
 
 
 def calibrated(settings: AnySettings, model: Any, tokenizer: PreTrainedTokenizerBase) -> AnySettings:
@@ -92,14 +94,36 @@ def write_once(
 
     # errors come before any text
     settings.sampling.generate_kwargs(model)
-    encoded = encode_prompt(model, tokenizer, prompt, settings.max_new_tokens)
-    show(prompt)
+    encoded, ends = encode_as_asked(model, tokenizer, prompt, settings)
+    if not ends:  # the text goes on; an answer stands by itself
+        show(prompt)
     try:
-        generated = generate_text(model, tokenizer, encoded, settings.sampling, on_text=show, **kwargs)
+        generated = generate_text(model, tokenizer, encoded, settings.sampling, on_text=show, ends=ends, **kwargs)
     finally:
         show("\n")
+    if not generated.text and generated.finish_reason == "stop":
+        print("(the model ended the text at once)", file=err or sys.stderr, flush=True)
     print_stats(model, tokenizer, generated, settings, out, err)
     return generated
+
+
+def encode_as_asked(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: WriteSettings, messages: list[Message] | None = None
+) -> tuple[EncodedPrompt, tuple[int, ...]]:
+    """A prompt as token ids; with `chat`, or given as messages, by the chat template and with the end tokens of an answer.
+
+    Raises:
+        UserError: As `encode_prompt`; a tokenizer without a chat template, or one that refuses the messages.
+    """
+    if messages is None and not getattr(settings, "chat", False):
+        return encode_prompt(model, tokenizer, prompt, settings.max_new_tokens), ()
+    dialogue, system = Dialogue(tokenizer), getattr(settings, "system", None)
+    if not dialogue.has_template:
+        raise UserError("--chat: the tokenizer has no chat template; leave it out, or name a tokenizer that has one with --tokenizer_path")
+    before: list[Message] = [{"role": "system", "content": system}] if system else []
+    ids = dialogue.prompt([*before, *(messages or [{"role": "user", "content": prompt}])])
+    check_ids(model, ids, settings.max_new_tokens)
+    return EncodedPrompt(prompt, ids), (*dialogue.ends, *end_tokens(model, tokenizer))
 
 
 def print_stats(

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 from ..checkpoints.settings import ModelSource, TokenizerSource
 from ..errors import UserError
 from ..utils.device import check_seed, choose_device
-from ..utils.options import DeviceOptions
+from ..utils.options import DeviceOptions, ModelDtype
 from .options import Sampling
 from .prompt import check_prompt
 
 
 @dataclass(kw_only=True)
-class WriteSettings(DeviceOptions, Sampling, TokenizerSource, ModelSource):
+class WriteSettings(DeviceOptions, ModelDtype, Sampling, TokenizerSource, ModelSource):
     """Text generation: what all commands that generate text share."""
 
     compute_budget: float | None = None
@@ -71,6 +71,10 @@ class GenerateSettings(WriteSettings):
     """Prompt to continue. Default: interactive, unless prompt_file is given."""
     prompt_file: str | None = None
     """Continue every line of this text file, or every "prompt" of a .jsonl file, in batches; run again to resume."""
+    chat: bool = False
+    """Give the prompt to the model as a user's message, by the tokenizer's chat template; for models that are tuned to answer."""
+    system: str | None = None
+    """System message of --chat. Default: none."""
     output_file: str | None = None
     """JSON lines with the results of prompt_file. Default: its name with .out.jsonl."""
     batch_size: int = 8
@@ -82,6 +86,8 @@ class GenerateSettings(WriteSettings):
             check_prompt(self.prompt)
         if self.batch_size < 1:
             raise UserError(f"--batch_size: expected at least 1, got {self.batch_size}")
+        if self.system is not None and not self.chat:
+            raise UserError(f"--system: expected --chat with it, got {self.system!r} and no --chat")
         if self.output_file is not None and self.prompt_file is None:
             raise UserError(f"--output_file: expected --prompt_file with it, got {self.output_file} and no --prompt_file")
         for name in ("prompt", "show_recursive_steps") if self.prompt_file is not None else ():

@@ -12,10 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import UserError
-from ..utils.device import choose_device
+from ..utils.device import choose_device, placed
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -68,10 +66,9 @@ def load(settings: ServeSettings) -> Service:
 
     device = choose_device(settings.device)
     model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
-    dtype = model.dtype if settings.dtype is None else getattr(torch, settings.dtype)
     path = Path(settings.checkpoint)
     name = settings.model_name or (path.absolute().name.removesuffix(".pt") if path.exists() else settings.checkpoint)
-    return Service(model.to(device=device, dtype=dtype).eval(), tokenizer, name, settings)
+    return Service(placed(model, device, settings.dtype).eval(), tokenizer, name, settings)
 
 
 def described(service: Service) -> Iterator[str]:

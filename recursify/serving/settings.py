@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..checkpoints.settings import ModelSource, TokenizerSource
 from ..errors import UserError
 from ..utils.device import choose_device
-from ..utils.options import DeviceOptions
+from ..utils.options import DeviceOptions, ModelDtype
 
 API_KEY = "RECURSIFY_API_KEY"
 
 
 @dataclass(kw_only=True)
-class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
+class ServeSettings(DeviceOptions, ModelDtype, TokenizerSource, ModelSource):
     """Serve a model over HTTP with an OpenAI-compatible API."""
 
     depths: tuple[int | str, ...] = ()
@@ -30,8 +30,6 @@ class ServeSettings(DeviceOptions, TokenizerSource, ModelSource):
     """Key that requests must send as a bearer token. Default: the environment variable RECURSIFY_API_KEY, which other users cannot see."""
     model_name: str | None = None
     """Model name in the API. Default: the name of the checkpoint."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of weights and KV cache. Default: as stored."""
     cache_tokens: int | None = None
     """Tokens in the KV cache of each depth, over all requests. Default: 8192; 65536 on a GPU."""
     batch_tokens: int | None = None

@@ -8,12 +8,15 @@ loss at the trained depth by at most MAX_COST.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from tqdm import tqdm
 
 from ..network.losses import counted
 from ..network.modeling_recursive_llm import AnchoredInjection
@@ -84,7 +87,11 @@ def start_gains(
     rows = [blocks[i] for i in range(min(max(1, CALIBRATION_TOKENS // settings.seq_len), len(blocks)))]
     batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, len(rows), settings.batch_size)]
     scorer = LossModule(model, objective=loss_module.objective)
-    gain, sweep = calibrate(model, lambda: _mean_loss(scorer, batches, device))
+    runs = 1 + len(CANDIDATES)
+    announce(f"Choosing the initial gain: up to {runs} passes over {len(rows)} validation sequences (--start_gain skips this)")
+    passes = runs * len(batches)
+    with tqdm(total=passes, desc="Initial gain", disable=not PartialState().is_main_process or None, leave=False, file=sys.stderr) as bar:
+        gain, sweep = calibrate(model, lambda: _mean_loss(scorer, batches, device, bar))
     (gain,) = broadcast_object_list([gain])  # from the first rank: rounding may differ between ranks
     set_gains(model, gain)
     tried = ", ".join(f"{g:g}: {cost:+.4f}" for g, cost in sweep)
@@ -95,8 +102,11 @@ def start_gains(
 
 
 @torch.no_grad()
-def _mean_loss(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device) -> float:
+def _mean_loss(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device, bar: Any = None) -> float:
     """The mean loss at H_cycles, per token."""
-    tokens = sum(int(counted(batch["labels"])) for batch in batches)
-    parts = [scorer(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=tokens) for batch in batches]
-    return float(sum(part["loss"] for part in parts))
+    tokens, total = sum(int(counted(batch["labels"])) for batch in batches), 0.0
+    for batch in batches:
+        total += float(scorer(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=tokens)["loss"])
+        if bar is not None:
+            bar.update()
+    return total

@@ -105,7 +105,25 @@ def train(settings: RunSettings) -> TrainResult:
     result = fit(loaded.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)
     if result.interrupted:
         announce(f"Interrupted and saved at step {result.steps}; the same command with --resume continues from there")
+    elif result.best_eval_loss is not None:
+        announce(closing_summary(result, best, settings))
     return TrainResult(best if result.best_eval_loss is not None else None, result)
+
+
+def closing_summary(result: FitResult, best: Path, settings: RunSettings) -> str:
+    """What matters at the end of a run: validation loss by cycle, the best model, and the next commands."""
+    last = next(entry for entry in reversed(result.history) if "eval_loss" in entry)
+    losses = {int(name.rpartition("_")[2]): loss for name, loss in last.items() if name.startswith("eval_loss_cycle_")}
+    lines = [f"Best validation loss {result.best_eval_loss:.4f}: {best}"]
+    if len(losses) > 1:
+        shown = ", ".join(f"{cycle}: {loss:.4f}" for cycle, loss in losses.items())
+        lines.insert(0, f"Validation loss by cycle at the end: {shown}; lowest at cycle {min(losses, key=losses.__getitem__)}")
+    if settings.approach != checkpoint.EMBEDDING:
+        lines += [
+            f'Next: recursify generate --checkpoint {best} --prompt "..."',
+            f"      recursify evaluate --checkpoint {best} --dataset_name {settings.dataset_name} --split validation",
+        ]
+    return "\n".join(lines)
 
 
 # Inputs

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from typing import Any
+
 import torch
 
 from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+_PROBED = (1024, 4096)  # shape of the matrix, about that of a layer of a small model
+_ROUNDS = 7
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -30,3 +38,35 @@ def check_seed(seed: int | None) -> None:
     """Raise a UserError for a seed that torch, numpy or Python does not accept; None is no seed."""
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"--seed: expected 0 to {2**32 - 1}, got {seed}")
+
+
+def placed(model: Any, device: torch.device, dtype: str = "auto") -> Any:
+    """The model on a device in a type of `ModelDtype`; what `auto` changes is logged."""
+    stored = model.dtype
+    chosen = fast_dtype(stored, device) if dtype == "auto" else getattr(torch, dtype)
+    if chosen != stored and dtype == "auto":
+        logger.info("Running in %s, which is faster here than the stored %s (--dtype sets another)", _name(chosen), _name(stored))
+    return model.to(device=device, dtype=chosen)
+
+
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The stored type, or float32 where that is faster: a product of one vector and a matrix, as decoding is made of, is timed on a CPU."""
+    if stored == torch.float32 or device.type not in ("cpu", "cuda"):
+        return stored
+    if device.type == "cuda":
+        return torch.float32 if stored == torch.bfloat16 and not torch.cuda.is_bf16_supported() else stored
+    return stored if _product_seconds(stored) <= _product_seconds(torch.float32) else torch.float32
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """The best of some rounds, after one that warms up."""
+    vector, matrix, times = torch.ones(1, _PROBED[0], dtype=dtype), torch.ones(_PROBED, dtype=dtype), []
+    for _ in range(1 + _ROUNDS):
+        start = time.perf_counter()
+        _ = vector @ matrix
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

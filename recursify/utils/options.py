@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import get_type_hints
+from typing import Literal, get_type_hints
 
 from ..errors import UserError
 from .typed import typed
@@ -27,6 +27,8 @@ ALIASES = {
     "seq_len": "max_length",
 }
 
+# Further names of flags, of every command that has them.
+OTHER_NAMES = {"qwen_model": "model"}
 # What transformers calls a value of these fields.
 VALUE_ALIASES: dict[str, dict[str, str]] = {
     "lr_schedule": {"warmup_stable_decay": "wsd"},
@@ -54,6 +56,15 @@ class DeviceOptions(Options):
 
     device: str | None = None
     """cpu, cuda, cuda:1 or mps. Default: cuda where there is one, else mps, else cpu."""
+
+
+@dataclass(kw_only=True)
+class ModelDtype(Options):
+    """Compute: the type that a model runs in."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and KV cache. auto: the stored one, or float32 where a probe of milliseconds finds it faster on this CPU, or the
+    GPU has no bfloat16."""
 
 
 @dataclass(kw_only=True)

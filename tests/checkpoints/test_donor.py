@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from recursify.checkpoints import donor as donor_module
 from recursify.checkpoints import tokenizer as tokenizer_module
-from recursify.checkpoints.donor import open_donor
+from recursify.checkpoints.donor import donor_tokenizer, open_donor
 from recursify.checkpoints.tokenizer import load_tokenizer
 from recursify.conversion.convert import convert
 from recursify.conversion.convert import run as run_convert
@@ -479,3 +479,36 @@ def test_generation_config(broken: Path) -> None:
     (broken / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config.json: is not JSON"):
         open_donor(str(broken)).generation_config()
+
+
+def test_flash_attention_that_is_not_installed_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As people's config.json has it from the machine that trained the model."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if is_flash_attn_2_available():
+        pytest.skip("flash attention is installed here")
+    plain = tiny_donor("qwen2", tmp_path, num_hidden_layers=4)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"attn_implementation": "flash_attention_2"}))
+    with caplog.at_level("WARNING"):
+        donor = open_donor(str(tmp_path))
+        model = donor.load()
+    assert "names flash_attention_2, which is not installed here; using sdpa" in caplog.text
+    ids = torch.arange(1, 9).view(1, 8)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+        assert torch.equal(convert(str(tmp_path), keep_donor=True, L_layers=2)(ids).logits, plain(ids).logits)
+
+
+def test_a_sentencepiece_model_alone_names_the_missing_package(tmp_path: Path) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("sentencepiece") is not None:
+        pytest.skip("sentencepiece is installed here")
+    tiny_donor("llama", tmp_path, num_hidden_layers=2)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x05junk")
+    with pytest.raises(UserError, match=r"it has tokenizer.model alone, which needs a package .*: pip install sentencepiece"):
+        UserError, match=r"it has tokenizer.model alone, which needs a package that is not installed: pip install sentencepiece"
+    ):
+        donor_tokenizer(open_donor(str(tmp_path)))

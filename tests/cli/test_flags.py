@@ -66,7 +66,7 @@ def test_transformers_names_are_accepted(name: str, field: str) -> None:
     fits = {"bool": "", "int": "5", "float": "0.5", "cosine": "cosine", "muon": "muon", "str": "y"}
     value = next(value for part, value in fits.items() if part in hint)
     before = WORDS.get(name, "").replace("--checkpoint x", "" if field == "checkpoint" else "--checkpoint x")
-    ours, theirs = (parse(name, f"--{flag} {value}", before) for flag in (field, flags.ALIASES[field]))
+    ours, theirs = (parse(name, f"--{flag} {value}", before) for flag in (field, alias_of(name, field)))
     assert ours == theirs and getattr(ours, field) != getattr(COMMANDS[name](**NEEDED.get(name, {})), field)
 
 
@@ -76,7 +76,7 @@ def test_every_alias_of_a_training_is_one_of_training_arguments() -> None:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert set(flags.ALIASES.values()) - known == {"model_name_or_path", "max_length"}  # trl's
     assert {field for name, field in ALIASED if name == "train"} == set(flags.ALIASES)
-    assert {field for name, field in ALIASED if not name.startswith("train")} == {"checkpoint"}
+    assert {field for name, field in ALIASED if not name.startswith("train")} == {"checkpoint", "qwen_model"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -65,6 +65,7 @@ from recursify.training.fitting import RecursiveTrainer
 from recursify.training.gains import injections
 from recursify.training.saving import BEST
 from tests.support.tiny import END_OF_TEXT, make_tiny_tokenizer, sentences, tiny_donor
+from tests.support.tokenizers import with_template
 
 SEQ_LEN, MARK = 16, "<|mark|>"
 PROMPT = "The old lobster"
@@ -949,6 +950,9 @@ class Writing(Cases):
         asked = self._pretend_a_better_device()
         assert self._wrote(device="cpu").ids.device.type == "cpu" and set(asked) == {"cpu"}
 
+    def dtype(self) -> None:
+        assert self._wrote().model.dtype == torch.float32 and self._wrote(dtype="bfloat16").model.dtype == torch.bfloat16
+
 
 class Generating(Writing):
     settings = GenerateSettings
@@ -983,6 +987,22 @@ class Generating(Writing):
         batches = self._spy(prompts, "generate_batch")
         self._said(lambda: cli.generate(self._flags(prompt_file=self._prompts(), batch_size=2)))
         assert [len(args[2]) for args, _, _ in batches] == [2, 1]
+
+    def _chatted(self, **given: Any) -> str:
+        """The prompt that the model read, by a tokenizer with a chat template."""
+        tokenizer = with_template()
+        tokenizer.save_pretrained(self._tmp / "chatty")
+        return str(tokenizer.decode(self._wrote(tokenizer_path=str(self._tmp / "chatty"), chat=True, **given).ids[0]))
+
+    def chat(self) -> None:
+        assert self._chatted() == f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+        with pytest.raises(UserError, match="--chat: the tokenizer has no chat template"):
+            self._wrote(chat=True)
+
+    def system(self) -> None:
+        assert self._chatted(system="Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+        with pytest.raises(UserError, match="--system: expected --chat with it"):
+            self._wrote(system="Be brief.")
 
 
 class Chatting(Writing):
@@ -1273,6 +1293,11 @@ class Measuring(Cases):
     def device(self) -> None:
         asked = self._pretend_a_better_device()
         assert self._measured(device="cpu").text.rows and set(asked) == {"cpu"}
+
+    def dtype(self) -> None:
+        measured = self._spy(evaluation, "measure_text")
+        self._measured(dtype="bfloat16")
+        assert measured[0][0][0].dtype == torch.bfloat16
 
     def _flags(self, *more: str) -> list[str]:
         flags = ["--dataset_name", self._world.path("text"), "--seq_len", "16", "--cycles", "1", "--max_windows", "2", "--device", "cpu"]

@@ -14,10 +14,13 @@ from recursify.checkpoints import checkpoint
 from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.inference import prompt_file
+from recursify.inference.chat_prompt import Dialogue
 from recursify.inference.generation import generate_text
 from recursify.inference.prompt_file import Prompt, read_prompts
 from recursify.inference.settings import GenerateSettings
+from tests.support import tiny
 from tests.support.tiny import make_tiny_tokenizer
+from tests.support.tokenizers import with_template
 
 TEXTS = ["The old lobster", "A", "  two words ", "quiet village songs", "龙虾和🦞", "The castle\\n follows", "one"]
 
@@ -70,7 +73,11 @@ def test_jsonl(tmp_path: Path) -> None:
         ("x.txt", b"", "x.txt has no prompt; expected one per line"),
         ("x.txt", b"\n \n", "x.txt has no prompt"),
         ("x.txt", b"ab\xff", "x.txt: expected UTF-8 text, got the byte 0xff"),
-        ("x.jsonl", b'{"prompt": "a"}\n{"text": "b"}', """line 2: expected a JSON object with a text "prompt", got '{"text": "b"}'"""),
+        (
+            "x.jsonl",
+            b'{"prompt": "a"}\n{"text": "b"}',
+            """line 2: expected a JSON object with a text "prompt" or with "messages", got '{"text": "b"}'""",
+        ),
         ("x.jsonl", b'{"prompt": 3}', "line 1: expected a JSON object"),
         ("x.jsonl", b"nothing", "line 1: expected a JSON object"),
         ("x.jsonl", b"[1]", "line 1: expected a JSON object"),
@@ -287,3 +294,25 @@ def test_all_prompts_are_checked_before_generation(settings: GenerateSettings, f
 def test_a_folder_that_is_not_there(settings: GenerateSettings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--output_file: .*nowhere is not a folder that exists"):
         prompt_file.run(replace(settings, output_file=str(tmp_path / "nowhere" / "x.jsonl")))
+
+
+def test_messages_are_given_by_the_chat_template(tmp_path: Path) -> None:
+    """As chat gives them, beside prompts of the same file; with --chat every prompt is a message."""
+    tokenizer = with_template()
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"prompt": "hello"}) + "\n")
+    model = tiny.tiny_model("qwen2", num_hidden_layers=2)
+    settings = GenerateSettings(checkpoint="x", prompt_file=str(tmp_path / "p.jsonl"), max_new_tokens=4)
+    prompts = prompt_file.read_prompts(str(tmp_path / "p.jsonl"))
+    encoded, ends = prompt_file._encode_each(model, tokenizer, prompts, settings)
+    assert encoded[0].ids == Dialogue(tokenizer).prompt(talk) and encoded[1].ids == tokenizer("hello").input_ids
+    assert set(Dialogue(tokenizer).ends) < set(ends)
+    asked, _ = prompt_file._encode_each(model, tokenizer, prompts[1:], replace(settings, chat=True, system="Be brief."))
+    assert asked[1].ids == encoded[0].ids
+
+
+@pytest.mark.parametrize("line", ['{"messages": []}', '{"messages": [{"role": "user"}]}', '{"messages": "a"}', '{"text": "a"}'])
+def test_lines_that_hold_no_prompt(line: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r'p.jsonl, line 1: expected a JSON object with a text "prompt" or with "messages", got'):
+        prompt_file.read_prompts(str(tmp_path / "p.jsonl"))
