@@ -509,6 +509,4 @@ def test_a_sentencepiece_model_alone_names_the_missing_package(tmp_path: Path) -
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x05junk")
     with pytest.raises(UserError, match=r"it has tokenizer.model alone, which needs a package .*: pip install sentencepiece"):
-        UserError, match=r"it has tokenizer.model alone, which needs a package that is not installed: pip install sentencepiece"
-    ):
         donor_tokenizer(open_donor(str(tmp_path)))
