@@ -58,7 +58,9 @@ class GrowingLayer(DynamicLayer):
         """Append `new` to `old`. `old` is the first `seen` tokens of its buffer, unless other code has replaced it by another tensor."""
         buffer, length = self.buffers[which], seen + new.shape[-2]
         replaced = buffer is not None and seen > 0 and old.data_ptr() != buffer.data_ptr()
-        if buffer is None or replaced or buffer.shape[-2] < length or buffer.shape[0] != new.shape[0]:
+        # tensors of inference mode cannot be written to outside of it
+        fixed = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if buffer is None or replaced or fixed or buffer.shape[-2] < length or buffer.shape[0] != new.shape[0]:
             buffer = new.new_empty((*new.shape[:-2], length + max(64, length // 4), new.shape[-1]))
             if seen > 0:
                 buffer[:, :, :seen] = old
@@ -114,6 +116,10 @@ class RecursiveCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
+        if self.draft_cycles is None:  # views of the removed tokens that a caller has kept are not written over; drafts crop at every step
+            for layer in self.layers:
+                if isinstance(layer, GrowingLayer):
+                    layer.buffers = [None, None]
         if self.cycles_used is not None and tokens_to_remove:
             self.cycles_used = self.cycles_used[:, : -abs(tokens_to_remove)]
 

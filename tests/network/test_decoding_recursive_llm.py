@@ -315,6 +315,36 @@ def test_decoding_does_not_copy_cached_tokens() -> None:
     assert past.keys.data_ptr() == where and past.get_seq_length() == 120
 
 
+def test_a_cache_of_inference_mode_continues_outside_of_it() -> None:
+    """As a plain model's does; and the other way round."""
+    model, x = recursive(), ids(1, 9)
+    with torch.no_grad():
+        whole = model(x, use_cache=False).logits
+    for first, then in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+        past = RecursiveCache(model.config)
+        with first():
+            model(x[:, :4], past_key_values=past)
+        with then():
+            model(x[:, 4:7], past_key_values=past)
+            logits = model(x[:, 7:], past_key_values=past).logits
+        torch.testing.assert_close(logits, whole[:, 7:], rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_kept_from_a_cache_do_not_change() -> None:
+    """Growth in place shows in no tensor that a caller holds, also after tokens were removed and others written."""
+    model, x = recursive(), ids(1, 12)
+    past = RecursiveCache(model.config)
+    with torch.no_grad():
+        model(x[:, :6], past_key_values=past)
+        held = [(layer.keys, layer.values) for layer in past.layers]
+        before = [(keys.clone(), values.clone()) for keys, values in held]
+        model(x[:, 6:8], past_key_values=past)
+        past.crop(-4)
+        model(x[:, 8:], past_key_values=past)
+    assert past.get_seq_length() == 8
+    assert all(torch.equal(a, b) for one, other in zip(held, before, strict=True) for a, b in zip(one, other, strict=True))
+
+
 def test_gradients_flow_through_a_cache() -> None:
     model, x = copy.deepcopy(recursive()), ids(1, 6)
     gradients = []
