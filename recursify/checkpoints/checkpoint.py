@@ -460,7 +460,7 @@ def write_folder(
         card: The README.md; made from model and record where None.
         max_shard_size: Larger weights are divided into several files, as by transformers.
     """
-    from .model_card import recursive_card  # not needed to read checkpoints
+    from .model_card import Extras, recursive_card  # not needed to read checkpoints
 
     with quiet(), plain_generation_config(model):
         model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
@@ -471,7 +471,8 @@ def write_folder(
     write_config(folder, fields, notes.get("donor_fields"))
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
-    (folder / "README.md").write_text(card or recursive_card(model, plan, notes), encoding="utf-8")
+    extras = Extras(chat=bool(getattr(tokenizer, "chat_template", None)))
+    (folder / "README.md").write_text(card or recursive_card(model, plan, notes, extras), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..network.configuration_recursive_llm import PREFIX
 from ..utils.files import read_json
 from .repository import find_file
 
@@ -49,7 +50,12 @@ def with_old_names(fields: Mapping[str, Any], donor_fields: Mapping[str, Any] | 
         both["rope_theta"] = rope["rope_theta"]
     if rope.get("partial_rotary_factor") is not None:
         both["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    both["rope_scaling"] = _old_scaling(rope, str(both.get("model_type")))
+    kind = str(both.get("model_type"))
+    scaling = _old_scaling(rope, kind)
+    # Of a recursive model, which no engine runs without our code, transformers 5 reads the tokenizer without that code only if it need not
+    # convert a scaling of a configuration whose class it does not know.
+    if scaling is None or not kind.startswith(PREFIX):
+        both["rope_scaling"] = scaling
     return both
 
 

@@ -94,6 +94,7 @@ class Extras:
         evaluation: The results; None without an evaluation.
         evaluation_note: A sentence on the evaluation, such as another dtype of the weights than that of the files.
         illustrated: Whether `pictures` are beside the card.
+        chat: Whether the tokenizer has a chat template, which the example then uses.
     """
 
     name: str = "THIS_FOLDER"
@@ -102,6 +103,7 @@ class Extras:
     evaluation: Evaluation | None = None
     evaluation_note: str = ""
     illustrated: bool = False
+    chat: bool = False
 
 
 def recursive_card(model: Any, plan: ConversionPlan | None, notes: Mapping[str, Any], extras: Extras | None = None) -> str:
@@ -151,7 +153,7 @@ def donor_card(
             "",
             f"model = AutoModelForCausalLM.from_pretrained({place})",
             f"tokenizer = AutoTokenizer.from_pretrained({place})",
-            *_GENERATE.format(extra="").split("\n"),
+            *_example(extras),
         ),
         *_plan(plan, Extras()),
         *_training(None, notes, True),
@@ -208,10 +210,19 @@ def public(value: Any) -> Any:
 # Text and markup
 
 
+_PROMPT = """
+inputs = tokenizer("Once upon a time", return_tensors="pt")"""
+_MESSAGE = """
+messages = [{"role": "user", "content": "Who are you?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 _GENERATE = """
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=40{extra})
+output = model.generate(**inputs, max_new_tokens=40%s)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+
+
+def _example(extras: Extras, depth: str = "") -> list[str]:
+    """Lines of code that generate a text, by the chat template if there is one."""
+    return f"{_MESSAGE if extras.chat else _PROMPT}{_GENERATE % depth}".split("\n")
 
 
 def _front(extras: Extras, base: str | None, task: str, tags: list[str]) -> str:
@@ -247,8 +258,9 @@ def _use(config: Any, extras: Extras, generates: bool) -> list[str]:
         run = ["", 'inputs = tokenizer("Once upon a time", return_tensors="pt")', f"states = model.model(**inputs, H_cycles={deeper})[0]"]
         note = "Trained in embedding space: its states predict the embedding of the next token. Its head is the donor's, unused."
         return ["## Use", note, _code(*load, *run)]
-    run = _GENERATE.format(extra=f", H_cycles={deeper}").split("\n")
-    shell = f'recursify generate --checkpoint {shlex.quote(extras.name)} --prompt "Once upon a time" --H_cycles {deeper}'
+    run = _example(extras, f", H_cycles={deeper}")
+    prompt = '--chat --prompt "Who are you?"' if extras.chat else '--prompt "Once upon a time"'
+    shell = f"recursify generate --checkpoint {shlex.quote(extras.name)} {prompt} --H_cycles {deeper}"
     return [
         "## Use",
         "With transformers alone, which runs the Python files in this repository:",
@@ -358,7 +370,8 @@ def _license(extras: Extras, base: str | None) -> list[str]:
 
 
 def _notes(notes: Mapping[str, Any]) -> list[str]:
-    rest = {key: value for key, value in notes.items() if key not in _UNLISTED}
+    # the sequence length that a conversion planned says nothing of one that was trained, which its own table has
+    rest = {key: value for key, value in notes.items() if key not in _UNLISTED and not (key == "seq_len" and "training" in notes)}
     return ["## Notes", "\n".join(f"- {_escaped(key)}: {_value(value)}" for key, value in rest.items())] if rest else []
 
 

@@ -109,6 +109,7 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
     extras = Extras(
         name=settings.push or Path(settings.out).name, license=settings.license, base_model=settings.base_model, evaluation=measured,
         evaluation_note=_rounded(found.model.dtype, settings), illustrated=not settings.donor,
+        chat=bool(tokenizer.chat_template),
     )  # fmt: skip
     lost: dict[str, int] = {}
     if settings.donor:

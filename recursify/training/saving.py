@@ -29,6 +29,7 @@ from ..checkpoints import checkpoint
 from ..errors import UserError
 from ..network.plan import ConversionPlan
 from ..utils.files import read_json
+from .optimizers import warmup_of
 from .parallel import processes
 from .settings import RunSettings
 
@@ -56,6 +57,8 @@ def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]
     recorded = {
         name: list(value) if isinstance(value, tuple) else value for name in _RECORDED_SETTINGS if (value := getattr(settings, name))
     }
+    if state.max_steps > 0 and "warmup_steps" in recorded:  # as they were used
+        recorded["warmup_steps"] = warmup_of(settings, state.max_steps)
     notes = {"epoch": state.epoch, "tokens": state.num_input_tokens_seen, "processes": processes(), **recorded, "seed": settings.seed}
     validation = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), None)
     if validation is not None:

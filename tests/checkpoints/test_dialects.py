@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,17 @@ def test_export_says_what_the_donors_files_said(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recursive_folder_has_the_old_rotary_fields(name: str, tmp_path: Path) -> None:
     exported(name, tmp_path)
-    wanted = {field: value for field, value in fields_of(name).items() if field in ("rope_theta", "rope_scaling", "torch_dtype")}
+    wanted = {field: value for field, value in fields_of(name).items() if field in ("rope_theta", "torch_dtype")}
     assert says(read(tmp_path / "recursive" / "config.json"), wanted) == {}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokenizer_of_a_recursive_folder_loads_without_its_code(name: str, tmp_path: Path) -> None:
+    """In a process that does not know recursify, where nobody is there to agree to code; as transformers' own fallback reads it."""
+    exported(name, tmp_path)
+    look = "import sys; from transformers import PreTrainedConfig as P; P.from_pretrained(sys.argv[1]); print('read')"
+    done = subprocess.run([sys.executable, "-c", look, str(tmp_path / "recursive")], capture_output=True, text=True)
+    assert done.stdout.strip() == "read", done.stderr[-800:]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -27,8 +27,10 @@ from recursify.hub import export, upload
 from recursify.hub.export import ExportSettings, check_donor, export_donor, left_out
 from recursify.network.configuration_recursive_llm import RecursiveLLMConfig, from_donor
 from recursify.network.modeling_recursive_llm import FAMILIES
+from recursify.training import TrainSettings, train
 from tests.support import tiny
 from tests.support.hub_stand_in import HubStandIn
+from tests.support.tokenizers import with_template
 
 DONOR = "Qwen/Qwen2-0.5B"
 PLAN = ConversionPlan(DONOR, 8, (0, 1), (3, 4, 5), (7,), "middle")
@@ -525,3 +527,32 @@ def test_a_hub_donor_stays_one_where_a_folder_has_its_name(tmp_path: Path, monke
     assert model_card.base_model(PLAN, notes, model_card.Extras()) == DONOR
     (tmp_path / DONOR).mkdir(parents=True)
     assert model_card.base_model(PLAN, notes, model_card.Extras()) == DONOR
+
+
+@pytest.mark.parametrize("donor", [False, True])
+def test_the_example_uses_the_chat_template_if_there_is_one(donor: bool, model: RecursiveLLM, tmp_path: Path) -> None:
+    """And it runs."""
+    checkpoint.save(tmp_path / "m.pt", model, with_template(), PLAN, NOTES)
+    export.run(ExportSettings(checkpoint=str(tmp_path / "m.pt"), out=str(tmp_path / "out"), donor=donor), say=lambda _: None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "apply_chat_template" in card and "Once upon a time" not in card
+    assert donor or "recursify generate --checkpoint out --chat --prompt" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
+    exec(code.replace('"out"', repr(str(tmp_path / "out"))), {})
+
+
+def test_the_card_names_settings_as_the_run_used_them(tmp_path: Path) -> None:
+    tiny.tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=4)
+    convert_command.run(
+        convert_command.ConvertSettings(qwen_model=str(tmp_path / "donor"), output_path=str(tmp_path / "m.pt"), L_layers=2),
+        say=lambda _: None,
+    )
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(tiny.sentences(1, 40)))
+    training = train(
+        TrainSettings(
+            checkpoint=start, dataset_name=str(tmp_path / "text.txt"), seq_len=16, batch_size=2, max_steps=20, save_every=0, start_gain=0.1, device="cpu", output_dir=str(tmp_path / "runs"),
+        )
+    )  # fmt: skip
+    export.run(ExportSettings(checkpoint=str(training.best), out=str(tmp_path / "out")), say=lambda _: None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"\| warm-?up steps \| 2 \|", card, re.IGNORECASE) and "512" not in card.split("## Training")[1]
