@@ -543,16 +543,13 @@ def test_the_example_uses_the_chat_template_if_there_is_one(donor: bool, model: 
 
 def test_the_card_names_settings_as_the_run_used_them(tmp_path: Path) -> None:
     tiny.tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=4)
-    convert_command.run(
-        convert_command.ConvertSettings(qwen_model=str(tmp_path / "donor"), output_path=str(tmp_path / "m.pt"), L_layers=2),
-        say=lambda _: None,
-    )
+    start = str(tmp_path / "m.pt")
+    convert_command.run(convert_command.ConvertSettings(qwen_model=str(tmp_path / "donor"), output_path=start, L_layers=2), lambda _: None)
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(tiny.sentences(1, 40)))
-    training = train(
-        TrainSettings(
-            checkpoint=start, dataset_name=str(tmp_path / "text.txt"), seq_len=16, batch_size=2, max_steps=20, save_every=0, start_gain=0.1, device="cpu", output_dir=str(tmp_path / "runs"),
-        )
+    run = TrainSettings(
+        checkpoint=start, dataset_name=str(tmp_path / "text.txt"), seq_len=16, batch_size=2, max_steps=20, save_every=0, start_gain=0.1,
+        device="cpu", output_dir=str(tmp_path / "runs"),
     )  # fmt: skip
-    export.run(ExportSettings(checkpoint=str(training.best), out=str(tmp_path / "out")), say=lambda _: None)
+    export.run(ExportSettings(checkpoint=str(train(run).best), out=str(tmp_path / "out")), say=lambda _: None)
     card = (tmp_path / "out" / "README.md").read_text()
     assert re.search(r"\| warm-?up steps \| 2 \|", card, re.IGNORECASE) and "512" not in card.split("## Training")[1]
