@@ -100,6 +100,8 @@ class Chat(Console):
         print_stats(self.model, self.tokenizer, generated, self.settings, self.out, self.err)
         if cut and generated.finish_reason == "length":
             self.say("(the conversation has filled the model's positions; /reset begins a new one)", self.err)
+        elif generated.finish_reason == "length":
+            self.say(f"(cut after {self.settings.max_new_tokens} tokens; /max sets another limit)", self.err)
 
     def _writer(self, pieces: list[str]) -> Callable[[str], None]:
         """A callback that prints each piece, without the leading white space of an answer in the plain format, and collects it."""

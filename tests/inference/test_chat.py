@@ -301,3 +301,8 @@ def test_run_from_a_pipe(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     said = capsys.readouterr()
     assert said.out.strip() == answer
     assert HELLO in said.err and said.err.endswith("Goodbye!\n")
+
+
+def test_an_answer_that_was_cut_says_so(model: Any, tokenizer: Any) -> None:
+    _, err = Talk(model, tokenizer, replace(SETTINGS, max_new_tokens=3))("The old tower")
+    assert "(cut after 3 tokens; /max sets another limit)" in err
