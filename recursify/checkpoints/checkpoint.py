@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError, first_line
@@ -36,6 +36,7 @@ from ..network.modeling_recursive_llm import FAMILIES, RecursiveLLM
 from ..network.plan import ConversionPlan, conversion_record, notes_of, plan_of
 from ..utils.atomic import write_atomic
 from ..utils.files import read_json
+from ..utils.models import without_donor_settings
 from .configs import CONFIG_FAULTS, generation_config, reason
 from .dialects import write_config, write_tokenizer
 from .guide_names import from_guides, to_guides
@@ -462,7 +463,7 @@ def write_folder(
     """
     from .model_card import Extras, recursive_card  # not needed to read checkpoints
 
-    with quiet(), plain_generation_config(model):
+    with quiet(), without_donor_settings(model):
         model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
     # by itself: published donors have inconsistent ones, such as a temperature without sampling, which transformers refuses to save
     model.generation_config.to_json_file(folder / "generation_config.json")
@@ -473,17 +474,6 @@ def write_folder(
         write_tokenizer(tokenizer, folder)
     extras = Extras(chat=bool(getattr(tokenizer, "chat_template", None)))
     (folder / "README.md").write_text(card or recursive_card(model, plan, notes, extras), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def plain_generation_config(model: Any) -> Iterator[None]:
-    """Replace a generation config, which may be one that transformers refuses to save, by an empty one inside the context."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def is_replaced(entry: Path) -> bool:

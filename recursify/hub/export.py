@@ -31,6 +31,7 @@ from ..network.configuration_recursive_llm import RecursiveLLMConfig
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..utils.atomic import write_atomic
 from ..utils.files import read_json
+from ..utils.models import without_donor_settings
 from . import upload
 
 Say = Callable[[str], None]
@@ -342,7 +343,7 @@ def _write_donor(
     card = donor_card(donor, *public_record(found.plan, found.notes), lost, extras)
 
     def write(folder: Path) -> None:
-        with checkpoint.quiet(), checkpoint.plain_generation_config(donor):
+        with checkpoint.quiet(), without_donor_settings(donor):
             donor.save_pretrained(folder, max_shard_size=settings.max_shard_size)
         donor.generation_config.to_json_file(folder / "generation_config.json")
         write_config(folder, read_json(folder / "config.json"), found.notes.get("donor_fields"))

@@ -27,9 +27,10 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def without_donor_settings(model: Any) -> Iterator[None]:
-    """Generation without the model's `generation_config`, from which `generate` fills every setting that a call leaves open.
+    """Put an empty generation config in the place of the model's inside the context.
 
-    Published models have penalties, cutoffs, stop strings or several return sequences there, which no flag of ours asked for.
+    `generate` fills every setting that a call leaves open from it: published models have penalties, cutoffs, stop strings or several
+    return sequences there, which no flag of ours asked for; and some are inconsistent, which `save_pretrained` refuses.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()
