@@ -56,7 +56,7 @@ class Chat(Console):
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def greet(self) -> None:
-        self.say("Say something. /help lists the commands.", self.err)
+        self.say("Type a message. /help lists the commands.", self.err)
         if not self.dialogue.has_template:
             self.say("The tokenizer has no chat template, so turns are given to the model as plain lines, User: and Assistant:.", self.err)
         self.say("", self.err)
@@ -93,7 +93,7 @@ class Chat(Console):
             if said:
                 self.messages += [asked, {"role": "assistant", "content": said}]
         if not said:
-            self.say("(no answer; what you said is forgotten)", self.err)
+            self.say("(no answer; your message was dropped)", self.err)
         self._after(generated, cut=room < self.settings.max_new_tokens)
 
     def _after(self, generated: Generated, cut: bool) -> None:
@@ -158,10 +158,10 @@ class Chat(Console):
         spoken = [message for message in self.messages if message["role"] != "system"]
         if text:
             self.messages = [{"role": "system", "content": text}, *spoken]
-        told = next((message["content"] for message in self.messages if message["role"] == "system"), None)
-        return f"system {told!r}" if told else "system: nothing is said"
+        current = next((message["content"] for message in self.messages if message["role"] == "system"), None)
+        return f"system {current!r}" if current else "system: no system message"
 
     def _reset(self) -> str:
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.memory.forget()
-        return "The conversation is forgotten."
+        return "Conversation cleared."

@@ -215,7 +215,7 @@ class Results:
         return len(pairs)
 
     def _check_record(self, made_of: dict[str, Any]) -> None:
-        cure = "name another --output_file, or delete it to begin anew"
+        cure = "name another --output_file, or delete it to start over"
         try:
             before = json.loads(self.record.read_text(encoding="utf-8"))
             if before["format"] != FORMAT:

@@ -25,7 +25,7 @@ from tests.support.tiny import make_tiny_tokenizer, tiny_model
 from tests.support.tokenizers import with_template
 
 SETTINGS = ChatSettings(checkpoint="x", temperature=0, max_new_tokens=6)
-HELLO = "Say something. /help lists the commands.\n"
+HELLO = "Type a message. /help lists the commands.\n"
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def test_system_message_comes_first(model: Any, tokenizer: Any) -> None:
     assert talk.chat.messages[0] == system
     assert talk.chat.messages[-1]["content"] == expected(model, tokenizer, [system, {"role": "user", "content": "The"}])
     out, _ = talk("/reset", "/system", "/system Be long.", "Why")
-    assert "The conversation is forgotten.\n" in out and "system 'Be brief.'\n" in out and "system 'Be long.'\n" in out
+    assert "Conversation cleared.\n" in out and "system 'Be brief.'\n" in out and "system 'Be long.'\n" in out
     assert [message["content"] for message in talk.chat.messages[:2]] == ["Be long.", "Why"]
-    assert "system: nothing is said\n" in Talk(model, tokenizer)("/system")[0]
+    assert "system: no system message\n" in Talk(model, tokenizer)("/system")[0]
 
 
 def test_reset_forgets(talk: Talk, model: Any, tokenizer: Any) -> None:
@@ -249,7 +249,7 @@ def test_empty_answer_adds_no_turn(model: Any, tokenizer: Any, monkeypatch: pyte
     real = chat.generate_text
     monkeypatch.setattr(chat, "generate_text", lambda *args, **kwargs: real(*args, **kwargs | {"ends": range(400)}))
     _, err = talk("The")
-    assert "(no answer; what you said is forgotten)" in err and talk.chat.messages == []
+    assert "(no answer; your message was dropped)" in err and talk.chat.messages == []
 
 
 # --- room

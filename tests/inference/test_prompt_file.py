@@ -226,7 +226,7 @@ def test_output_of_other_settings_is_refused(settings: GenerateSettings, change:
     before = prompt_file.output_path(settings).read_bytes()
     with pytest.raises(UserError) as error:
         prompt_file.run(replace(settings, **change))
-    assert message in str(error.value) and "name another --output_file, or delete it to begin anew" in str(error.value)
+    assert message in str(error.value) and "name another --output_file, or delete it to start over" in str(error.value)
     assert prompt_file.output_path(settings).read_bytes() == before
 
 
