@@ -194,7 +194,7 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
     words = list(sys.argv[1:] if argv is None else argv)
     prog = None if argv is None else f"recursify {job}"
     if job not in JOB_SECTIONS:
-        return flags.parse(settings_class, as_ours(words, settings_class), job, prog)
+        return flags.parse(settings_class, words, job, prog)
     file = _value_of("--config", words)
     extra: dict[str, tuple[Any, Any]] = {"config": (None, flags.CONFIG)}
     values: dict[str, Any] = {}
@@ -207,7 +207,7 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
     given = _value_of("--checkpoint", words)
     if given is not None and "checkpoint" not in settings_class.__dataclass_fields__:  # type: ignore[attr-defined]
         raise UserError(f"--checkpoint: not used by this approach, which starts from a donor: name one with --model_name; got {given}")
-    return flags.parse(settings_class, as_ours(words, settings_class), job, prog, values, extra)
+    return flags.parse(settings_class, as_ours(words, settings_class) if job.startswith("train") else words, job, prog, values, extra)
 
 
 def _settings_of(approach: str) -> Any:

@@ -41,7 +41,7 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
     if not isinstance(section, dict):
         raise UserError(f"--config: {path}: expected flags and their values under {job!r}, got {section!r}")
     section = {name: value for name, value in section.items() if job != "train" or name != "approach"}
-    section = {_OURS.get(name, name) if job.startswith("train") else name: value for name, value in section.items()}
+    section = _under_our_names(path, section) if job.startswith("train") else section
     hints = {field.name: get_type_hints(settings_class)[field.name] for field in dataclasses.fields(settings_class)}
     _known(path, f"key under {job!r}", section, hints)
     values = {}
@@ -53,6 +53,13 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
         except TypeError as error:
             raise UserError(f"--config: {path}: {job}: {name}: expected {error}, got {value!r}") from None
     return values
+
+
+def _under_our_names(path: str | Path, section: dict[Any, Any]) -> dict[Any, Any]:
+    for alias in section:
+        if (name := _OURS.get(alias)) in section:
+            raise UserError(f"--config: {path}: {alias} is another name of {name}, which is given too; leave out one of the two")
+    return {_OURS.get(name, name): value for name, value in section.items()}
 
 
 def read_approach(path: str | Path) -> str | None:

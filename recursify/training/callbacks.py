@@ -113,6 +113,17 @@ class AfterOptimizer(TrainerCallback):
         self.call()
 
 
+class AtStart(TrainerCallback):
+    """Calls a function before the first step of a run, not of a resumed one."""
+
+    def __init__(self, call: Callable[[], None]):
+        self.call = call
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.call()
+
+
 class Validate(TrainerCallback):
     """Requests a validation every N steps. The Trainer validates at the end of each epoch; no step is validated twice."""
 

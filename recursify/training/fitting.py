@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..utils.device import choose_device
 from .approaches import APPROACHES, freeze_rest
 from .arguments import from_training_arguments, total_steps, training_arguments
-from .callbacks import AfterOptimizer, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
+from .callbacks import AfterOptimizer, AtStart, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
 from .collate import Collate
 from .depth import DepthSchedule
 from .gains import start_gains
@@ -43,7 +43,8 @@ class FitResult:
             `tokens_per_second`: means since the previous entry; and `memory`, the peak so far, in GiB. Validation entries have
             `train_loss` (last cycle, mean since the previous validation), `eval_loss` (at H_cycles), `eval_loss_cycle_i`, and
             `eval_perplexity`, or in embedding space `eval_nearest_right`: the share of tokens, 0 to 1, for which the embedding nearest to
-            the state of the last cycle is the correct one.
+            the state of the last cycle is the correct one. The first entry of a converted model that keeps all layers of its donor has
+            `donor_loss`, the validation loss at 0 cycles before the first step.
         steps: Optimizer steps, including those before a resume.
         tokens: Training tokens.
         seconds: Wall-clock time, including validation and samples.
@@ -275,6 +276,7 @@ def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallbac
             callback.logging_dir = str(saver.folder / "tensorboard")
     return [
         *([MetricsFile(saver.folder / METRICS)] if saver else []),
+        *([AtStart(trainer.log_donor_loss)] if saver and saver.starts_as_donor and trainer.eval_dataset is not None else []),
         Summary(lambda metrics: _save_best(trainer), quiet),
         *([AfterOptimizer(trainer.update_average)] if settings.ema_decay else []),
         *([EarlyStopping(settings.early_stopping_patience)] if settings.early_stopping_patience else []),

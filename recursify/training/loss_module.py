@@ -140,6 +140,12 @@ class LossModule(nn.Module):
             columns.append(self.objective.token_hits(states[self.main_cycle - 1], labels, self.reader))
         return torch.stack([column.sum(dim=1) for column in columns], dim=1)
 
+    @torch.no_grad()
+    def plain_sums(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """`[B, 1]`: the summed loss of each sequence at 0 cycles: without the recursion, as the donor."""
+        state = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False, H_cycles=0).last_hidden_state
+        return self.objective.token_losses(state, labels, self.reader).sum(dim=1, keepdim=True)
+
     def _states(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
         if not is_recursive(self.model):
             return [self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shlex
 from array import array
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import open_donor
 from ..checkpoints.repository import split_revision
+from ..data.question_sets import is_questions
 from ..data.settings import parse_mix
 from ..errors import UserError
 from ..utils.device import choose_device
@@ -75,9 +77,6 @@ def train(settings: RunSettings) -> TrainResult:
     settings.validate_model(loaded.model.config)
 
     blocks = _load_text(settings, tokenizer)
-    data = fingerprint(blocks.train, settings)
-    if point is not None:
-        _check_data(point, data)
     total = total_steps(blocks.train, settings)
     announce(f"Training on {describe_launch(settings, device)}")
     count = "a stream of" if settings.streaming else f"{len(blocks.train):,}"
@@ -91,6 +90,9 @@ def train(settings: RunSettings) -> TrainResult:
         if PartialState().is_main_process:
             print(cost.render())
         return TrainResult(None, None)
+    data = fingerprint(blocks.train, settings)
+    if point is not None:
+        _check_data(point, data)
     best = settings.folder / BEST
     if point is not None and step_of(point) >= total:
         announce(f"{point} is already the end of this run; increase --num_epochs or --max_steps to continue")
@@ -111,18 +113,19 @@ def train(settings: RunSettings) -> TrainResult:
 
 
 def closing_summary(result: FitResult, best: Path, settings: RunSettings) -> str:
-    """What matters at the end of a run: validation loss by cycle, the best model, and the next commands."""
+    """What matters at the end of a run: validation loss by cycle beside the donor's, the best model, and the next commands."""
     last = next(entry for entry in reversed(result.history) if "eval_loss" in entry)
     losses = {int(name.rpartition("_")[2]): loss for name, loss in last.items() if name.startswith("eval_loss_cycle_")}
     lines = [f"Best validation loss {result.best_eval_loss:.4f}: {best}"]
     if len(losses) > 1:
         shown = ", ".join(f"{cycle}: {loss:.4f}" for cycle, loss in losses.items())
-        lines.insert(0, f"Validation loss by cycle at the end: {shown}; lowest at cycle {min(losses, key=losses.__getitem__)}")
+        donor = next((f"; of the donor: {entry['donor_loss']:.4f}" for entry in result.history if "donor_loss" in entry), "")
+        lines.insert(0, f"Validation loss by cycle at the end: {shown}; lowest at cycle {min(losses, key=losses.__getitem__)}{donor}")
     if settings.approach != checkpoint.EMBEDDING:
-        lines += [
-            f'Next: recursify generate --checkpoint {best} --prompt "..."',
-            f"      recursify evaluate --checkpoint {best} --dataset_name {settings.dataset_name} --split validation",
-        ]
+        model, data = shlex.quote(str(best)), shlex.quote(settings.dataset_name)
+        held_out = f"--questions {data}" if is_questions(settings.dataset_name) else f"--dataset_name {data} --split validation"
+        lines.append(f'Next: recursify generate --checkpoint {model} --prompt "..."')
+        lines.append(f"      recursify evaluate --checkpoint {model} {held_out}")
     return "\n".join(lines)
 
 

@@ -85,6 +85,11 @@ class Saver:
     keep_last: int = 0
     data: str | None = None
 
+    @property
+    def starts_as_donor(self) -> bool:
+        """Whether the model that the run starts from is its donor at 0 cycles: all layers kept, and not trained yet."""
+        return self.plan is not None and not self.plan.dropped and "training" not in self.notes and self.notes["approach"] == "full"
+
     def save(self, path: Path, model: Any, beside: Mapping[Path, Callable[[Path], Any]] | None = None, **notes: Any) -> Path:
         checkpoint.save(path, model, self.tokenizer, self.plan, {**self.notes, "training": notes}, dtype=self.dtype, beside=beside)
         return path

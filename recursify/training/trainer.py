@@ -11,7 +11,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -228,7 +228,7 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The validation loss of every cycle, as a mean over all tokens, not over batches."""
         with self.throughput.stopped():
-            means = self._mean_losses(eval_dataset)
+            means = self._means(self.model.row_sums, eval_dataset)
         metrics = self._eval_metrics(means, metric_key_prefix)
         if self.window.sums:
             self._drain_window()
@@ -238,18 +238,25 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _mean_losses(self, eval_dataset: Any) -> list[float]:
+    def log_donor_loss(self) -> None:
+        """Log `donor_loss`: the validation loss before the first step at 0 cycles, where the model is its donor."""
+        with self.throughput.stopped():
+            (loss,) = self._means(self.model.plain_sums, None)
+        self.log({"donor_loss": loss})
+
+    def _means(self, row_sums: Callable[..., Tensor], eval_dataset: Any) -> list[float]:
+        """What `row_sums` of `LossModule` adds up, per scored token. Collective."""
         self.model.eval()
-        counts_hits = self.model.objective.token_hits is not None
-        sums, tokens = torch.zeros(self.model.deepest + counts_hits, dtype=torch.float64), 0
+        sums: list[Tensor] = []
+        tokens = 0
         with self.averaged_weights():
             for batch in self.get_eval_dataloader(eval_dataset):
                 with self.accelerator.autocast():
-                    rows = self.model.row_sums(**batch)
+                    rows = row_sums(**batch)
                 rows, scored = self.accelerator.gather_for_metrics((rows, scored_tokens(batch["labels"])))
-                sums += rows.cpu().double().sum(dim=0)
+                sums.append(rows.cpu().double().sum(dim=0))
                 tokens += int(scored.sum())
-        return (sums / max(1, tokens)).tolist()
+        return (torch.stack(sums).sum(dim=0) / max(1, tokens)).tolist()
 
     def _eval_metrics(self, means: list[float], prefix: str) -> dict[str, float]:
         losses, hits = means[: self.model.deepest], means[self.model.deepest :]

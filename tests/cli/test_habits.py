@@ -10,6 +10,9 @@ import pytest
 from recursify.cli import main as cli
 from recursify.cli.habits import as_ours
 from recursify.errors import UserError
+from recursify.evaluation.settings import CompareSettings
+from recursify.hub.export import ExportSettings
+from recursify.inference.settings import GenerateSettings
 from recursify.training import TrainSettings
 
 WORDS = ["--checkpoint", "x.pt"]
@@ -58,3 +61,22 @@ def test_recipes_take_the_names_of_transformers(tmp_path: Path) -> None:
 def test_a_checkpoint_for_an_approach_that_starts_from_a_donor() -> None:
     with pytest.raises(UserError, match="--checkpoint: not used by this approach, .* --model_name; got x.pt"):
         cli.parse("train", TrainSettings, ["--approach", "hybrid", *WORDS])
+
+
+def test_commands_with_positional_arguments_keep_their_switches() -> None:
+    """`--json A B` is a switch and two models, `--donor out` a switch and a folder."""
+    compared = cli.parse("compare", CompareSettings, ["--json", "A", "B"])
+    assert compared.json and compared.checkpoints == ("A", "B")
+    exported = cli.parse("export", ExportSettings, ["--checkpoint", "x", "--donor", "out"])
+    assert exported.donor and exported.out == "out"
+
+
+def test_a_value_that_looks_like_a_flag_stays_one_word() -> None:
+    assert cli.parse("generate", GenerateSettings, [*WORDS, "--prompt=--foo"]).prompt == "--foo"
+    assert cli.parse("train", TrainSettings, [*WORDS, "--generation_prompt=--bf16 True=1"]).generation_prompt == "--bf16 True=1"
+
+
+def test_a_flag_under_two_names_in_a_recipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("train: {checkpoint: x.pt, learning_rate: 2.0e-4, lr: 1.0e-4}")
+    with pytest.raises(UserError, match="learning_rate is another name of lr, which is given too; leave out one of the two"):
+        cli.parse("train", TrainSettings, ["--config", str(tmp_path / "r.yaml")])
