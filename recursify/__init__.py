@@ -7,29 +7,28 @@ Importing this package registers the recursive families with transformers' Auto 
 when it is first asked for.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
 from . import _moved
-from .checkpoints.checkpoint import Checkpoint, load, save
-from .checkpoints.loading import load_model
-from .conversion.convert import convert
 from .errors import UserError
-from .network.configuration_recursive_llm import CONFIGS, PREFIX, RecursiveLLMConfig
-from .network.decoding_recursive_llm import RecursiveCache
-from .network.modeling_recursive_llm import FAMILIES, RecursiveLLM
-from .network.plan import ConversionPlan
-from .utils import peft_defaults
 
 if TYPE_CHECKING:
+    from .checkpoints.checkpoint import Checkpoint, load, save
+    from .checkpoints.loading import load_model
+    from .conversion.convert import convert
     from .data.loading import load_blocks
     from .evaluation.evaluate import evaluate
     from .evaluation.settings import EvaluateSettings, MeasureSettings
     from .evaluation.text_loss import measure
     from .inference.generation import Generated, generate_batch, generate_text
     from .inference.options import Sampling
+    from .network.configuration_recursive_llm import RecursiveLLMConfig
+    from .network.decoding_recursive_llm import RecursiveCache
+    from .network.modeling_recursive_llm import RecursiveLLM
+    from .network.plan import ConversionPlan
     from .training import EmbeddingSettings, FitResult, FitSettings, HybridSettings, RecursiveTrainer, TrainSettings, fit, train
 
 __all__ = [
@@ -63,8 +62,10 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Public names whose modules are imported when they are first asked for: a model is loaded without the weight of the training stack.
-_LATER = {
+# Public names and their modules, which are imported when a name is first asked for.
+_PLACES = {
+    "Checkpoint": "checkpoints.checkpoint",
+    "ConversionPlan": "network.plan",
     "EmbeddingSettings": "training",
     "EvaluateSettings": "evaluation.settings",
     "FitResult": "training",
@@ -72,38 +73,52 @@ _LATER = {
     "Generated": "inference.generation",
     "HybridSettings": "training",
     "MeasureSettings": "evaluation.settings",
+    "RecursiveCache": "network.decoding_recursive_llm",
+    "RecursiveLLM": "network.modeling_recursive_llm",
+    "RecursiveLLMConfig": "network.configuration_recursive_llm",
     "RecursiveTrainer": "training",
     "Sampling": "inference.options",
     "TrainSettings": "training",
+    "convert": "conversion.convert",
     "evaluate": "evaluation.evaluate",
     "fit": "training",
     "generate_batch": "inference.generation",
     "generate_text": "inference.generation",
+    "load": "checkpoints.checkpoint",
     "load_blocks": "data.loading",
+    "load_model": "checkpoints.loading",
     "measure": "evaluation.text_loss",
+    "save": "checkpoints.checkpoint",
     "train": "training",
 }
+# Commands answer --help and errors in flags before torch and transformers are imported, which takes seconds; `cli.main` registers after.
+_COMMANDS = (
+    "recursify",
+    "convert_qwen_to_recursive",
+    "train_qwen_recursive",
+    "train_qwen_trm",
+    "train_qwen_trm_hybrid",
+    "inference_qwen_recursive",
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _PLACES:
         raise AttributeError(f"module 'recursify' has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    import_module(f"{__name__}._registered")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_moved.install()
-peft_defaults.install(PREFIX, (model_type.removeprefix(PREFIX) for model_type in CONFIGS))
+def _is_command() -> bool:
+    """Whether this process is a command: `recursify`, `python -m recursify`, or a script of the guides."""
+    started = Path(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
+    return started in _COMMANDS or (started == "-m" and ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
 
-for _type, _config in CONFIGS.items():
-    _family = FAMILIES[_type]
-    AutoConfig.register(_type, _config, exist_ok=True)
-    AutoModel.register(_config, _family.base_class, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _family, exist_ok=True)
-    # `save_pretrained` then writes the model files beside the weights, for trust_remote_code
-    _config.register_for_auto_class()
-    _family.register_for_auto_class("AutoModelForCausalLM")
-    _family.base_class.register_for_auto_class("AutoModel")
+
+_moved.install()
+if not _is_command():
+    import_module(f"{__name__}._registered")

@@ -41,6 +41,7 @@ from .configs import CONFIG_FAULTS, generation_config, reason
 from .dialects import write_config, write_tokenizer
 from .guide_names import from_guides, to_guides
 from .repository import HUB_ID, check_revision, no_config
+from .settings import MAX_SHARD_SIZE
 from .tokenizer import check_vocabulary, load_tokenizer
 
 FORMAT = "recursify/1"
@@ -55,7 +56,6 @@ _TOKENIZER = (
     "merges.txt", "tokenizer.model",
 )  # fmt: skip
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # downloaded from the hub: neither code nor pictures
-MAX_SHARD_SIZE = "5GB"
 
 
 @dataclass

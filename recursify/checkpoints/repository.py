@@ -7,7 +7,6 @@ commit, and an access token. Without a token, huggingface_hub uses HF_TOKEN or t
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from transformers.utils import cached_file, has_file
 
 from ..errors import UserError, first_line
 from ..utils.files import read_json
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+from .settings import HUB_ID
 
 
 def read_config(name: str, **hub: Any) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ..utils.options import Options
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+MAX_SHARD_SIZE = "5GB"  # of a file of weights
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,8 @@
 """The command line: parse the settings of a command, run it, turn bad input into one message and exit status 2.
 
 Every flag is a field of the settings class of its command (`flags.py`). `--config FILE` reads them from a recipe (`recipe.py`); flags on
-the command line override it. The scripts of the guides call the functions of this file; `recursify COMMAND` calls `main`. The modules of
-a command are imported when it is called, so generating text does not import the training stack.
+the command line override it. The scripts of the guides call the functions of this file; `recursify COMMAND` calls `main`. Until the flags
+are read and checked, nothing imports torch or transformers, which takes seconds: `--help` and errors in flags come at once.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ INTERRUPTED = 130  # the shell's status of a program that Ctrl-C ended
 
 def convert(argv: Argv = None) -> None:
     """Convert a pretrained model into a recursive one."""
-    from ..conversion import convert as conversion
     from ..conversion.settings import ConvertSettings
 
     def job(settings: ConvertSettings) -> None:
-        report = conversion.run(settings, say=_to_stderr if settings.json else print)
+        from ..conversion.convert import run
+
+        report = run(settings, say=_to_stderr if settings.json else print)
         if settings.json:
             _print_json(report)
 
@@ -43,31 +44,40 @@ def convert(argv: Argv = None) -> None:
 
 def train(argv: Argv = None) -> None:
     """Fine-tune a recursive model, or only the loop (--approach)."""
-    from .. import training
+    from ..training.settings import TrainSettings
 
-    _train("train", training.TrainSettings, argv)
+    _command("train", TrainSettings, _fit, argv)
 
 
 def train_trm(argv: Argv = None) -> None:
     """Train a recursive block in a donor's embedding space."""
-    from .. import training
+    from ..training.settings import EmbeddingSettings
 
-    _train("train_trm", training.EmbeddingSettings, argv)
+    _command("train_trm", EmbeddingSettings, _fit, argv)
 
 
 def train_trm_hybrid(argv: Argv = None) -> None:
     """Train recursive layers between a donor's embeddings and its head."""
-    from .. import training
+    from ..training.settings import HybridSettings
 
-    _train("train_trm_hybrid", training.HybridSettings, argv)
+    _command("train_trm_hybrid", HybridSettings, _fit, argv)
+
+
+def _fit(settings: RunSettings) -> None:
+    from ..training.run import train
+
+    fitted = train(settings).fit
+    if fitted is not None and fitted.interrupted:
+        sys.exit(INTERRUPTED)  # saved and resumable, but what follows in a script must not take it for finished
 
 
 def generate(argv: Argv = None) -> None:
     """Generate text from --prompt, from each line of --prompt_file, or interactively."""
-    from ..inference import interactive, prompt_file, session
     from ..inference.settings import GenerateSettings
 
     def job(settings: GenerateSettings) -> None:
+        from ..inference import interactive, prompt_file, session
+
         if settings.prompt_file is not None:
             prompt_file.run(settings)
         elif settings.prompt is not None:
@@ -80,63 +90,87 @@ def generate(argv: Argv = None) -> None:
 
 def chat(argv: Argv = None) -> None:
     """Chat with a model at the terminal."""
-    from ..inference import chat as talk
+    from ..inference.settings import ChatSettings
 
-    _command("chat", talk.ChatSettings, talk.run, argv)
+    def job(settings: ChatSettings) -> None:
+        from ..inference.chat import run
+
+        run(settings)
+
+    _command("chat", ChatSettings, job, argv)
 
 
 def serve(argv: Argv = None) -> None:
     """Serve a model over HTTP with an OpenAI-compatible API."""
-    from .. import serving
+    from ..serving.settings import ServeSettings
 
-    _command("serve", serving.ServeSettings, serving.run, argv)
+    def job(settings: ServeSettings) -> None:
+        from ..serving.running import run
+
+        run(settings)
+
+    _command("serve", ServeSettings, job, argv)
 
 
 def evaluate(argv: Argv = None) -> None:
     """Measure loss and accuracy at every depth, and what each cycle contributes."""
-    from ..evaluation import evaluate as evaluation
     from ..evaluation.settings import EvaluateSettings
 
     def job(settings: EvaluateSettings) -> None:
-        _print_measured(evaluation.run(settings), settings)
+        from ..evaluation.evaluate import run
+
+        _print_measured(run(settings), settings)
 
     _command("evaluate", EvaluateSettings, job, argv)
 
 
 def compare(argv: Argv = None) -> None:
     """Measure several models on the same items, with paired significance tests."""
-    from ..evaluation import compare as comparison
     from ..evaluation.settings import CompareSettings
 
     def job(settings: CompareSettings) -> None:
-        _print_measured(comparison.run(settings), settings)
+        from ..evaluation.compare import run
+
+        _print_measured(run(settings), settings)
 
     _command("compare", CompareSettings, job, argv)
 
 
 def inspect(argv: Argv = None) -> None:
     """Show plan, parameters by part, and cost per token of a model."""
-    from ..conversion import inspection
+    from ..conversion.settings import InspectSettings
 
-    def job(settings: inspection.InspectSettings) -> None:
-        report = inspection.run(settings)
+    def job(settings: InspectSettings) -> None:
+        from ..conversion.inspection import run
+
+        report = run(settings)
         _print_json(report) if settings.json else print(report.render())
 
-    _command("inspect", inspection.InspectSettings, job, argv)
+    _command("inspect", InspectSettings, job, argv)
 
 
 def export(argv: Argv = None) -> None:
     """Write a folder for the Hugging Face hub, or the plain donor, and upload it."""
-    from ..hub import export as ready
+    from ..hub.settings import ExportSettings
 
-    _command("export", ready.ExportSettings, ready.run, argv)
+    def job(settings: ExportSettings) -> None:
+        from ..hub.export import run
+
+        run(settings)
+
+    _command("export", ExportSettings, job, argv)
 
 
 def demo(argv: Argv = None) -> None:
     """Run the end-to-end demo on the bundled base models."""
-    from ..demo import run as whole_way
+    from ..demo.settings import DemoSettings
 
-    _command("demo", whole_way.DemoSettings, whole_way.run, argv)
+    def job(settings: DemoSettings) -> None:
+        from ..demo.run import run
+
+        run(settings)
+
+    _command("demo", DemoSettings, job, argv)
 
 
 JOBS: dict[str, Callable[[Argv], None]] = {
@@ -165,17 +199,6 @@ def _overview() -> str:
         f"Turn a pretrained language model into a recursive reasoner.\n\nusage: recursify COMMAND [flags]\n\n{jobs}\n\n"
         "recursify COMMAND --help lists the flags of a command."
     )
-
-
-def _train(name: str, settings_class: type[RunSettings], argv: Argv) -> None:
-    from .. import training
-
-    def job(settings: RunSettings) -> None:
-        fitted = training.train(settings).fit
-        if fitted is not None and fitted.interrupted:
-            sys.exit(INTERRUPTED)  # saved and resumable, but what follows in a script must not take it for finished
-
-    _command(name, settings_class, job, argv)
 
 
 def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settings:
@@ -211,8 +234,8 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
 
 
 def _settings_of(approach: str) -> Any:
-    """What an approach of training can be told."""
-    from ..training import EmbeddingSettings, HybridSettings, TrainSettings
+    """The settings of an approach of training."""
+    from ..training.settings import EmbeddingSettings, HybridSettings, TrainSettings
 
     known = {found.approach: found for found in (TrainSettings, HybridSettings, EmbeddingSettings)}
     if approach not in known:
@@ -232,9 +255,7 @@ def _value_of(flag: str, words: Sequence[str]) -> str | None:
 
 
 def _command(name: str, settings_class: type[Settings], job: Callable[[Settings], Any], argv: Argv) -> None:
-    """Parse flags into settings and run the job; bad input ends with status 2 and one message."""
-    from transformers.utils import logging as transformers_logging
-
+    """Parse flags into settings and run the job, with what it imports; bad input ends with status 2 and one message."""
     from ..utils.log import log_to_stderr
     from ..utils.streams import replace_unencodable
 
@@ -243,6 +264,12 @@ def _command(name: str, settings_class: type[Settings], job: Callable[[Settings]
     log_to_stderr()
     try:
         settings = parse(name, settings_class, argv)
+        if hasattr(settings, "validate"):
+            settings.validate()
+        from transformers.utils import logging as transformers_logging
+
+        from .. import _registered  # noqa: F401
+
         transformers_logging.disable_progress_bar()  # bars of milliseconds; the jobs show their own where one has to wait
         job(settings)
     except UserError as error:

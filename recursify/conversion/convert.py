@@ -141,10 +141,7 @@ def check_seq_len(donor: Donor, seq_len: int | None) -> int:
 
 
 def _auto_candidates(donor: Donor, settings: ConvertSettings) -> Sequence[ConversionPlan]:
-    if settings.prelude_layers or settings.coda_layers:
-        raise UserError("--layer_selection auto: it chooses prelude and coda itself; leave --prelude_layers and --coda_layers out")
-    if settings.calibration_file is None:
-        raise UserError("--layer_selection auto: needs --calibration_file, a text file like what the model is for")
+    settings.validate()
     return candidates(donor.name, donor.config.num_hidden_layers, settings.L_layers)
 
 

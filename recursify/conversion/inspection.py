@@ -13,17 +13,11 @@ from typing import Any
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import open_donor
 from ..checkpoints.loading import is_recursive_checkpoint
-from ..checkpoints.settings import ModelSource
 from ..network.configuration_recursive_llm import RecursiveLLMConfig
 from ..network.plan import ConversionPlan, notes_of, plan_of
 from ..network.size import parameters_by_part, slot_bytes
-from ..utils.options import JsonOutput
 from ..utils.tables import table
-
-
-@dataclass(kw_only=True)
-class InspectSettings(JsonOutput, ModelSource):
-    """Show plan, parameters and cost per token at several cycle counts; of a plain model, parameters and cost."""
+from .settings import InspectSettings
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Flags of a conversion."""
+"""Flags of a conversion, and of the look at a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checkpoints.settings import Revision, TokenizerSource
+from ..checkpoints.settings import ModelSource, Revision, TokenizerSource
+from ..errors import UserError
 from ..utils.options import JsonOutput, Options
 
 Say = Callable[[str], None]
@@ -53,3 +54,21 @@ class ConvertSettings(LoopSettings, TokenizerSource, Revision, JsonOutput):
     """Print plan, parameters and cost, and stop. Reads config.json only."""
     output_path: str = "qwen_recursive_init.pt"
     """Where to write: a .pt file (with its tokenizer folder beside it), or a new folder in Hugging Face layout."""
+
+    def validate(self) -> None:
+        """Check what needs no donor.
+
+        Raises:
+            UserError: Flags that contradict each other.
+        """
+        if self.layer_selection != "auto":
+            return
+        if self.prelude_layers or self.coda_layers:
+            raise UserError("--layer_selection auto: it chooses prelude and coda itself; leave --prelude_layers and --coda_layers out")
+        if self.calibration_file is None:
+            raise UserError("--layer_selection auto: needs --calibration_file, a text file like what the model is for")
+
+
+@dataclass(kw_only=True)
+class InspectSettings(JsonOutput, ModelSource):
+    """Show plan, parameters and cost per token at several cycle counts; of a plain model, parameters and cost."""

@@ -6,43 +6,25 @@ package. Every number in the report was measured in this run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..utils.device import check_seed
 from ..utils.machine import machine, versions
-from ..utils.options import Options
 from ..utils.tables import table
 from . import prose, report, state_tracking
+from .settings import DemoSettings
 from .stages import Clock
-
-
-@dataclass(kw_only=True)
-class DemoSettings(Options):
-    """Run the end-to-end demo on the two bundled base models: convert, fine-tune, evaluate, report."""
-
-    output_dir: str = "runs/demo"
-    """Folder for the report and checkpoints; created if missing."""
-    steps: int = 90
-    """Optimizer steps of both fine-tunings on prose."""
-    tracking_steps: int = state_tracking.STEPS
-    """Optimizer steps of the recursive model on state tracking; the base model is fine-tuned for the same time."""
-    seed: int = 0
-    """Random seed of data order and samples."""
 
 
 def run(settings: DemoSettings) -> Path:
     """Run the demo; returns the path of the report.
 
     Raises:
-        UserError: The output folder cannot be made.
+        UserError: A setting out of range; the output folder cannot be made.
     """
-    check_seed(settings.seed)
-    for name in ("steps", "tracking_steps"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, got {getattr(settings, name)}")
+    settings.validate()
     out, clock = Path(settings.output_dir), Clock()
     try:
         out.mkdir(parents=True, exist_ok=True)

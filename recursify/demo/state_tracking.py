@@ -27,7 +27,6 @@ from ..utils.tables import table
 from .report_tracking import Share, Tracker, Tracking, finding, shown_lengths
 from .stages import Clock, raise_if_interrupted
 
-STEPS = 220
 PRETRAINED, TRAINED, ASKED = 8, 10, 14  # letters
 FRAME = 7  # tokens of an item besides its moves, answer and end token included
 WORDS = 400

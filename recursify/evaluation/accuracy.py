@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ from ..network.losses import read_out
 from ..utils.distributed import map_jobs
 from ..utils.models import evaluating
 from ..utils.tables import table
+from .settings import Judge
 from .statistics import mean_and_error
 from .text_loss import states_at
 
-Judge = Literal["answer", "labels"]
 Labelled = tuple[list[int], list[int], list[int]]  # prompt ids; label positions; label ids
 
 

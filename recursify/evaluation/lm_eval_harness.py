@@ -72,11 +72,6 @@ def _figure(score: TaskScore | None) -> str:
     return f"{score.value:.4f}" + ("" if score.standard_error is None else f" +-{score.standard_error:.4f}")
 
 
-def split_names(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Split task names at commas and spaces."""
-    return tuple(name for word in tasks for name in word.split(",") if name)
-
-
 def check(tasks: Sequence[str], folder: str | None = None) -> None:
     """Check that the harness is installed and knows the tasks.
 

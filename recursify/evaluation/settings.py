@@ -15,11 +15,9 @@ from ..data.tasks import FORMATS, GENERATED, Item
 from ..errors import UserError
 from ..inference.options import EarlyExit
 from ..utils.options import DeviceOptions, JsonOutput, ModelDtype
-from . import lm_eval_harness
-from .accuracy import Judge
-from .lm_eval_harness import split_names
 
 DEFAULT_TEXT = "wikitext"
+Judge = Literal["answer", "labels"]
 
 
 _OF_TEXT = ("dataset_config_name", "stride", "max_windows", "split")  # settings without effect if no text is measured
@@ -93,6 +91,8 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
             _check_page(Path(self.report))
         question_sets(self)
         if self.task_names:
+            from . import lm_eval_harness  # here: flags are read without torch
+
             lm_eval_harness.check(self.task_names, self.tasks_folder)
 
     def _validate_together(self) -> None:
@@ -115,7 +115,8 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        return split_names(self.tasks)
+        """`tasks`, also those that are separated by commas."""
+        return tuple(name for word in self.tasks for name in word.split(",") if name)
 
 
 @dataclass(kw_only=True)

@@ -8,22 +8,17 @@ Every tensor of the plain model comes from the recursive one; tensors that are l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import checkpoint
-from ..checkpoints.checkpoint import MAX_SHARD_SIZE
 from ..checkpoints.dialects import write_config, write_tokenizer
 from ..checkpoints.model_card import Evaluation, Extras, Row, donor_card, pictures, public, public_record, recursive_card
-from ..checkpoints.repository import HUB_ID
-from ..checkpoints.settings import RecursiveSource, TokenizerSource
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.settings import EvaluateSettings, TextMeasurement
@@ -33,39 +28,11 @@ from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from ..utils.models import without_donor_settings
 from . import upload
+from .settings import ExportSettings
 
 Say = Callable[[str], None]
 _RECURSION = "model.recursion."
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
 _CHECKED_TOKENS = 12
-
-
-@dataclass(kw_only=True)
-class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
-    """Write a folder for the Hugging Face hub, or the layers as a plain model, and upload it."""
-
-    out: tyro.conf.Positional[str]
-    """Where to write: a new folder, or one that holds a recursive model, which is replaced."""
-    donor: bool = False
-    """Write prelude, loop and coda as a plain model of the donor's architecture: the recursive model at 0 cycles."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the weights. Default: that of the checkpoint."""
-    max_shard_size: str = MAX_SHARD_SIZE
-    """Largest size of a weights file, such as 500MB; larger weights are sharded."""
-
-    license: str | None = None
-    """License for the model card, by its identifier on the hub, such as apache-2.0."""
-    base_model: str | None = None
-    """Hub id of the base model, for the model card. Default: the donor that the model was converted from, if it was a hub id."""
-    evaluation: tuple[str, ...] = ()
-    """Files with the output of `recursify evaluate --json`, of this model and of baselines on the same text, for the model card."""
-    push: str | None = None
-    """Upload the folder to this repository on the hub, such as you/model; created if it does not exist."""
-    private: bool = False
-    """Create the repository as a private one."""
-    commit_message: str = "Upload by recursify export"
-    """Commit message of the upload."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +103,7 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
 
 
 def _check(settings: ExportSettings) -> None:
+    settings.validate()
     out = Path(settings.out)
     if checkpoint.is_file_form(out):
         raise UserError(f"{out}: expected the name of a folder, got one of a .pt file; a hub repository is a folder")
@@ -144,20 +112,8 @@ def _check(settings: ExportSettings) -> None:
         raise UserError(f"{out}: is a folder with other things in it; --donor expects a new or empty one")
     if out.resolve() in (Path(settings.checkpoint).resolve(), checkpoint.tokenizer_folder(settings.checkpoint).resolve()):
         raise UserError(f"{out}: is the checkpoint itself; export it to another folder")
-    _expect("--license", _LICENSE, settings.license, "an identifier of the hub's such as apache-2.0, mit or other")
-    _expect("--base_model", HUB_ID, settings.base_model, "a hub id such as Qwen/Qwen2-0.5B")
-    _expect("--max_shard_size", _SIZE, settings.max_shard_size, "a size such as 500MB or 5GB")
-    if settings.evaluation and settings.dataset_name is not None:
-        raise UserError("--evaluation: was measured before, --dataset_name measures now; give one of them")
-    if settings.private and settings.push is None:
-        raise UserError("--private: says how to upload, but nothing is uploaded; name a repository with --push")
     if settings.dataset_name is not None:
         _as_evaluate(settings).validate()
-
-
-def _expect(flag: str, pattern: re.Pattern[str], value: str | None, wanted: str) -> None:
-    if value is not None and not pattern.fullmatch(value):
-        raise UserError(f"{flag}: expected {wanted}, got {value!r}")
 
 
 # Evaluation results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError
@@ -14,18 +14,8 @@ from .console import Command, Console
 from .generation import Generated, generate_text
 from .prefix_cache import PrefixCache
 from .session import calibrated, load, print_stats
-from .settings import WriteSettings
+from .settings import ChatSettings
 from .transcript import Message
-
-
-@dataclass(kw_only=True)
-class ChatSettings(WriteSettings):
-    """Chat with a model at the terminal."""
-
-    system: str | None = None
-    """System message. Default: none."""
-    forget_oldest: bool = False
-    """When the conversation exceeds the context length, drop its oldest turns instead of stopping."""
 
 
 def run(settings: ChatSettings) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import UserError
-from ..network.decoding_recursive_llm import HaltRule
 from ..utils.models import is_recursive
 from ..utils.options import Options
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from ..network.decoding_recursive_llm import HaltRule
 
 # Below this the distribution is one-hot, and dividing logits by less overflows.
 GREEDY_BELOW = 1e-5
@@ -56,6 +58,8 @@ class EarlyExit(Options):
 
     def rule(self, model: Any) -> HaltRule | None:
         """The halting rule for this model; None at fixed depth."""
+        from ..network.decoding_recursive_llm import HaltRule  # here: flags are read without torch
+
         return HaltRule.of(model, self.criterion, self.halt_threshold)
 
 
@@ -169,6 +173,8 @@ class Sampling(DecodingOptions):
 
     def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
         """As a GenerationConfig, for `generate` inside `without_donor_settings`: what is None here would be taken from the model's."""
+        from transformers import GenerationConfig
+
         greedy = self.temperature < GREEDY_BELOW
         choice = {} if greedy else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return GenerationConfig(

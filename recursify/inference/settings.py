@@ -94,3 +94,13 @@ class GenerateSettings(WriteSettings):
             if getattr(self, name):
                 raise UserError(f"--prompt_file: expected no --{name} with it, got both; leave out one of the two")
         super().validate()
+
+
+@dataclass(kw_only=True)
+class ChatSettings(WriteSettings):
+    """Chat with a model at the terminal."""
+
+    system: str | None = None
+    """System message. Default: none."""
+    forget_oldest: bool = False
+    """When the conversation exceeds the context length, drop its oldest turns instead of stopping."""

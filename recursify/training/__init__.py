@@ -11,9 +11,14 @@ the cycles, and backpropagation through them. Around it: `settings.py` (the flag
 `depth.py`, `gains.py`, `collate.py`, `arguments.py` (our flags as TrainingArguments), `cost.py` (FLOPs and memory, for --dry_run).
 """
 
-from .fitting import FitResult, RecursiveTrainer, fit
-from .run import TrainResult, train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .settings import EmbeddingSettings, FitSettings, HybridSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from .fitting import FitResult, RecursiveTrainer, fit
+    from .run import TrainResult, train
 
 __all__ = [
     "EmbeddingSettings",
@@ -26,3 +31,11 @@ __all__ = [
     "fit",
     "train",
 ]
+
+_PLACES = {"FitResult": "fitting", "RecursiveTrainer": "fitting", "fit": "fitting", "TrainResult": "run", "train": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)  # with torch, which the flags do without

@@ -20,7 +20,6 @@ from ..conversion.settings import LoopSettings
 from ..data.question_sets import is_questions
 from ..data.settings import DataSettings, parse_mix
 from ..errors import UserError
-from ..network.configuration_recursive_llm import GAIN_MAX
 from ..utils.device import check_seed, choose_device
 from ..utils.options import DeviceOptions, Options
 
@@ -257,8 +256,8 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
             raise UserError(
                 "--backprop last: only the last cycle has gradients, so --enable_deep_supervision has no effect; use --backprop cycle"
             )
-        if self.start_gain is not None and not abs(self.start_gain) <= GAIN_MAX:
-            raise UserError(f"--start_gain: expected a number between -{GAIN_MAX} and {GAIN_MAX}, got {self.start_gain}")
+        if self.start_gain is not None:
+            _check_gain(self.start_gain)
 
     def _validate_terms(self) -> None:
         for name in ("self_distill_weight", "monotone_weight", "halting_weight"):
@@ -397,6 +396,13 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"--output_dir: expected a folder, got {existing}, which is a file")
     if not os.access(existing, os.W_OK):
         raise UserError(f"--output_dir: {folder} cannot be written: {existing} is not writable; choose another")
+
+
+def _check_gain(gain: float) -> None:
+    from ..network.configuration_recursive_llm import GAIN_MAX  # here: most flags are read without torch
+
+    if not abs(gain) <= GAIN_MAX:
+        raise UserError(f"--start_gain: expected a number between -{GAIN_MAX} and {GAIN_MAX}, got {gain}")
 
 
 def _listed(values: Iterable[Any]) -> str:

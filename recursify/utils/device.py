@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 _PROBED = (1024, 4096)  # shape of the matrix, about that of a layer of a small model
@@ -21,6 +22,8 @@ def choose_device(name: str | None = None) -> torch.device:
     Raises:
         UserError: This machine has no such device.
     """
+    import torch  # here, as below: flags are read without it
+
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     there = [kind for kind, count in counts.items() if count]
     try:
@@ -42,6 +45,8 @@ def check_seed(seed: int | None) -> None:
 
 def placed(model: Any, device: torch.device, dtype: str = "auto") -> Any:
     """The model on a device in a type of `ModelDtype`; what `auto` changes is logged."""
+    import torch
+
     stored = model.dtype
     chosen = fast_dtype(stored, device) if dtype == "auto" else getattr(torch, dtype)
     if chosen != stored and dtype == "auto":
@@ -51,6 +56,8 @@ def placed(model: Any, device: torch.device, dtype: str = "auto") -> Any:
 
 def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The stored type, or float32 where that is faster: a product of one vector and a matrix, as decoding is made of, is timed on a CPU."""
+    import torch
+
     if stored == torch.float32 or device.type not in ("cpu", "cuda"):
         return stored
     if device.type == "cuda":
@@ -60,6 +67,8 @@ def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 def _product_seconds(dtype: torch.dtype) -> float:
     """The best of some rounds, after one that warms up."""
+    import torch
+
     vector, matrix, times = torch.ones(1, _PROBED[0], dtype=dtype), torch.ones(_PROBED, dtype=dtype), []
     for _ in range(1 + _ROUNDS):
         start = time.perf_counter()

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import GenerationConfig
-
 
 def is_recursive(model: Any) -> bool:
     """Whether the model has cycles; False for a plain transformers model."""
@@ -32,6 +30,8 @@ def without_donor_settings(model: Any) -> Iterator[None]:
     `generate` fills every setting that a call leaves open from it: published models have penalties, cutoffs, stop strings or several
     return sequences there, which no flag of ours asked for; and some are inconsistent, which `save_pretrained` refuses.
     """
+    from transformers import GenerationConfig  # here: flags are read without it
+
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

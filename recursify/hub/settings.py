@@ -1,0 +1,62 @@
+"""Flags of an export."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from ..checkpoints.settings import HUB_ID, MAX_SHARD_SIZE, RecursiveSource, TokenizerSource
+from ..errors import UserError
+from ..evaluation.settings import TextMeasurement
+
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
+
+
+@dataclass(kw_only=True)
+class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
+    """Write a folder for the Hugging Face hub, or the layers as a plain model, and upload it."""
+
+    out: tyro.conf.Positional[str]
+    """Where to write: a new folder, or one that holds a recursive model, which is replaced."""
+    donor: bool = False
+    """Write prelude, loop and coda as a plain model of the donor's architecture: the recursive model at 0 cycles."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the weights. Default: that of the checkpoint."""
+    max_shard_size: str = MAX_SHARD_SIZE
+    """Largest size of a weights file, such as 500MB; larger weights are sharded."""
+
+    license: str | None = None
+    """License for the model card, by its identifier on the hub, such as apache-2.0."""
+    base_model: str | None = None
+    """Hub id of the base model, for the model card. Default: the donor that the model was converted from, if it was a hub id."""
+    evaluation: tuple[str, ...] = ()
+    """Files with the output of `recursify evaluate --json`, of this model and of baselines on the same text, for the model card."""
+    push: str | None = None
+    """Upload the folder to this repository on the hub, such as you/model; created if it does not exist."""
+    private: bool = False
+    """Create the repository as a private one."""
+    commit_message: str = "Upload by recursify export"
+    """Commit message of the upload."""
+
+    def validate(self) -> None:
+        """Check what needs neither model nor disk.
+
+        Raises:
+            UserError: A value of another form, or mutually exclusive ones.
+        """
+        _expect("--license", _LICENSE, self.license, "an identifier of the hub's such as apache-2.0, mit or other")
+        _expect("--base_model", HUB_ID, self.base_model, "a hub id such as Qwen/Qwen2-0.5B")
+        _expect("--max_shard_size", _SIZE, self.max_shard_size, "a size such as 500MB or 5GB")
+        if self.evaluation and self.dataset_name is not None:
+            raise UserError("--evaluation: was measured before, --dataset_name measures now; give one of them")
+        if self.private and self.push is None:
+            raise UserError("--private: says how to upload, but nothing is uploaded; name a repository with --push")
+
+
+def _expect(flag: str, pattern: re.Pattern[str], value: str | None, wanted: str) -> None:
+    if value is not None and not pattern.fullmatch(value):
+        raise UserError(f"{flag}: expected {wanted}, got {value!r}")
