@@ -58,7 +58,10 @@ def check_place(name: str, content: str, revision: str | None = None) -> None:
     if os.path.isfile(name):
         raise UserError(f"{name}: expected a hub id or a folder with {content}, got a file")
     if not os.path.isdir(name) and not HUB_ID.fullmatch(name):
-        raise UserError(f"{name!r}: no such folder; give a folder with {content}, or a hub id such as Qwen/Qwen2-0.5B")
+        raise UserError(
+            f"{name!r}: no such folder, and no hub id, which has an owner, as Qwen/Qwen2-0.5B has; expected a folder with {content}, or "
+            "a hub id"
+        )
     check_revision(name, revision)
 
 

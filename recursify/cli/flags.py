@@ -1,5 +1,5 @@
 """Command-line flags from the settings class of a command: every field is one flag, and each class that declares fields is a group of
-`--help`, titled by its docstring up to the colon.
+`--help`, titled by its docstring up to the colon. The model comes first, then what is the command's own.
 
 The text under a field is its help. transformers' names stand beside ours where they differ (`ALIASES`). What is of another type is
 refused in the words that recipes and Python give (`utils.typed`).
@@ -28,7 +28,8 @@ Settings = TypeVar("Settings")
 CONFIG = Annotated[
     str | None,
     tyro.conf.arg(
-        help="A recipe: a YAML file with a section for this command, whose keys are the flags below. Flags given here override it."
+        help="A recipe: a YAML file with a section for this command, whose keys are the flags below. Flags given here override it.",
+        help_behavior_hint="",
     ),
 ]
 APPROACH = Annotated[
@@ -87,14 +88,44 @@ def _groups(settings_class: type, job: str, defaults: Mapping[str, Any]) -> dict
         text = help_of(owner)[field.name]
         alias = alias_of(owner, field.name)
         own_name = (f"--{field.name}",) if alias else None  # as an alias of its alias it is listed first
-        flag = tyro.conf.arg(name=alias, aliases=own_name, help=text, help_behavior_hint="" if "Default:" in text else None)
         kind: Any = hints[field.name]
-        hint: Any = Annotated[kind, flag]
-        own = dataclasses.field(default=field.default, default_factory=field.default_factory)
+        own: Any = dataclasses.field(default=field.default, default_factory=field.default_factory)
         if field.name in defaults:
             own = dataclasses.field(default=defaults[field.name])
+        hint_of_default = "" if "Default:" in text or _says_nothing(own.default, kind) else None
+        flag = tyro.conf.arg(
+            name=alias, aliases=own_name, help=text, help_behavior_hint=hint_of_default, metavar=_metavar(kind, field.name)
+        )
+        hint: Any = Annotated[kind, flag]
         groups.setdefault(title, []).append((field.name, hint, own))
-    return groups
+    first, last = ("Model and tokenizer", job), ("Output", "Compute", "Hardware")
+    order = [*first, *(title for title in groups if title not in (*first, *last)), *last]
+    return {title: groups[title] for title in order if title in groups}
+
+
+def _says_nothing(default: Any, kind: Any) -> bool:
+    """Whether a default is not worth a word of help: a switch that is off, or nothing; of several words without a flag it is nothing."""
+    return default is None or default is False or default == () or (_is_positional(kind) and get_origin(get_args(kind)[0]) is tuple)
+
+
+def _is_positional(kind: Any) -> bool:
+    marker = get_args(tyro.conf.Positional[str])[1]
+    return marker in getattr(kind, "__metadata__", ())
+
+
+def _metavar(kind: Any, name: str) -> str | None:
+    """How values are shown where tyro's own way is hard to read: by name without a flag, INT ... for several, choices without None."""
+    if _is_positional(kind):
+        return name.upper() + (" ..." if get_origin(get_args(kind)[0]) is tuple else "")
+    choices = [each for each in get_args(kind) if each is not type(None)]
+    if get_origin(kind) is tuple:
+        return "|".join(each.__name__.upper() for each in get_args(choices[0]) or (choices[0],)) + " ..."
+    if len(choices) == 1 and type(None) in get_args(kind):
+        if choices[0] is bool:
+            return "{True,False}"
+        if get_origin(choices[0]) is Literal:
+            return "{" + ",".join(map(str, get_args(choices[0]))) + "}"
+    return None
 
 
 def alias_of(owner: type, field: str) -> str | None:

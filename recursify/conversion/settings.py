@@ -61,6 +61,8 @@ class ConvertSettings(LoopSettings, TokenizerSource, Revision, JsonOutput):
         Raises:
             UserError: Flags that contradict each other.
         """
+        if self.injection != "anchored" and self.gain:
+            raise UserError(f"--gain: the loop of --injection {self.injection} has no gains, got {self.gain}; leave out one of the two")
         if self.layer_selection != "auto":
             return
         if self.prelude_layers or self.coda_layers:

@@ -124,10 +124,10 @@ class CycleStats:
         if self.steps:
             whole = Step(1, self.H_cycles, self.loop_gain, self.loop_gain_error, self.corrected, self.broken, None)
             several = len(self.steps) > 1
-            rows = [*(step.cells() for step in self.steps), *([whole.cells("<- loop gain")] if several else [])]
+            rows = [*(step.cells() for step in self.steps), *([whole.cells("<- all cycles")] if several else [])]
             found = [
                 "what the cycles do, in nats per token and shares of the scored tokens:",
-                *table(("cycles", "gain", "+-", "corrected", "broken", "state moved", ""), rows),
+                *table(("cycles", "loss drop", "+-", "corrected", "broken", "state moved", ""), rows),
                 "  corrected: the top-1 prediction was wrong and became right; broken: right, became wrong; state moved: the distance",
                 "  between the two states that the head reads, relative to the norm of the first",
             ]

@@ -154,7 +154,7 @@ def _tiles(model: Model) -> list[str]:
             found.append(tile("s1", number(best["bits_per_byte"]), f"bits per byte of text, {_at(best['H_cycles'])}"))
         told = model.text["telemetry"]
         if told is not None and told["H_cycles"] > 1:
-            words = f"nats of loop gain, from cycle 1 to cycle {told['H_cycles']}"
+            words = f"nats less loss, from cycle 1 to cycle {told['H_cycles']}"
             found.append(tile("s2", signed(told["loop_gain"]), words))
     for key in _question_sets([model])[:3]:
         line = _own_row(_together(model.questions(key)), model)
@@ -429,7 +429,7 @@ def _coloured_tokens(passage: Mapping[str, Any], full: float) -> Iterable[dict[s
 def _coloured_token(token: str, losses: Sequence[float], full: float) -> dict[str, str]:
     gain = losses[0] - losses[-1]
     by_cycle = ", ".join(f"{cycle}: {number(loss, 2)}" for cycle, loss in enumerate(losses, start=1))
-    title = f"{visible(token)}  loss by cycle {by_cycle} nats; {signed(gain, 2)} gained"
+    title = f"{visible(token)}  loss by cycle {by_cycle} nats; {signed(gain, 2)} less"
     return {"text": token, "class_": "helped" if gain >= 0 else "harmed", "strength": f"{min(1.0, abs(gain) / full):.2f}", "title": title}
 
 
@@ -471,9 +471,9 @@ def _telemetry(name: str, told: Mapping[str, Any]) -> list[str]:
             "before": 1, "after": told["H_cycles"], "gain": told["loop_gain"], "gain_error": told["loop_gain_error"],
             "corrected": told["corrected"], "broken": told["broken"], "distance": None,
         }  # fmt: skip
-        head = ("cycles", "gain, nats", "std. error", "corrected", "broken", "state moved")
+        head = ("cycles", "loss drop, nats", "std. error", "corrected", "broken", "state moved")
         rows = [_step(step) for step in told["steps"]] + ([_step(whole, "trained")] if len(told["steps"]) > 1 else [])
-        content.append(table(head, rows, f"{name}; the last line is the loop gain." if len(rows) > 1 else name))
+        content.append(table(head, rows, f"{name}; the last line is all cycles together." if len(rows) > 1 else name))
     halting = told["halting"]
     if halting is not None:
         rows = [row(f"cycle {cycle}", [f"{share:.1%}"]) for cycle, share in halting["cycles"].items()]

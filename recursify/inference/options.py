@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Below this the distribution is one-hot, and dividing logits by less overflows.
 GREEDY_BELOW = 1e-5
+DRAFT_TOKENS = 16
 CachePolicy = Literal["full", "last"]
 Halt = Literal["none", "q_head", "kl", "entropy"]
 
@@ -74,7 +75,7 @@ class DecodingOptions(EarlyExit):
     draft_cycles: int | None = None
     """Self-speculative decoding: draft tokens with N cycles (0: a plain pass) and verify them at full depth. Greedy output is
     identical in float32. Default: off."""
-    draft_tokens: int = 16
+    draft_tokens: int = DRAFT_TOKENS
     """Longest draft; the actual length adapts to the acceptance rate."""
 
     def validate(self) -> None:
@@ -89,6 +90,8 @@ class DecodingOptions(EarlyExit):
         if self.draft_tokens < 1:
             raise UserError(f"--draft_tokens: expected at least 1, got {self.draft_tokens}")
         if self.draft_cycles is None:
+            if self.draft_tokens != DRAFT_TOKENS:
+                raise UserError(f"--draft_tokens: expected --draft_cycles with it, got {self.draft_tokens} and no --draft_cycles")
             return
         if self.draft_cycles < 0:
             raise UserError(f"--draft_cycles: expected at least 0 (0 is one plain pass), got {self.draft_cycles}")

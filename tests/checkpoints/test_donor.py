@@ -217,7 +217,7 @@ def test_a_donor_tensor_of_another_shape_is_named(broken: Path) -> None:
 
 def test_paths_without_a_donor_are_refused(eight: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"/missing': no such folder; give a folder with config.json and \*.safetensors, or a hub id such as"
+        UserError, match=r"/missing': no such folder, and no hub id, .*; expected a folder with config.json and \*.safetensors, or a hub id"
     ):
         open_donor(str(tmp_path / "missing"))
     for name in ("./missing/donor", "~/donor", "", "a/b/c", "donor"):
@@ -430,7 +430,7 @@ def test_tokenizers(eight: Path, broken: Path, tmp_path: Path) -> None:
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"broken: tokenizer.json is not there; .* --tokenizer_path"):
         load_tokenizer(str(broken))
-    with pytest.raises(UserError, match=r"no such folder; give a folder with a tokenizer"):
+    with pytest.raises(UserError, match=r"no such folder, .*; expected a folder with a tokenizer"):
         load_tokenizer(str(tmp_path / "missing"))
 
 

@@ -93,6 +93,20 @@ def test_help_has_a_group_for_each_subject_and_every_flag_once(name: str, capsys
             assert (alias_of(name, field.name) or field.name) in text
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_only_what_helps(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No default of None or of a switch that is off, no brackets around what may be left out; the model first, the hardware last."""
+    text = help_of(name, capsys)
+    assert not re.search(r"\(default: (None|False|)\)|\[[A-Z|]+ \[|\{None,|VALUE", text)
+    titles = [title.removesuffix(" options") for title in re.findall(r"^ (\S.*?) *\n -{10,} *\n", text, flags=re.MULTILINE)]
+    subjects = [title for title in titles if title not in ("options", "positional arguments")]
+    own = [title for title in subjects if title == name]
+    first = [title for title in subjects if title == "Model and tokenizer"]
+    assert subjects[: len(first + own)] == first + own
+    last = [title for title in ("Output", "Compute", "Hardware") if title in subjects]
+    assert subjects[len(subjects) - len(last) :] == last
+
+
 @pytest.mark.parametrize(("name", "field"), EVERY)
 def test_every_field_says_what_it_does(name: str, field: str) -> None:
     owner = next(base for base in COMMANDS[name].__mro__ if field in vars(base).get("__annotations__", {}))

@@ -249,9 +249,10 @@ def test_failed_self_check_writes_nothing(
 def test_every_setting_reaches_the_model(donor: str) -> None:
     fields = ("L_layers", "H_cycles", "L_cycles", "prelude_layers", "coda_layers", "gain_init", "injection", "freeze_embeddings")
     flags: dict[str, Any] = {"L_layers": 2, "H_cycles": 5, "L_cycles": 1, "prelude_layers": 3, "coda_layers": 1}
-    others: dict[str, Any] = {"gain": 0.3, "injection": "sum_norm", "freeze_embeddings": True}
+    others: dict[str, Any] = {"gain": 0.0, "injection": "sum_norm", "freeze_embeddings": True}
     model = convert(donor, layer_selection="last", **flags, **others)
     assert [getattr(model.config, field) for field in fields] == [*flags.values(), *others.values()]
+    assert convert(donor, gain=0.3).config.gain_init == 0.3
     found = open_donor(donor)
     plan = resolve_plan(found, ConvertSettings(layer_selection="last", **flags, **others))
     assert (plan.prelude, plan.loop, plan.coda) == ((0, 1, 2), (5, 6), (7,))
@@ -432,6 +433,10 @@ def test_a_dry_run_reads_only_the_config(donor: str, nothing_written: Path) -> N
         ({"prelude_layers": 4, "coda_layers": 4}, "the donor has only 8 layers"),
         ({"H_cycles": -1}, "--H_cycles: expected a whole number of at least 0, got -1"),
         ({"L_cycles": -1}, "--L_cycles: expected a whole number of at least 0, got -1"),
+        (
+            {"gain": 0.2, "injection": "sum_norm"},
+            "--gain: the loop of --injection sum_norm has no gains, got 0.2; leave out",
+        ),
         ({"gain": 0.5}, "--gain: expected 0 <= gain <= 0.45"),
         ({"injection": "concat"}, "--injection: expected one of anchored, sum_norm, got 'concat'"),
         ({"seq_len": 513}, r"--seq_len: expected 1 to 512 \(the donor's positions\), got 513"),
@@ -441,7 +446,7 @@ def test_a_dry_run_reads_only_the_config(donor: str, nothing_written: Path) -> N
         ({"layer_selection": "auto", "prelude_layers": 1, "calibration_file": "x"}, "it chooses prelude and coda itself"),
         ({"layer_selection": "auto", "calibration_file": "/missing.txt"}, "--calibration_file: /missing.txt cannot be read"),
         ({"output_path": "/missing/out.pt"}, r"/missing/out.pt: the folder /missing does not exist; make it first \(mkdir -p /missing\)"),
-        ({"tokenizer_path": "/missing"}, "'/missing': no such folder; give a folder with a tokenizer"),
+        ({"tokenizer_path": "/missing"}, "'/missing': no such folder, and no hub id, .*; expected a folder with a tokenizer"),
     ],
 )
 def test_bad_input_writes_nothing(flags: dict[str, Any], message: str, donor: str, nothing_written: Path) -> None:

@@ -178,7 +178,7 @@ def test_table_has_every_step_and_the_total(model: Any, x: torch.Tensor) -> None
     said = "\n".join(report.lines())
     for step in report.steps:
         assert f"{step.before} -> {step.after}" in said and f"{step.gain:+.4f}" in said and f"{step.distance:.4f}" in said
-    [whole] = [line for line in report.lines() if "loop gain" in line]
+    [whole] = [line for line in report.lines() if "all cycles" in line]
     assert f"1 -> {H}" in whole and f"{report.loop_gain:+.4f}" in whole
     assert report.halting is not None
     assert f"halting by kl, threshold 0.5, after at most {H} cycles" in said and f"loss {report.halting.loss:.4f}" in said
@@ -297,4 +297,4 @@ def test_the_table_by_hand() -> None:
     _, _, first, second, whole, *_ = summarise(SUMS, TOKENS, 1).lines()
     assert first.split()[:4] == ["1", "->", "2", "+0.2407"] and first.split()[5:] == ["11.11%", "0.00%", "0.3333"]
     assert second.split()[:4] == ["2", "->", "3", "+0.1481"] and second.split()[5:] == ["14.81%", "7.41%", "0.1667"]
-    assert whole.split()[:4] == ["1", "->", "3", "+0.3889"] and whole.split()[5:] == ["22.22%", "3.70%", "<-", "loop", "gain"]
+    assert whole.split()[:4] == ["1", "->", "3", "+0.3889"] and whole.split()[5:] == ["22.22%", "3.70%", "<-", "all", "cycles"]

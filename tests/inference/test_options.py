@@ -37,6 +37,7 @@ def donor() -> Any:
         ({"halt": "kl", "halt_threshold": -0.1}, "expected 0 (never) or more (inf is always) for --halt kl, got -0.1"),
         ({"halt": "entropy", "halt_threshold": math.nan}, "for --halt entropy, got nan"),
         ({"draft_tokens": 0}, "--draft_tokens: expected at least 1, got 0"),
+        ({"draft_tokens": 4}, "--draft_tokens: expected --draft_cycles with it, got 4 and no --draft_cycles"),
         ({"draft_cycles": -1}, "--draft_cycles: expected at least 0 (0 is one plain pass), got -1"),
         ({"draft_cycles": 1, "halt": "kl"}, "--draft_cycles: expected --halt none with it, got --halt kl; leave out one of the two"),
         ({"draft_cycles": 1, "cache_policy": "last"}, "--draft_cycles: expected --cache_policy full with it, got --cache_policy last"),
@@ -61,7 +62,6 @@ def test_contradictory_options_are_refused(effort: dict[str, Any], message: str)
         {"H_cycles": 0},
         {"H_cycles": 0, "cache_policy": "last"},
         {"draft_cycles": 0, "draft_tokens": 1},
-        {"halt": "kl", "draft_tokens": 1},  # which says nothing without draft_cycles
     ],
 )
 def test_valid_options_pass(effort: dict[str, Any]) -> None:
