@@ -227,12 +227,8 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
 
     done = convert_tensors(donor, plan, settings, say, save)
     check = done.check
-    worst = max(check.cycle_differences, default=0.0)
-    where = "at every cycle" if worst == 0.0 else "of a plain pass"
-    say(f"✓ Checked against {check.reference}: {check.tensors_compared} tensors equal, logits {where} equal (max difference 0.0)")
-    if worst > 0.0:
-        cause = "--gain" if settings.injection == "anchored" else f"--injection {settings.injection}"
-        say(f"! Not exact: {cause} changes the logits of the cycles by up to {worst:.3g}")
+    for line in _verdict(check, settings):
+        say(line)
     if plan.dropped:
         say(
             f"! {len(plan.dropped)} of the donor's {plan.donor_layers} layers are dropped: the model is not the donor until it is trained "
@@ -247,6 +243,16 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
 def _check_pool() -> ThreadPoolExecutor:
     """Threads for the checks, which run while the result is written; one core is left for writing."""
     return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(max(1, torch.get_num_threads() - 1),))
+
+
+def _verdict(check: SelfCheck, settings: ConvertSettings) -> list[str]:
+    worst = max(check.cycle_differences, default=0.0)
+    where = "at every cycle" if worst == 0.0 else "in a plain pass"
+    lines = [f"✓ Checked against {check.reference}: {check.tensors_compared} tensors equal, logits equal {where} (max difference 0.0)"]
+    if worst > 0.0:
+        cause = f"--gain {settings.gain}" if settings.injection == "anchored" else f"--injection {settings.injection}"
+        lines.append(f"! Not exact with cycles: {cause} changes their logits by up to {worst:.3g}")
+    return lines
 
 
 def _dry_run(donor: Donor, settings: ConvertSettings, say: Say, start: float) -> ConvertReport:

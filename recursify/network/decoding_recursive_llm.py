@@ -261,7 +261,7 @@ class HaltingSlots(CacheSlots):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         pair, place = (key_states, value_states), (self.step, layer_idx)
         if self.halted is not None:
-            halted = self.halted[:, None, :, None]
+            halted = self.halted[:, None, :, None].to(key_states.device)
             pair = tuple(torch.where(halted, old, new) for old, new in zip(self.kept[place], pair, strict=True))  # type: ignore[assignment]
         self.kept[place] = pair
         return pair if self.cache is None else self.cache.update(*pair, layer_idx, *args, **kwargs)

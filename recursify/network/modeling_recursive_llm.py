@@ -140,12 +140,16 @@ class AnchoredInjection(nn.Module):
         self.theta_B = nn.Parameter(torch.zeros(config.hidden_size))
 
     def gains(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B, each `[D]`, computed in float32, once per pass."""
+        """A and B, each `[D]`, computed in float32, once per pass. A call of the module, so that accelerate brings offloaded weights."""
+        return self(dtype)
+
+    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         A, B = torch.tanh(self.theta_A.float()), torch.tanh(self.theta_B.float())
         excess = ((A.abs() + B.abs()) / GAIN_SUM).clamp(min=1.0)
         return (A / excess).to(dtype), (B / excess).to(dtype)
 
-    def forward(self, e: torch.Tensor, own: torch.Tensor, other: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    @staticmethod
+    def mix(e: torch.Tensor, own: torch.Tensor, other: torch.Tensor, gains: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         A, B = gains
         return e + A * (own - e) + B * (other - e)
 
@@ -182,15 +186,20 @@ class Recursion(nn.Module):
         self.eps = config.rms_norm_eps
         self.q_head = HaltHead(config.hidden_size)
 
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`L_init` and `H_init`, each `[D]`. A call of the module, so that accelerate brings offloaded weights."""
+        return self.L_init, self.H_init
+
     def start(self, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`z_L` and `z_H` before the first cycle, each `[B, T, D]`."""
-        return e + self.L_init.to(e.dtype), e + self.H_init.to(e.dtype)
+        L_init, H_init = self()
+        return e + L_init.to(e), e + H_init.to(e)
 
     def advance(
         self, e: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], block: Any, cycles: range, L_cycles: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a range of cycles (from 0) on `(z_L, z_H)`, and return the new states."""
-        gains = self._gains(e.dtype) if cycles else None  # the range is empty for every token of a draft with 0 cycles
+        gains = self._gains(e) if cycles else None  # the range is empty for every token of a draft with 0 cycles
         for cycle in cycles:
             states = self._cycle(e, *states, block, cycle, L_cycles, gains)
         return states
@@ -205,10 +214,10 @@ class Recursion(nn.Module):
                 "last", as "cycle", with cycles before the last computed without gradients (TRM).
         """
         z_L, z_H = self.start(e)
-        gains = self._gains(e.dtype)
+        gains = self._gains(e)
         for cycle in range(H_cycles):
             if backprop == "cycle" and cycle > 0:  # the graph of the gains is freed with that of the cycle
-                gains = self._gains(e.dtype)
+                gains = self._gains(e)
             if backprop == "last" and cycle < H_cycles - 1:
                 with torch.no_grad():
                     z_L, z_H = self._cycle(e, z_L, z_H, block, cycle, L_cycles, gains)
@@ -218,17 +227,20 @@ class Recursion(nn.Module):
             if backprop != "full":
                 z_L, z_H = z_L.detach(), z_H.detach()
 
-    def _gains(self, dtype: torch.dtype) -> Any:
-        return (self.inject_L.gains(dtype), self.inject_H.gains(dtype)) if self.anchored else None
+    def _gains(self, e: torch.Tensor) -> Any:
+        """(A, B) of `z_L` and of `z_H`, on the device of `e`; None without gains."""
+        if not self.anchored:
+            return None
+        return [[gain.to(e.device) for gain in injection.gains(e.dtype)] for injection in (self.inject_L, self.inject_H)]
 
     def _cycle(
         self, e: torch.Tensor, z_L: torch.Tensor, z_H: torch.Tensor, block: Any, cycle: int, L_cycles: int, gains: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = cycle * (L_cycles + 1)
         for step in range(L_cycles):
-            x = self.inject_L(e, z_L, z_H, gains[0]) if self.anchored else z_L + z_H + e
+            x = AnchoredInjection.mix(e, z_L, z_H, gains[0]) if self.anchored else z_L + z_H + e
             z_L = self._block_norm(block(x, n + step))
-        x = self.inject_H(e, z_H, z_L, gains[1]) if self.anchored else z_H + z_L
+        x = AnchoredInjection.mix(e, z_H, z_L, gains[1]) if self.anchored else z_H + z_L
         return z_L, self._block_norm(block(x, n + L_cycles))
 
     def _block_norm(self, z: torch.Tensor) -> torch.Tensor:
@@ -269,11 +281,11 @@ class ForwardPass:
         return self._run(x, 0, self.P, 0, self._slots(0))
 
     def block(self, x: torch.Tensor, n: int) -> torch.Tensor:
-        """The looped block as application number `n`. Its slots follow those of prelude and coda."""
+        """The looped block as application number `n`, on the device of `x`. Its slots follow those of prelude and coda."""
         slots: Any = self._loop_slots(n)
         if self.halting:
             slots = HaltingSlots(slots, self.kept, n % self.steps, self.halted)
-        return self._run(x, self.P, self.K, self.C + n * self.K, slots)
+        return self._run(x, self.P, self.K, self.C + n * self.K, slots).to(x.device)
 
     def coda(self, x: torch.Tensor, peek: bool = False) -> torch.Tensor:
         """The layers after the loop. With `peek` the cache is read but not written."""
@@ -340,6 +352,7 @@ class RecursiveModelMixin(PreTrainedModel):
         finally:
             config.num_hidden_layers, config.layer_types = shape
         self.recursion = Recursion(config)
+        self._no_split_modules = [*(self._no_split_modules or ()), "Recursion"]  # by device_map
         self.freeze_unused()
         self.post_init()
 
@@ -493,14 +506,15 @@ class RecursiveModelMixin(PreTrainedModel):
             chosen = self._unless_halted(one_pass, z_H, chosen)
             used = torch.where(active, cycle, used)
             if rule.reads_logits:
-                last = self._unless_halted(one_pass, self.norm(one_pass.coda_at(chosen, cycle)), last)
+                last = self._unless_halted(one_pass, self.norm(one_pass.coda_at(chosen, cycle)).to(e.device), last)
                 states.append(last)
             elif output_cycle_states and cycle < H:
                 states.append(self.norm(one_pass.coda(chosen, peek=True)))
             if output_cycle_states or (not rule.reads_logits and cycle < H):
                 halts.append(self.recursion.q_head(chosen.detach()))
             if cycle < H:
-                active = active & ~(rule.by_readout(states[-1]) if rule.reads_logits else rule.by_head(halts[-1]))
+                halts_now = rule.by_readout(states[-1]) if rule.reads_logits else rule.by_head(halts[-1])
+                active = active & ~halts_now.to(active.device)
                 one_pass.halted = tokens & ~active  # padding is computed as without halting, but does not keep the loop running
             if cycle == H or not active.any():
                 one_pass.fill_skipped_slots(cycle)

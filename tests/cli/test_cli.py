@@ -131,11 +131,11 @@ def test_evaluate_both_forms_and_the_donor(converted: Path, donor_folder: Path, 
 def test_interrupted_training_exits_non_zero(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from types import SimpleNamespace
 
-    from recursify import training
+    from recursify.training import run
 
     for interrupted, status in ((True, 130), (False, 0)):
         result = SimpleNamespace(fit=SimpleNamespace(interrupted=interrupted))
-        monkeypatch.setattr(training, "train", lambda settings, result=result: result)
+        monkeypatch.setattr(run, "train", lambda settings, result=result: result)
         assert call(capsys, "train", "--checkpoint", "m.pt")[0] == status
 
 

@@ -15,6 +15,7 @@ from recursify import RecursiveLLM, convert
 from recursify.errors import UserError
 from recursify.evaluation import lm_eval_harness
 from recursify.evaluation.lm_eval_harness import TaskScore, run_tasks
+from recursify.evaluation.settings import MeasureSettings
 from recursify.inference.generation import generate_text
 from recursify.inference.options import DecodingOptions, Sampling
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor, tiny_model
@@ -136,7 +137,7 @@ def test_every_metric_has_its_filter_and_error(model: RecursiveLLM, monkeypatch:
 
 
 def test_names() -> None:
-    assert lm_eval_harness.split_names(["a,b", "c", ",d,"]) == ("a", "b", "c", "d")
+    assert MeasureSettings(tasks=("a,b", "c", ",d,")).task_names == ("a", "b", "c", "d")
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
