@@ -1,6 +1,6 @@
 """Text generation from prompts, with a KV cache, streamed in pieces.
 
-    generate_text     one prompt; with a `Memory`, only what is new of it is read
+    generate_text     one prompt; with a `PrefixCache`, only what is new of it is read
     generate_batch    several at a time
 
 Works for recursive models and, for comparison, for plain ones of transformers.
@@ -8,9 +8,10 @@ Works for recursive models and, for comparison, for plain ones of transformers.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ class Generated:
         cycles: With early exit, the exit cycle of each generated token; else None.
         of_cycles: Cycles at full depth; 0 for a plain model.
         applications, plain_applications: With early exit, layer applications for the generated tokens, and those at full depth.
-        drafted, accepted: With self-speculation, tokens drafted and accepted. The rows of a batch draft together: their counts are given
-            with the first, and the others have 0.
+        drafted, accepted, undrafted: With self-speculation, tokens drafted, accepted, and made without a draft while drafts were slower.
+            The rows of a batch draft together: their counts are given with the first, and the others have 0.
+        seconds, first_token_seconds: Wall-clock time of the text, prefill included, and of its first token; in a batch those of the batch.
     """
 
     prompt: str
@@ -53,6 +55,9 @@ class Generated:
     plain_applications: int | None = None
     drafted: int | None = None
     accepted: int | None = None
+    undrafted: int | None = None
+    seconds: float = field(default=0.0, compare=False)
+    first_token_seconds: float = field(default=0.0, compare=False)
 
 
 def generate_text(
@@ -93,10 +98,10 @@ def generate_text(
     ids = prompt.ids
     row = Row(tokenizer, ids, {*end_tokens(model, tokenizer), *ends}, sampling.stop, on_text)
     cache = None if memory is None else memory.recall(model, ids, sampling.settled(model))
-    output = _write(model, tokenizer, [row], sampling, seed, should_stop, cache)
+    output, seconds = _write(model, tokenizer, [row], sampling, seed, should_stop, cache)
     if memory is not None:
         memory.keep(model, output.sequences[0].tolist(), sampling.settled(model), output.past_key_values)
-    return _results(model, [prompt.text], [row], sampling, output)[0]
+    return _results(model, [prompt.text], [row], sampling, output, seconds)[0]
 
 
 def generate_batch(
@@ -127,8 +132,8 @@ def generate_batch(
     results: dict[int, Generated] = {}
     for group in _groups(model, encoded, new):
         rows = [Row(tokenizer, encoded[i].ids, stops, sampling.stop) for i in group]
-        output = _write(model, tokenizer, rows, sampling, seed)
-        results |= dict(zip(group, _results(model, [encoded[i].text for i in group], rows, sampling, output), strict=True))
+        output, seconds = _write(model, tokenizer, rows, sampling, seed)
+        results |= dict(zip(group, _results(model, [encoded[i].text for i in group], rows, sampling, output, seconds), strict=True))
     return [results[i] for i in range(len(encoded))]
 
 
@@ -157,15 +162,15 @@ def _write(
     seed: int | None,
     should_stop: Callable[[], bool] | None = None,
     cache: Any = None,
-) -> Any:
-    """Generate into the rows; returns the output of `generate`. Prompts are left-padded."""
+) -> tuple[Any, dict[str, float]]:
+    """Generate into the rows; returns the output of `generate`, and the seconds of `Generated`. Prompts are left-padded."""
     ends = sorted(rows[0].ends)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
     width = max(len(row.prompt_ids) for row in rows)
     missing = [width - len(row.prompt_ids) for row in rows]
     batch = torch.tensor([[pad] * gap + row.prompt_ids for gap, row in zip(missing, rows, strict=True)], device=model.device)
     mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing], device=model.device)
-    criterion = Rows(rows, width, should_stop)
+    criterion, start = Rows(rows, width, should_stop), time.perf_counter()
     config = sampling.as_transformers(ends, pad)
     _check_rotary_limit(model, width, sampling)
     with evaluating(model), without_donor_settings(model), _seeded(seed, model.device):
@@ -178,21 +183,24 @@ def _write(
             **sampling.generate_kwargs(model),
         )
     criterion.close("length")
-    return output
+    end = time.perf_counter()
+    return output, {"seconds": end - start, "first_token_seconds": (criterion.first_at or end) - start}
 
 
-def _results(model: Any, prompts: Sequence[str], rows: Sequence[Row], sampling: Sampling, output: Any) -> list[Generated]:
+def _results(
+    model: Any, prompts: Sequence[str], rows: Sequence[Row], sampling: Sampling, output: Any, seconds: dict[str, float]
+) -> list[Generated]:
     results = []
     width = max(len(row.prompt_ids) for row in rows)
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        spent: dict[str, Any] = {}
+        spent: dict[str, Any] = dict(seconds)
         if sampling.criterion is not None:
             # the token at t was predicted from the position before it
             used = output.past_key_values.cycles_used[:, width - 1 : width - 1 + len(row.token_ids)]
             # a batch goes on until its last row has halted
-            spent = _spent_on(model, used[index].tolist(), used.max(dim=0).values.tolist(), sampling)
+            spent |= _spent_on(model, used[index].tolist(), used.max(dim=0).values.tolist(), sampling)
         if sampling.draft_cycles is not None:
-            spent |= {"drafted": int(output.drafted) if index == 0 else 0, "accepted": int(output.accepted) if index == 0 else 0}
+            spent |= {name: int(getattr(output, name)) if index == 0 else 0 for name in ("drafted", "accepted", "undrafted")}
         results.append(Generated(prompt, row.text, row.prompt_ids, row.token_ids, row.finish or "length", **spent))
     return results
 
@@ -213,8 +221,17 @@ def decoding_stats(*generated: Generated) -> str:
         if cost > plain:  # with a coda, evaluating the criterion can cost more than it saves
             saved = f"{cost / plain - 1:.0%} more layer applications than without halting"
         return f"halting: {sum(cycles) / len(cycles):.1f} of {generated[0].of_cycles} cycles per token, {saved}"
-    drafted, accepted = (sum(getattr(one, name) or 0 for one in generated) for name in ("drafted", "accepted"))
-    return f"self-speculation: {accepted} of {drafted} drafted tokens accepted ({accepted / drafted:.0%})" if drafted else ""
+    drafted, accepted, undrafted = (sum(getattr(one, name) or 0 for one in generated) for name in ("drafted", "accepted", "undrafted"))
+    off = f"; {undrafted} tokens without drafts, to compare or because drafts were slower" if undrafted else ""
+    return f"self-speculation: {accepted} of {drafted} drafted tokens accepted ({accepted / drafted:.0%}){off}" if drafted else ""
+
+
+def speed_stats(generated: Generated) -> str:
+    """One line: number of tokens, tokens per second after the first, and seconds to the first, which the prefill takes."""
+    count = len(generated.token_ids)
+    rate = (count - 1) / max(1e-9, generated.seconds - generated.first_token_seconds)
+    speed = f", {rate:.1f} tokens per second" if count > 1 else ""
+    return f"speed: {count} token{'' if count == 1 else 's'}{speed}, the first after {generated.first_token_seconds:.2f} s"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..utils.device import choose_device, placed
 from .chat_prompt import Dialogue
 from .early_exit import calibrate
-from .generation import Generated, decoding_stats, generate_text
+from .generation import Generated, decoding_stats, generate_text, speed_stats
 from .prompt import EncodedPrompt, check_ids, encode_prompt, end_tokens
 from .settings import GenerateSettings, WriteSettings
 from .transcript import Message
@@ -130,7 +130,8 @@ def print_stats(
     model: Any, tokenizer: PreTrainedTokenizerBase, generated: Generated, settings: WriteSettings, out: TextIO, err: TextIO | None = None
 ) -> None:
     """After a text: statistics to `err` and, unless interrupted, the table of cycles to `out` if asked for."""
-    if line := decoding_stats(generated):
+    speed = speed_stats(generated) if settings.verbose else ""
+    for line in filter(None, (decoding_stats(generated), speed)):
         print(line, file=err or sys.stderr, flush=True)
     if settings.show_recursive_steps and generated.finish_reason != "interrupted":
         from .cycle_table import show_steps  # here: nothing else of this file needs rich

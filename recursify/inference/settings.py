@@ -23,6 +23,8 @@ class WriteSettings(DeviceOptions, ModelDtype, Sampling, TokenizerSource, ModelS
     """Text for compute_budget, similar to what the model will generate."""
     show_recursive_steps: bool = False
     """After the text, print for each token the prediction of every cycle."""
+    verbose: bool = False
+    """After each text, print tokens per second and the time to the first token."""
     seed: int | None = None
     """Random seed of sampling. Default: none."""
 
@@ -90,7 +92,7 @@ class GenerateSettings(WriteSettings):
             raise UserError(f"--system: expected --chat with it, got {self.system!r} and no --chat")
         if self.output_file is not None and self.prompt_file is None:
             raise UserError(f"--output_file: expected --prompt_file with it, got {self.output_file} and no --prompt_file")
-        for name in ("prompt", "show_recursive_steps") if self.prompt_file is not None else ():
+        for name in ("prompt", "show_recursive_steps", "verbose") if self.prompt_file is not None else ():
             if getattr(self, name):
                 raise UserError(f"--prompt_file: expected no --{name} with it, got both; leave out one of the two")
         super().validate()

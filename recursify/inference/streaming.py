@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
@@ -178,8 +179,11 @@ class Rows(StoppingCriteria):
 
     def __init__(self, rows: Sequence[Row], read: int, should_stop: Callable[[], bool] | None = None):
         self.rows, self.seen, self.should_stop = rows, read, should_stop
+        self.first_at: float | None = None  # `time.perf_counter` at the first token
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        if self.first_at is None:
+            self.first_at = time.perf_counter()
         for column in input_ids[:, self.seen :].T.tolist():
             for row, token in zip(self.rows, column, strict=True):
                 if row.finish is None:

@@ -24,7 +24,8 @@ transformers.
 
 import copy
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -389,10 +390,12 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     Args:
         drafted: Number of drafted tokens in unfinished rows.
         accepted: Number of accepted ones: those before the first rejection of their draft.
+        undrafted: Number of tokens made by plain steps, while drafts did not pay by the clock, or to compare.
     """
 
     drafted: int | None = None
     accepted: int | None = None
+    undrafted: int | None = None
 
 
 def self_speculation(
@@ -409,7 +412,9 @@ def self_speculation(
     """Self-speculative decoding: draft with the first cycles, verify with all cycles (arXiv 2211.17192).
 
     The verify step continues from the draft's states after prelude and first cycles. All rows of a batch advance by the same number of
-    tokens, that of the row with the earliest rejection. The signature is that of transformers' `custom_generate`.
+    tokens, that of the row with the earliest rejection. Greedy decoding drafts only while that is faster than plain steps (`draft_turns`);
+    sampling always drafts, since a seed would otherwise give other texts from run to run. The signature is that of transformers'
+    `custom_generate`.
     """
     depth = model.model.cycles(model_kwargs.get("H_cycles"), model_kwargs.get("L_cycles"))
     _check_draft(draft_cycles, draft_tokens, depth, generation_config, model_kwargs)
@@ -429,17 +434,25 @@ def self_speculation(
     sampler = _Sampler(logits_processor, generation_config.do_sample)
     pad = generation_config._pad_token_tensor
     active = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    drafted = accepted = 0
+    drafted = accepted = undrafted = 0
+    turns = draft_turns(clocked=not generation_config.do_sample)
+    drafting = next(turns)
     while active.any():
-        left = max(1, stopping_criteria.max_length - input_ids.shape[1]) if stopping_criteria.max_length is not None else draft_tokens
-        guessed, guesses = reader.draft(input_ids, min(draft.length(), left), sampler, model.lm_head)
-        logits = model.lm_head(reader.verify()).float()
-        taken, right = sampler.accept(input_ids, guessed, guesses, logits, active)
-        count, agreed = guessed.shape[1], right.cumprod(dim=1).sum(dim=1)
-        drafted += count * int(active.sum())
-        accepted += int(agreed[active].sum())
-        kept = min(int(agreed[active].min()) + 1, count)
-        draft.learn(kept, right=kept == count and bool(right[active, -1].all()))
+        start = time.perf_counter()
+        if drafting:
+            left = max(1, stopping_criteria.max_length - input_ids.shape[1]) if stopping_criteria.max_length is not None else draft_tokens
+            guessed, guesses = reader.draft(input_ids, min(draft.length(), left), sampler, model.lm_head)
+            logits = model.lm_head(reader.verify()).float()
+            taken, right = sampler.accept(input_ids, guessed, guesses, logits, active)
+            count, agreed = guessed.shape[1], right.cumprod(dim=1).sum(dim=1)
+            drafted += count * int(active.sum())
+            accepted += int(agreed[active].sum())
+            kept = min(int(agreed[active].min()) + 1, count)
+            draft.learn(kept, right=kept == count and bool(right[active, -1].all()))
+        else:
+            logits = model.lm_head(reader.plain_step(input_ids))[:, -1].float()
+            taken, count, kept = sampler.token(sampler.scores(input_ids, logits)), 1, 1
+            undrafted += 1
         for column in range(kept):
             token = taken[:, column] if pad is None else torch.where(active, taken[:, column], pad)
             input_ids = torch.cat([input_ids, token.unsqueeze(1)], dim=1)
@@ -450,10 +463,12 @@ def self_speculation(
                 kept = column + 1
                 break
         reader.rollback(count - kept)
+        drafting = turns.send((time.perf_counter() - start, kept))
+    reader.catch_up()
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:
-        return SpeculativeOutput(input_ids, past_key_values=cache, drafted=drafted, accepted=accepted)  # type: ignore[arg-type]
+        return SpeculativeOutput(input_ids, past_key_values=cache, drafted=drafted, accepted=accepted, undrafted=undrafted)  # type: ignore[arg-type]
     return input_ids
 
 
@@ -516,12 +531,43 @@ class DraftLength:
         self.right, self.seen = 0.9 * self.right + kept - (not right), 0.9 * self.seen + kept
 
 
+# Of `draft_turns`: drafting rounds and plain steps that are measured, and tokens that a verdict holds for at first and at most.
+_ROUNDS, _STEPS, _HOLDS, _HOLDS_LONGEST = 6, 2, 32, 256
+
+
+def draft_turns(clocked: bool) -> Generator[bool, tuple[float, int], None]:
+    """Whether the next tokens are drafted, decided by the clock: True for a draft and verify round, False for a plain step.
+
+    Each turn is sent back its seconds and number of tokens. Both ways are measured within the text in turns; the faster one is kept for a
+    number of turns, which doubles for plain steps while drafts go on losing. Not clocked, all turns draft.
+    """
+    while not clocked:
+        yield True
+    rest = _HOLDS
+    while True:
+        drafts = yield from _seconds_per_token(True, _ROUNDS)
+        pays = drafts < (yield from _seconds_per_token(False, _STEPS))
+        for _ in range(_HOLDS if pays else rest):
+            yield pays
+        rest = _HOLDS if pays else min(2 * rest, _HOLDS_LONGEST)
+
+
+def _seconds_per_token(drafting: bool, turns: int) -> Generator[bool, tuple[float, int], float]:
+    yield drafting  # the first turn after a change pays for it
+    seconds, tokens = 0.0, 0
+    for _ in range(turns):
+        spent, kept = yield drafting
+        seconds, tokens = seconds + spent, tokens + kept
+    return seconds / tokens
+
+
 class _Reader:
     """The draft and verify steps over the next tokens of a batch, and their shared state."""
 
     def __init__(self, base: Any, cache: RecursiveCache, depth: tuple[int, int], mask: torch.Tensor | None, rows: int):
         self.base, self.cache, self.depth, self.mask, self.rows = base, cache, depth, mask, rows
         self.pending: list[Drafted] = []
+        self.skipped: list[Drafted] = []  # of plain steps, whose keys and values the draft's own slots lack
 
     def read(self, input_ids: torch.Tensor) -> None:
         """Prefill: fill the cache of draft and full model with known tokens."""
@@ -531,6 +577,7 @@ class _Reader:
 
     def draft(self, input_ids: torch.Tensor, count: int, sampler: "_Sampler", head: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Draft the next tokens `[B, count]`. Also returns, for each, the scores `[B, V]` that it was chosen from."""
+        self.catch_up()
         self.start, self.pending, ids, scores = self.cache.get_seq_length(), [], input_ids, []
         for _ in range(count):
             fed = ids[:, -1:]
@@ -544,6 +591,20 @@ class _Reader:
         """`[B, count, D]` of the full model, for the inputs of the drafted tokens."""
         drafted = Drafted.join(self.pending)
         return self.base.verify(drafted, *self._place(drafted.e, self.start), self.cache, self.depth)
+
+    def plain_step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The next token without a draft: `[B, 1, D]` of the full model, at the cost of a plain step."""
+        fed = input_ids[:, -1:]
+        place = self._place(fed, self.cache.get_seq_length())
+        self.skipped.append(self.base.skip_draft(fed, *place, self.cache, self.depth))
+        return self.base.verify(self.skipped[-1], *place, self.cache, self.depth)
+
+    def catch_up(self) -> None:
+        """Fill the draft's own slots with the tokens of plain steps, in one pass."""
+        if self.skipped:
+            drafted = Drafted.join(self.skipped)
+            self.base.read_draft(drafted, *self._place(drafted.e, self.cache.get_seq_length() - len(self.skipped)), self.cache, self.depth)
+            self.skipped = []
 
     def rollback(self, tokens: int) -> None:
         if tokens > 0:

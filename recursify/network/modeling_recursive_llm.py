@@ -550,17 +550,45 @@ class RecursiveModelMixin(PreTrainedModel):
         Returns:
             The `[B, T, D]` inputs of `lm_head`, equal to those at `H_cycles = draft_cycles`; and the states for `verify`.
         """
-        k: int = cache.draft_cycles  # type: ignore[assignment]
-        P, K, C = self.config.prelude_layers, self.config.L_layers, self.config.coda_layers
-        own = self.config.depth(*depth)
         x = self.embed_tokens(input_ids)
-        # a slot whose length is the number of earlier tokens: the draft has at least one of its own
-        one_pass = self._one_pass(x, mask, position_ids, cache, cache, depth, "full", {}, slot=P if k > 0 and C == 0 else own)
+        one_pass = self._one_pass(x, mask, position_ids, cache, cache, depth, "full", {}, slot=self._draft_slot(cache, depth))
+        drafted = self._draft_states(one_pass, x)
+        return self._read_draft(one_pass, drafted), drafted
+
+    def skip_draft(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: RecursiveCache, depth: tuple[int, int]
+    ) -> Drafted:
+        """As `draft`, without what only a draft needs: with `verify` after it, a plain step. `read_draft` makes up for it."""
+        x = self.embed_tokens(input_ids)
+        one_pass = self._one_pass(x, mask, position_ids, cache, cache, depth, "full", {}, slot=self.config.prelude_layers)
+        return self._draft_states(one_pass, x)
+
+    def read_draft(
+        self, drafted: Drafted, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: RecursiveCache, depth: tuple[int, int]
+    ) -> torch.Tensor:
+        """The coda of the draft, for tokens that went through `skip_draft`. Returns the `[B, T, D]` inputs of `lm_head`."""
+        slot = self._draft_slot(cache, depth)
+        return self._read_draft(self._one_pass(drafted.e, mask, position_ids, cache, cache, depth, "full", {}, slot=slot), drafted)
+
+    def _draft_slot(self, cache: RecursiveCache, depth: tuple[int, int]) -> int:
+        """A slot whose length is the number of earlier tokens of a draft: it has at least one of its own, unless it shares all."""
+        shares_all = cache.draft_cycles != 0 and self.config.coda_layers == 0
+        return self.config.prelude_layers if shares_all else self.config.depth(*depth)
+
+    def _draft_states(self, one_pass: ForwardPass, x: torch.Tensor) -> Drafted:
         e = one_pass.prelude(x)
-        z_L, z_H = self.recursion.advance(e, self.recursion.start(e), one_pass.block, range(k), depth[1])
-        inner = z_H if k > 0 else one_pass._run(e, P, K, 0, CacheSlots(cache, own + C - P))
-        read = one_pass._run(inner, P + K, C, 0, CacheSlots(cache, own - P - K))
-        return self.norm(read), Drafted(e, z_L, z_H)
+        cache: Any = one_pass.cache
+        k, L_cycles = cache.draft_cycles, one_pass.steps - 1
+        z_L, z_H = self.recursion.advance(e, self.recursion.start(e), one_pass.block, range(k), L_cycles)
+        return Drafted(e, z_L, z_H)
+
+    def _read_draft(self, one_pass: ForwardPass, drafted: Drafted) -> torch.Tensor:
+        cache: Any = one_pass.cache
+        P, K, C, own = one_pass.P, one_pass.K, one_pass.C, self.config.depth(one_pass.cycles, one_pass.steps - 1)
+        inner = drafted.z_H
+        if cache.draft_cycles == 0:
+            inner = one_pass._run(drafted.e, P, K, 0, CacheSlots(cache, own + C - P))
+        return self.norm(one_pass._run(inner, P + K, C, 0, CacheSlots(cache, own - P - K)))
 
     def verify(
         self, drafted: Drafted, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: RecursiveCache, depth: tuple[int, int]

@@ -936,6 +936,11 @@ class Writing(Cases):
     def draft_tokens(self) -> None:
         assert self._wrote(draft_cycles=1, draft_tokens=5).effort == {"draft_cycles": 1, "draft_tokens": 5}
 
+    def verbose(self) -> None:
+        line = r"^speed: 4 tokens, [\d.]+ tokens per second, the first after [\d.]+ s$"
+        said = [self._wrote(verbose=on, max_new_tokens=4).err for on in (True, False)]
+        assert [len(re.findall(line, err, re.MULTILINE)) for err in said] == [1, 0]
+
     def show_recursive_steps(self) -> None:
         assert "cycle 2" in self._wrote(show_recursive_steps=True).out.lower() and "cycle 2" not in self._wrote().out.lower()
 

@@ -22,7 +22,7 @@ from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.inference.cycle_table import recursive_steps
 from recursify.inference.early_exit import applications
-from recursify.inference.generation import Generated, decoding_stats, generate_batch, generate_text
+from recursify.inference.generation import Generated, decoding_stats, generate_batch, generate_text, speed_stats
 from recursify.inference.options import Sampling
 from recursify.inference.prompt import check_ids, encode_prompt, end_tokens
 from recursify.inference.session import calibrated, load, run, write_once
@@ -450,10 +450,9 @@ def test_self_speculation_is_lossless_and_reports_acceptance(model: Any, tokeniz
     assert (got.text, got.token_ids, got.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
     assert "".join(pieces) == got.text
     assert got.drafted is not None and got.accepted is not None and 0 <= got.accepted <= got.drafted
-    assert (
-        decoding_stats(got)
-        == f"self-speculation: {got.accepted} of {got.drafted} drafted tokens accepted ({got.accepted / got.drafted:.0%})"
-    )
+    accepted = f"self-speculation: {got.accepted} of {got.drafted} drafted tokens accepted ({got.accepted / got.drafted:.0%})"
+    off = f"; {got.undrafted} tokens without drafts, to compare or because drafts were slower" if got.undrafted else ""
+    assert decoding_stats(got) == accepted + off
 
 
 def test_self_speculation_in_a_batch_counts_once(model: Any, tokenizer: Any) -> None:
@@ -476,6 +475,16 @@ def test_statistics_of_several_texts() -> None:
     assert decoding_stats(told((4,), 15, 10)) == "halting: 4.0 of 4 cycles per token, 50% more layer applications than without halting"
     drafts = [Generated("", "", [1], [1], "length", drafted=drafted, accepted=accepted) for drafted, accepted in ((8, 4), (2, 2), (0, 0))]
     assert decoding_stats(*drafts) == "self-speculation: 6 of 10 drafted tokens accepted (60%)"
+    off = replace(drafts[0], undrafted=3)
+    assert decoding_stats(off, *drafts[1:]).endswith("accepted (60%); 3 tokens without drafts, to compare or because drafts were slower")
+
+
+def test_speed_is_that_of_the_text(model: Any, tokenizer: Any) -> None:
+    got = generate_text(model, tokenizer, "The", replace(GREEDY, max_new_tokens=8))
+    assert 0 < got.first_token_seconds < got.seconds
+    known = Generated("", "", [1], [1] * 11, "length", seconds=2.5, first_token_seconds=0.5)
+    assert speed_stats(known) == "speed: 11 tokens, 5.0 tokens per second, the first after 0.50 s"
+    assert speed_stats(replace(known, token_ids=[1])) == "speed: 1 token, the first after 0.50 s"
 
 
 def test_halting_statistics_are_relative_to_the_cycles_of_the_run(model: Any, tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import warnings
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from recursify import RecursiveLLM
+from recursify.network import decoding_recursive_llm
 from recursify.network.configuration_recursive_llm import from_donor
-from recursify.network.decoding_recursive_llm import DraftLength, GrowingLayer, HaltRule, RecursiveCache
+from recursify.network.decoding_recursive_llm import DraftLength, GrowingLayer, HaltRule, RecursiveCache, draft_turns
 from tests.support.early_exit import CRITERIA, EARLIEST, NEVER, exits, ids, middling, recursive, splitting, tokens_through
 from tests.support.tiny import tiny_config
 
@@ -47,6 +49,17 @@ def write(model: PreTrainedModel, input_ids: torch.Tensor, new: int = 8, **kwarg
 
 def written(model: PreTrainedModel, input_ids: torch.Tensor, new: int = 8, **kwargs: Any) -> torch.Tensor:
     return write(model, input_ids, new, **kwargs).sequences[:, input_ids.shape[1] :]
+
+
+def turns_of(*pattern: bool) -> Callable[..., Any]:
+    """In the place of `draft_turns`: drafts by a pattern that repeats, whatever the clock says."""
+
+    def turns(clocked: bool) -> Generator[bool, Any, None]:
+        while True:
+            for drafting in pattern:  # noqa: UP028 - `yield from` would send to the pattern
+                yield drafting
+
+    return turns
 
 
 shapes = st.fixed_dictionaries(
@@ -809,7 +822,8 @@ def naive_speculation(model: RecursiveLLM, x: torch.Tensor, k: int, most: int, n
 
 
 @pytest.mark.parametrize(("k", "rows", "most"), [(0, 1, 5), (1, 1, 16), (2, 3, 4)])
-def test_drafted_and_accepted_counts_match_a_reference(k: int, rows: int, most: int) -> None:
+def test_drafted_and_accepted_counts_match_a_reference(k: int, rows: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_recursive_llm, "draft_turns", turns_of(True))
     model = copy.deepcopy(recursive())
     with torch.no_grad():  # small gains: cycles agree often, but not always
         for name, parameter in model.model.recursion.named_parameters():
@@ -823,6 +837,84 @@ def test_drafted_and_accepted_counts_match_a_reference(k: int, rows: int, most: 
         assert (out.drafted, out.accepted) == (drafted, accepted)
         partial |= 0 < accepted < drafted
     assert partial, "drafts must be right at times and wrong at times, or this test shows nothing"
+
+
+@properties
+@given(shapes, st.lists(st.integers(1, 8), min_size=1, max_size=3), st.lists(st.booleans(), min_size=1, max_size=6), st.data())
+def test_drafts_may_be_switched_off_and_on_at_any_time(shape: dict[str, int], lengths: list[int], turns: list[bool], data: Any) -> None:
+    """The text is that of plain decoding, and every slot ends as long as the text, so that the cache can be continued."""
+    model, (x, mask) = recursive(**shape), left_padded(*lengths)
+    k = data.draw(st.integers(0, shape["H_cycles"] - 1))
+    plain = written(model, x, 16, attention_mask=mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding_recursive_llm, "draft_turns", turns_of(*turns))
+        out = write(model, x, 9, attention_mask=mask, draft_cycles=k, draft_tokens=4)
+        assert all(turns) == (out.undrafted == 0) or turns[0]  # a first draft may make all tokens
+        assert {layer.get_seq_length() for layer in out.past_key_values.layers} == {x.shape[1] + 8}
+        wider = torch.nn.functional.pad(mask, (0, 9), value=1)
+        more = write(model, out.sequences, 7, attention_mask=wider, past_key_values=out.past_key_values, draft_cycles=k, draft_tokens=4)
+    assert torch.equal(more.sequences[:, x.shape[1] :], plain)
+
+
+def test_a_plain_step_between_drafts_costs_no_more_than_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_recursive_llm, "draft_turns", turns_of(False))
+    model = recursive()
+    P, loop, C = (model.model.layers[i] for i in (0, 2, 4))
+    with tokens_through(P, loop, C) as plain:
+        write(model, ids(1, 5), 13)
+    with tokens_through(P, loop, C) as undrafted:
+        out = write(model, ids(1, 5), 13, draft_cycles=1)
+    assert (out.drafted, out.undrafted) == (0, 13)
+    assert undrafted[:2] == plain[:2]
+    assert undrafted[2] == 2 * plain[2]  # the prompt, and all undrafted tokens in one pass at the end
+
+
+@pytest.mark.parametrize("draft_cycles", [0, 1])
+def test_a_draft_after_plain_steps_knows_their_tokens(draft_cycles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gains of 0 the draft is the model: it is accepted whole, unless its coda has missed tokens."""
+    monkeypatch.setattr(decoding_recursive_llm, "draft_turns", turns_of(False, False, False, True))
+    model = copy.deepcopy(recursive())
+    with torch.no_grad():
+        for name, parameter in model.model.recursion.named_parameters():
+            if "theta" in name:
+                parameter.zero_()
+    out = write(model, ids(1, 5), 28, draft_cycles=draft_cycles, draft_tokens=4)
+    assert out.drafted == out.accepted > 0 and out.undrafted >= 12
+
+
+def run_turns(drafts: Callable[[int], float], steps: float, count: int) -> list[bool]:
+    """The decisions of a clock under which a token takes `drafts(turn)` seconds with drafts (of two tokens), `steps` without."""
+    turns = draft_turns(clocked=True)
+    found = [next(turns)]
+    for turn in range(count):
+        seconds = 2 * drafts(turn) if found[-1] else steps
+        found.append(turns.send((seconds, 2 if found[-1] else 1)))
+    return found
+
+
+def test_drafts_that_are_slower_are_switched_off_for_longer_and_longer() -> None:
+    found = [(drafting, len(list(group))) for drafting, group in itertools.groupby(run_turns(lambda turn: 1.5, 1.0, 700))]
+    assert found[:8] == [(True, 7), (False, 3 + 32), (True, 7), (False, 3 + 64), (True, 7), (False, 3 + 128), (True, 7), (False, 3 + 256)]
+
+
+def test_drafts_that_are_faster_go_on() -> None:
+    found = run_turns(lambda turn: 0.5, 1.0, 400)
+    assert found.count(False) <= 0.1 * len(found)
+    late = run_turns(lambda turn: 0.5 if turn < 100 else 2.0, 1.0, 200)
+    assert late[:100].count(False) <= 10 and late[150:].count(False) >= 30
+
+
+def test_the_first_turn_after_a_change_is_not_counted() -> None:
+    """It pays for a compilation, or for the tokens that a draft has to catch up with."""
+    assert run_turns(lambda turn: 99.0 if turn == 0 else 0.5, 1.0, 40)[10:30] == [True] * 20
+
+
+def test_sampled_texts_do_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 10**9, 7))  # every turn takes as long: drafts of one token never pay
+    monkeypatch.setattr(decoding_recursive_llm.time, "perf_counter", lambda: float(next(seconds)))
+    for sampled in (True, False):
+        out = write(recursive(), ids(1, 5), 30, do_sample=sampled, draft_cycles=0, draft_tokens=1)
+        assert (out.undrafted > 0) is not sampled
 
 
 @pytest.mark.parametrize(("P", "C", "H", "L", "k"), [(2, 2, 3, 1, 1), (0, 3, 4, 0, 0), (3, 0, 4, 2, 2), (1, 1, 2, 3, 1)])
