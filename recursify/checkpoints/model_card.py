@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from ..network.losses import perplexity
+from ..network.losses import perplexity_text
 from ..network.plan import ConversionPlan
 from ..network.size import parameters_by_part
 from ..reports.charts import Axes, Level, Line, Size, architecture_picture, line_chart, standalone
@@ -325,7 +325,7 @@ def _table_of_losses(extras: Extras, rows: Sequence[Row], own: int | None) -> st
             else str(row.H_cycles),
             f"{row.loss:.4f}",
             "not known" if row.standard_error is None else f"{row.standard_error:.4f}",
-            f"{perplexity(row.loss):,.2f}",
+            perplexity_text(row.loss),
             str(row.layer_applications),
         ]
         for row in rows

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..network.losses import perplexity
+from ..network.losses import perplexity_text
 from ..reports.charts import Axes, Level, Line, architecture_picture, count_undrawable, is_drawable, line_chart
 from ..reports.html import (
     NARROW,
@@ -541,7 +541,7 @@ def _loss_cells(report: DemoReport, measured: DepthPoint | Baseline) -> list[str
     return [
         number(measured.loss),
         number(measured.standard_error),
-        number(perplexity(measured.loss), 2),
+        perplexity_text(measured.loss),
         "" if measured is report.donor_tuned or not math.isfinite(difference) else signed(difference),
         f"{measured.layer_applications:,}",
     ]

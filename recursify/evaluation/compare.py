@@ -126,7 +126,7 @@ class Comparison:
         }
 
     def render(self) -> str:
-        parts = [report.render() for report in self.reports]
+        parts = [*(report.render() for report in self.reports), *self._rankings()]
         parts.append(f"against {self.baseline}, each model at its own cycle count, on the same items:")
         if self.text_differences:
             head = ("loss (nats)", "H_cycles", "loss", "baseline", "difference", "+-", "p")
@@ -135,6 +135,30 @@ class Comparison:
             rows = [_question_row(line) for line in self.question_differences if line.name == name]
             parts.append("\n".join([f"{name}, accuracy in %:", *table(_QUESTION_HEAD, rows, left=1)]))
         return "\n\n".join([*parts, *(line["reason"] for line in self.unpaired)])
+
+    def _rankings(self) -> list[str]:
+        """All models at all depths, the best first: by loss, where they read the same windows, and by accuracy on each question set."""
+        parts = []
+        texts = [(report.checkpoint, row) for report in self.reports if report.text is not None for row in report.text.rows]
+        if texts and self.same_windows:
+            rows = [
+                (name, _cycles(row.H_cycles), f"{row.loss:.4f}", str(row.layer_applications))
+                for name, row in sorted(texts, key=lambda entry: entry[1].loss)
+            ]
+            parts.append("\n".join(table(("all depths, the best first", "H_cycles", "loss (nats)", "layer applications"), rows, left=1)))
+        for name in dict.fromkeys(answered.name for report in self.reports for answered in report.questions):
+            found = [
+                (report.checkpoint, row)
+                for report in self.reports
+                for answered in report.questions
+                if answered.name == name
+                for row in answered.rows
+                if row.difficulty is None and row.halt is None
+            ]
+            ranked = sorted(found, key=lambda entry: -entry[1].accuracy)
+            shares = [(model, _cycles(row.H_cycles), f"{100 * row.accuracy:.1f}") for model, row in ranked]
+            parts.append("\n".join([f"{name}, all depths, the best first:", *table(("", "H_cycles", "accuracy in %"), shares, left=1)]))
+        return parts
 
 
 def _text_row(line: TextDifference) -> tuple[str, ...]:

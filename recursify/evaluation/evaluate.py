@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -164,12 +164,14 @@ def _scores(model: Any, tokenizer: Any, settings: MeasureSettings, runs: Sequenc
 
 
 def _halting(model: Any, settings: MeasureSettings) -> DecodingOptions | None:
-    """The run with early exit and its maximum number of cycles; None if not requested."""
+    """The run with early exit, at the model's own depth or the largest of `cycles` if that is less; None if not requested."""
     if settings.criterion is None:
         return None
-    effort = DecodingOptions(H_cycles=max(settings.cycles, default=None), halt=settings.halt, halt_threshold=settings.halt_threshold)
-    effort.generate_kwargs(model)  # refuses what the model cannot do
-    return effort.settled(model)
+    own = DecodingOptions(halt=settings.halt, halt_threshold=settings.halt_threshold)
+    own.generate_kwargs(model)  # refuses what the model cannot do
+    run = replace(own, H_cycles=min(own.cycles(model), max(settings.cycles, default=own.cycles(model))))
+    run.generate_kwargs(model)
+    return run.settled(model)
 
 
 def _open(model: Any, tokenizer: Any, settings: MeasureSettings) -> Text:

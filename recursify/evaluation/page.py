@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..network.losses import perplexity_text
 from ..reports.accuracy_chart import Point, difficulty_figure, difficulty_line, shade
 from ..reports.charts import Axes, Level, Line, count_undrawable, line_chart
 from ..reports.html import (
@@ -506,7 +507,7 @@ def _text_table(models: Sequence[Model]) -> str:
         row(
             model.name,
             [
-                _count(line["H_cycles"]), number(line["loss"]), number(line["standard_error"]), number(line["perplexity"], 2),
+                _count(line["H_cycles"]), number(line["loss"]), number(line["standard_error"]), perplexity_text(line["loss"]),
                 number(line["bits_per_byte"]), f"{line['layer_applications']:,}",
             ],
             _marked(model, line["H_cycles"]),

@@ -49,7 +49,7 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
     """Measurement: what is measured beside the loss on a text, and how.
 
     With --halt, a run in which tokens exit early is measured, too: its loss, its layer applications, the cycles that tokens exit at, the
-    accuracy of its answers, its tasks. It has at most the checkpoint's own cycles, or the largest of --cycles.
+    accuracy of its answers, its tasks. It has at most the checkpoint's own cycles, or the largest of --cycles if that is less.
     """
 
     stride: int | None = None

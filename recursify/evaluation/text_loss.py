@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.settings import TextSource
 from ..inference.options import DecodingOptions
-from ..network.losses import perplexity, read_out
+from ..network.losses import perplexity, perplexity_text, read_out
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..utils.distributed import map_jobs, one_process_first
 from ..utils.models import evaluating
@@ -214,7 +214,7 @@ class TextReport:
             error = "-" if row.standard_error is None else f"{row.standard_error:.4f}"
             bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
             mark = "<- the checkpoint's own" if row.H_cycles is not None and row.H_cycles == own else ""
-            rows.append((name, f"{row.loss:.4f}", error, f"{row.perplexity:.2f}", bits, row.layer_applications, mark))
+            rows.append((name, f"{row.loss:.4f}", error, perplexity_text(row.loss), bits, row.layer_applications, mark))
         lines += table(("H_cycles", "loss (nats)", "+-", "perplexity", "bits/byte", "layer applications", ""), rows)
         cycles = [] if self.telemetry is None else self.telemetry.lines()
         return [*lines, *([""] if cycles else []), *cycles]

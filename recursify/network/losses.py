@@ -102,7 +102,13 @@ def cycle_shares(schedule: str, weight: float, H: int) -> list[float]:
 
 def perplexity(loss: float) -> float:
     """exp of a loss in nats per token; infinity on overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
+
+
+def perplexity_text(loss: float) -> str:
+    """The perplexity of a loss for people, who are not shown one that says nothing: above a million, guessing uniformly is better."""
+    value = perplexity(loss)
+    return "> 1e6, worse than guessing" if value > 1e6 else f"{value:.2f}"
 
 
 def counted(labels: Tensor) -> Tensor:

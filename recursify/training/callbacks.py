@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from ..errors import UserError
 from ..inference.generation import generate_text
 from ..inference.options import Sampling
+from ..network.losses import perplexity_text
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,10 @@ SECONDS_BETWEEN_LINES = 30.0  # if stderr is not a terminal
 SAMPLE_TOKENS = 50
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and the signal of schedulers before preemption
 # Validation metrics other than losses, and their lines in the summary.
-METRIC_LINES = {"eval_perplexity": "Perplexity: {:.2f}", "eval_nearest_right": "Nearest Embedding Right: {:.2%}"}
+METRIC_LINES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "eval_perplexity": ("Perplexity", lambda value: perplexity_text(math.log(value))),
+    "eval_nearest_right": ("Nearest Embedding Right", "{:.2%}".format),
+}
 
 
 def print_line(text: str) -> None:
@@ -172,7 +176,7 @@ class Summary(TrainerCallback):
             f"\nEpoch {math.ceil(state.epoch or 0)} Summary:" if at_epoch_end(state) else f"\nStep {state.global_step} Summary:",
             f"  Train Loss: {metrics['train_loss']:.4f}",
             f"  Val Loss: {loss:.4f}",
-            *(f"  {text.format(metrics[name])}" for name, text in METRIC_LINES.items() if name in metrics),
+            *(f"  {title}: {text(metrics[name])}" for name, (title, text) in METRIC_LINES.items() if name in metrics),
         ]
         # The Trainer updates it after its callbacks, so this is the best of the earlier validations.
         best = state.best_metric

@@ -28,7 +28,7 @@ from .depth import DepthSchedule
 from .gains import start_gains
 from .loss_module import LossModule, Supervision
 from .parallel import check_launch, shard
-from .saving import BEST, METRICS, Saver, make_folder, resume_points, state_folder
+from .saving import METRICS, Saver, best_name, make_folder, resume_points, state_folder
 from .settings import RunSettings
 from .trainer import CycleTrainer
 
@@ -336,10 +336,11 @@ def _save_best(trainer: CycleTrainer) -> Path | None:
     saver = trainer.saver
     if saver is None:
         return None
+    best = saver.folder / best_name(trainer.model.model.config)
     with trainer.inference_model():
         if trainer.args.should_save:
-            saver.save(saver.folder / BEST, trainer.model.model, step=trainer.state.global_step, **trainer.notes())
-    return saver.folder / BEST
+            saver.save(best, trainer.model.model, step=trainer.state.global_step, **trainer.notes())
+    return best
 
 
 def result_of(state: TrainerState, interrupted: bool) -> FitResult:

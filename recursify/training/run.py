@@ -38,7 +38,7 @@ from .cost import estimate
 from .fitting import FitResult, fit, result_of
 from .optimizers import warmup_of
 from .parallel import announce, check_launch, describe_launch, processes
-from .saving import BEST, RUN, STATE, Saver, make_folder, resume_points, state_folder, step_of
+from .saving import RUN, STATE, Saver, best_name, make_folder, resume_points, state_folder, step_of
 from .settings import DonorSettings, RunSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def train(settings: RunSettings) -> TrainResult:
     data = fingerprint(blocks.train, settings)
     if point is not None:
         _check_data(point, data)
-    best = settings.folder / BEST
+    best = settings.folder / best_name(loaded.model.config)
     if point is not None and step_of(point) >= total:
         announce(f"{point} is already the end of this run; increase --num_epochs or --max_steps to continue")
         state = TrainerState.load_from_json(str(state_folder(point) / STATE))

@@ -1,6 +1,7 @@
 """Files of a run, and which of them a resumed run continues from.
 
-    qwen_recursive_finetuned_best.pt   the weights with the lowest validation loss, in the dtype they were loaded in
+    qwen_recursive_finetuned_best.pt   the weights with the lowest validation loss, in the dtype they were loaded in; of another family,
+                                       such as llama, llama_recursive_finetuned_best.pt
     checkpoint_step_N.pt               the weights after optimizer step N, likewise
     checkpoint_step_N_state/           further state for a resume: optimizer, schedule, random states of each rank; the float32 weights if
                                        those in the .pt are rounded or averaged
@@ -27,13 +28,14 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..checkpoints import checkpoint
 from ..errors import UserError
+from ..network.configuration_recursive_llm import PREFIX
 from ..network.plan import ConversionPlan
 from ..utils.files import read_json
 from .optimizers import warmup_of
 from .parallel import processes
 from .settings import RunSettings
 
-BEST = "qwen_recursive_finetuned_best.pt"
+BEST = "qwen_recursive_finetuned_best.pt"  # of Qwen donors, as the guides name it
 METRICS = "metrics.jsonl"
 RUN, STATE, MASTERS, AVERAGES = "run.json", "trainer_state.json", "float32_weights.pt", "averaged_weights.pt"  # in a state folder
 KEPT_STATES = 2  # only the newest is resumed from; the previous one is a backup in case it is damaged
@@ -45,7 +47,15 @@ _RECORDED_SETTINGS = (
     "distill_weight", "self_distill_weight", "monotone_weight", "halting_weight",
 )  # fmt: skip
 _STEP_NAME = re.compile(r"checkpoint_step_\d+")  # not a user's copy such as checkpoint_step_1000_good.pt
-_SAVED_NAME = re.compile(rf"({_STEP_NAME.pattern}|{Path(BEST).stem})(\.pt|_tokenizer|_state)")  # contents of a save's temporary folder
+_SAVED_NAME = re.compile(
+    rf"({_STEP_NAME.pattern}|[a-z0-9]+_recursive_finetuned_best)(\.pt|_tokenizer|_state)"
+)  # contents of a save's temporary folder
+
+
+def best_name(config: Any) -> str:
+    """File name of the best model of a run, after the donor's family."""
+    family = config.model_type.removeprefix(PREFIX)
+    return BEST if family.startswith("qwen") else BEST.replace("qwen", re.sub("[^a-z0-9]", "", family.lower()), 1)
 
 
 def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]:

@@ -149,6 +149,17 @@ def in_pieces_of_two(model: Measured) -> Measured:
     return model._replace(paired=replace(model.paired, text=replace(model.paired.text, per_piece=2)))
 
 
+def test_all_models_and_depths_are_ranked() -> None:
+    shown = both(OURS, BASE).render()
+    text, answers = (
+        shown[shown.index(start) :].split("\n\n")[0].splitlines() for start in ("all depths, the best", "addition, all depths")
+    )
+    assert [line.split()[:3] for line in text[1:]] == [["ours", "2", "3.4250"], ["base", "donor", "3.5000"], ["ours", "1", "9.0000"]]
+    assert [line.split() for line in answers[2:]] == [["ours", "2", "66.7"], ["base", "donor", "33.3"], ["ours", "1", "0.0"]]
+    other = measured("other", None, [2.0, 3.0], key="another")
+    assert "all depths, the best first  " not in both(other, BASE).render()  # losses on other windows are not put in an order
+
+
 def test_windows_that_overlap_count_in_pieces() -> None:
     [line] = both(in_pieces_of_two(OURS), in_pieces_of_two(BASE)).text_differences
     error = abs(-0.15 - 0.0) / 2  # two pieces of two windows each

@@ -82,8 +82,10 @@ def test_text_results_are_repeated_at_the_top_level(model: RecursiveLLM, text: P
     )
 
 
-@pytest.mark.parametrize(("cycles", "most"), [((), 2), ((1, 3), 3)])
-def test_halting_run_uses_the_requested_depth(cycles: tuple[int, ...], most: int, model: RecursiveLLM, text: Path) -> None:
+@pytest.mark.parametrize(("cycles", "most"), [((), 2), ((1, 3), 2), ((1,), 1)])
+def test_halting_run_has_the_models_own_depth_or_the_largest_requested(
+    cycles: tuple[int, ...], most: int, model: RecursiveLLM, text: Path
+) -> None:
     report = measure(model, dataset_name=str(text), cycles=cycles, halt="entropy", halt_threshold=1.0, questions=(MADE,))
     assert report.text.telemetry.halting.H_cycles == most
     assert {(row.H_cycles, row.halt) for row in report.questions[0].rows if row.halt} == {(most, "entropy")}
@@ -160,7 +162,7 @@ def test_tasks_are_run_at_every_depth(model: RecursiveLLM, monkeypatch: pytest.M
     monkeypatch.setattr("recursify.evaluation.lm_eval_harness.check", lambda tasks, folder: None)
     measure(model, tasks=("a,b", "c"), tasks_folder="here", cycles=(1, 3), halt="kl", batch_size=5, max_items=7)
     assert asked == {
-        "names": ("a", "b", "c"), "runs": [(1, "none"), (3, "none"), (3, "kl")], "folder": "here", "batch_size": 5, "max_items": 7,
+        "names": ("a", "b", "c"), "runs": [(1, "none"), (3, "none"), (2, "kl")], "folder": "here", "batch_size": 5, "max_items": 7,
     }  # fmt: skip
 
 

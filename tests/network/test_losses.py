@@ -29,6 +29,7 @@ from recursify.network.losses import (
     next_embedding_loss,
     next_token_loss,
     perplexity,
+    perplexity_text,
     token_losses,
     worsening,
 )
@@ -290,6 +291,12 @@ def test_a_head_under_lora() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(gradients(total, states, head), gradients(weighted(expected), states, head), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_perplexity_that_says_nothing_is_not_shown() -> None:
+    assert (perplexity_text(0.0), perplexity_text(math.log(1234.5))) == ("1.00", "1234.50")
+    assert {perplexity_text(loss) for loss in (math.log(1.01e6), 800.0, math.inf)} == {"> 1e6, worse than guessing"}
+    assert perplexity_text(math.nan) == "nan"
 
 
 def test_perplexity() -> None:

@@ -25,7 +25,7 @@ from recursify.training import gains as gains_module
 from recursify.training.approaches import APPROACHES, freeze_rest, from_donor, untied
 from recursify.training.gains import injections
 from recursify.training.loss_module import LossModule, Supervision
-from recursify.training.saving import BEST
+from recursify.training.saving import BEST, best_name
 from recursify.training.settings import DonorSettings
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_donor
 
@@ -157,7 +157,8 @@ def test_only_trained_parts_change(
     wanted = settings(approach, corner, tmp_path, donor, **flags)
     before = from_donor(wanted).model
     result = train(wanted)
-    assert result.best == tmp_path / BEST and (tmp_path / BEST.replace(".pt", "_tokenizer") / "tokenizer.json").is_file()
+    assert result.best is not None and result.best == tmp_path / best_name(before.config)
+    assert (tmp_path / f"{result.best.stem}_tokenizer" / "tokenizer.json").is_file()
     found = checkpoint.load(result.best)
     assert differing(before, found.model) == loop_of(found.model) | more
     assert found.plan == from_donor(wanted).plan and (found.plan is None) == wanted.starts_fresh

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from recursify.evaluation.settings import EvaluateSettings
 from recursify.inference.settings import GenerateSettings
 from recursify.training import EmbeddingSettings, FitResult, TrainSettings, train
 from recursify.training.run import closing_summary
+from recursify.training.saving import best_name
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_donor
 
 
@@ -47,6 +49,14 @@ def test_the_commands_can_be_given(name: str, text: str | None, questions: Any, 
     assert asked.checkpoint == "my runs/best.pt" and asked.dataset_name == text
     assert asked.questions == ((name,) if questions is None else questions)
     assert asked.split == ("validation" if text else None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("recursive_qwen2", "qwen"), ("recursive_qwen3", "qwen"), ("qwen2", "qwen"), ("recursive_llama", "llama"), ("phi3", "phi3")],
+)
+def test_the_best_model_is_named_after_the_family(model_type: str, name: str) -> None:
+    assert best_name(SimpleNamespace(model_type=model_type)) == f"{name}_recursive_finetuned_best.pt"
 
 
 def test_a_model_without_a_head_has_no_next_command() -> None:
