@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
@@ -149,14 +149,11 @@ class Service:
 
     def _jobs(self, ask: BaseRequest, prompts: list[list[int]], n: int) -> list[Job]:
         """One job per choice, in order."""
-        seed = secrets.randbits(64) if ask.seed is None else ask.seed
-        temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, 1.0 if ask.top_p is None else ask.top_p
-        if top_p == 0:  # the most likely token alone
-            temperature, top_p = 0.0, 1.0
+        choice = _choice(ask)
         jobs: list[Job] = []
         for prompt in prompts:
             limit = self._limit(ask, len(prompt))
-            jobs += [Job(prompt, limit, Choice(temperature, top_p, seed, len(jobs) + i)) for i in range(n)]
+            jobs += [Job(prompt, limit, replace(choice, index=len(jobs) + i)) for i in range(n)]
         return jobs
 
     def _limit(self, ask: BaseRequest, prompt: int) -> int:
@@ -246,6 +243,22 @@ class Answer:
         metrics = self.service.metrics
         metrics.add("recursify_texts_total", H_cycles=self.label, end=reason)
         metrics.add("recursify_completion_tokens_total", len(self.rows[index].token_ids), H_cycles=self.label)
+
+
+def _choice(ask: BaseRequest) -> Choice:
+    """Sampling parameters of a request, with defaults filled in and a seed drawn where none is given."""
+    temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, 1.0 if ask.top_p is None else ask.top_p
+    if top_p == 0:  # the most likely token alone
+        temperature, top_p = 0.0, 1.0
+    return Choice(
+        temperature=temperature,
+        top_p=top_p,
+        seed=secrets.randbits(64) if ask.seed is None else ask.seed,
+        top_k=max(ask.top_k or 0, 0),
+        presence_penalty=ask.presence_penalty or 0.0,
+        frequency_penalty=ask.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if ask.repetition_penalty is None else ask.repetition_penalty,
+    )
 
 
 def name_of(depth: Depth) -> str:

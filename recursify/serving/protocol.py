@@ -14,14 +14,15 @@ from ..errors import short
 
 _STOPS = 16
 _SHOWN = 80  # characters of a bad value quoted in an error
+_REPETITION = 0.01, 100  # beyond them, products of logits would leave the range of float32
 
 # Fields of OpenAI's API without effect here.
 _HARMLESS = frozenset({"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 # Fields that would change the answer, with their neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
+    "audio": (), "best_of": (1,), "echo": (False,), "function_call": ("none", "auto"), "functions": ([],),
     "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "moderation": (), "parallel_tool_calls": (True, False),
-    "prediction": (), "presence_penalty": (0,), "reasoning_effort": (), "response_format": ({"type": "text"},), "store": (False,),
+    "prediction": (), "reasoning_effort": (), "response_format": ({"type": "text"},), "store": (False,),
     "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 # Replaces pydantic's messages for each branch of a union.
@@ -29,6 +30,13 @@ _EXPECTED = {
     "prompt": "some text, a list of texts, a list of token ids, or a list of such lists; none of them empty",
     "stop": f"a text, or a list of up to {_STOPS} texts; none of them empty",
     "content": "a text, or a list of parts of type text",
+}
+# The same for numbers, where the value is shown.
+_EXPECTED_NUMBERS = {
+    "top_k": "a whole number of at least 0 (0 or -1 is off)",
+    "presence_penalty": "a number from -2 to 2 (0 is off)",
+    "frequency_penalty": "a number from -2 to 2 (0 is off)",
+    "repetition_penalty": f"a number from {_REPETITION[0]} to {_REPETITION[1]} (1 is off)",
 }
 
 
@@ -74,6 +82,10 @@ class BaseRequest(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=_REPETITION[0], le=_REPETITION[1])] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=_STOPS)] | None = None
@@ -155,6 +167,8 @@ def _explained(error: ValidationError) -> ApiError:
     for at, name in enumerate(where):
         if name in _EXPECTED:
             return ApiError(400, f"{'.'.join(where[: at + 1])}: expected {_EXPECTED[name]}", param=where[0])
+    if where[0] in _EXPECTED_NUMBERS:
+        return ApiError(400, f"{where[0]}: expected {_EXPECTED_NUMBERS[where[0]]}, got {short(fault['input'], _SHOWN)}", param=where[0])
     said = fault["msg"][:1].lower() + fault["msg"][1:]
     return ApiError(400, f"{'.'.join(where)}: {said}; got {short(fault['input'], _SHOWN)}", param=where[0])
 
