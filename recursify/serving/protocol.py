@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import time
 import uuid
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from ..errors import short
+from .pieces import Piece, Spelled, TokenLog
 
 _STOPS = 16
 _SHOWN = 80  # characters of a bad value quoted in an error
@@ -21,7 +22,7 @@ _HARMLESS = frozenset({"user", "metadata", "service_tier", "safety_identifier", 
 # Fields that would change the answer, with their neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (), "best_of": (1,), "echo": (False,), "function_call": ("none", "auto"), "functions": ([],),
-    "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "moderation": (), "parallel_tool_calls": (True, False),
+    "logit_bias": ({},), "modalities": (["text"],), "moderation": (), "parallel_tool_calls": (True, False),
     "prediction": (), "reasoning_effort": (), "response_format": ({"type": "text"},), "store": (False,),
     "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
@@ -31,8 +32,8 @@ _EXPECTED = {
     "stop": f"a text, or a list of up to {_STOPS} texts; none of them empty",
     "content": "a text, or a list of parts of type text",
 }
-# The same for numbers, where the value is shown.
-_EXPECTED_NUMBERS = {
+# The same for single values, which are shown.
+_EXPECTED_VALUES = {
     "top_k": "a whole number of at least 0 (0 or -1 is off)",
     "presence_penalty": "a number from -2 to 2 (0 is off)",
     "frequency_penalty": "a number from -2 to 2 (0 is off)",
@@ -73,7 +74,12 @@ class StreamOptions(_Strict):
 
 
 class BaseRequest(_Strict):
-    """Fields common to completions and chat completions. None is the default, as for a missing field."""
+    """Fields common to completions and chat completions. None is the default, as for a missing field.
+
+    `expected` has words for errors in fields that the two have in different forms.
+    """
+
+    expected: ClassVar[dict[str, str]] = {}
 
     model: str | None = None
     stream: bool | None = None
@@ -101,12 +107,24 @@ class BaseRequest(_Strict):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def alternatives(self) -> int | None:
+        """How many of the most likely tokens to report beside each token; None if no log-probabilities are wanted."""
+        raise NotImplementedError
+
+    @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class CompletionRequest(BaseRequest):
+    expected = {"logprobs": "a whole number from 0 to 5"}
+
     prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | Literal[False] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return None if self.logprobs is False else self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -130,7 +148,18 @@ class Message(_Strict):
 
 
 class ChatRequest(BaseRequest):
+    expected = {
+        "logprobs": "true or false (the number of alternatives goes into top_logprobs)",
+        "top_logprobs": "a whole number from 0 to 20",
+    }
+
     messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def read(kind: type[BaseRequest], body: bytes) -> Any:
@@ -142,7 +171,7 @@ def read(kind: type[BaseRequest], body: bytes) -> Any:
     try:
         ask = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _explained(error) from None
+        raise _explained(error, kind) from None
     _refuse_others(ask, kind)
     for message in getattr(ask, "messages", ()):
         # a client that sends an answer back sends its empty fields as well
@@ -151,12 +180,14 @@ def read(kind: type[BaseRequest], body: bytes) -> Any:
                 raise ApiError(400, f"messages: a message has {name}, which this server does not read", param="messages")
     if ask.stream_options is not None and not ask.stream:
         raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
+    if getattr(ask, "top_logprobs", None) and ask.alternatives is None:
+        raise ApiError(400, "top_logprobs: only with logprobs=true", param="top_logprobs")
     if None not in (ask.max_tokens, ask.max_completion_tokens) and ask.max_tokens != ask.max_completion_tokens:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
     return ask
 
 
-def _explained(error: ValidationError) -> ApiError:
+def _explained(error: ValidationError, kind: type[BaseRequest]) -> ApiError:
     """The first validation error, in one line."""
     fault = error.errors(include_url=False, include_context=False)[0]
     where = [str(part) for part in fault["loc"]]
@@ -167,8 +198,9 @@ def _explained(error: ValidationError) -> ApiError:
     for at, name in enumerate(where):
         if name in _EXPECTED:
             return ApiError(400, f"{'.'.join(where[: at + 1])}: expected {_EXPECTED[name]}", param=where[0])
-    if where[0] in _EXPECTED_NUMBERS:
-        return ApiError(400, f"{where[0]}: expected {_EXPECTED_NUMBERS[where[0]]}, got {short(fault['input'], _SHOWN)}", param=where[0])
+    expected = (_EXPECTED_VALUES | kind.expected).get(where[0])
+    if expected is not None:
+        return ApiError(400, f"{where[0]}: expected {expected}, got {short(fault['input'], _SHOWN)}", param=where[0])
     said = fault["msg"][:1].lower() + fault["msg"][1:]
     return ApiError(400, f"{'.'.join(where)}: {said}; got {short(fault['input'], _SHOWN)}", param=where[0])
 
@@ -194,13 +226,12 @@ class Shape:
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.wants_usage = wants_usage
 
-    def answer(self, texts: list[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
-        """The full response from (text, finish_reason) of each choice."""
-        choices = [self.choice(index, text, reason) for index, (text, reason) in enumerate(texts)]
-        return {**self.head, "object": self.whole, "choices": choices, "usage": usage}
+    def answer(self, texts: list[Piece], usage: dict[str, int]) -> dict[str, Any]:
+        """The full response, from the whole text of each choice."""
+        return {**self.head, "object": self.whole, "choices": [self.choice(text) for text in texts], "usage": usage}
 
-    def chunk(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return self._chunk([self.delta(index, text, reason)])
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        return self._chunk([self.delta(piece)])
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The chunk before a choice's first piece."""
@@ -212,35 +243,60 @@ class Shape:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head, "object": self.piece, "choices": choices, **({"usage": None} if self.wants_usage else {})}
 
-    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+    def choice(self, piece: Piece) -> dict[str, Any]:
         raise NotImplementedError
 
-    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+    def delta(self, piece: Piece) -> dict[str, Any]:
         raise NotImplementedError
 
 
 class CompletionShape(Shape):
     prefix, whole, piece = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        return {"index": piece.index, "text": piece.text, "logprobs": self._logprobs(piece.tokens), "finish_reason": piece.reason}
 
     delta = choice
+
+    @staticmethod
+    def _logprobs(tokens: Sequence[TokenLog] | None) -> dict[str, Any] | None:
+        if tokens is None:
+            return None
+        return {
+            "tokens": [log.token.text for log in tokens],
+            "token_logprobs": [log.logprob for log in tokens],
+            # the token itself is there even if it is not among the most likely
+            "top_logprobs": [{other.text: logprob for other, logprob in (*log.top, (log.token, log.logprob))} for log in tokens],
+            "text_offset": [log.offset for log in tokens],
+        }
 
 
 class ChatShape(Shape):
     prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return {"index": piece.index, "message": message, "logprobs": self._logprobs(piece.tokens), "finish_reason": piece.reason}
 
-    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": {"content": text} if text else {}, "logprobs": None, "finish_reason": reason}
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        delta = {"content": piece.text} if piece.text else {}
+        return {"index": piece.index, "delta": delta, "logprobs": self._logprobs(piece.tokens), "finish_reason": piece.reason}
 
     def opening(self, index: int) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
         return self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    @classmethod
+    def _logprobs(cls, tokens: Sequence[TokenLog] | None) -> dict[str, Any] | None:
+        if tokens is None:
+            return None
+        alternatives = [[cls._token(*other) for other in log.top] for log in tokens]
+        content = [{**cls._token(log.token, log.logprob), "top_logprobs": top} for log, top in zip(tokens, alternatives, strict=True)]
+        return {"content": content, "refusal": None}
+
+    @staticmethod
+    def _token(token: Spelled, logprob: float) -> dict[str, Any]:
+        return {"token": token.text, "logprob": logprob, "bytes": None if token.utf8 is None else list(token.utf8)}
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

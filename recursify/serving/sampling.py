@@ -35,6 +35,7 @@ class Choice:
         frequency_penalty: Subtracted once for each time that a token was generated before; 0 is off.
         repetition_penalty: Above 0. Logits of tokens in the prompt or generated before are divided by it if positive, else multiplied;
             1 is off.
+        logprobs: How many of the most likely tokens to log at each position, at least 0; None logs nothing.
     """
 
     temperature: float = 0.0
@@ -45,6 +46,7 @@ class Choice:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -58,6 +60,14 @@ class Choice:
         """A signed 64-bit key of this sequence and position."""
         said = f"{self.seed}/{self.index}/{position}".encode()
         return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Log-probabilities at one position: of the token there, and of the most likely ones as (token, log-probability), largest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class History:
@@ -99,6 +109,7 @@ class PerRequestSampling(ContinuousBatchingLogitsProcessorList):
         self.supported_keys = {"choice": Choice}
         self.rows: list[tuple[Choice, Any]] = []  # parameters and the manager's state of each sequence
         self.histories: dict[str, History] = {}
+        self.logprobs: dict[str, tuple[int, torch.Tensor]] = {}  # of this step: how many to log, and those of all tokens `[V]`
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
         """Record which sequences get a token in this step."""
@@ -108,6 +119,7 @@ class PerRequestSampling(ContinuousBatchingLogitsProcessorList):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, logits_processor_args: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, V]`, possibly with padding rows, to scores whose argmax is the sampled token."""
+        self._log(scores)
         self._penalise(scores)
         drawn = [row for row, (choice, _) in enumerate(self.rows) if not choice.greedy]
         if drawn:
@@ -115,6 +127,22 @@ class PerRequestSampling(ContinuousBatchingLogitsProcessorList):
             keys = [choice.key(state.position_offset) for choice, state in choices]
             scores[drawn] = choose(scores[drawn], [choice for choice, _ in choices], keys)
         return scores
+
+    def logged(self, request_id: str, token: int) -> Logged | None:
+        """Log-probabilities of the step that has just given a sequence this token; None if it wants none."""
+        if request_id not in self.logprobs:
+            return None
+        count, row = self.logprobs[request_id]
+        top = row.topk(min(count, len(row)))
+        return Logged(row[token].item(), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+    def _log(self, logits: torch.Tensor) -> None:
+        """Keep the log-probabilities of the model, which penalties, temperature, top_k and top_p do not change."""
+        self.logprobs = {
+            state.request_id: (choice.logprobs, logits[row].float().log_softmax(-1))
+            for row, (choice, state) in enumerate(self.rows)
+            if choice.logprobs is not None
+        }
 
     def _penalise(self, scores: torch.Tensor) -> None:
         """Put the penalties on the scores, in place; histories of sequences that are not in this step are dropped."""

@@ -87,7 +87,6 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "did you mean temperature?"),
     ({"x" * 500: 1}, "x" * 80, "no such field"),
     ({"logit_bias": {"5": 3}}, "logit_bias", "does not support"),
-    ({"logprobs": 3}, "logprobs", "does not support"),
     ({"echo": True}, "echo", "does not support"),
     ({"best_of": 2}, "best_of", "does not support"),
     ({"suffix": "end"}, "suffix", "does not support"),
