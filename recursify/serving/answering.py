@@ -27,6 +27,7 @@ from .pieces import Piece
 from .protocol import ApiError, BaseRequest, ChatRequest, CompletionRequest
 from .sampling import Choice
 from .settings import ServeSettings
+from .tool_calls import OPEN, CallReader
 
 _COMPLETION_TOKENS = 16  # default of OpenAI's completions API
 _RETRY_SECONDS = 1
@@ -144,10 +145,20 @@ class Service:
                 400, f"messages: {self.name!r} has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
         messages = [message.as_template() for message in ask.messages]
+        if not self.dialogue.takes_tools:
+            no_place = "the chat template of this model has no place for tools"
+            if ask.offered_tools:
+                raise ApiError(400, f"tools: {no_place}", param="tools", code="unsupported_parameter")
+            if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+                raise ApiError(400, f"messages: have calls of tools or their results, and {no_place}", param="messages")
         try:
-            return self.dialogue.prompt(messages)
+            return self.dialogue.prompt(messages, ask.offered_tools)
         except UserError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from None
+
+    def reads_calls(self, ask: BaseRequest) -> bool:
+        """Whether the answer is searched for calls of tools: some are offered, and the chat template writes calls in the known form."""
+        return bool(ask.offered_tools) and OPEN in (self.dialogue.template or "")
 
     def _jobs(self, ask: BaseRequest, prompts: list[list[int]], n: int) -> list[Job]:
         """One job per choice, in order."""
@@ -184,6 +195,7 @@ class Answer:
             Row(service.tokenizer, start, service.ends, ask.stops, fresh.append) for start, fresh in zip(starts, self.fresh, strict=True)
         ]
         self.logs = [TextLog(service.spelling, start, service.ends) for start in starts] if ask.alternatives is not None else None
+        self.readers = [CallReader() for _ in starts] if service.reads_calls(ask) else None
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.open: dict[int, Request] = {}
 
@@ -211,7 +223,7 @@ class Answer:
             if isinstance(event, Exception):
                 raise ApiError(503, str(event), code="unavailable")
             piece = self._piece(index, event)
-            if piece.text or piece.tokens or piece.reason:
+            if piece.text or piece.tokens or piece.calls or piece.reason:
                 yield piece
 
     def close(self) -> None:
@@ -232,7 +244,15 @@ class Answer:
             self._over(index, row.finish)
         text = "".join(self.fresh[index])
         self.fresh[index].clear()
-        return Piece(index, text, row.finish, None if log is None else log.take(text, row.finish is not None))
+        logs = None if log is None else log.take(text, row.finish is not None)
+        if self.readers is None:
+            return Piece(index, text, row.finish, logs)
+        reader = self.readers[index]
+        content, calls = reader.put(text)
+        if row.finish is not None:
+            content += reader.end()
+        reason = "tool_calls" if row.finish == "stop" and reader.count else row.finish
+        return Piece(index, content, reason, logs, calls)
 
     def _over(self, index: int, reason: str) -> None:
         self.service.engine.cancel(self.depth, self.open.pop(index))

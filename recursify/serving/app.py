@@ -147,7 +147,7 @@ class EventStream(Response):
             if (opening := self.shape.opening(index)) is not None:
                 yield opening
         async for piece in self.answer.pieces():
-            if piece.text or piece.tokens:
+            if piece.text or piece.tokens or piece.calls:
                 yield self.shape.chunk(replace(piece, reason=None))
             if piece.reason:
                 yield self.shape.chunk(Piece(piece.index, "", piece.reason))

@@ -1,4 +1,4 @@
-"""What an answer is made of: pieces of text, with the log-probabilities of their tokens."""
+"""What an answer is made of: pieces of text, with the log-probabilities of their tokens and the calls of tools in them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ class TokenLog:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool by the model.
+
+    Args:
+        number: Position among the calls of its choice, from 0.
+        arguments: JSON, as the model wrote it, which may be anything.
+    """
+
+    number: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Piece:
     """A piece of final text of choice `index`; the last one has the finish reason.
 
@@ -47,6 +62,7 @@ class Piece:
     text: str
     reason: str | None = None
     tokens: tuple[TokenLog, ...] | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
@@ -57,4 +73,5 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         "".join(piece.text for piece in pieces),
         pieces[-1].reason,
         tuple(log for some in logs for log in some) if logs else None,
+        tuple(call for piece in pieces for call in piece.calls),
     )

@@ -8,10 +8,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import from_json
 
 from ..errors import short
-from .pieces import Piece, Spelled, TokenLog
+from .pieces import Piece, Spelled, TokenLog, ToolCall
 
 _STOPS = 16
 _SHOWN = 80  # characters of a bad value quoted in an error
@@ -26,6 +27,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (), "reasoning_effort": (), "response_format": ({"type": "text"},), "store": (False,),
     "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
+# What to do instead, for those of them where it is not simply to leave the field out.
+_INSTEAD = {"response_format": 'expected {"type": "text"} (decoding is not constrained here; ask for JSON in the prompt)'}
 # Replaces pydantic's messages for each branch of a union.
 _EXPECTED = {
     "prompt": "some text, a list of texts, a list of token ids, or a list of such lists; none of them empty",
@@ -112,6 +115,11 @@ class BaseRequest(_Strict):
         raise NotImplementedError
 
     @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Descriptions of the functions that the model may call."""
+        return []
+
+    @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -137,14 +145,49 @@ class Part(_Strict):
     text: str
 
 
-class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None
+class CalledFunction(_Strict):
+    name: Text
+    arguments: str
 
-    def as_template(self) -> dict[str, str]:
+    def as_template(self) -> dict[str, Any]:
+        """As a chat template expects it, with the arguments as an object; an empty text has none.
+
+        Raises:
+            ValueError: The arguments are no JSON object.
+        """
+        arguments = from_json(self.arguments, allow_inf_nan=False) if self.arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            raise ValueError("no object")
+        return {"name": self.name, "arguments": arguments}
+
+
+class Call(_Strict):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, said: Any) -> Any:
+        return {"content": None, **said} if isinstance(said, dict) and said.get("tool_calls") else said
+
+    def as_template(self) -> dict[str, Any]:
         """As a chat template expects it; `developer` is OpenAI's newer name for `system`, and null is no text."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.tool_calls:
+            found["tool_calls"] = [{"id": call.id, "type": "function", "function": call.function.as_template()} for call in self.tool_calls]
+        if self.role == "tool":
+            names = {"tool_call_id": self.tool_call_id, "name": (self.model_extra or {}).get("name")}
+            found |= {name: value for name, value in names.items() if value is not None}
+        return found
 
 
 class ChatRequest(BaseRequest):
@@ -156,10 +199,16 @@ class ChatRequest(BaseRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
 
     @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        return [] if self.tool_choice == "none" else self.tools or []
 
 
 def read(kind: type[BaseRequest], body: bytes) -> Any:
@@ -173,11 +222,9 @@ def read(kind: type[BaseRequest], body: bytes) -> Any:
     except ValidationError as error:
         raise _explained(error, kind) from None
     _refuse_others(ask, kind)
-    for message in getattr(ask, "messages", ()):
-        # a client that sends an answer back sends its empty fields as well
-        for name, value in (message.model_extra or {}).items():
-            if name != "name" and value not in (None, [], {}):
-                raise ApiError(400, f"messages: a message has {name}, which this server does not read", param="messages")
+    if isinstance(ask, ChatRequest):
+        _check_messages(ask)
+        _check_tools(ask)
     if ask.stream_options is not None and not ask.stream:
         raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
     if getattr(ask, "top_logprobs", None) and ask.alternatives is None:
@@ -185,6 +232,42 @@ def read(kind: type[BaseRequest], body: bytes) -> Any:
     if None not in (ask.max_tokens, ask.max_completion_tokens) and ask.max_tokens != ask.max_completion_tokens:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
     return ask
+
+
+def _check_messages(ask: ChatRequest) -> None:
+    """Check what types do not say: fields that a message may not have, and the arguments of calls."""
+    for at, message in enumerate(ask.messages):
+        # a client that sends an answer back sends its empty fields as well
+        for name, value in (message.model_extra or {}).items():
+            if name != "name" and value not in (None, [], {}):
+                raise ApiError(400, f"messages: a message has {name}, which this server does not read", param="messages")
+        for name, role, value in (("tool_calls", "assistant", message.tool_calls), ("tool_call_id", "tool", message.tool_call_id)):
+            if value and message.role != role:
+                raise ApiError(400, f"messages.{at}.{name}: only in messages of the role {role}, got {message.role}", param="messages")
+        for number, call in enumerate(message.tool_calls or ()):
+            try:
+                call.function.as_template()
+            except ValueError:
+                where, got = f"messages.{at}.tool_calls.{number}.function.arguments", short(call.function.arguments, _SHOWN)
+                raise ApiError(400, f"{where}: expected a JSON object as text, got {got}", param="messages") from None
+
+
+def _check_tools(ask: ChatRequest) -> None:
+    if ask.tool_choice not in (None, "auto", "none"):
+        got = short(ask.tool_choice, _SHOWN)
+        said = f'tool_choice: expected "auto" or "none" (a call cannot be forced here), got {got}'
+        raise ApiError(400, said, param="tool_choice", code="unsupported_parameter")
+    for at, tool in enumerate(ask.tools or ()):
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
+            raise ApiError(400, f"tools.{at}: expected {form}, got {short(tool, _SHOWN)}", param="tools")
+        if function.get("strict"):
+            said = f"tools.{at}.function.strict: decoding is not constrained here; leave it out"
+            raise ApiError(400, said, param="tools", code="unsupported_parameter")
+    if ask.offered_tools and (ask.model_extra or {}).get("parallel_tool_calls") is False:
+        said = "parallel_tool_calls: the model cannot be held to one call here; leave it out"
+        raise ApiError(400, said, param="parallel_tool_calls", code="unsupported_parameter")
 
 
 def _explained(error: ValidationError, kind: type[BaseRequest]) -> ApiError:
@@ -210,6 +293,9 @@ def _refuse_others(ask: BaseRequest, kind: type[BaseRequest]) -> None:
     for name, value in (ask.model_extra or {}).items():
         if name in _HARMLESS or (name in _NEUTRAL and (value is None or value in _NEUTRAL[name])):
             continue
+        if name in _INSTEAD:
+            said = f"{name}: {_INSTEAD[name]}, got {short(value, _SHOWN)}"
+            raise ApiError(400, said, param=name, code="unsupported_parameter")
         if name in _NEUTRAL:
             raise ApiError(400, f"{name}: this server does not support it; leave it out", param=name, code="unsupported_parameter")
         near = difflib.get_close_matches(name, [*kind.model_fields, *_NEUTRAL], 1)
@@ -275,11 +361,15 @@ class ChatShape(Shape):
     prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, piece: Piece) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        if piece.calls:
+            message |= {"content": piece.text or None, "tool_calls": [self._call(call) for call in piece.calls]}
         return {"index": piece.index, "message": message, "logprobs": self._logprobs(piece.tokens), "finish_reason": piece.reason}
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text else {}
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            delta["tool_calls"] = [{"index": call.number, **self._call(call)} for call in piece.calls]
         return {"index": piece.index, "delta": delta, "logprobs": self._logprobs(piece.tokens), "finish_reason": piece.reason}
 
     def opening(self, index: int) -> dict[str, Any]:
@@ -293,6 +383,10 @@ class ChatShape(Shape):
         alternatives = [[cls._token(*other) for other in log.top] for log in tokens]
         content = [{**cls._token(log.token, log.logprob), "top_logprobs": top} for log, top in zip(tokens, alternatives, strict=True)]
         return {"content": content, "refusal": None}
+
+    @staticmethod
+    def _call(call: ToolCall) -> dict[str, Any]:
+        return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
     @staticmethod
     def _token(token: Spelled, logprob: float) -> dict[str, Any]:

@@ -91,7 +91,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"best_of": 2}, "best_of", "does not support"),
     ({"suffix": "end"}, "suffix", "does not support"),
     ({"tools": [{"type": "function"}]}, "tools", "does not support"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "does not support"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "decoding is not constrained here"),
 ]  # fmt: skip
 
 
@@ -109,10 +109,11 @@ BAD_CHATS: list[tuple[Any, str]] = [
     (None, "valid array"),
     ([{"role": "user"}], "content: missing"),
     ([{"role": "robot", "content": "a"}], "messages.0.role"),
-    ([{"role": "tool", "content": "a", "tool_call_id": "x"}], "messages.0.role"),
+    ([{"role": "tool", "content": "a", "tool_call_id": "x"}], "no place for tools"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "parts of type text"),
     ([{"role": "user", "content": 5}], "content: expected a text"),
-    ([{"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}], "has tool_calls"),
+    ([{"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}], "tool_calls.0.function: missing"),
+    ([{"role": "assistant", "content": "a", "function_call": {"name": "x"}}], "has function_call"),
 ]
 
 
