@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -10,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .prompt import prompt_ids
-from .transcript import Message
 
 _PROBE = "recursify asks where this ends"
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)  # templates are programs and may raise anything
@@ -31,8 +31,17 @@ class Dialogue:
         self.ends = self._template_ends() if self.has_template else ()
         self.stop: tuple[str, ...] = () if self.has_template else ("\nUser:",)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        return self.template is not None and re.search(r"\btools\b", self.template) is not None
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids up to where the answer to the last message begins.
+
+        Args:
+            messages: Each with `role` and `content`, and what else the chat template reads.
+            tools: Descriptions of functions that the model may call, as in OpenAI's API; only where `takes_tools`.
 
         Raises:
             UserError: Text that is not UTF-8, or a conversation that the template refuses or makes nothing of.
@@ -45,7 +54,8 @@ class Dialogue:
         if not self.has_template:
             return prompt_ids(self.tokenizer, _plain(messages))
         try:
-            encoded: Any = self._render(list(messages), tokenize=True, return_dict=True, add_generation_prompt=True)
+            offered = {"tools": list(tools)} if tools else {}
+            encoded: Any = self._render(list(messages), tokenize=True, return_dict=True, add_generation_prompt=True, **offered)
         except _TEMPLATE_FAULTS as error:
             raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from error
         if not encoded["input_ids"]:
@@ -86,7 +96,7 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def _plain(messages: Sequence[Message]) -> str:
+def _plain(messages: Sequence[Mapping[str, Any]]) -> str:
     names = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
     parts = [f"{names[message['role']]}{message['content']}\n" + "\n" * (message["role"] == "system") for message in messages]
     return "".join(parts) + "Assistant:"

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError
@@ -20,11 +20,14 @@ from ..inference.prompt import encode_prompt, end_tokens, prompt_ids
 from ..inference.streaming import Row
 from ..network.decoding_recursive_llm import rotary_limit
 from ..network.modeling_recursive_llm import RecursiveLLM
-from .engine import Depth, Engine, Event, Job, QueueFull, Request, Unavailable
+from .engine import Depth, Engine, Event, Job, QueueFull, Request, Token, Unavailable
+from .logprobs import Spelling, TextLog
 from .metrics import Labels, Metrics, labelled
+from .pieces import Piece
 from .protocol import ApiError, BaseRequest, ChatRequest, CompletionRequest
 from .sampling import Choice
 from .settings import ServeSettings
+from .tool_calls import OPEN, CallReader
 
 _COMPLETION_TOKENS = 16  # default of OpenAI's completions API
 _RETRY_SECONDS = 1
@@ -55,7 +58,7 @@ class Service:
         limits = (self.engine.longest, positions, rotary_limit(model.config))
         self.longest = min(limit for limit in limits if limit is not None)
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
-        self.metrics = Metrics()
+        self.metrics, self.spelling = Metrics(), Spelling(tokenizer)
         self.created = int(time.time())
         # One thread: a long prompt does not block the event loop, and the tokenizer is not thread-safe.
         self.reader = ThreadPoolExecutor(1, "tokenizer")
@@ -80,7 +83,7 @@ class Service:
             raise ApiError(400, f"n: {count} texts are asked for; this server writes at most {most} for one request", param="n")
         prompts = await asyncio.get_running_loop().run_in_executor(self.reader, self._read, ask)
         jobs = self._jobs(ask, prompts, n)
-        answer = Answer(self, depth, prompts, n, ask.stops)
+        answer = Answer(self, depth, prompts, n, ask)
         try:
             answer.begin(jobs)
         except QueueFull:
@@ -142,21 +145,28 @@ class Service:
                 400, f"messages: {self.name!r} has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
         messages = [message.as_template() for message in ask.messages]
+        if not self.dialogue.takes_tools:
+            no_place = "the chat template of this model has no place for tools"
+            if ask.offered_tools:
+                raise ApiError(400, f"tools: {no_place}", param="tools", code="unsupported_parameter")
+            if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+                raise ApiError(400, f"messages: have calls of tools or their results, and {no_place}", param="messages")
         try:
-            return self.dialogue.prompt(messages)
+            return self.dialogue.prompt(messages, ask.offered_tools)
         except UserError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from None
 
+    def reads_calls(self, ask: BaseRequest) -> bool:
+        """Whether the answer is searched for calls of tools: some are offered, and the chat template writes calls in the known form."""
+        return bool(ask.offered_tools) and OPEN in (self.dialogue.template or "")
+
     def _jobs(self, ask: BaseRequest, prompts: list[list[int]], n: int) -> list[Job]:
         """One job per choice, in order."""
-        seed = secrets.randbits(64) if ask.seed is None else ask.seed
-        temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, 1.0 if ask.top_p is None else ask.top_p
-        if top_p == 0:  # the most likely token alone
-            temperature, top_p = 0.0, 1.0
+        choice = _choice(ask)
         jobs: list[Job] = []
         for prompt in prompts:
             limit = self._limit(ask, len(prompt))
-            jobs += [Job(prompt, limit, Choice(temperature, top_p, seed, len(jobs) + i)) for i in range(n)]
+            jobs += [Job(prompt, limit, replace(choice, index=len(jobs) + i)) for i in range(n)]
         return jobs
 
     def _limit(self, ask: BaseRequest, prompt: int) -> int:
@@ -173,26 +183,19 @@ class Service:
         return min(ask.limit, room, most)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece of final text of choice `index`; the last one has the finish reason."""
-
-    index: int
-    text: str
-    reason: str | None = None
-
-
 class Answer:
     """The choices of one request. The owner must call `close`."""
 
-    def __init__(self, service: Service, depth: Depth, prompts: list[list[int]], n: int, stops: list[str]):
+    def __init__(self, service: Service, depth: Depth, prompts: list[list[int]], n: int, ask: BaseRequest):
         self.service, self.depth, self.label = service, depth, name_of(depth)
         self.prompt_tokens = sum(map(len, prompts))
         self.fresh: list[list[str]] = [[] for _ in range(len(prompts) * n)]  # pending text of each choice
         starts = [prompt[-_CONTEXT:] for prompt in prompts for _ in range(n)]
         self.rows = [
-            Row(service.tokenizer, start, service.ends, stops, fresh.append) for start, fresh in zip(starts, self.fresh, strict=True)
+            Row(service.tokenizer, start, service.ends, ask.stops, fresh.append) for start, fresh in zip(starts, self.fresh, strict=True)
         ]
+        self.logs = [TextLog(service.spelling, start, service.ends) for start in starts] if ask.alternatives is not None else None
+        self.readers = [CallReader() for _ in starts] if service.reads_calls(ask) else None
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.open: dict[int, Request] = {}
 
@@ -220,7 +223,7 @@ class Answer:
             if isinstance(event, Exception):
                 raise ApiError(503, str(event), code="unavailable")
             piece = self._piece(index, event)
-            if piece.text or piece.reason:
+            if piece.text or piece.tokens or piece.calls or piece.reason:
                 yield piece
 
     def close(self) -> None:
@@ -228,24 +231,51 @@ class Answer:
         for index in list(self.open):
             self._over(index, "cancelled")
 
-    def _piece(self, index: int, event: list[int] | None) -> Piece:
-        row = self.rows[index]
+    def _piece(self, index: int, event: list[Token] | None) -> Piece:
+        row, log = self.rows[index], None if self.logs is None else self.logs[index]
         for token in event or ():
             if row.finish is None:  # the manager may be a token past the stop string
-                row.put(token)
+                row.put(token.id)
+                if log is not None and token.logged is not None:
+                    log.put(token.id, token.logged)
         if event is None:
             row.close("length")
         if row.finish is not None:
             self._over(index, row.finish)
         text = "".join(self.fresh[index])
         self.fresh[index].clear()
-        return Piece(index, text, row.finish)
+        logs = None if log is None else log.take(text, row.finish is not None)
+        if self.readers is None:
+            return Piece(index, text, row.finish, logs)
+        reader = self.readers[index]
+        content, calls = reader.put(text)
+        if row.finish is not None:
+            content += reader.end()
+        reason = "tool_calls" if row.finish == "stop" and reader.count else row.finish
+        return Piece(index, content, reason, logs, calls)
 
     def _over(self, index: int, reason: str) -> None:
         self.service.engine.cancel(self.depth, self.open.pop(index))
         metrics = self.service.metrics
         metrics.add("recursify_texts_total", H_cycles=self.label, end=reason)
         metrics.add("recursify_completion_tokens_total", len(self.rows[index].token_ids), H_cycles=self.label)
+
+
+def _choice(ask: BaseRequest) -> Choice:
+    """Sampling parameters of a request, with defaults filled in and a seed drawn where none is given."""
+    temperature, top_p = 1.0 if ask.temperature is None else ask.temperature, 1.0 if ask.top_p is None else ask.top_p
+    if top_p == 0:  # the most likely token alone
+        temperature, top_p = 0.0, 1.0
+    return Choice(
+        temperature=temperature,
+        top_p=top_p,
+        seed=secrets.randbits(64) if ask.seed is None else ask.seed,
+        top_k=max(ask.top_k or 0, 0),
+        presence_penalty=ask.presence_penalty or 0.0,
+        frequency_penalty=ask.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if ask.repetition_penalty is None else ask.repetition_penalty,
+        logprobs=ask.alternatives,
+    )
 
 
 def name_of(depth: Depth) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from .answering import Answer, Service
+from .pieces import Piece, joined
 from .protocol import ApiError, ChatRequest, ChatShape, CompletionRequest, CompletionShape, Shape, read, usage
 
 Message = MutableMapping[str, Any]
@@ -103,12 +105,10 @@ def _too_slow(service: Service) -> ApiError:
 
 async def _whole(answer: Answer, shape: Shape) -> dict[str, Any]:
     """All choices, and the token usage."""
-    texts = ["" for _ in answer.rows]
-    reasons = ["" for _ in answer.rows]
+    pieces: list[list[Piece]] = [[] for _ in answer.rows]
     async for piece in answer.pieces():
-        texts[piece.index] += piece.text
-        reasons[piece.index] = piece.reason or ""
-    return shape.answer(list(zip(texts, reasons, strict=True)), usage(answer.prompt_tokens, answer.completion_tokens))
+        pieces[piece.index].append(piece)
+    return shape.answer([joined(each) for each in pieces], usage(answer.prompt_tokens, answer.completion_tokens))
 
 
 class EventStream(Response):
@@ -147,10 +147,10 @@ class EventStream(Response):
             if (opening := self.shape.opening(index)) is not None:
                 yield opening
         async for piece in self.answer.pieces():
-            if piece.text:
-                yield self.shape.chunk(piece.index, piece.text, None)
+            if piece.text or piece.tokens or piece.calls:
+                yield self.shape.chunk(replace(piece, reason=None))
             if piece.reason:
-                yield self.shape.chunk(piece.index, "", piece.reason)
+                yield self.shape.chunk(Piece(piece.index, "", piece.reason))
         if self.shape.wants_usage:
             yield self.shape.usage_chunk(usage(self.answer.prompt_tokens, self.answer.completion_tokens))
 

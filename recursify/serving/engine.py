@@ -20,7 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
 from ..errors import UserError
-from .sampling import Choice, PerRequestSampling
+from .sampling import Choice, Logged, PerRequestSampling
 
 Depth = int | None  # None: a plain donor
 _PAGE = 32  # tokens per cache block
@@ -48,8 +48,16 @@ class Job:
     choice: Choice
 
 
+@dataclass(frozen=True)
+class Token:
+    """A generated token; `logged` is None where no log-probabilities are wanted."""
+
+    id: int
+    logged: Logged | None = None
+
+
 # What is passed to `notify`: new tokens, the end (None), or an error.
-Event = list[int] | None | Exception
+Event = list[Token] | None | Exception
 
 
 class Request:
@@ -91,8 +99,8 @@ class Batcher:
                 auto_switch_to_flash=False,
             ),
         )
-        self.manager.logit_processor = PerRequestSampling()
-        self.manager.output_router = self.router = _Router(self._take)
+        self.manager.logit_processor = sampling = PerRequestSampling()
+        self.manager.output_router = self.router = _Router(self._take, sampling)
         self.manager.warmup()  # allocates the cache now, where an error can be reported
         self.cache = self.manager.batch_processor.cache
 
@@ -194,13 +202,14 @@ class Batcher:
             self.running[request.id] = request
             self.held += request.sectors
 
-    def _take(self, outputs: Sequence[Any]) -> None:
-        """Handle the outputs of a step; some may belong to cancelled requests."""
-        for output in outputs:
+    def _take(self, outputs: Sequence[tuple[Any, Logged | None]]) -> None:
+        """Handle the outputs of a step, with the log-probabilities of their last token; some may belong to cancelled requests."""
+        for output, logged in outputs:
             request = self.running.get(output.request_id)
             if request is None:
                 continue
-            new = output.generated_tokens[request.seen :]
+            # one at most: a streaming request has an output for every step
+            new = [Token(token, logged) for token in output.generated_tokens[request.seen :]]
             request.seen += len(new)
             if new:
                 request.notify(new)
@@ -214,9 +223,9 @@ class Batcher:
 class _Router(OutputRouter):
     """Passes a manager's outputs to the event loop, one call per step, instead of storing them for a consumer that does not exist."""
 
-    def __init__(self, take: Callable[[Sequence[Any]], None]):
+    def __init__(self, take: Callable[[Sequence[tuple[Any, Logged | None]]], None], sampling: PerRequestSampling):
         super().__init__()
-        self.take = take
+        self.take, self.sampling = take, sampling
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def deliver(self, output: Any) -> None:
@@ -224,7 +233,12 @@ class _Router(OutputRouter):
 
     def deliver_batch(self, outputs: list[Any]) -> None:
         if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.take, outputs)
+            # in the manager's thread, before its next step replaces the log-probabilities
+            self.loop.call_soon_threadsafe(self.take, [(output, self._logged(output)) for output in outputs])
+
+    def _logged(self, output: Any) -> Logged | None:
+        tokens = output.generated_tokens
+        return self.sampling.logged(output.request_id, tokens[-1]) if tokens else None
 
 
 class Engine:

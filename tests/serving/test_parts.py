@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from recursify import RecursiveLLM
 from recursify.checkpoints import checkpoint
@@ -25,7 +26,7 @@ from recursify.serving import ServeSettings, run
 from recursify.serving.engine import Batcher, at_depth
 from recursify.serving.metrics import Metrics, labelled
 from recursify.serving.running import Stop
-from recursify.serving.sampling import Choice, PerRequestSampling, choose, gumbel
+from recursify.serving.sampling import Choice, History, PerRequestSampling, choose, gumbel
 from tests.support.served import PROMPTS, ids_of, speaking_model
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor
 
@@ -47,15 +48,22 @@ def shares(logits: torch.Tensor, choice: Choice, draws: int = 40_000) -> torch.T
     return torch.bincount(scores.argmax(-1), minlength=logits.shape[-1]) / draws
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.8), (1.5, 0.5), (1.0, 1e-9)])
-def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [
+        (1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 1.0, 0), (1.0, 0.8, 0), (1.5, 0.5, 0), (1.0, 1e-9, 0),
+        (1.0, 1.0, 3), (2.0, 1.0, 1), (2.0, 1.0, 10**30), (2.0, 0.7, 4),
+    ],
+)  # fmt: skip
+def test_samples_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
     logits = torch.tensor([2.0, 1.5, 0.0, -1.0, 1.0, -4.0, 0.5])
     expected = (logits / temperature).softmax(-1)
-    order = expected.argsort(descending=True)
+    order = expected.argsort(descending=True)[: top_k or None]
+    expected /= expected[order].sum()  # the nucleus is that of the top_k
     kept = [token for n, token in enumerate(order.tolist()) if n == 0 or expected[order[:n]].sum() < top_p]
     nucleus = torch.zeros_like(expected).index_copy(0, torch.tensor(kept), expected[kept])
     nucleus /= nucleus.sum()
-    found = shares(logits, Choice(temperature=temperature, top_p=top_p, seed=5))
+    found = shares(logits, Choice(temperature=temperature, top_p=top_p, top_k=top_k, seed=5))
     assert (found[nucleus == 0] == 0).all()
     # five standard deviations of a share of so many draws
     assert ((found - nucleus).abs() <= 5 * (nucleus * (1 - nucleus) / 40_000).sqrt() + 1e-9).all()
@@ -72,26 +80,76 @@ def test_noise_is_gumbel_distributed_and_unique_per_key() -> None:
 def test_row_is_independent_of_the_batch() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 50)
-    choices = [Choice(temperature=0.5 + n, top_p=1 - n / 10, seed=n) for n in range(6)]
+    choices = [Choice(temperature=0.5 + n, top_p=1 - n / 10, top_k=7 * (n % 3), seed=n) for n in range(6)]
     keys = [choice.key(3) for choice in choices]
     together = choose(logits, choices, keys)
     for n in range(6):
         assert torch.equal(choose(logits[n : n + 1], [choices[n]], [keys[n]])[0], together[n])
 
 
-def test_greedy_and_padding_rows_are_unchanged() -> None:
-    def request(choice: Choice, new: bool) -> Any:
-        state = SimpleNamespace(logit_processor_kwargs={"choice": choice}, position_offset=4)
-        return SimpleNamespace(state=state, has_new_token=new)
+def request_of(choice: Choice, generated: tuple[int, ...] = (), name: str = "a", new: bool = True) -> Any:
+    """What the manager knows of a sequence with the prompt 1, 2, 2."""
+    state = SimpleNamespace(
+        request_id=name,
+        logit_processor_kwargs={"choice": choice},
+        position_offset=4,
+        initial_tokens=[1, 2, 2],
+        generated_tokens=list(generated),
+    )
+    return SimpleNamespace(state=state, has_new_token=new)
 
+
+def test_greedy_and_padding_rows_are_unchanged() -> None:
     hot = Choice(temperature=1.0, seed=3)
     sampler = PerRequestSampling()
     # the second is still read, so that its logits are not there: those of the third are in the second row
-    sampler.prepare_tensor_args([request(Choice(), True), request(hot, False), request(hot, True)], torch.empty(0))
+    sampler.prepare_tensor_args([request_of(Choice()), request_of(hot, new=False), request_of(hot)], torch.empty(0))
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     found = sampler(torch.empty(0), logits.clone(), torch.empty(0))
     assert torch.equal(found[[0, 2]], logits[[0, 2]])
     assert torch.equal(found[1:2], choose(logits[1:2], [hot], [hot.key(4)]))
+
+
+def test_penalties_by_hand() -> None:
+    choice = Choice(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0)
+    sampler = PerRequestSampling()
+    logits = torch.tensor([[3.0, 3.0, -3.0, 3.0, -3.0, 0.0]])
+    for generated in ((), (3,), (3, 4, 4)):  # token by token, as the manager calls it
+        sampler.prepare_tensor_args([request_of(choice, generated)], torch.empty(0))
+        found = sampler(torch.empty(0), logits.clone(), torch.empty(0))
+    # 0 and 5 did not occur; 1 and 2 are in the prompt, which counts for repetition alone; 3 was generated once, 4 twice
+    assert found.tolist() == [[3.0, 1.5, -6.0, 1.5 - 0.5 - 0.25, -6.0 - 0.5 - 2 * 0.25, 0.0]]
+    sampler.prepare_tensor_args([request_of(choice, (3, 4, 4), name="another")], torch.empty(0))
+    again = sampler(torch.empty(0), logits.clone(), torch.empty(0))
+    assert torch.equal(again, found) and set(sampler.histories) == {"another"}
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    history = History([4, 9, 9], 50, logits.device)
+    history.extend([9, 30])
+    for penalty in (0.5, 1.3):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[4, 9, 9, 9, 30]]), logits.clone())
+        torch.testing.assert_close(history.penalise(logits[0], Choice(repetition_penalty=penalty)), expected[0])
+
+
+def test_penalised_row_is_independent_of_the_batch() -> None:
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
+    choices = [
+        Choice(presence_penalty=1.0),
+        Choice(temperature=1.0, seed=2, repetition_penalty=1.5, top_k=5),
+        Choice(),
+        Choice(temperature=0.7, frequency_penalty=-2.0),
+    ]
+    requests = [request_of(choice, (n, n + 1), name=str(n)) for n, choice in enumerate(choices)]
+    sampler = PerRequestSampling()
+    sampler.prepare_tensor_args(requests, torch.empty(0))
+    together = sampler(torch.empty(0), logits.clone(), torch.empty(0))
+    for n in range(4):
+        alone = PerRequestSampling()
+        alone.prepare_tensor_args(requests[n : n + 1], torch.empty(0))
+        assert torch.equal(alone(torch.empty(0), logits[n : n + 1].clone(), torch.empty(0))[0], together[n])
+    assert torch.equal(together[2], logits[2])
 
 
 # --- views and managers

@@ -56,6 +56,12 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": "hot"}, "temperature", 'valid number; got "hot"'),
     ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
     ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
+    ({"top_k": -3}, "top_k", "expected a whole number of at least 0 (0 or -1 is off), got -3"),
+    ({"top_k": 2.5}, "top_k", "got 2.5"),
+    ({"presence_penalty": -2.1}, "presence_penalty", "expected a number from -2 to 2 (0 is off), got -2.1"),
+    ({"frequency_penalty": "much"}, "frequency_penalty", 'expected a number from -2 to 2 (0 is off), got "much"'),
+    ({"repetition_penalty": 0}, "repetition_penalty", "expected a number from 0.01 to 100 (1 is off), got 0"),
+    ({"repetition_penalty": 1e300}, "repetition_penalty", "got 1e+300"),
     ({"n": 10**6}, "n", "at most 16 for one request"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 9, "prompt": ["a", "b"]}, "n", "18 texts are asked for"),
@@ -81,13 +87,11 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "did you mean temperature?"),
     ({"x" * 500: 1}, "x" * 80, "no such field"),
     ({"logit_bias": {"5": 3}}, "logit_bias", "does not support"),
-    ({"logprobs": 3}, "logprobs", "does not support"),
     ({"echo": True}, "echo", "does not support"),
     ({"best_of": 2}, "best_of", "does not support"),
     ({"suffix": "end"}, "suffix", "does not support"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "does not support"),
     ({"tools": [{"type": "function"}]}, "tools", "does not support"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "does not support"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "decoding is not constrained here"),
 ]  # fmt: skip
 
 
@@ -105,10 +109,11 @@ BAD_CHATS: list[tuple[Any, str]] = [
     (None, "valid array"),
     ([{"role": "user"}], "content: missing"),
     ([{"role": "robot", "content": "a"}], "messages.0.role"),
-    ([{"role": "tool", "content": "a", "tool_call_id": "x"}], "messages.0.role"),
+    ([{"role": "tool", "content": "a", "tool_call_id": "x"}], "no place for tools"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "parts of type text"),
     ([{"role": "user", "content": 5}], "content: expected a text"),
-    ([{"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}], "has tool_calls"),
+    ([{"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}], "tool_calls.0.function: missing"),
+    ([{"role": "assistant", "content": "a", "function_call": {"name": "x"}}], "has function_call"),
 ]
 
 

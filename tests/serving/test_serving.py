@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from recursify.serving import ServeSettings
 from recursify.serving.answering import Answer
@@ -221,17 +222,75 @@ def test_the_text_ends_at_any_of_several_end_tokens(model: Any, tokenizer: Any) 
 # --- sampling
 
 
-def test_seeded_text_is_independent_of_concurrent_requests(server: Running) -> None:
-    said = {"model": "tiny", "prompt": PROMPTS[0], "temperature": 1.5, "top_p": 0.9, "max_tokens": 15, "n": 3}
+@pytest.mark.parametrize("extra", [{}, {"top_k": 8}, {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": -0.4}])
+def test_seeded_text_is_independent_of_concurrent_requests(server: Running, extra: dict[str, Any]) -> None:
+    said = {"model": "tiny", "prompt": PROMPTS[0], "temperature": 1.5, "top_p": 0.9, "max_tokens": 15, "n": 3, "extra_body": extra}
     alone = [choice.text for choice in server.openai.completions.create(**said, seed=11).choices]
     assert len(set(alone)) == 3
     with ThreadPoolExecutor(8) as pool:
-        crowd = [pool.submit(server.write, prompt, temperature=2.0, max_tokens=30) for prompt in PROMPTS[:6]]
+        others = [{}, {"frequency_penalty": 2.0}, {"repetition_penalty": 3.0, "top_k": 2}] * 2
+        crowd = [
+            pool.submit(server.write, prompt, temperature=2.0, max_tokens=30, extra_body=other)
+            for prompt, other in zip(PROMPTS[:6], others, strict=True)
+        ]
         again = [choice.text for choice in server.openai.completions.create(**said, seed=11).choices]
         for other in crowd:
             other.result()
     assert again == alone
     assert [choice.text for choice in server.openai.completions.create(**said, seed=12).choices] != alone
+
+
+PENALTIES: list[dict[str, float]] = [
+    {"presence_penalty": 0.4},
+    {"frequency_penalty": 0.3},
+    {"repetition_penalty": 1.8},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+]
+
+
+def penalised_text(model: Any, tokenizer: Any, prompt: str, count: int, penalties: dict[str, float]) -> str:
+    """Greedy text by the definition of the penalties, from a plain forward pass for each token."""
+    read = tokenizer(prompt).input_ids
+    ids = list(read)
+    for _ in range(count):
+        logits = logits_of(model, ids)[-1].tolist()
+        for token in set(ids):
+            factor = penalties.get("repetition_penalty", 1.0)
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        for token in set(ids[len(read) :]):
+            logits[token] -= penalties.get("presence_penalty", 0.0)
+            logits[token] -= penalties.get("frequency_penalty", 0.0) * ids[len(read) :].count(token)
+        ids.append(max(range(len(logits)), key=logits.__getitem__))
+    return tokenizer.decode(ids[len(read) :], skip_special_tokens=True)
+
+
+def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
+    """Logits `[tokens, vocabulary]` of a plain forward pass at the model's own depth."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def test_penalties_in_one_batch_equal_those_by_hand(server: Running, model: Any, tokenizer: Any) -> None:
+    plain = text_of(model, tokenizer, PROMPTS[0], 3, 25)
+    expected = [penalised_text(model, tokenizer, PROMPTS[0], 25, penalties) for penalties in PENALTIES]
+    assert len({plain, *expected}) == len(PENALTIES) + 1
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(server.write, PROMPTS[0], max_tokens=25, extra_body=more) for more in [*PENALTIES, {}]]
+        assert [one.result() for one in asked] == [*expected, plain]
+
+
+def test_penalties_count_with_each_prompt_and_choice_by_itself(server: Running, model: Any, tokenizer: Any) -> None:
+    said = {"prompt": PROMPTS[:2], "n": 2, "temperature": 0, "max_tokens": 20, **PENALTIES[3]}
+    texts = [choice["text"] for choice in server.post(**said).json()["choices"]]
+    expected = [penalised_text(model, tokenizer, prompt, 20, PENALTIES[3]) for prompt in PROMPTS[:2]]
+    assert texts == [expected[0], expected[0], expected[1], expected[1]]
+
+
+def test_top_k_1_is_greedy_and_0_and_minus_1_are_off(server: Running, model: Any, tokenizer: Any) -> None:
+    hot = {"temperature": 2.0, "seed": 4, "max_tokens": 20}
+    texts = [server.write(PROMPTS[0], **hot, extra_body={} if k is None else {"top_k": k}) for k in (1, None, 0, -1, 10**30, 3)]
+    assert texts[0] == text_of(model, tokenizer, PROMPTS[0], 3, 20)
+    assert texts[1] == texts[2] == texts[3] == texts[4] and len(set(texts)) == 3
 
 
 def test_without_a_seed_texts_differ(server: Running) -> None:
