@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..errors import UserError
+from ..utils.device import product_seconds
 from ..utils.options import ALIASES, VALUE_ALIASES
-from .parallel import processes
+from .parallel import announce, processes
 from .saving import Saver
 from .settings import FitSettings, RunSettings
+
+_PROBED_FLOPS, _BF16_PAYS = 1e9, 1.5  # of the probe of `choose_autocast`: least work of a product, and least gain in speed
 
 
 def training_arguments(settings: RunSettings, device: torch.device, saver: Saver | None, validates: bool = True) -> TrainingArguments:
@@ -46,7 +49,7 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
         save_strategy="no",  # SaveSteps requests saves
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        bf16=computes_in_bf16(settings, device),
+        bf16=bool(settings.bf16),
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,  # freeze_rest freezes unused parameters
         deepspeed=settings.deepspeed,
@@ -104,8 +107,11 @@ def _as_ours(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def computes_in_bf16(settings: RunSettings, device: torch.device) -> bool:
-    """Whether to use bfloat16 autocast: as set; by default on GPUs that support it, not on a CPU, where it is slower than float32.
+def choose_autocast(settings: RunSettings, config: Any, device: torch.device) -> RunSettings:
+    """The settings with `bf16` filled in: as set; else on GPUs that support it, and on CPUs where a probe finds it faster for this model.
+
+    The probe times a product of a batch's tokens and a matrix of the feed-forward in both types, for some milliseconds. Products below
+    `_PROBED_FLOPS` are not worth it, and several processes, which would have to agree, are not probed.
 
     Raises:
         UserError: It is set, and the device does not support it.
@@ -113,7 +119,19 @@ def computes_in_bf16(settings: RunSettings, device: torch.device) -> bool:
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if settings.bf16 and not (on_gpu or device.type == "cpu"):
         raise UserError(f"--bf16: {device} does not support bfloat16; leave the flag out")
-    return on_gpu if settings.bf16 is None else settings.bf16
+    if settings.bf16 is not None:
+        return settings
+    faster = device.type == "cpu" and processes() == 1 and _bf16_pays(settings.batch_size * settings.seq_len, config)
+    if faster:
+        announce("Training in bfloat16 autocast, which is faster on this CPU; the weights stay float32 (--bf16 False sets float32)")
+    return replace(settings, bf16=on_gpu or faster)
+
+
+def _bf16_pays(tokens: int, config: Any) -> bool:
+    shape = tokens, config.hidden_size, config.intermediate_size
+    if 2 * math.prod(shape) < _PROBED_FLOPS:
+        return False
+    return _BF16_PAYS * product_seconds(torch.bfloat16, *shape, rounds=3) < product_seconds(torch.float32, *shape, rounds=3)
 
 
 def _check_trackers(names: Sequence[str]) -> None:

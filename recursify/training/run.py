@@ -33,7 +33,7 @@ from ..errors import UserError
 from ..utils.device import choose_device
 from ..utils.files import read_json
 from .approaches import from_donor
-from .arguments import computes_in_bf16, total_steps
+from .arguments import choose_autocast, total_steps
 from .cost import estimate
 from .fitting import FitResult, fit, result_of
 from .optimizers import warmup_of
@@ -72,6 +72,8 @@ def train(settings: RunSettings) -> TrainResult:
     check_launch(settings, device)
     PartialState(cpu=device.type == "cpu")  # initialises the process group before the first collective
     point = _point_to_resume(settings) if settings.resume else None
+    if point is not None and settings.bf16 is None:  # what a probe chose then holds: another choice would not be the same run
+        settings = replace(settings, bf16=read_json(state_folder(point) / RUN)["settings"].get("bf16"))
     loaded = _starting_model(settings, point)
     tokenizer = checkpoint.require_tokenizer(loaded, point or settings.source)
     settings.validate_model(loaded.model.config)
@@ -85,8 +87,8 @@ def train(settings: RunSettings) -> TrainResult:
         announce(f"--warmup_steps {settings.warmup_steps} exceeds half of the {total:,} steps: using {warmup_of(settings, total)}")
     teacher = _load_teacher(settings, loaded, device)
     if settings.dry_run:
-        as_computed = replace(settings, bf16=computes_in_bf16(settings, device))
-        cost = estimate(loaded.model.config, as_computed, total, processes(), teacher and teacher.config)
+        settings = choose_autocast(settings, loaded.model.config, device)
+        cost = estimate(loaded.model.config, settings, total, processes(), teacher and teacher.config)
         if PartialState().is_main_process:
             print(cost.render())
         return TrainResult(None, None)

@@ -177,7 +177,7 @@ class Computation(DeviceOptions):
     seed: int = 42
     """Random seed of the data order and everything else."""
     bf16: bool | None = None
-    """bfloat16 autocast; the trained weights stay float32. Default: on GPUs that support it."""
+    """bfloat16 autocast; the trained weights stay float32. Default: on GPUs that support it, and on CPUs where a probe finds it faster."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer and recompute the rest in the backward pass: less memory, about a third more time."""
     compile: bool = False

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _PROBED = (1024, 4096)  # shape of the matrix, about that of a layer of a small model
-_ROUNDS = 7
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -62,17 +61,17 @@ def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
         return stored
     if device.type == "cuda":
         return torch.float32 if stored == torch.bfloat16 and not torch.cuda.is_bf16_supported() else stored
-    return stored if _product_seconds(stored) <= _product_seconds(torch.float32) else torch.float32
+    return stored if product_seconds(stored, 1, *_PROBED) <= product_seconds(torch.float32, 1, *_PROBED) else torch.float32
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    """The best of some rounds, after one that warms up."""
+def product_seconds(dtype: torch.dtype, rows: int, inner: int, columns: int, rounds: int = 7) -> float:
+    """Seconds of the product of two matrices on the CPU: the best of some rounds, after one that warms up."""
     import torch
 
-    vector, matrix, times = torch.ones(1, _PROBED[0], dtype=dtype), torch.ones(_PROBED, dtype=dtype), []
-    for _ in range(1 + _ROUNDS):
+    left, right, times = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype), []
+    for _ in range(1 + rounds):
         start = time.perf_counter()
-        _ = vector @ matrix
+        _ = left @ right
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

@@ -26,9 +26,10 @@ from recursify.data.settings import DataSettings
 from recursify.errors import UserError
 from recursify.network.losses import SCHEDULES
 from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train, trainer
+from recursify.training import arguments as training_arguments_module
 from recursify.training import run as training_run
 from recursify.training.approaches import freeze_rest
-from recursify.training.arguments import computes_in_bf16, total_steps, training_arguments
+from recursify.training.arguments import choose_autocast, total_steps, training_arguments
 from recursify.training.collate import Collate
 from recursify.training.cost import pass_flops
 from recursify.training.depth import DepthSchedule
@@ -883,17 +884,52 @@ def test_teacher_flag_overrides_the_donor_and_counts_in_the_cost(
     assert flops[0] < flops[2] < flops[1]
 
 
+def chosen(device: str, config: Any = None, **changes: Any) -> bool:
+    found = choose_autocast(settings(**changes), config or tiny_config("qwen2"), torch.device(device)).bf16
+    assert found is not None
+    return found
+
+
 def test_bf16_default_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the flag says so, and without it on GPUs that have it."""
-    cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
-        assert computes_in_bf16(settings(), cuda) is has and not computes_in_bf16(settings(bf16=False), cuda)
-    assert [computes_in_bf16(settings(bf16=flag), cpu) for flag in (None, True, False)] == [False, True, False]
-    assert not computes_in_bf16(settings(), mps)
-    for device in (mps, cuda):
-        with pytest.raises(UserError, match=f"--bf16: {device.type} does not support bfloat16"):
-            computes_in_bf16(settings(bf16=True), device)
+        assert chosen("cuda") is has and not chosen("cuda", bf16=False)
+    assert [chosen("cpu", bf16=flag) for flag in (None, True, False)] == [False, True, False]
+    assert not chosen("mps")
+    for device in ("mps", "cuda"):
+        with pytest.raises(UserError, match=f"--bf16: {device} does not support bfloat16"):
+            chosen(device, bf16=True)
+
+
+def test_bf16_on_a_cpu_where_a_probe_finds_it_faster(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    probed: list[tuple[Any, ...]] = []
+    seconds = {torch.float32: 1.6, torch.bfloat16: 1.0}
+
+    def product(dtype: Any, *shape: int, rounds: int) -> float:
+        probed.append(shape)
+        return seconds[dtype]
+
+    monkeypatch.setattr(training_arguments_module, "product_seconds", product)
+    large = tiny_config("qwen2", hidden_size=512, intermediate_size=2048)
+    with caplog.at_level("INFO", "recursify"):
+        assert chosen("cpu", large, batch_size=4, seq_len=128) and set(probed) == {(512, 512, 2048)}
+    assert "Training in bfloat16 autocast, which is faster on this CPU" in caplog.text
+    seconds[torch.bfloat16] = 1.1  # not faster by enough
+    assert not chosen("cpu", large, batch_size=4, seq_len=128)
+    before = len(probed)
+    assert not chosen("cpu", large, batch_size=1, seq_len=128) and len(probed) == before  # too small to matter
+    assert not chosen("cpu", large, batch_size=4, seq_len=128, bf16=False) and len(probed) == before
+    monkeypatch.setattr(training_arguments_module, "processes", lambda: 2)  # each would choose for itself
+    assert not chosen("cpu", large, batch_size=4, seq_len=128) and len(probed) == before
+
+
+def test_a_resumed_run_keeps_the_type_that_was_chosen(files: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_arguments_module, "_bf16_pays", lambda tokens, config: True)
+    train(replace(files, max_steps=2, save_every=1))
+    assert json.loads((Path(files.output_dir) / "checkpoint_step_2_state" / "run.json").read_text())["settings"]["bf16"] is True
+    monkeypatch.setattr(training_arguments_module, "_bf16_pays", lambda tokens, config: pytest.fail("probed again"))
+    train(replace(files, max_steps=3, save_every=1, resume=True))
 
 
 def test_the_second_gpu_is_refused() -> None:

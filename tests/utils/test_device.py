@@ -37,7 +37,7 @@ def test_valid_seeds_are_accepted(seed: int | None) -> None:
 def test_auto_takes_the_faster_type_and_says_so(
     faster: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(device, "_product_seconds", lambda dtype: 1.0 if dtype is faster else 2.0)
+    monkeypatch.setattr(device, "product_seconds", lambda dtype, *shape: 1.0 if dtype is faster else 2.0)
     with caplog.at_level("INFO"):
         model = device.placed(tiny_model("qwen2", num_hidden_layers=1).bfloat16(), torch.device("cpu"))
     assert model.dtype == faster and ("Running in float32" in caplog.text) == (faster is torch.float32)
@@ -50,5 +50,5 @@ def test_a_named_type_is_taken_and_float32_is_never_left() -> None:
 
 
 def test_the_probe_takes_milliseconds_and_a_type() -> None:
-    assert 0 < device._product_seconds(torch.float32) < 1
+    assert 0 < device.product_seconds(torch.float32, 1, 64, 64) < 1
     assert device.fast_dtype(torch.bfloat16, torch.device("cpu")) in (torch.bfloat16, torch.float32)
