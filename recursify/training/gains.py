@@ -28,6 +28,7 @@ from .settings import DonorSettings, RunSettings
 CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # descending; the first is the largest possible gain
 MAX_COST = 0.02  # increase of the loss of the last cycle over gain 0, in nats per token
 CALIBRATION_TOKENS = 8192  # with fewer, the cost varied by 0.04 nats between texts
+CERTAIN_TOKENS, CERTAIN_COST = 1024, 0.2  # ten times MAX_COST is seen on fewer
 
 
 def injections(model: Any) -> list[AnchoredInjection]:
@@ -68,30 +69,39 @@ def calibrate(model: Any, loss: Callable[[], float], candidates: Sequence[float]
     return sweep[-1][0], sweep
 
 
+def sweep_length(model: Any, blocks: Any, settings: RunSettings) -> int:
+    """Number of held-out sequences that `start_gains` measures candidates on; 0 if it will not."""
+    if not is_recursive(model) or settings.start_gain is not None or not all_zero(model) or _starts_fresh(settings):
+        return 0
+    return min(max(1, CALIBRATION_TOKENS // settings.seq_len), len(blocks))
+
+
+def _starts_fresh(settings: RunSettings) -> bool:
+    return isinstance(settings, DonorSettings) and settings.starts_fresh
+
+
 def start_gains(
     loss_module: LossModule, blocks: Any, collate: Callable[[Any], dict[str, Tensor]], settings: RunSettings, device: torch.device
 ) -> None:
     """Set the initial gains: those of the settings; else, if all gains of the model are 0, those of the sweep."""
-    model = loss_module.model
-    if not is_recursive(model):
-        return
-    if settings.start_gain is not None:
+    model, count = loss_module.model, sweep_length(loss_module.model, blocks, settings)
+    if is_recursive(model) and settings.start_gain is not None:
         set_gains(model, settings.start_gain)
-        return
-    if not all_zero(model):
-        return
-    if isinstance(settings, DonorSettings) and settings.starts_fresh:  # a randomly initialised loop has nothing to preserve
+    elif is_recursive(model) and all_zero(model) and _starts_fresh(settings):  # a randomly initialised loop has nothing to preserve
         set_gains(model, CANDIDATES[0])
+    if not count:
         return
     model.to(device).eval()
-    rows = [blocks[i] for i in range(min(max(1, CALIBRATION_TOKENS // settings.seq_len), len(blocks)))]
-    batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, len(rows), settings.batch_size)]
-    scorer = LossModule(model, objective=loss_module.objective)
+    rows = [blocks[i] for i in range(count)]
+    batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, count, settings.batch_size)]
     runs = 1 + len(CANDIDATES)
-    announce(f"Choosing the initial gain: up to {runs} passes over {len(rows)} validation sequences (--start_gain skips this)")
+    announce(f"Choosing the initial gain: up to {runs} passes over {count} validation sequences (--start_gain skips this)")
     passes = runs * len(batches)
-    with tqdm(total=passes, desc="Initial gain", disable=not PartialState().is_main_process or None, leave=False, file=sys.stderr) as bar:
-        gain, sweep = calibrate(model, lambda: _mean_loss(scorer, batches, device, bar))
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.bf16)),
+        tqdm(total=passes, desc="Initial gain", disable=not PartialState().is_main_process or None, leave=False, file=sys.stderr) as bar,
+    ):
+        gain, sweep = calibrate(model, HeldOutLoss(LossModule(model, objective=loss_module.objective), batches, device, bar.update))
     (gain,) = broadcast_object_list([gain])  # from the first rank: rounding may differ between ranks
     set_gains(model, gain)
     tried = ", ".join(f"{g:g}: {cost:+.4f}" for g, cost in sweep)
@@ -101,12 +111,32 @@ def start_gains(
     announce(f"Initial gain {gain:g}, {why} ({tried}); --start_gain sets another")
 
 
-@torch.no_grad()
-def _mean_loss(scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device, bar: Any = None) -> float:
-    """The mean loss at H_cycles, per token."""
-    tokens, total = sum(int(counted(batch["labels"])) for batch in batches), 0.0
-    for batch in batches:
-        total += float(scorer(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=tokens)["loss"])
-        if bar is not None:
-            bar.update()
-    return total
+class HeldOutLoss:
+    """The mean loss at H_cycles, in nats per token, of the model as it is when called.
+
+    The first call measures the baseline on all batches. A later one stops after `CERTAIN_TOKENS` once the loss is above the baseline by
+    more than `CERTAIN_COST`: such a candidate is out, whatever the rest of the text says.
+    """
+
+    def __init__(self, scorer: LossModule, batches: Sequence[dict[str, Tensor]], device: torch.device, update: Callable[[], Any]):
+        self.scorer, self.batches, self.device, self.update = scorer, batches, device, update
+        self.baseline: list[float] | None = None  # summed loss of each batch
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        sums: list[float] = []
+        tokens, before = 0, self.baseline
+        for batch in self.batches:
+            inputs = {name: value.to(self.device) for name, value in batch.items()}
+            sums.append(float(self.scorer(**inputs, num_items_in_batch=1)["loss"]))
+            tokens += int(counted(batch["labels"]))
+            self.update()
+            if before is not None and tokens >= CERTAIN_TOKENS:
+                cost = (sum(sums) - sum(before[: len(sums)])) / tokens
+                if cost > CERTAIN_COST:
+                    return sum(before) / self._tokens() + cost
+        self.baseline = before or sums
+        return sum(sums) / max(1, tokens)
+
+    def _tokens(self) -> int:
+        return sum(int(counted(batch["labels"])) for batch in self.batches)

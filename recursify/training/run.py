@@ -36,6 +36,7 @@ from .approaches import from_donor
 from .arguments import choose_autocast, total_steps
 from .cost import estimate
 from .fitting import FitResult, fit, result_of
+from .gains import sweep_length
 from .optimizers import warmup_of
 from .parallel import announce, check_launch, describe_launch, processes
 from .saving import RUN, STATE, Saver, best_name, make_folder, resume_points, state_folder, step_of
@@ -91,6 +92,8 @@ def train(settings: RunSettings) -> TrainResult:
         cost = estimate(loaded.model.config, settings, total, processes(), teacher and teacher.config)
         if PartialState().is_main_process:
             print(cost.render())
+            if swept := sweep_length(loaded.model, blocks.validation or blocks.train, settings):
+                print(f"\nbefore the first step, the initial gain is chosen on {swept} validation sequences (--start_gain skips this)")
         return TrainResult(None, None)
     data = fingerprint(blocks.train, settings)
     if point is not None:

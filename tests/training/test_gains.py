@@ -11,7 +11,18 @@ from recursify.errors import UserError
 from recursify.network.modeling_recursive_llm import AnchoredInjection
 from recursify.training import fit
 from recursify.training import gains as gains_module
-from recursify.training.gains import CALIBRATION_TOKENS, CANDIDATES, MAX_COST, all_zero, calibrate, injections, set_gains
+from recursify.training.gains import (
+    CALIBRATION_TOKENS,
+    CANDIDATES,
+    MAX_COST,
+    HeldOutLoss,
+    all_zero,
+    calibrate,
+    injections,
+    set_gains,
+    sweep_length,
+)
+from recursify.training.loss_module import LossModule
 from tests.support.runs import SEQ_LEN, blocks, recursive, run, settings
 from tests.support.tiny import make_tiny_tokenizer
 
@@ -163,6 +174,46 @@ def test_sweep_uses_a_fixed_number_of_held_out_tokens(tokens: int, rows: int, mo
     assert held.asked[:rows] == list(range(rows)) and gains(model) == {0.2}
     ids, labels = (torch.tensor([row[name] for row in list(held)[:rows]]) for name in ("input_ids", "labels"))
     assert seen == [pytest.approx(reference(ids, labels=labels, H_cycles=3).loss.item(), rel=1e-5)]
+
+
+def test_a_candidate_that_costs_far_too_much_is_given_up_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some tokens, and only then; what it cost so far stands for its cost."""
+    monkeypatch.setattr(gains_module, "CERTAIN_TOKENS", 2 * (SEQ_LEN - 1))
+    model, batches = recursive(gain_init=0.0), [{"input_ids": ids, "labels": ids} for ids in torch.arange(6 * SEQ_LEN).view(6, 1, -1) % 90]
+    seen: list[int] = []
+    loss = HeldOutLoss(LossModule(model), batches, torch.device("cpu"), lambda: seen.append(1))
+    baseline = loss()
+    assert len(seen) == 6
+
+    def shifted(cost: float) -> tuple[float, int]:
+        monkeypatch.setattr(loss, "scorer", lambda **given: {"loss": LossModule(model)(**given)["loss"] + cost * (SEQ_LEN - 1)})
+        seen.clear()
+        return loss() - baseline, len(seen)
+
+    assert shifted(3.0) == (pytest.approx(3.0, rel=1e-4), 2)
+    assert shifted(0.19) == (pytest.approx(0.19, rel=1e-3), 6)
+    assert shifted(-3.0) == (pytest.approx(-3.0, rel=1e-4), 6)
+
+
+def test_the_sweep_runs_in_the_type_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+
+    def calibrated(model: Any, loss: Any) -> Any:
+        enabled.append(torch.is_autocast_enabled("cpu"))
+        return 0.2, [(0.2, 0.0)]
+
+    monkeypatch.setattr(gains_module, "calibrate", calibrated)
+    for bf16 in (False, True):
+        run(recursive(gain_init=0.0), max_steps=1, bf16=bf16)
+    assert enabled == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("init", "changes", "swept"), [(0.0, {}, 4), (0.0, {"start_gain": 0.1}, 0), (0.3, {}, 0), (0.0, {"seq_len": 10**5}, 1)]
+)
+def test_length_of_the_sweep(init: float, changes: dict[str, Any], swept: int) -> None:
+    assert sweep_length(recursive(gain_init=init), blocks(4), settings(**changes)) == swept
+    assert sweep_length(recursive(gain_init=0.0, injection="sum_norm"), blocks(4), settings()) == 0
 
 
 def test_bad_gains() -> None:

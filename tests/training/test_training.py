@@ -34,6 +34,7 @@ from recursify.training.collate import Collate
 from recursify.training.cost import pass_flops
 from recursify.training.depth import DepthSchedule
 from recursify.training.fitting import depth_schedule
+from recursify.training.gains import set_gains
 from recursify.training.loss_module import LossModule, Supervision
 from recursify.training.saving import BEST, Saver, resume_points, training_notes
 from tests.support import tiny
@@ -607,11 +608,23 @@ def test_unknown_trackers(files: TrainSettings) -> None:
         train(replace(files, report_to=("clearml",)))
 
 
+def gains_of(path: str, gain: float) -> None:
+    """Set the gains of a checkpoint on disk."""
+    found = checkpoint.load(path)
+    set_gains(found.model, gain)
+    checkpoint.save(path, found.model, found.tokenizer, found.plan)
+
+
 def test_dry_run_prints_the_estimated_cost(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(replace(files, dry_run=True))
     out = capsys.readouterr().out
     assert result.fit is None and not Path(files.output_dir).exists()
     assert re.search(rf"steps +6\ntokens +{6 * 4 * 32}\nFLOPs +\S+e\+\d\d", out) and "optimizer" in out
+    gains_of(files.checkpoint, 0.0)
+    train(replace(files, dry_run=True))
+    assert "before the first step, the initial gain is chosen on" in capsys.readouterr().out
+    train(replace(files, dry_run=True, start_gain=0.1))
+    assert "initial gain" not in capsys.readouterr().out
 
 
 def test_token_budgets(files: TrainSettings) -> None:
