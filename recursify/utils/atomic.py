@@ -7,6 +7,7 @@ import filecmp
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 from ..errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+_WINDOWS = sys.platform == "win32"
 
 
 def write_atomic(
@@ -86,8 +90,10 @@ def _flush(target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """fsync a file, or the entries of a folder."""
-    handle = os.open(path, os.O_RDONLY)
+    """fsync a file, or the entries of a folder. Windows cannot sync a folder, and a file only through a handle that may write."""
+    if _WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -98,7 +104,7 @@ def _put(new: Path, path: Path, is_ours: Callable[[Path], bool] | None) -> None:
     """Rename into place. An existing folder is moved away first, and its entries that are not replaced are moved to the new one. An
     existing folder with the same contents stays, so that it is never absent."""
     if is_ours is None or not path.is_dir():
-        new.rename(path)
+        new.replace(path)
         return
     if _has_all_of(path, new, is_ours):
         return

@@ -1,0 +1,50 @@
+"""Writing all or nothing as Windows has it. (What a kill or a full disk leaves is tested with checkpoints and trainings.)"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recursify.utils import atomic
+
+
+def test_as_windows_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders cannot be opened, only handles that may write be synced, and renaming never replaces."""
+    own_open, own_rename, own_fsync = os.open, Path.rename, os.fsync
+    handles: dict[int, int] = {}
+
+    def opened(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if os.path.isdir(path) and not kwargs:
+            raise PermissionError(13, "Permission denied")
+        handle = own_open(path, flags, *args, **kwargs)
+        handles[handle] = flags
+        return handle
+
+    def synced(handle: int) -> None:
+        if not handles[handle] & os.O_RDWR:
+            raise OSError(9, "Bad file descriptor")
+        own_fsync(handle)
+
+    def renamed(self: Path, target: Any) -> Path:
+        if os.path.lexists(target):
+            raise FileExistsError(17, "File exists")
+        return own_rename(self, target)
+
+    monkeypatch.setattr(atomic, "_WINDOWS", True)
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    for text in ("one", "two"):
+        folder = tmp_path / "folder"
+        atomic.write_atomic(
+            {
+                tmp_path / "file.pt": lambda target, text=text: target.write_text(text),
+                folder: lambda target, text=text: (target / "part.json").write_text(text),
+            },
+            folders={folder: lambda entry: entry.suffix == ".json"},
+        )
+        assert ((tmp_path / "file.pt").read_text(), (folder / "part.json").read_text()) == (text, text)
+    assert handles and sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "folder"]
