@@ -95,8 +95,8 @@ def render(tracking: Tracking) -> str:
         f"of length {tracking.pretrained}. It was made recursive and fine-tuned on length {tracking.trained}; as a baseline, the donor "
         "itself was fine-tuned for the same time."
     )
-    said = findings(sentences(tracking))
-    return section("State tracking", paragraph(explained), said, _chart(tracking), _summary(tracking), _details(tracking))
+    found = findings(sentences(tracking))
+    return section("State tracking", paragraph(explained), found, _chart(tracking), _summary(tracking), _details(tracking))
 
 
 # Findings

@@ -171,7 +171,7 @@ def _halting(model: Any, settings: MeasureSettings) -> DecodingOptions | None:
     own.generate_kwargs(model)  # refuses what the model cannot do
     run = replace(own, H_cycles=min(own.cycles(model), max(settings.cycles, default=own.cycles(model))))
     run.generate_kwargs(model)
-    return run.settled(model)
+    return run.resolved(model)
 
 
 def _open(model: Any, tokenizer: Any, settings: MeasureSettings) -> Text:

@@ -130,8 +130,8 @@ def _coloured_models(reports: Iterable[Report]) -> list[Model]:
 
 def _header(report: Report, models: Sequence[Model], title: str, together: bool) -> str:
     tiles = _tiles_together(report) if together else _tiles(models[0])
-    said = [words for model in models for words in _sentences(model)]
-    return header(f"recursify {'compare' if together else 'evaluate'}", title, _what_was_read(models), tiles, said)
+    sentences = [words for model in models for words in _sentences(model)]
+    return header(f"recursify {'compare' if together else 'evaluate'}", title, _what_was_read(models), tiles, sentences)
 
 
 def _what_was_read(models: Sequence[Model]) -> str:
@@ -153,10 +153,10 @@ def _tiles(model: Model) -> list[str]:
         found.append(tile("s1", number(best["loss"]), f"nats per token, {_at(best['H_cycles'])}"))
         if best["bits_per_byte"] is not None:
             found.append(tile("s1", number(best["bits_per_byte"]), f"bits per byte of text, {_at(best['H_cycles'])}"))
-        told = model.text["telemetry"]
-        if told is not None and told["H_cycles"] > 1:
-            words = f"nats less loss, from cycle 1 to cycle {told['H_cycles']}"
-            found.append(tile("s2", signed(told["loop_gain"]), words))
+        stats = model.text["telemetry"]
+        if stats is not None and stats["H_cycles"] > 1:
+            words = f"nats less loss, from cycle 1 to cycle {stats['H_cycles']}"
+            found.append(tile("s2", signed(stats["loop_gain"]), words))
     for key in _question_sets([model])[:3]:
         line = _own_row(_together(model.questions(key)), model)
         found.append(tile("s4", _percent(line["accuracy"]), f"right, {_set_name(key)}, {_at(line['H_cycles'])}"))
@@ -465,17 +465,17 @@ def _cycles(models: Sequence[Model]) -> str:
     return section("What the cycles do", paragraph(explained), *content) if content else ""
 
 
-def _telemetry(name: str, told: Mapping[str, Any]) -> list[str]:
+def _telemetry(name: str, stats: Mapping[str, Any]) -> list[str]:
     content: list[str] = []
-    if told["steps"]:
+    if stats["steps"]:
         whole = {
-            "before": 1, "after": told["H_cycles"], "gain": told["loop_gain"], "gain_error": told["loop_gain_error"],
-            "corrected": told["corrected"], "broken": told["broken"], "distance": None,
+            "before": 1, "after": stats["H_cycles"], "gain": stats["loop_gain"], "gain_error": stats["loop_gain_error"],
+            "corrected": stats["corrected"], "broken": stats["broken"], "distance": None,
         }  # fmt: skip
         head = ("cycles", "loss drop, nats", "std. error", "corrected", "broken", "state moved")
-        rows = [_step(step) for step in told["steps"]] + ([_step(whole, "trained")] if len(told["steps"]) > 1 else [])
+        rows = [_step(step) for step in stats["steps"]] + ([_step(whole, "trained")] if len(stats["steps"]) > 1 else [])
         content.append(table(head, rows, f"{name}; the last line is all cycles together." if len(rows) > 1 else name))
-    halting = told["halting"]
+    halting = stats["halting"]
     if halting is not None:
         rows = [row(f"cycle {cycle}", [f"{share:.1%}"]) for cycle, share in halting["cycles"].items()]
         words = (

@@ -280,10 +280,10 @@ def measure_text(
     rows = [_row(model, H, nats, text) for H, nats in zip(depths, sums["asked"], strict=True)]
     telemetry = None
     if "nats" in sums:
-        told = None
+        early_exit = None
         if halting is not None:
-            told = summarise_halting(sums, tokens, windows.per_piece, model.config, *_rule(model, halting))
-        telemetry = summarise_cycles(sums, tokens, windows.per_piece, told)
+            early_exit = summarise_halting(sums, tokens, windows.per_piece, model.config, *_rule(model, halting))
+        telemetry = summarise_cycles(sums, tokens, windows.per_piece, early_exit)
     report = TextReport(
         text.name, len(windows), windows.seq_len, rows, windows.step, int(tokens.sum()), round(text.bytes_scored), text.part, telemetry
     )  # fmt: skip

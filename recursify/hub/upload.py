@@ -87,5 +87,5 @@ def _explained(repo: str, folder: Path | None = None) -> Iterator[None]:
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # raised by the client for a failed transfer or an invalid card
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         why = "the hub cannot be reached" if isinstance(cause, httpx.TransportError) else "the upload failed"
-        said = " ".join(str(cause).split()) or type(cause).__name__
-        raise UserError(f"--push {repo}: {why} ({said}); check the network{again}") from error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"--push {repo}: {why} ({reason}); check the network{again}") from error

@@ -79,10 +79,10 @@ class Chat(Console):
         finally:
             if pieces:
                 self.say("")
-            said = self.dialogue.said("".join(pieces))
-            if said:
-                self.messages += [asked, {"role": "assistant", "content": said}]
-        if not said:
+            answer = self.dialogue.answer_text("".join(pieces))
+            if answer:
+                self.messages += [asked, {"role": "assistant", "content": answer}]
+        if not answer:
             self.say("(no answer; your message was dropped)", self.err)
         self._after(generated, cut=room < self.settings.max_new_tokens)
 
@@ -145,9 +145,9 @@ class Chat(Console):
         return f"{reply}; the conversation is read again at this depth"
 
     def _system(self, text: str) -> str:
-        spoken = [message for message in self.messages if message["role"] != "system"]
+        turns = [message for message in self.messages if message["role"] != "system"]
         if text:
-            self.messages = [{"role": "system", "content": text}, *spoken]
+            self.messages = [{"role": "system", "content": text}, *turns]
         current = next((message["content"] for message in self.messages if message["role"] == "system"), None)
         return f"system {current!r}" if current else "system: no system message"
 

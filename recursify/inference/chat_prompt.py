@@ -62,7 +62,7 @@ class Dialogue:
             raise UserError("the tokenizer's chat template makes nothing of this conversation")
         return list(encoded["input_ids"])
 
-    def said(self, answer: str) -> str:
+    def answer_text(self, answer: str) -> str:
         """The content of an answer as it goes into the conversation: stripped in the plain format."""
         return answer if self.has_template else answer.strip()
 

@@ -31,14 +31,14 @@ class CycleGuess:
     Args:
         cycle: Counted from 1; 0 is the plain pass of `H_cycles = 0`.
         token, probability: The cycle's most likely token.
-        written_rank, written_probability: Rank (1 is the most likely) and probability of the token that was generated.
+        token_rank, token_probability: Rank (1 is the most likely) and probability of the token that was generated.
     """
 
     cycle: int
     token: int
     probability: float
-    written_rank: int
-    written_probability: float
+    token_rank: int
+    token_probability: float
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def recursive_steps(
         raise UserError(f"--show_recursive_steps: expected a recursive model, got a {type(model).__name__}, which has no cycles")
     if prompt_length < 1:
         raise ValueError(f"prompt_length: expected at least 1 (nothing stands before the first token), got {prompt_length}")
-    effort = DecodingOptions(H_cycles=H_cycles, halt=halt, halt_threshold=halt_threshold)
+    options = DecodingOptions(H_cycles=H_cycles, halt=halt, halt_threshold=halt_threshold)
     batch = torch.tensor([list(ids)], device=model.device)
     written = batch[0, prompt_length:]
     if not len(written):
         return []
-    effort.generate_kwargs(model)  # for what it refuses
-    deepest, rule = effort.cycles(model), effort.rule(model)
+    options.generate_kwargs(model)  # for what it refuses
+    deepest, rule = options.cycles(model), options.rule(model)
     with evaluating(model):
         base = model.model(batch, H_cycles=deepest, use_cache=False, output_cycle_states=True, halt_rule=rule)
     # the state at t predicts token t + 1
@@ -144,14 +144,14 @@ def render_steps(steps: Sequence[TokenSteps], tokenizer: PreTrainedTokenizerBase
         lines.append("#  otherwise: rank and probability of the one written")
     if any(step.halted is not None for step in steps):
         lines.append("■  the token halted here; · is a cycle that was not computed for it")
-    return "\n".join(_painted(line) for line in lines) if color else "\n".join(lines)
+    return "\n".join(_colored(line) for line in lines) if color else "\n".join(lines)
 
 
 def show_steps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt_length: int, effort: DecodingOptions, out: TextIO
+    model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt_length: int, options: DecodingOptions, out: TextIO
 ) -> None:
     """Write the table of a text to `out`: as wide as the terminal, in colour if it supports colour."""
-    steps = recursive_steps(model, ids, prompt_length, effort.H_cycles, halt=effort.halt, halt_threshold=effort.halt_threshold)
+    steps = recursive_steps(model, ids, prompt_length, options.H_cycles, halt=options.halt, halt_threshold=options.halt_threshold)
     terminal = out.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -191,11 +191,11 @@ def _cycle_column(steps: Sequence[TokenSteps], index: int, tokenizer: PreTrained
             rows.append("  ·")
             continue
         guess, halts = step.cycles[index], step.halted is not None and index == len(step.cycles) - 1
-        agrees = guess.written_rank == 1
+        agrees = guess.token_rank == 1
         own = f"{'✓' if agrees else ' '} {set_cell_size(visible(tokenizer, guess.token, cells), widest)} {_percent(guess.probability)}"
         own += (" ■" if halts else "  ") if stops else ""
-        rows.append(own if agrees or not ranks else f"{own}  #{guess.written_rank} {_percent(guess.written_probability).strip()}")
-    agreed = sum(guess.written_rank == 1 for guess in computed)
+        rows.append(own if agrees or not ranks else f"{own}  #{guess.token_rank} {_percent(guess.token_probability).strip()}")
+    agreed = sum(guess.token_rank == 1 for guess in computed)
     title = f"cycle {computed[0].cycle}" if computed[0].cycle else "plain pass"
     return _column(f"  {title}", rows, f"  {agreed} of {len(computed)}")
 
@@ -234,5 +234,5 @@ def _percent(probability: float) -> str:
     return " <1%" if probability < 0.005 else f"{probability:4.0%}"
 
 
-def _painted(line: str) -> str:
+def _colored(line: str) -> str:
     return line.replace("✓", "\x1b[32m✓\x1b[0m").replace("■", "\x1b[33m■\x1b[0m")

@@ -130,8 +130,8 @@ def calibrate(model: Any, blocks: torch.Tensor, criterion: str, budget: float, H
     def at(x: float) -> HaltingMeasure:
         return measure(model, blocks, criterion, _threshold(criterion, x), H_cycles)
 
-    cheap, dear = _RANGES[criterion] if criterion == "q_head" else _RANGES[criterion][::-1]
-    best, never = at(cheap), at(dear)
+    cheapest, costliest = _RANGES[criterion] if criterion == "q_head" else _RANGES[criterion][::-1]
+    best, never = at(cheapest), at(costliest)
     if best.share > budget:
         raise UserError(
             f"--compute_budget: expected at least {best.share:.2f}, the compute at the earliest possible exit by {criterion}, got {budget}"
@@ -141,11 +141,11 @@ def calibrate(model: Any, blocks: torch.Tensor, criterion: str, budget: float, H
     for _ in range(_STEPS):
         if budget - best.share < _CLOSE:
             break
-        found = at((cheap + dear) / 2)
+        found = at((cheapest + costliest) / 2)
         if found.share <= budget:  # more tokens halt than necessary
-            cheap, best = (cheap + dear) / 2, found
+            cheapest, best = (cheapest + costliest) / 2, found
         else:
-            dear = (cheap + dear) / 2
+            costliest = (cheapest + costliest) / 2
     return Calibration(budget, best, full)
 
 

@@ -97,10 +97,10 @@ def generate_text(
         prompt = EncodedPrompt(str(tokenizer.decode(list(prompt))), list(prompt))
     ids = prompt.ids
     row = Row(tokenizer, ids, {*end_tokens(model, tokenizer), *ends}, sampling.stop, on_text)
-    cache = None if memory is None else memory.recall(model, ids, sampling.settled(model))
+    cache = None if memory is None else memory.lookup(model, ids, sampling.resolved(model))
     output, seconds = _write(model, tokenizer, [row], sampling, seed, should_stop, cache)
     if memory is not None:
-        memory.keep(model, output.sequences[0].tolist(), sampling.settled(model), output.past_key_values)
+        memory.store(model, output.sequences[0].tolist(), sampling.resolved(model), output.past_key_values)
     return _results(model, [prompt.text], [row], sampling, output, seconds)[0]
 
 

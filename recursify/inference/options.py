@@ -139,7 +139,7 @@ class DecodingOptions(EarlyExit):
         """The number of cycles for this recursive model."""
         return int(model.config.H_cycles if self.H_cycles is None else self.H_cycles)
 
-    def settled(self, model: Any) -> DecodingOptions:
+    def resolved(self, model: Any) -> DecodingOptions:
         """These options with the model's defaults filled in: equal for runs that can share a KV cache."""
         alone = DecodingOptions(**{field.name: getattr(self, field.name) for field in fields(DecodingOptions)})
         return replace(alone, H_cycles=alone.cycles(model)) if is_recursive(model) else alone

@@ -27,14 +27,14 @@ class PrefixCache:
         self.cache: Any = None
         self.ids: list[int] = []
         self.model: Any = None
-        self.effort: DecodingOptions | None = None
+        self.options: DecodingOptions | None = None
 
-    def recall(self, model: Any, ids: Sequence[int], effort: DecodingOptions) -> Any:
+    def lookup(self, model: Any, ids: Sequence[int], options: DecodingOptions) -> Any:
         """The cache of the longest cached proper prefix of `ids`, or None.
 
         Ownership moves to the caller until `keep`: an interrupted run leaves it incomplete.
         """
-        cache, known, fits = self.cache, self.ids, self.model is model and self.effort == effort
+        cache, known, fits = self.cache, self.ids, self.model is model and self.options == options
         self.forget()
         if cache is None or not fits:
             return None
@@ -48,13 +48,13 @@ class PrefixCache:
                 return None
         return cache
 
-    def keep(self, model: Any, ids: Sequence[int], effort: DecodingOptions, cache: Any) -> None:
+    def store(self, model: Any, ids: Sequence[int], options: DecodingOptions, cache: Any) -> None:
         """Store the cache of a run.
 
         Args:
             ids: Prompt and completion. The cache may be shorter: the last generated token has not been processed.
         """
-        self.model, self.effort, self.cache = model, effort, cache
+        self.model, self.options, self.cache = model, options, cache
         self.ids = list(ids[: int(cache.get_seq_length())])
 
 

@@ -35,7 +35,7 @@ from .transcript import Message
 logger = logging.getLogger(__name__)
 
 FORMAT = "recursify-prompts/1"
-_NAMED = 3  # faulty lines listed in an error; the others are counted
+_FAULTS_SHOWN = 3  # faulty lines listed in an error; the others are counted
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run(settings: GenerateSettings) -> None:
     model, tokenizer = load(settings)
     settings = calibrated(settings, model, tokenizer)
     encoded, ends = _encode_each(model, tokenizer, prompts, settings)
-    results = Results(output, prompts, _made_of(model, prompts, settings))
+    results = Results(output, prompts, _run_identity(model, prompts, settings))
     written: list[Generated] = []
     try:
         with tqdm(total=len(prompts), initial=len(results.done), unit="prompt", file=sys.stderr) as bar:
@@ -136,8 +136,8 @@ def _encode_each(
         except UserError as error:
             faults.append(f"line {prompt.index + 1}: {error}")
     if faults:
-        more = f"\n(and {len(faults) - _NAMED} more)" if len(faults) > _NAMED else ""
-        raise UserError(f"--prompt_file: {settings.prompt_file}, " + "\n".join(faults[:_NAMED]) + more)
+        more = f"\n(and {len(faults) - _FAULTS_SHOWN} more)" if len(faults) > _FAULTS_SHOWN else ""
+        raise UserError(f"--prompt_file: {settings.prompt_file}, " + "\n".join(faults[:_FAULTS_SHOWN]) + more)
     return encoded, ends
 
 
@@ -148,7 +148,7 @@ def _seed(settings: GenerateSettings, batch: Sequence[Prompt]) -> int | None:
     return int.from_bytes(hashlib.sha256(f"{settings.seed}/{batch[0].index}".encode()).digest()[:4])
 
 
-def _made_of(model: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[str, Any]:
+def _run_identity(model: Any, prompts: Sequence[Prompt], settings: GenerateSettings) -> dict[str, Any]:
     """Everything that the results depend on, in JSON types."""
     sampling: Sampling = settings.sampling
     texts = json.dumps([[prompt.index, prompt.text, *([prompt.messages] if prompt.messages else [])] for prompt in prompts])
@@ -159,7 +159,7 @@ def _made_of(model: Any, prompts: Sequence[Prompt], settings: GenerateSettings) 
         "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16],
         "weights": _fingerprint(model),
         **asdict(sampling),
-        **asdict(sampling.settled(model)),
+        **asdict(sampling.resolved(model)),
         "stop": list(sampling.stop),
         "seed": settings.seed,
         "batch_size": settings.batch_size,

@@ -111,8 +111,8 @@ def visible(token: str) -> str:
 # Parts of a page
 
 
-def header(eyebrow: str, title: str, lede: str, tiles: Sequence[str], said: Sequence[str]) -> Markup:
-    return _parts().header(eyebrow, title, lede, tiles, said)
+def header(eyebrow: str, title: str, lede: str, tiles: Sequence[str], sentences: Sequence[str]) -> Markup:
+    return _parts().header(eyebrow, title, lede, tiles, sentences)
 
 
 def main(sections: Sequence[str]) -> Markup:

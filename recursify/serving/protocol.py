@@ -175,8 +175,8 @@ class Message(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _calls_need_no_content(cls, said: Any) -> Any:
-        return {"content": None, **said} if isinstance(said, dict) and said.get("tool_calls") else said
+    def _calls_need_no_content(cls, message: Any) -> Any:
+        return {"content": None, **message} if isinstance(message, dict) and message.get("tool_calls") else message
 
     def as_template(self) -> dict[str, Any]:
         """As a chat template expects it; `developer` is OpenAI's newer name for `system`, and null is no text."""
@@ -255,19 +255,19 @@ def _check_messages(ask: ChatRequest) -> None:
 def _check_tools(ask: ChatRequest) -> None:
     if ask.tool_choice not in (None, "auto", "none"):
         got = short(ask.tool_choice, _SHOWN)
-        said = f'tool_choice: expected "auto" or "none" (a call cannot be forced here), got {got}'
-        raise ApiError(400, said, param="tool_choice", code="unsupported_parameter")
+        message = f'tool_choice: expected "auto" or "none" (a call cannot be forced here), got {got}'
+        raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
     for at, tool in enumerate(ask.tools or ()):
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
             form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
             raise ApiError(400, f"tools.{at}: expected {form}, got {short(tool, _SHOWN)}", param="tools")
         if function.get("strict"):
-            said = f"tools.{at}.function.strict: decoding is not constrained here; leave it out"
-            raise ApiError(400, said, param="tools", code="unsupported_parameter")
+            message = f"tools.{at}.function.strict: decoding is not constrained here; leave it out"
+            raise ApiError(400, message, param="tools", code="unsupported_parameter")
     if ask.offered_tools and (ask.model_extra or {}).get("parallel_tool_calls") is False:
-        said = "parallel_tool_calls: the model cannot be held to one call here; leave it out"
-        raise ApiError(400, said, param="parallel_tool_calls", code="unsupported_parameter")
+        message = "parallel_tool_calls: the model cannot be held to one call here; leave it out"
+        raise ApiError(400, message, param="parallel_tool_calls", code="unsupported_parameter")
 
 
 def _explained(error: ValidationError, kind: type[BaseRequest]) -> ApiError:
@@ -284,8 +284,8 @@ def _explained(error: ValidationError, kind: type[BaseRequest]) -> ApiError:
     expected = (_EXPECTED_VALUES | kind.expected).get(where[0])
     if expected is not None:
         return ApiError(400, f"{where[0]}: expected {expected}, got {short(fault['input'], _SHOWN)}", param=where[0])
-    said = fault["msg"][:1].lower() + fault["msg"][1:]
-    return ApiError(400, f"{'.'.join(where)}: {said}; got {short(fault['input'], _SHOWN)}", param=where[0])
+    message = fault["msg"][:1].lower() + fault["msg"][1:]
+    return ApiError(400, f"{'.'.join(where)}: {message}; got {short(fault['input'], _SHOWN)}", param=where[0])
 
 
 def _refuse_others(ask: BaseRequest, kind: type[BaseRequest]) -> None:
@@ -294,8 +294,8 @@ def _refuse_others(ask: BaseRequest, kind: type[BaseRequest]) -> None:
         if name in _HARMLESS or (name in _NEUTRAL and (value is None or value in _NEUTRAL[name])):
             continue
         if name in _INSTEAD:
-            said = f"{name}: {_INSTEAD[name]}, got {short(value, _SHOWN)}"
-            raise ApiError(400, said, param=name, code="unsupported_parameter")
+            message = f"{name}: {_INSTEAD[name]}, got {short(value, _SHOWN)}"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
         if name in _NEUTRAL:
             raise ApiError(400, f"{name}: this server does not support it; leave it out", param=name, code="unsupported_parameter")
         near = difflib.get_close_matches(name, [*kind.model_fields, *_NEUTRAL], 1)

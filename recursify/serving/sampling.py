@@ -58,8 +58,8 @@ class Choice:
 
     def key(self, position: int) -> int:
         """A signed 64-bit key of this sequence and position."""
-        said = f"{self.seed}/{self.index}/{position}".encode()
-        return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little", signed=True)
+        identity = f"{self.seed}/{self.index}/{position}".encode()
+        return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little", signed=True)
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,10 @@ class CallReader:
         try:
             found = from_json(text, allow_inf_nan=False)  # limits depth, and takes no half of a surrogate pair
             name, arguments = found["name"], found.get("arguments", {})
-            said = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            arguments_text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or no object with a name
             return None
         if not (isinstance(name, str) and name):
             return None
         self.count += 1
-        return ToolCall(self.count - 1, f"call_{uuid.uuid4().hex}", name, said)
+        return ToolCall(self.count - 1, f"call_{uuid.uuid4().hex}", name, arguments_text)

@@ -74,7 +74,7 @@ def expected(model: Any, tokenizer: Any, messages: list[dict[str, str]], **chang
     """The answer without any memory."""
     dialogue = Dialogue(tokenizer)
     sampling = replace(SETTINGS.sampling, stop=dialogue.stop, **changes)
-    return dialogue.said(generate_text(model, tokenizer, dialogue.prompt(messages), sampling, ends=dialogue.ends).text)
+    return dialogue.answer_text(generate_text(model, tokenizer, dialogue.prompt(messages), sampling, ends=dialogue.ends).text)
 
 
 def test_each_answer_is_conditioned_on_the_whole_conversation(talk: Talk, model: Any, tokenizer: Any) -> None:

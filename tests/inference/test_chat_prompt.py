@@ -25,7 +25,7 @@ def test_the_template_of_the_tokenizer() -> None:
         "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\n龙虾🦞<|im_end|>\n<|im_start|>assistant\n"
     )
     assert dialogue.ends == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
-    assert dialogue.stop == () and dialogue.said(" as it is\n") == " as it is\n"
+    assert dialogue.stop == () and dialogue.answer_text(" as it is\n") == " as it is\n"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_plain_format_without_a_chat_template() -> None:
     tokenizer = make_tiny_tokenizer()
     dialogue = Dialogue(tokenizer)
     assert tokenizer.decode(dialogue.prompt(TALK)) == "Be brief.\n\nUser: Hello\nAssistant: Yes?\nUser: 龙虾🦞\nAssistant:"
-    assert (dialogue.ends, dialogue.stop, dialogue.said(" Yes?\n")) == ((), ("\nUser:",), "Yes?")
+    assert (dialogue.ends, dialogue.stop, dialogue.answer_text(" Yes?\n")) == ((), ("\nUser:",), "Yes?")
 
 
 @pytest.mark.parametrize("tokenizer", [make_tiny_tokenizer(), with_template()], ids=["plain", "template"])

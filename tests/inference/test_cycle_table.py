@@ -64,8 +64,8 @@ def test_cycle_predictions_equal_runs_at_each_depth(model: Any, tokenizer: Any, 
             assert guess.cycle == cycle
             assert guess.token == int(logits[position].argmax())
             assert guess.probability == pytest.approx(float(probabilities.max()), abs=1e-6)
-            assert guess.written_probability == pytest.approx(float(written), abs=1e-6)
-            assert guess.written_rank == 1 + int((probabilities > written).sum())
+            assert guess.token_probability == pytest.approx(float(written), abs=1e-6)
+            assert guess.token_rank == 1 + int((probabilities > written).sum())
             differ.add((position, guess.token))
     assert len(differ) > len(steps)  # cycles do disagree, or this test shows nothing
 
@@ -74,7 +74,7 @@ def test_last_cycle_prediction_is_the_greedy_token(model: Any, tokenizer: Any) -
     got = generate_text(model, tokenizer, "The", GREEDY)
     steps = recursive_steps(model, got.prompt_ids + got.token_ids, len(got.prompt_ids))
     assert len(steps[0].cycles) == model.config.H_cycles
-    assert all(step.cycles[-1].token == step.token and step.cycles[-1].written_rank == 1 for step in steps)
+    assert all(step.cycles[-1].token == step.token and step.cycles[-1].token_rank == 1 for step in steps)
 
 
 def test_steps_of_a_plain_pass(model: Any, tokenizer: Any) -> None:

@@ -27,7 +27,7 @@ def donor() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("effort", "message"),
+    ("options", "message"),
     [
         ({"H_cycles": -1}, "--H_cycles: expected at least 0 (0 is one plain pass), got -1"),
         ({"cache_policy": "half"}, "--cache_policy: expected one of full, last, got 'half'"),
@@ -43,14 +43,14 @@ def donor() -> Any:
         ({"draft_cycles": 1, "cache_policy": "last"}, "--draft_cycles: expected --cache_policy full with it, got --cache_policy last"),
     ],
 )
-def test_contradictory_options_are_refused(effort: dict[str, Any], message: str) -> None:
+def test_contradictory_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        DecodingOptions(**effort).validate()
+        DecodingOptions(**options).validate()
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "effort",
+    "options",
     [
         {},
         {"halt": "kl", "halt_threshold": math.inf},
@@ -64,8 +64,8 @@ def test_contradictory_options_are_refused(effort: dict[str, Any], message: str)
         {"draft_cycles": 0, "draft_tokens": 1},
     ],
 )
-def test_valid_options_pass(effort: dict[str, Any]) -> None:
-    DecodingOptions(**effort).validate()
+def test_valid_options_pass(options: dict[str, Any]) -> None:
+    DecodingOptions(**options).validate()
 
 
 def test_only_explicit_options_reach_generate(model: Any) -> None:
@@ -92,13 +92,13 @@ def test_plain_model_takes_no_depth_options(donor: Any, name_and_value: tuple[st
 def test_draft_cycles_must_be_below_H_cycles(model: Any) -> None:
     assert DecodingOptions(draft_cycles=2).generate_kwargs(model)["draft_cycles"] == 2
     assert DecodingOptions(draft_cycles=3, H_cycles=4).generate_kwargs(model)["draft_cycles"] == 3
-    for effort, cycles in (
+    for options, cycles in (
         (DecodingOptions(draft_cycles=3), 3),
         (DecodingOptions(draft_cycles=1, H_cycles=1), 1),
         (DecodingOptions(draft_cycles=0, H_cycles=0), 0),
     ):
         with pytest.raises(UserError, match=f"--draft_cycles: expected fewer than the {cycles} cycles of the run"):
-            effort.generate_kwargs(model)
+            options.generate_kwargs(model)
 
 
 def test_a_plain_pass_cannot_halt(model: Any) -> None:
@@ -121,17 +121,17 @@ def test_untrained_q_head_cannot_halt(model: Any) -> None:
 
 
 def test_runs_that_can_share_a_cache_are_equal_when_settled(model: Any, donor: Any) -> None:
-    assert DecodingOptions().settled(model) == DecodingOptions(H_cycles=3).settled(model) != DecodingOptions(H_cycles=2).settled(model)
-    assert DecodingOptions().settled(donor) == DecodingOptions()
+    assert DecodingOptions().resolved(model) == DecodingOptions(H_cycles=3).resolved(model) != DecodingOptions(H_cycles=2).resolved(model)
+    assert DecodingOptions().resolved(donor) == DecodingOptions()
     assert (
-        DecodingOptions(H_cycles=0).settled(model).H_cycles == 0
+        DecodingOptions(H_cycles=0).resolved(model).H_cycles == 0
         and DecodingOptions(H_cycles=0).cycles(model) == 0
         and DecodingOptions().cycles(model) == 3
     )
     asked = {"cache_policy": "last", "halt": "kl", "halt_threshold": 0.2, "draft_cycles": 1, "draft_tokens": 3}
-    assert DecodingOptions(**asked).settled(model) == DecodingOptions(H_cycles=3, **asked)
-    assert type(Sampling(halt="kl", temperature=0.3).settled(model)) is DecodingOptions
-    assert Sampling(halt="kl", temperature=0.3).settled(model) == DecodingOptions(H_cycles=3, halt="kl")
+    assert DecodingOptions(**asked).resolved(model) == DecodingOptions(H_cycles=3, **asked)
+    assert type(Sampling(halt="kl", temperature=0.3).resolved(model)) is DecodingOptions
+    assert Sampling(halt="kl", temperature=0.3).resolved(model) == DecodingOptions(H_cycles=3, halt="kl")
 
 
 def test_which_models_are_recursive(model: Any, donor: Any) -> None:

@@ -81,28 +81,28 @@ class Length:
     ],
 )
 def test_recall_returns_the_longest_proper_common_prefix(asked: list[int], shared: int | None, cuts: int) -> None:
-    memory, model, effort, cache = PrefixCache(), object(), DecodingOptions(), Length(5)
-    memory.keep(model, [1, 2, 3, 4, 5, 7], effort, cache)  # 7 was written and never read
+    memory, model, options, cache = PrefixCache(), object(), DecodingOptions(), Length(5)
+    memory.store(model, [1, 2, 3, 4, 5, 7], options, cache)  # 7 was written and never read
     assert memory.ids == [1, 2, 3, 4, 5]
-    found = memory.recall(model, asked, effort)
+    found = memory.lookup(model, asked, options)
     assert (None if found is None else found.length, cache.cuts) == (shared, cuts)
-    assert memory.cache is None and memory.ids == [] and memory.recall(model, asked, effort) is None, "gone until it is kept again"
+    assert memory.cache is None and memory.ids == [] and memory.lookup(model, asked, options) is None, "gone until it is kept again"
     if found is not None:
-        memory.keep(model, asked, effort, found)
+        memory.store(model, asked, options, found)
         assert memory.ids == asked[:shared]
 
 
 def test_recall_requires_equal_model_and_options_and_a_croppable_cache() -> None:
     model, ids = object(), [1, 2, 3, 4, 5]
-    for other, effort in ((object(), DecodingOptions()), (model, DecodingOptions(H_cycles=2)), (model, DecodingOptions(draft_cycles=1))):
+    for other, options in ((object(), DecodingOptions()), (model, DecodingOptions(H_cycles=2)), (model, DecodingOptions(draft_cycles=1))):
         memory = PrefixCache()
-        memory.keep(model, ids, DecodingOptions(), Length(5))
-        assert memory.recall(other, [*ids, 6], effort) is None and memory.cache is None
+        memory.store(model, ids, DecodingOptions(), Length(5))
+        assert memory.lookup(other, [*ids, 6], options) is None and memory.cache is None
     memory = PrefixCache()
-    memory.keep(model, ids, DecodingOptions(), Length(5, least=3))
-    assert memory.recall(model, [1, 2, 3, 9], DecodingOptions()) is None
-    memory.keep(model, ids, DecodingOptions(), Length(5, least=3))
-    assert memory.recall(model, [*ids, 6], DecodingOptions()).length == 5
+    memory.store(model, ids, DecodingOptions(), Length(5, least=3))
+    assert memory.lookup(model, [1, 2, 3, 9], DecodingOptions()) is None
+    memory.store(model, ids, DecodingOptions(), Length(5, least=3))
+    assert memory.lookup(model, [*ids, 6], DecodingOptions()).length == 5
 
 
 def test_a_turn_prefills_only_new_tokens(model: Any, tokenizer: Any) -> None:
@@ -147,9 +147,9 @@ def test_other_options_drop_the_cache(model: Any, tokenizer: Any, other: dict[st
     assert counts[0] >= len(whole) - 1 and got.token_ids == expected.token_ids  # a draft begins at the last token
 
 
-@pytest.mark.parametrize("effort", [{"draft_cycles": 1}, {"draft_cycles": 0}, {"H_cycles": 0}])
-def test_prefix_cache_works_with_all_options(model: Any, tokenizer: Any, effort: dict[str, Any]) -> None:
-    sampling, memory = Sampling(temperature=0, max_new_tokens=6, **effort), PrefixCache()
+@pytest.mark.parametrize("options", [{"draft_cycles": 1}, {"draft_cycles": 0}, {"H_cycles": 0}])
+def test_prefix_cache_works_with_all_options(model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
+    sampling, memory = Sampling(temperature=0, max_new_tokens=6, **options), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
     whole = turn(model, tokenizer, [*whole, 70, 71, 72], sampling, memory)
     whole = turn(model, tokenizer, [*whole[:-4], 75], sampling, memory)
