@@ -56,7 +56,7 @@ def alone(work: Callable[..., Any], *args: Any) -> Any:
     """What `work` returns in a process that does nothing before or after, so that a peak is its own. Libraries are imported once and
     shared."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "recursify.training", "recursify.conversion.convert"])
+    context.set_forkserver_preload(["torch", "transformers", "recursify.training.fitting", "recursify.conversion.convert"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work, *args).result()
 
