@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --minutes 8 --results runs/gpu      needs torch, transformers, accelerate and this checkout, and no network
     python -m benchmarks.gpu training decoding                   these jobs alone
-    python -m benchmarks.gpu --rehearse --minutes 5              all of it at toy size on a CPU, so that no job meets a GPU untried
+    python -m benchmarks.gpu --rehearse --minutes 3              all of it at toy size on a CPU, so that no job meets a GPU untried
     python -m benchmarks.gpu --list                              the jobs, in order, with their estimates
     python -m benchmarks.gpu_merge runs/gpu                      the results into the committed ones and the pages; `make gpu-merge`
 
@@ -31,11 +31,13 @@ import torch
 
 from recursify.training import fit  # noqa: F401  (imported once, for all jobs)
 
+from .case import registry
 from .gpu_jobs import committed_seconds, jobs
-from .job_queue import Place, Source, in_process, run_all, summary
+from .job_queue import Place, Queue, Source, in_process, summary
 from .record import ROOT, commit
 
 MARGIN = 3.0  # seconds before the end in which nothing runs any more
+LANES = 2  # jobs at once in a rehearsal
 LOOK = 60.0  # seconds that a driver has to name its GPU
 SOURCES = ("recursify", "benchmarks", "recipes/evidence")
 
@@ -79,11 +81,16 @@ def main(argv: list[str] | None = None, began: float | None = None) -> int:
     if device is None:
         print("no GPU: torch finds none here; --rehearse runs everything at toy size on a CPU", file=sys.stderr)
         return 2
+    registry()  # once, for all jobs
     source = Source(device, code(), commit()["commit"])
     print(f"{device}; commit {source.commit}; {args.minutes:g} minutes; results in {place.results}", flush=True)
-    ended = run_all(
-        args.chosen, place, source, until, lambda job: committed_seconds(job, place.size), say=lambda text: print(text, flush=True)
-    )
+    queue = Queue(
+        place, source, until,
+        measured=lambda job: committed_seconds(job, place.size),
+        say=lambda text: print(text, flush=True),
+        lanes=min(LANES, os.cpu_count() or 1) if args.rehearse else 1,
+    )  # fmt: skip
+    ended = queue.run(args.chosen)
     print(summary(ended), flush=True)
     return int(any(one.bad for one in ended))
 

@@ -15,31 +15,33 @@ from .page import RESULTS
 
 # Case -> seconds on one large GPU, which are guesses until a result says how long it took; seconds at toy size on two cores, measured.
 FIRST = {
-    "works": (45, 25),
-    "works_training": (75, 65),
+    "works": (60, 15),
+    "works_training": (100, 35),
     "ceilings": (10, 5),
-    "training": (90, 60),
-    "training_sizes": (60, 10),
-    "decoding": (75, 10),
-    "decoding_static": (120, 15),
-    "speculation_and_early_exit": (90, 30),
+    "training": (90, 30),
+    "training_sizes": (80, 5),
+    "decoding": (80, 5),
+    "decoding_static": (120, 8),
+    "decoding_static_text": (120, 4),
+    "speculation_and_early_exit": (90, 8),
 }
 LAST = {
-    "loss": (40, 15),
-    "training_growth": (40, 10),
-    "supervision": (15, 5),
-    "conversion": (120, 15),
-    "training_large": (90, 10),
-    "training_ways": (120, 30),
-    "decoding_static_batches": (180, 20),
-    "profile": (30, 15),
-    "prototype": (90, 15),
+    "loss": (40, 10),
+    "training_growth": (40, 4),
+    "supervision": (15, 1),
+    "conversion": (120, 7),
+    "training_large": (120, 4),
+    "training_ways": (120, 8),
+    "decoding_static_batches": (240, 7),
+    "decoding_static_long": (240, 7),
+    "profile": (30, 7),
+    "prototype": (90, 4),
 }
 
 
 def jobs(size: str) -> list[Job]:
     """All at a size of a place, in order."""
-    donor = Job("published donor", real_donor.measure, 60, 5, real_donor.obstacle, verdict)
+    donor = Job("published donor", real_donor.measure, 60, 2, real_donor.obstacle, verdict)
     return [*map(of_case, FIRST), donor, *gpu_evidence.evidence(size), *map(of_case, LAST)]
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from recursify.utils.atomic import write_text
 
 from .record import provenance
 
-LEAST_LIMIT = 30.0  # below it a limit would be about a slow start, not about a hang
+LEAST_LIMIT = 60.0  # below it a limit would be about a slow start, not about a hang
 TAIL = 4_000  # characters of output that are kept of a job that failed
 _LOOK = 0.02
 _FIELDS = {"job", "status", "size", "device", "code", "commit", "machine", "seconds", "limit", "data", "tail"}
@@ -61,6 +62,11 @@ def nothing_wrong(data: Any, place: Place) -> str:
     return ""
 
 
+def unknown(job: Job) -> float | None:
+    """No time that a job has taken before."""
+    return None
+
+
 @dataclass(frozen=True)
 class Job:
     """One thing to do.
@@ -71,6 +77,7 @@ class Job:
         rehearsal: Seconds at toy size on two cores.
         obstacle: Why it cannot run in a place; None if it can.
         verdict: What is wrong with what it has found, such as checks that failed; empty if nothing.
+        after: The name of an earlier job that has to be over before this one is begun.
     """
 
     name: str
@@ -79,6 +86,7 @@ class Job:
     rehearsal: float
     obstacle: Callable[[Place], str | None] = always
     verdict: Callable[[Any, Place], str] = nothing_wrong
+    after: str = ""
 
     def file(self, folder: Path) -> Path:
         return folder / f"{re.sub(r'[^A-Za-z0-9._]+', '-', self.name)}.json"
@@ -115,43 +123,54 @@ class Ended:
         return self.status in ("failed", "timeout") or (self.status == "ok" and bool(self.why))
 
 
-def run_all(
-    jobs: Sequence[Job],
-    place: Place,
-    source: Source,
-    until: float,
-    measured: Callable[[Job], float | None],
-    say: Callable[[str], Any] = print,
-) -> list[Ended]:
-    """Run what fits, in order.
+@dataclass(frozen=True)
+class Queue:
+    """Runs what fits, in order.
 
     Args:
         until: When everything has to be over, on the clock of `time.time`.
         measured: Seconds that a job has taken before, if that is known.
+        lanes: So many jobs at once, which is for rehearsals: what is measured runs alone.
     """
-    place.results.mkdir(parents=True, exist_ok=True)
-    ended = []
-    for job in jobs:
-        ended.append(_settle(job, place, source, until, measured, say))
-        say(f"{time.strftime('%H:%M:%S')} {_line(ended[-1])}")
-    return ended
 
+    place: Place
+    source: Source
+    until: float
+    measured: Callable[[Job], float | None] = unknown
+    say: Callable[[str], Any] = print
+    lanes: int = 1
 
-def _settle(
-    job: Job, place: Place, source: Source, until: float, measured: Callable[[Job], float | None], say: Callable[[str], Any]
-) -> Ended:
-    there = read_result(job.file(place.results))
-    if isinstance(there, str):
-        say(f"{job.name}: {there}; it runs again")
-    elif there is not None and is_complete(there, place, source):
-        return Ended(job.name, "skipped", why=f"there already, of {there['seconds']:.0f} s")
-    if (why := job.obstacle(place)) is not None:
-        return Ended(job.name, "passed over", why=why)
-    left, needs = until - time.time(), _estimate(job, place, there, measured)
-    if needs > left:
-        return Ended(job.name, "passed over", why=f"needs about {needs:.0f} s, and {max(0.0, left):.0f} s are left")
-    say(f"{time.strftime('%H:%M:%S')} {job.name}: about {needs:.0f} s, {left:.0f} s are left")
-    return run_one(job, place, source, min(left, max(LEAST_LIMIT, 2 * needs)))
+    def run(self, jobs: Sequence[Job]) -> list[Ended]:
+        """How each fared, in order."""
+        self.place.results.mkdir(parents=True, exist_ok=True)
+        if self.lanes == 1:
+            return [self._turn(job) for job in jobs]
+        begun: dict[str, Future[Ended]] = {}
+        with ThreadPoolExecutor(self.lanes) as pool:
+            for job in jobs:
+                begun[job.name] = pool.submit(self._turn, job, begun.get(job.after))
+            return [one.result() for one in begun.values()]
+
+    def _turn(self, job: Job, before: Future[Ended] | None = None) -> Ended:
+        if before is not None:
+            before.result()
+        ended = self._settle(job)
+        self.say(f"{time.strftime('%H:%M:%S')} {_line(ended)}")
+        return ended
+
+    def _settle(self, job: Job) -> Ended:
+        there = read_result(job.file(self.place.results))
+        if isinstance(there, str):
+            self.say(f"{job.name}: {there}; it runs again")
+        elif there is not None and is_complete(there, self.place, self.source):
+            return Ended(job.name, "skipped", why=f"there already, of {there['seconds']:.0f} s")
+        if (why := job.obstacle(self.place)) is not None:
+            return Ended(job.name, "passed over", why=why)
+        left, needs = self.until - time.time(), _estimate(job, self.place, there, self.measured)
+        if needs > left:
+            return Ended(job.name, "passed over", why=f"needs about {needs:.0f} s, and {max(0.0, left):.0f} s are left")
+        self.say(f"{time.strftime('%H:%M:%S')} {job.name}: about {needs:.0f} s, {left:.0f} s are left")
+        return run_one(job, self.place, self.source, min(left, max(LEAST_LIMIT, 2 * needs)))
 
 
 def _estimate(job: Job, place: Place, there: dict[str, Any] | str | None, measured: Callable[[Job], float | None]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from recursify.training import TrainSettings, fit
 from recursify.training.collate import Collate
 from recursify.training.trainer import peak_memory
 
-from .measure import finish
+from .measure import finish, processes
 from .models import Shape, build
 
 
@@ -53,7 +52,7 @@ class Donor:
 
     def __init__(self, shape: Shape, rows: list[Any], batch: tuple[int, int], device: torch.device, bf16: bool):
         self.peak = 0  # bytes of its process, at most so far
-        context = multiprocessing.get_context("forkserver")
+        context = processes()
         self.line, other = context.Pipe()
         self.process = context.Process(target=_train, args=(other, shape, rows, batch, device, bf16), daemon=True)
         self.process.start()

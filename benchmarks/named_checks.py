@@ -23,7 +23,7 @@ import torch
 from .case import Bench, Check, Table
 from .measure import say
 
-LIMIT = 60  # seconds of a check
+LIMIT = 90  # seconds of a check, which may have to compile
 
 Named = Mapping[str, Callable[[Bench], str]]
 

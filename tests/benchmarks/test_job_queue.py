@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.job_queue import Ended, Job, Keep, Place, Source, in_process, read_result, run_all, summary
+from benchmarks.job_queue import Ended, Job, Keep, Place, Queue, Source, in_process, read_result, summary, unknown
 
 SOURCE = Source("a device", "code of today", "0123abc")
 Work = Callable[[Place, Keep], Any]
@@ -29,8 +29,8 @@ def job(name: str, work: Work | None = None, estimate: float = 1.0, **options: A
     return Job(name, work or (lambda place, keep: {"name": name}), estimate=1000.0, rehearsal=estimate, **options)
 
 
-def run(jobs: list[Job], place: Place, seconds: float = 60.0, source: Source = SOURCE, measured: Any = lambda job: None) -> list[Ended]:
-    return run_all(jobs, place, source, time.time() + seconds, measured, say=lambda text: None)
+def run(jobs: list[Job], place: Place, seconds: float = 60.0, source: Source = SOURCE, **options: Any) -> list[Ended]:
+    return Queue(place, source, time.time() + seconds, **{"measured": unknown, "say": lambda text: None, **options}).run(jobs)
 
 
 def statuses(ended: list[Ended]) -> dict[str, str]:
@@ -158,13 +158,14 @@ def test_what_failed_runs_again(place: Place) -> None:
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "a list", "without fields"])
 def test_a_damaged_result_is_noticed_said_and_made_again(damage: str, place: Place) -> None:
-    one, said = job("first"), []
+    one = job("first")
+    said: list[str] = []
     run([one], place)
     file = one.file(place.results)
     text = file.read_text()
     file.write_text({"cut short": text[: len(text) // 2], "empty": "", "a list": "[1]", "without fields": '{"status": "ok"}'}[damage])
     assert isinstance(read_result(file), str)
-    ended = run_all([one], place, SOURCE, time.time() + 60, lambda job: None, say=said.append)
+    ended = run([one], place, say=said.append)
     assert statuses(ended) == {"first": "ok"}
     assert any("is no result" in line and "it runs again" in line for line in said)
     assert stored(one, place)["data"] == {"name": "first"}
@@ -223,6 +224,28 @@ def test_a_measured_time_replaces_the_estimate(place: Place) -> None:
     assert statuses(run([slow], place, seconds=1000)) == {"slow": "ok"}
     again = Source("a device", "other code", None)  # which took about as long before
     assert statuses(run([slow], place, source=again)) == {"slow": "ok"}
+
+
+def test_lanes_run_side_by_side_and_wait_for_what_a_job_needs(place: Place, tmp_path: Path) -> None:
+    def made(place: Place, keep: Keep) -> None:
+        time.sleep(0.5)
+        (tmp_path / "made").touch()
+
+    def needs(place: Place) -> str | None:
+        return None if (tmp_path / "made").exists() else "not made"
+
+    def wait_for(name: str) -> Work:
+        def work(place: Place, keep: Keep) -> None:
+            (tmp_path / job_name).touch()
+            while not (tmp_path / name).exists():
+                time.sleep(0.01)
+
+        job_name = {"left": "right", "right": "left"}[name]
+        return work
+
+    jobs = [job("makes", made), job("needs", obstacle=needs, after="makes"), job("left", wait_for("right")), job("right", wait_for("left"))]
+    ended = run(jobs, place, lanes=2)
+    assert [(one.job, one.status) for one in ended] == [(each.name, "ok") for each in jobs]
 
 
 def test_obstacles_are_said(place: Place) -> None:
