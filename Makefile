@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Each stamp is remade when what it installs has changed.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-oldest compat lint docs mutants evidence bench bench-gpu clean
+.PHONY: demo test test-oldest compat lint docs mutants evidence bench gpu gpu-merge clean
 
 demo: .venv/.installed
 	$(BIN)/recursify demo
@@ -41,12 +41,20 @@ MINUTES ?= 0
 mutants: .venv/.installed-test
 	$(BIN)/python -m mutants $(ROOM) --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS) --minutes $(MINUTES)
 
-# On a CPU: all cores, under 15 minutes on two. On a GPU: whatever python has torch, transformers and accelerate; nothing is installed.
+# On a CPU: all cores, under 15 minutes on two.
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks
 
-bench-gpu:
-	$(PYTHON) -m benchmarks --device cuda
+# On a GPU, with whatever python has torch, transformers and accelerate; nothing is installed. What fits into the time, the most worth first:
+# make gpu MINUTES=8 RESULTS=folder DONOR=folder. On a CPU: make gpu ARGS=--rehearse PYTHON=.venv/bin/python
+RESULTS ?= runs/gpu
+DONOR ?=
+ARGS ?=
+gpu:
+	$(PYTHON) -m benchmarks.gpu --minutes $(if $(filter-out 0,$(MINUTES)),$(MINUTES),8) --results $(RESULTS) $(if $(DONOR),--donor $(DONOR)) $(ARGS)
+
+gpu-merge: .venv/.installed
+	$(BIN)/python -m benchmarks.gpu_merge $(RESULTS)
 
 evidence: .venv/.installed
 	for study in state_tracking prose scan tables; do $(BIN)/python -m recipes.evidence $$study || exit 1; done

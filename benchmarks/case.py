@@ -10,22 +10,29 @@ which both sides take turns. `__main__` runs cases, `page` prints them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-# Each holds the case of its name. In the order of the page.
+from .record import load, provenance
+
+# Each holds the case of its name, and others of its kind. In the order of the page.
 MODULES = (
+    "works",
+    "works_training",
     "ceilings",
     "conversion",
     "training",
     "supervision",
     "loss",
     "decoding",
+    "decoding_static",
     "speculation_and_early_exit",
     "training_growth",
     "prototype",
@@ -97,7 +104,7 @@ class Case:
 
     Args:
         about: How its figures are taken.
-        sizes: Where it runs.
+        sizes: Where it is measured. At toy size every case runs.
         asked: Runs only when it is named: it takes long, or needs what a suite may not ask for.
     """
 
@@ -108,13 +115,30 @@ class Case:
     sizes: tuple[str, ...]
     asked: bool
 
-    def measure(self, bench: Bench) -> dict[str, Any]:
-        """`tables` and `checks`, in JSON types."""
-        found: list[Table | Check] = list(self.run(bench))
-        return {
-            "tables": [asdict(one) for one in found if isinstance(one, Table)],
-            "checks": [asdict(one) | {"holds": one.holds} for one in found if isinstance(one, Check)],
-        }
+    def measure(self, bench: Bench, keep: Callable[[dict[str, Any]], Any] = lambda found: None) -> dict[str, Any]:
+        """What it says and finds (`title`, `about`, `tables`, `checks`) and where, when and how long that was measured (`machine`), in JSON
+        types.
+
+        Args:
+            keep: Called with what there is so far, after every table and bound.
+        """
+        machine, start = provenance(bench.device), time.perf_counter()
+        found: dict[str, Any] = {"title": self.title, "about": self.about, "machine": machine, "tables": [], "checks": []}
+        for one in self.run(bench):
+            found["tables" if isinstance(one, Table) else "checks"].append(
+                asdict(one) | ({} if isinstance(one, Table) else {"holds": one.holds})
+            )
+            found["machine"] = machine | {"load_after": load(), "seconds": round(time.perf_counter() - start, 1)}
+            keep(found)
+        gc.collect()
+        if bench.on_gpu:
+            torch.cuda.empty_cache()
+        return found
+
+
+def missed(found: dict[str, Any]) -> list[str]:
+    """Bounds that must hold and do not, of what a case has found."""
+    return [check["what"] for check in found["checks"] if check["must"] and not check["holds"]]
 
 
 @dataclass
@@ -149,4 +173,6 @@ def registry() -> Registry:
             importlib.import_module(f"benchmarks.{module}")
         except ModuleNotFoundError as error:
             _REGISTRY.missing[module] = str(error)
+    # modules import each other, and cases come in the order of the page
+    _REGISTRY.cases = dict(sorted(_REGISTRY.cases.items(), key=lambda item: MODULES.index(item[1].run.__module__.rpartition(".")[2])))
     return _REGISTRY

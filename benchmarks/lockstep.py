@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +14,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from recursify.training import TrainSettings, fit
 from recursify.training.collate import Collate
+from recursify.training.trainer import peak_memory
 
-from .measure import finish
+from .measure import finish, processes
 from .models import Shape, build
 
 
@@ -44,12 +44,17 @@ class Turn(TrainerCallback):
 
 class Donor:
     """transformers' own Trainer over a plain model with its own loss, a step at a time, in a process of its own: two trainers in one
-    process would share what torch keeps its threads with, and the second would be slower."""
+    process would share what torch keeps its threads with, and the second would be slower.
 
-    def __init__(self, shape: Shape, rows: list[Any], batch_size: int, device: torch.device, bf16: bool):
-        context = multiprocessing.get_context("forkserver")
+    Args:
+        batch: Rows of a forward pass, and passes of an optimizer step.
+    """
+
+    def __init__(self, shape: Shape, rows: list[Any], batch: tuple[int, int], device: torch.device, bf16: bool):
+        self.peak = 0  # bytes of its process, at most so far
+        context = processes()
         self.line, other = context.Pipe()
-        self.process = context.Process(target=_train, args=(other, shape, rows, batch_size, device, bf16), daemon=True)
+        self.process = context.Process(target=_train, args=(other, shape, rows, batch, device, bf16), daemon=True)
         self.process.start()
         other.close()
         self._answer()  # the step that is not counted
@@ -65,16 +70,17 @@ class Donor:
 
     def _answer(self) -> float:
         try:
-            return float(self.line.recv())
+            took, self.peak = self.line.recv()
+            return float(took)
         except EOFError:
             raise RuntimeError("the donor's trainer ended before its time; what it said is above") from None
 
 
-def _train(line: Connection, shape: Shape, rows: list[Any], batch_size: int, device: torch.device, bf16: bool) -> None:
+def _train(line: Connection, shape: Shape, rows: list[Any], batch: tuple[int, int], device: torch.device, bf16: bool) -> None:
     """The donor's process: a step, how long it took, and the next one when it is asked for; ends when nobody asks any more."""
 
     def wait() -> None:
-        line.send(turn.seconds[-1] if turn.seconds else 0.0)
+        line.send((turn.seconds[-1] if turn.seconds else 0.0, peak_memory(device)))
         try:
             line.recv()
         except EOFError:
@@ -83,7 +89,8 @@ def _train(line: Connection, shape: Shape, rows: list[Any], batch_size: int, dev
     turn = Turn(device, wait)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=batch_size, max_steps=10**6, learning_rate=1e-5, weight_decay=0.01,
+            output_dir=folder, per_device_train_batch_size=batch[0], gradient_accumulation_steps=batch[1], max_steps=10**6,
+            learning_rate=1e-5, weight_decay=0.01,
             optim="adamw_torch_fused", bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10**6, save_strategy="no",
             report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=device.type == "cuda",
         )  # fmt: skip
@@ -93,9 +100,9 @@ def _train(line: Connection, shape: Shape, rows: list[Any], batch_size: int, dev
 
 
 @contextmanager
-def donor_trainer(shape: Shape, rows: list[Any], batch_size: int, device: torch.device, bf16: bool) -> Iterator[Donor]:
+def donor_trainer(shape: Shape, rows: list[Any], batch: tuple[int, int], device: torch.device, bf16: bool) -> Iterator[Donor]:
     """A donor's trainer, one step old, and stopped at the end."""
-    donor = Donor(shape, rows, batch_size, device, bf16)
+    donor = Donor(shape, rows, batch, device, bf16)
     try:
         yield donor
     finally:

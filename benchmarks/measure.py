@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import psutil
@@ -53,12 +54,16 @@ def ratio(of: Sequence[float], over: Sequence[float], by: float = 1.0) -> dict[s
 
 
 def alone(work: Callable[..., Any], *args: Any) -> Any:
-    """What `work` returns in a process that does nothing before or after, so that a peak is its own. Libraries are imported once and
-    shared."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "recursify.training", "recursify.conversion.convert"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    """What `work` returns in a process that does nothing before or after, so that a peak is its own."""
+    with ProcessPoolExecutor(1, mp_context=processes()) as pool:
         return pool.submit(work, *args).result()
+
+
+def processes() -> ForkServerContext:
+    """Starts processes that have imported the libraries already: once, for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "recursify.training.fitting", "recursify.conversion.convert"])
+    return context
 
 
 def held(device: torch.device) -> int:

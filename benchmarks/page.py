@@ -41,8 +41,8 @@ def make(size: str, case: str, title: str | None, results: Path = RESULTS) -> st
     file = results / f"{size}.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if case not in found:
-        how = {"cpu": "", "cuda": " --device cuda"}[size]
-        return f"(Not measured yet: `python -m benchmarks {case}{how}` does.)"
+        how = {"cpu": "benchmarks", "cuda": "benchmarks.gpu"}[size]
+        return f"(Not measured yet: `python -m {how} {case}` does.)"
     if title is None:
         return tables_of(case, found)
     return table({one["title"]: one for one in found[case]["tables"]}[title]["rows"])

@@ -142,7 +142,7 @@ def agreement(bench: Bench) -> list[dict[str, Any]]:
     """Of random weights with large gains, which is harder than a trained model."""
     rows: dict[str, dict[str, Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = _rough(bench.device, dtype)
+        model = rough(bench.device, dtype)
         prompts, new = tokens(model.config, bench.pick(4, 8, 16), 24, bench.device), bench.pick(4, 32, 48)
         plain = write(model, prompts, new).sequences[:, 24:]
         others = {
@@ -158,10 +158,11 @@ def agreement(bench: Bench) -> list[dict[str, Any]]:
     return [row | {"limit": "bfloat16's rounding, which other shapes round otherwise"} for row in rows.values()]
 
 
-def _rough(device: torch.device, dtype: torch.dtype) -> Any:
-    donor = TOY.config(layers=6)
+def rough(device: torch.device, dtype: torch.dtype, *, layers: int = 6, L_layers: int = 4, H_cycles: int = 3) -> Any:
+    """A small model that keeps its donor's layers, whose every cycle says something else."""
+    donor = TOY.config(layers=layers)
     donor.initializer_range = 0.15
-    config = recursive_config(donor, keep_donor=True, L_cycles=1)
+    config = recursive_config(donor, keep_donor=True, L_layers=L_layers, H_cycles=H_cycles, L_cycles=1)
     config.gain_init = 0.3
     return build(config, device, dtype).eval()
 

@@ -64,15 +64,22 @@ MORE_WAYS = (
 
 @dataclass(frozen=True)
 class Batch:
+    """The rows of an optimizer step.
+
+    Args:
+        parts: Forward passes that it is divided into.
+    """
+
     rows: int
     length: int
+    parts: int = 1
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.length}"
+        return f"{self.rows} x {self.length}" + (f" in {self.parts} parts" if self.parts > 1 else "")
 
     def blocks(self, vocabulary: int, count: int) -> list[dict[str, list[int]]]:
         ids = torch.randint(1, vocabulary, (count, self.length), generator=torch.Generator().manual_seed(0))
@@ -81,8 +88,9 @@ class Batch:
 
 def settings_of(way: Way, batch: Batch, device: torch.device, steps: int) -> TrainSettings:
     return TrainSettings(
-        checkpoint="", seq_len=batch.length, batch_size=batch.rows, eval_batch_size=1, max_steps=steps, warmup_steps=0, lr=1e-5,
-        generate_every=0, save_every=0, log_every=10**6, device=device.type, start_gain=0.2, **way.flags,
+        checkpoint="", seq_len=batch.length, batch_size=batch.rows // batch.parts, grad_accum_steps=batch.parts, eval_batch_size=1,
+        max_steps=steps, warmup_steps=0, lr=1e-5, generate_every=0, save_every=0, log_every=10**6, device=device.type, start_gain=0.2,
+        **way.flags,
     )  # fmt: skip
 
 
@@ -142,19 +150,23 @@ def time_way(way: Way, shape: Shape, batch: Batch, bench: Bench, donor: Donor | 
         row |= {f"time / {name}": ratio(ours, theirs, by=value) for name, value in work.items()}
     if bench.on_gpu:
         row["peak, GB"] = peak_memory(bench.device) / GB
+        if donor is not None:
+            row |= {"donor's tokens/s": batch.tokens / statistics.median(theirs), "donor's peak, GB": donor.peak / GB}
     del model
     gc.collect()
     return row
 
 
 SMALL_BATCH = Batch(4, 128)  # of the model that ships
+# Of the guides. In parts, so that the donor, whose loss holds all logits, fits on the GPU beside ours.
+GUIDES_BATCHES = Batch(4, 128), Batch(32, 1024, parts=8)
+STEPS = 5  # of a GPU; the first is not counted
 
 
 def times(bench: Bench) -> list[dict[str, Any]]:
-    real = bench.pick(TOY, HALF_B, HALF_B), bench.pick(Batch(2, 32), Batch(1, 128), Batch(8, 1024))
-    steps = bench.pick(2, 3, 5)  # the first is not counted
     if bench.on_gpu:
-        return in_turn(*real, WAYS + MORE_WAYS, bench, steps)
+        return [row for batch in GUIDES_BATCHES for row in in_turn(HALF_B, batch, WAYS, bench, STEPS)]
+    real, steps = (bench.pick(TOY, HALF_B, None), bench.pick(Batch(2, 32, parts=2), Batch(1, 128), None)), bench.pick(2, 3, None)
     more = MORE_WAYS[: bench.pick(2, None, None)]
     small = in_turn(shipped_shape(), SMALL_BATCH, (MAIN, *more), bench, bench.pick(2, 7, None))
     return in_turn(*real, WAYS, bench, steps) + small
@@ -163,7 +175,7 @@ def times(bench: Bench) -> list[dict[str, Any]]:
 def in_turn(shape: Shape, batch: Batch, ways: Sequence[Way], bench: Bench, steps: int) -> list[dict[str, Any]]:
     """A row for each way, all beside one donor."""
     rows = batch.blocks(shape.vocabulary, batch.rows * 8)
-    with donor_trainer(shape, rows, batch.rows, bench.device, bf16=bench.on_gpu) as trainer:
+    with donor_trainer(shape, rows, (batch.rows // batch.parts, batch.parts), bench.device, bf16=bench.on_gpu) as trainer:
         return [time_way(way, shape, batch, bench, trainer, steps) for way in ways]
 
 
@@ -171,21 +183,13 @@ def _compiled(way: Way) -> Way:
     return replace(way, name=f"{way.name}, --compile", flags={**way.flags, "compile": True})
 
 
-def guides_rows(bench: Bench) -> list[dict[str, Any]]:
-    """The batches that the guides speak of, and larger models, on a GPU."""
+def alone_rows(bench: Bench, wanted: Sequence[tuple[Shape, Batch, Way]], steps: int) -> list[dict[str, Any]]:
+    """Rows without a donor beside them."""
     rows = []
-    for shape, batch, way in (
-        (HALF_B, Batch(4, 128), MAIN),
-        (HALF_B, Batch(4, 128), _compiled(MAIN)),
-        (HALF_B, Batch(32, 1024), CYCLE),
-        (HALF_B, Batch(32, 1024), _compiled(CYCLE)),
-        (ONE_AND_A_HALF_B, Batch(2, 128), Way("L_layers 6", {"L_layers": 6})),
-        (ONE_AND_A_HALF_B, Batch(16, 1024), _compiled(CYCLE)),
-        (SEVEN_B, Batch(4, 1024), _compiled(CYCLE)),
-    ):
-        row = time_way(way, shape, batch, bench, None, 5)
-        torch.cuda.empty_cache()
-        rows.append(row | {"tokens/s / the guides' 50": row["tokens/s"] / GUIDES if shape is HALF_B else None})
+    for shape, batch, way in wanted:
+        rows.append(time_way(way, shape, batch, bench, None, steps))
+        if bench.on_gpu:
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -227,7 +231,8 @@ def memories(bench: Bench) -> list[dict[str, Any]]:
     ways = LAST, CYCLE, FULL, CHECKPOINTED
     if bench.on_gpu:
         return weigh_all(ways, shape, batch, bench)
-    return weigh_all(ways[:3], shape, batch, bench) + weigh_all(ways, shipped_shape(), SMALL_BATCH, bench)
+    found = weigh_all(ways[: bench.pick(2, 3, None)], shape, batch, bench)
+    return found if bench.size == "quick" else found + weigh_all(ways, shipped_shape(), SMALL_BATCH, bench)
 
 
 def weigh_all(ways: Sequence[Way], shape: Shape, batch: Batch, bench: Bench) -> list[dict[str, Any]]:
@@ -260,19 +265,64 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     for row in rows:
         counting = {MAIN.name: "applications", KEEP.name: "FLOPs", CYCLE.name: "FLOPs"}.get(row["way"])
         if counting and row["model"] == rows[0]["model"]:  # the real shape
-            yield Check(f"{row['way']}: time / {counting}", row[f"time / {counting}"]["median"], most=WORK_BOUND)
+            at = f", {row['batch']}" if bench.on_gpu else ""
+            yield Check(f"{row['way']}{at}: time / {counting}", row[f"time / {counting}"]["median"], most=WORK_BOUND)
     found = memories(bench)
     yield Table("Memory of a step", found)
     for row in found:
         if row["way"] == CYCLE.name:
             what = f"{row['model']}: supervision of every cycle over none: peak memory"
             yield Check(what, row["peak / its first"], most=SUPERVISION_BOUND)
-    if bench.on_gpu:
-        yield from _guides(guides_rows(bench))
 
 
-def _guides(rows: list[dict[str, Any]]) -> Iterator[Table | Check]:
+@case("training_ways", "Other ways to train", sizes=("cuda",))
+def measure_ways(bench: Bench) -> Iterator[Table | Check]:
+    """As in the case before, of batches of 8 x 1,024: how far back gradients go, what is scored, checkpointing, the loop's shape, the
+    attention kernel, `--compile`.
+    """
+    shape, batch, ways = bench.pick((TOY, Batch(2, 32), MORE_WAYS[:1]), None, (HALF_B, Batch(8, 1024), MORE_WAYS))
+    yield Table("Time of a step over the donor's", in_turn(shape, batch, ways, bench, bench.pick(2, None, STEPS)))
+
+
+@case("training_sizes", "The guides' sizes", sizes=("cuda",))
+def measure_sizes(bench: Bench) -> Iterator[Table | Check]:
+    """Steps of `fit` as above, without a donor beside them, in the batches that the guides speak of; their promise was 50 tokens per second
+    for Qwen2-0.5B.
+    """
+    toy, small, large = (TOY, Batch(2, 32)), (HALF_B, Batch(4, 128)), (HALF_B, Batch(32, 1024))
+    rows = alone_rows(
+        bench,
+        bench.pick(
+            [(*toy, MAIN), (*toy, CYCLE)],
+            None,
+            [(*small, MAIN), (*small, _compiled(MAIN)), (*large, CYCLE), (*large, _compiled(CYCLE))],
+        ),
+        bench.pick(2, None, STEPS),
+    )
+    for row in rows:
+        row["tokens/s / the guides' 50"] = row["tokens/s"] / GUIDES
     yield Table("The guides' sizes", rows)
+    if bench.on_gpu:
+        yield from _promises(rows)
+
+
+@case("training_large", "Larger models", sizes=("cuda",))
+def measure_large(bench: Bench) -> Iterator[Table | Check]:
+    """Steps of `fit` as above, of compact models in the widths of larger donors."""
+    compiled = _compiled(CYCLE)
+    wanted = bench.pick(
+        [(TOY, Batch(2, 32), Way("L_layers 2", {"L_layers": 2}))],
+        None,
+        [
+            (ONE_AND_A_HALF_B, Batch(2, 128), Way("L_layers 6", {"L_layers": 6})),
+            (ONE_AND_A_HALF_B, Batch(16, 1024), compiled),
+            (SEVEN_B, Batch(4, 1024), compiled),
+        ],
+    )
+    yield Table("Larger models", alone_rows(bench, wanted, bench.pick(2, None, STEPS)))
+
+
+def _promises(rows: list[dict[str, Any]]) -> Iterator[Check]:
     at_4 = [row for row in rows if row["batch"] == "4 x 128"]
     at_32 = [row for row in rows if row["batch"] == "32 x 1024"]
     yield Check("4 x 128: tokens/s over the guides' 50", max(row["tokens/s"] for row in at_4) / GUIDES, least=200)

@@ -10,12 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from recipes.evidence.study import Figures, Row, Size, Study
-from recipes.shipped_donor import load_text
 from recursify.checkpoints.tokenizer import load_tokenizer
-from recursify.demo.prose import donor_folder
 from recursify.evaluation.text_loss import window_losses
 
 SEQ_LEN = 128
@@ -61,18 +57,24 @@ def rows() -> list[Row]:
 
 
 def study(size: Size) -> Study:
-    settings = {"seq_len": SEQ_LEN, "lr": 3e-4, "warmup_steps": 10, "dataset_name": "pydoc_data.topics"}
+    settings: dict[str, Any] = {"seq_len": SEQ_LEN, "lr": 3e-4, "warmup_steps": 10, "dataset_name": "pydoc_data.topics"}
 
+    # Imported in functions: whoever asks for the rows alone needs no datasets library.
     def donor(folder: Path) -> dict[str, Any]:
+        from recursify.demo.prose import donor_folder
+
         shutil.copytree(donor_folder(), folder)
         return {"name": "the donor that ships"}
 
     def text(tokenizer: Any) -> Any:
+        from recipes.shipped_donor import load_text
+        from recursify.demo.prose import donor_folder
+
         return load_text(load_tokenizer(str(donor_folder())), SEQ_LEN)
 
-    def train(tokenizer: Any, count: int) -> tuple[Dataset, Dataset]:
+    def train(tokenizer: Any, count: int) -> tuple[Any, Any]:
         found = text(tokenizer)
-        return found.train, found.validation
+        return found.train, found.validation.select(range(min(size.items, len(found.validation))))
 
     def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
         """Loss, and that of every window for paired differences."""

@@ -17,12 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recipes.evidence.study import Figures, Row, Size, Study, small_model
-from recursify.data.question_rows import question_rows
+from recipes.evidence.study import Figures, Row, Size, Study, rows_of_questions, small_model
 from recursify.data.tasks import Item, as_text, read
 from recursify.errors import UserError
 from recursify.evaluation.accuracy import evaluate_questions
@@ -55,7 +53,7 @@ def rows() -> list[Row]:
 
 
 def study(size: Size) -> Study:
-    settings = {
+    settings: dict[str, Any] = {
         "seq_len": SEQ_LEN, "lr": 2e-3, "warmup_steps": max(1, size.steps // 8), "weight_decay": 0.1, "lr_schedule": "wsd",
         "dataset_name": "scan:tasks_train_length.txt",
     }  # fmt: skip
@@ -64,16 +62,16 @@ def study(size: Size) -> Study:
         items, shape = commands("train"), size.donor
         tokenizer = make_tokenizer([as_text(item) for item in items])
         model = small_model(shape, len(tokenizer))
-        blocks = question_rows([item for item in items if item.difficulty <= EASY], tokenizer, SEQ_LEN)
+        blocks = rows_of_questions([item for item in items if item.difficulty <= EASY], tokenizer, SEQ_LEN)
         own = settings | {"max_steps": size.donor_steps, "batch_size": size.batch_size, "bf16": True, "generate_every": 0, "save_every": 0}
-        fit(model, tokenizer, blocks, blocks.select(range(size.batch_size)), TrainSettings(checkpoint="", **own), console=False)
+        fit(model, tokenizer, blocks, blocks[: size.batch_size], TrainSettings(checkpoint="", **own), console=False)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return {"trained_on": f"commands of up to {EASY} actions", "steps": size.donor_steps, **shape}
 
-    def train(tokenizer: Any, count: int) -> tuple[Dataset, Dataset]:
-        blocks = question_rows(commands("train"), tokenizer, SEQ_LEN)
-        return blocks, blocks.select(range(16))
+    def train(tokenizer: Any, count: int) -> tuple[Any, Any]:
+        blocks = rows_of_questions(commands("train"), tokenizer, SEQ_LEN)
+        return blocks, blocks[:16]
 
     return Study("scan", OURS, settings, rows(), donor, train, partial(measure, size.items))
 

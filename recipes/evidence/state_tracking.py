@@ -10,12 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from recipes.evidence.study import Figures, Row, Size, Study, small_model
-from recursify.data.question_rows import question_rows
+from recipes.evidence.study import Figures, Row, Size, Study, rows_of_questions, small_model
 from recursify.data.tasks import Item, generate
 from recursify.evaluation.accuracy import evaluate_questions
 from recursify.inference.options import DecodingOptions
@@ -71,7 +69,7 @@ def rows() -> list[Row]:
 
 
 def study(size: Size) -> Study:
-    settings = {
+    settings: dict[str, Any] = {
         "seq_len": LONG + EXTRA, "lr": 1e-3, "warmup_steps": size.steps // 10, "weight_decay": 0.1, "lr_schedule": "wsd",
         "dataset_name": f"permutations:difficulty={LONG}",
     }  # fmt: skip
@@ -81,19 +79,19 @@ def study(size: Size) -> Study:
         tokenizer = make_tokenizer()
         model = small_model(shape, len(tokenizer))
         words = generate("permutations", SHORT, size.donor_steps * size.batch_size // 2, 0)
-        blocks = question_rows(words, tokenizer, SHORT + EXTRA)
+        blocks = rows_of_questions(words, tokenizer, SHORT + EXTRA)
         own = settings | {
             "seq_len": SHORT + EXTRA, "lr": 1.5e-3, "warmup_steps": size.donor_steps // 15, "max_steps": size.donor_steps,
             "batch_size": size.batch_size, "bf16": True, "generate_every": 0, "save_every": 0,
         }  # fmt: skip
-        fit(model, tokenizer, blocks, blocks.select(range(size.batch_size)), TrainSettings(checkpoint="", **own), console=False)
+        fit(model, tokenizer, blocks, blocks[: size.batch_size], TrainSettings(checkpoint="", **own), console=False)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return {"trained_on": f"{len(words):,} words of {SHORT} letters", "steps": size.donor_steps, **shape}
 
-    def train(tokenizer: Any, count: int) -> tuple[Dataset, Dataset]:
-        blocks = question_rows(generate("permutations", LONG, count // 4, 1), tokenizer, LONG + EXTRA)
-        return blocks, blocks.select(range(min(16, len(blocks))))
+    def train(tokenizer: Any, count: int) -> tuple[Any, Any]:
+        blocks = rows_of_questions(generate("permutations", LONG, count // 4, 1), tokenizer, LONG + EXTRA)
+        return blocks, blocks[:16]
 
     def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
         return shares(model, tokenizer, generate("permutations", ASKED, size.items, 2, split="test"), depths)

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.record import provenance
 from recipes.evidence.rivals import replace_loop
 from recursify import convert
+from recursify.data.question_rows import question_columns
+from recursify.data.tasks import Item
 from recursify.training import TrainSettings, fit
 from recursify.training.cost import estimate
 from recursify.utils.device import choose_device
@@ -80,7 +81,7 @@ class Study:
         main: The name of the row whose FLOPs the donor is given, too.
         settings: Of training; rows change them.
         donor: Makes the donor, with its tokenizer, in a folder; what it returns is kept with the results.
-        train: Rows to fine-tune on; the second part is for validation (the sweep of the start gain reads it).
+        train: Rows to fine-tune on, each with `input_ids`; the second part is for validation (the sweep of the start gain reads it).
         measure: Figures of a model at all depths that are given; none for a donor.
         start_gain: Of our rows, but for those that change it.
     """
@@ -90,18 +91,25 @@ class Study:
     settings: dict[str, Any]
     rows: Sequence[Row]
     donor: Callable[[Path], dict[str, Any]]
-    train: Callable[[Any, int], tuple[Dataset, Dataset]]
+    train: Callable[[Any, int], tuple[Any, Any]]
     measure: Callable[[Any, Any, Sequence[int]], Figures]
     start_gain: float = 0.45
+
+
+def rows_of_questions(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
+    """Questions packed into rows, without the datasets library: a machine that is lent may not have it."""
+    columns = question_columns(items, tokenizer, seq_len)
+    return [{"input_ids": ids, "labels": labels} for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)]
 
 
 def small_model(shape: dict[str, Any], words: int) -> Qwen2ForCausalLM:
     """A donor before its pretraining, the same every time."""
     torch.manual_seed(0)
+    attention: Any = {"attn_implementation": "eager"}
     config = Qwen2Config(
         vocab_size=words, hidden_size=shape["hidden_size"], intermediate_size=shape["intermediate_size"], num_hidden_layers=shape["layers"],
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=False, eos_token_id=0,
-        bos_token_id=None, attn_implementation="eager",
+        bos_token_id=None, **attention,
     )  # fmt: skip
     return Qwen2ForCausalLM(config)
 
@@ -120,17 +128,10 @@ def run(
         processes: So many rows at once, on one core each.
     """
     study, where = make(size), choose_device(device)
-    folder = work / f"{study.name}-{size_name}-donor"
-    if not (folder / "made.json").exists():
-        _say(f"{study.name}: pretraining the donor")
-        began = time.monotonic()
-        told = study.donor(folder)
-        (folder / "made.json").write_text(json.dumps({**told, "seconds": round(time.monotonic() - began, 1)}))
+    folder = donor_folder(study, size_name, work)
+    make_donor(study, folder)
     file = output / f"{study.name}-{size_name}.json"
-    found = _earlier(file) | {
-        "study": study.name, "size": size_name, "settings": study.settings, "steps": size.steps, "batch_size": size.batch_size,
-        "donor": json.loads((folder / "made.json").read_text()), "machine": provenance(where),
-    }  # fmt: skip
+    found = earlier(file) | about(study, size_name, size, folder, where)
     jobs = [
         (make, size, number, seed, folder, str(where))
         for number, row in enumerate(study.rows)
@@ -138,9 +139,41 @@ def run(
         if (row.name in wanted if wanted else not _is_there(found, row, seed))
     ]
     for entry in _done(jobs, processes):
-        found["runs"] = [e for e in found["runs"] if (e["name"], e["seed"]) != (entry["name"], entry["seed"])] + [entry]
-        _write(file, found, study)
+        add(entry, found, file, study)
     return found
+
+
+def donor_folder(study: Study, size_name: str, work: Path) -> Path:
+    return work / f"{study.name}-{size_name}-donor"
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a donor is there, and whole."""
+    return (folder / "made.json").exists()
+
+
+def make_donor(study: Study, folder: Path) -> None:
+    """Pretrain the donor of a study, if it is not there."""
+    if is_made(folder):
+        return
+    _say(f"{study.name}: pretraining the donor")
+    began = time.monotonic()
+    told = study.donor(folder)
+    (folder / "made.json").write_text(json.dumps({**told, "seconds": round(time.monotonic() - began, 1)}))
+
+
+def about(study: Study, size_name: str, size: Size, folder: Path, device: torch.device) -> dict[str, Any]:
+    """What all rows of a file have in common, and where they were measured."""
+    return {
+        "study": study.name, "size": size_name, "settings": study.settings, "steps": size.steps, "batch_size": size.batch_size,
+        "donor": json.loads((folder / "made.json").read_text()), "machine": provenance(device),
+    }  # fmt: skip
+
+
+def add(entry: dict[str, Any], found: dict[str, Any], file: Path, study: Study) -> None:
+    """Put a run in the place of an earlier one of the same row and seed, and keep all."""
+    found["runs"] = [e for e in found["runs"] if (e["name"], e["seed"]) != (entry["name"], entry["seed"])] + [entry]
+    _write(file, found, study)
 
 
 def _done(jobs: Sequence[tuple[Any, ...]], processes: int) -> Iterator[dict[str, Any]]:
@@ -227,7 +260,8 @@ def _teacher(settings: TrainSettings, folder: Path, device: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).to(device) if settings.distill_weight else None
 
 
-def _earlier(file: Path) -> dict[str, Any]:
+def earlier(file: Path) -> dict[str, Any]:
+    """The `runs` of a file of results; none if it is not there."""
     return {"runs": json.loads(file.read_text())["runs"] if file.exists() else []}
 
 
@@ -238,7 +272,7 @@ def _is_there(found: dict[str, Any], row: Row, seed: int) -> bool:
 def _write(file: Path, found: dict[str, Any], study: Study) -> None:
     """What another process has added meanwhile stays."""
     own = {(entry["name"], entry["seed"]) for entry in found["runs"]}
-    found["runs"] += [entry for entry in _earlier(file)["runs"] if (entry["name"], entry["seed"]) not in own]
+    found["runs"] += [entry for entry in earlier(file)["runs"] if (entry["name"], entry["seed"]) not in own]
     order = [row.name for row in study.rows]
     found["runs"].sort(key=lambda entry: (order.index(entry["name"]) if entry["name"] in order else len(order), entry["seed"]))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Questions as token ids: training rows, and prompts with label positions for evaluation.
 
     question_rows(items, tokenizer, seq_len=128)     a table with `input_ids` and `labels`
+    question_columns(items, tokenizer, seq_len=128)  the same as lists, without the datasets library
     label_tokens(items[0], tokenizer)                ids of its prompt, and where in it which state is to be told
 
 What is trained is the answer, and for state tracking the state at every word: nothing is learnt about the words of a question, which are
@@ -10,13 +11,14 @@ random or given. A label stands at the place after the token that is to tell it,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from datasets import Dataset, Features, List, Value
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..network.losses import IGNORED
 from .tasks import Item, as_text, label_ends, prompt
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
 
 
 def question_rows(items: Sequence[Item], tokenizer: Any, seq_len: int) -> Dataset:
@@ -34,6 +36,13 @@ def question_rows(items: Sequence[Item], tokenizer: Any, seq_len: int) -> Datase
     Raises:
         UserError: An unsuitable tokenizer, or a question longer than a row.
     """
+    from datasets import Dataset  # here: labels and columns need no datasets
+
+    return Dataset.from_dict(question_columns(items, tokenizer, seq_len), features=row_features(seq_len))
+
+
+def question_columns(items: Sequence[Item], tokenizer: Any, seq_len: int) -> dict[str, list[list[int]]]:
+    """The columns of `question_rows`, which has the arguments and errors."""
     filler = (tokenizer.eos_token_id, IGNORED)
     rows: list[list[tuple[int, int]]] = [[]]
     known: dict[str, int | None] = {}
@@ -46,11 +55,12 @@ def question_rows(items: Sequence[Item], tokenizer: Any, seq_len: int) -> Datase
             rows.append([])
         rows[-1] += tokens
     filled = [row + [filler] * (seq_len - len(row)) for row in rows if row]
-    columns = {"input_ids": [[i for i, _ in row] for row in filled], "labels": [[label for _, label in row] for row in filled]}
-    return Dataset.from_dict(columns, features=row_features(seq_len))
+    return {"input_ids": [[i for i, _ in row] for row in filled], "labels": [[label for _, label in row] for row in filled]}
 
 
 def row_features(seq_len: int) -> Features:
+    from datasets import Features, List, Value
+
     return Features({name: List(Value("int32"), length=seq_len) for name in ("input_ids", "labels")})
 
 

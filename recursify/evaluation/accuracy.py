@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,9 +32,11 @@ from ..network.losses import read_out
 from ..utils.distributed import map_jobs
 from ..utils.models import evaluating
 from ..utils.tables import table
-from .settings import Judge
 from .statistics import mean_and_error
 from .text_loss import states_at
+
+if TYPE_CHECKING:
+    from .settings import Judge  # with the flags' own library, which measuring does without
 
 Labelled = tuple[list[int], list[int], list[int]]  # prompt ids; label positions; label ids
 

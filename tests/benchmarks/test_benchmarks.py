@@ -165,11 +165,12 @@ def test_an_unknown_case_is_refused_with_the_list(name: str, why: str, use: Use,
     assert ended.value.code == 2 and why in said and "first, second" in said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_missing_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_case_of_a_gpu_alone_is_refused_and_its_command_named(use: Use, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    use(named("graphs", one_row(1), ("cuda",)))
     with pytest.raises(SystemExit):
-        runner.main(["--device", "cuda"])
-    assert "torch finds no GPU here" in capsys.readouterr().err
+        runner.main(["graphs", "--output", str(tmp_path)])
+    assert "python -m benchmarks.gpu graphs" in capsys.readouterr().err
+    assert runner.main(["graphs", "--quick", "--output", str(tmp_path)]) == 0  # at toy size it runs anywhere
 
 
 # The page

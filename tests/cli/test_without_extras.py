@@ -50,9 +50,21 @@ print("done")
 """
 
 BENCHMARKS = """
+from pathlib import Path
+
 from benchmarks.case import registry
 
 assert not registry().missing, registry().missing
+from benchmarks import gpu
+from benchmarks.job_queue import Place
+
+place = Place("quick", Path(sys.argv[2]))
+jobs = {job.name: job for job in gpu.jobs("quick")}
+study = "evidence: state_tracking, "
+for name in (f"{study}the donor", f"{study}ours: keep_donor, H 3, L 1, seed 0"):
+    assert jobs[name].obstacle(place) is None
+    jobs[name].work(place, lambda data: None)
+assert "datasets" in jobs["evidence: prose, the donor"].obstacle(place)
 print("done")
 """
 
