@@ -194,6 +194,9 @@ def _sentences(model: Model) -> list[str]:
         rows = _together(model.questions(key))
         if len(rows) > 1:
             best, first = max(rows, key=lambda line: line["accuracy"]), rows[0]
+            if len({line["accuracy"] for line in rows}) == 1:
+                found.append(f"{model.name} answers as many of {_set_name(key)} at every cycle count: {_percent(first['accuracy'])}.")
+                continue
             opening = f"{model.name} answers most of {_set_name(key)} at {plural(best['H_cycles'], 'cycle')}, {_percent(best['accuracy'])}"
             found.append(f"{opening}: {_against_first(first, best, _percent(first['accuracy']))}.")
     return found
@@ -459,7 +462,7 @@ def _cycles(models: Sequence[Model]) -> str:
     tables = [_telemetry(model.name, model.text["telemetry"]) for model in models if model.text and model.text["telemetry"]]
     content: list[str] = [part for parts in tables for part in parts]
     explained = (
-        "Gain: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; broken: right, became "
+        "Loss drop: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; broken: right, became "
         "wrong. State moved: the distance between the two states that the head reads, over the length of the first."
     )
     return section("What the cycles do", paragraph(explained), *content) if content else ""

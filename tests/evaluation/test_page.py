@@ -160,6 +160,15 @@ def test_accuracy_has_a_line_for_each_cycle_count_and_the_donors() -> None:
     assert {"donor", "2 cycles, its own", "1 cycle"} <= theirs and "6 cycles" not in theirs
 
 
+def test_equal_accuracies_have_no_best_depth() -> None:
+    report = evaluation()
+    for line in report["questions"][0]["rows"]:
+        line["accuracy"] = 0.0
+    html = render(report)
+    assert "answers as many of permutations, 4 to 32 by 4" in html or "answers as many of permutations:difficulty=4-32/4" in html
+    assert "at every cycle count: 0.0" in html.replace("\N{NO-BREAK SPACE}", " ") and "answers most of babi" in html
+
+
 def test_accuracy_axis_is_0_to_100_percent() -> None:
     report = evaluation()
     for line in report["questions"][0]["rows"]:
