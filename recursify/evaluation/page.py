@@ -462,8 +462,8 @@ def _cycles(models: Sequence[Model]) -> str:
     tables = [_telemetry(model.name, model.text["telemetry"]) for model in models if model.text and model.text["telemetry"]]
     content: list[str] = [part for parts in tables for part in parts]
     explained = (
-        "Loss drop: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; broken: right, became "
-        "wrong. State moved: the distance between the two states that the head reads, over the length of the first."
+        "Loss drop: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; broken: right, "
+        "became wrong. State moved: the distance between the two states that the head reads, over the length of the first."
     )
     return section("What the cycles do", paragraph(explained), *content) if content else ""
 

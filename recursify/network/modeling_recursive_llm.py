@@ -193,7 +193,7 @@ class Recursion(nn.Module):
     def start(self, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`z_L` and `z_H` before the first cycle, each `[B, T, D]`."""
         L_init, H_init = self()
-        return e + L_init.to(e), e + H_init.to(e)
+        return e + L_init.to(e.device, e.dtype), e + H_init.to(e.device, e.dtype)
 
     def advance(
         self, e: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], block: Any, cycles: range, L_cycles: int

@@ -172,10 +172,10 @@ def shard(loss_module: Any, device: torch.device, *, reads_every_cycle: bool, me
 
 def _units(model: Any, reads_every_cycle: bool) -> list[nn.Module]:
     """The FSDP2 units besides the root: the layers that a pass applies once."""
-    names = model._no_split_modules or ()
-    layers = [module for module in model.modules() if type(module).__name__ in names]
     if not is_recursive(model):
-        return layers
+        names = model._no_split_modules or ()
+        return [module for module in model.modules() if type(module).__name__ in names]
+    layers = [*model.base_model.layers]
     first, end = model.config.prelude_layers, model.config.prelude_layers + model.config.L_layers
     return layers[:first] + ([] if reads_every_cycle else layers[end:])
 

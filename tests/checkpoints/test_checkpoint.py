@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -588,20 +589,21 @@ def test_failed_approval_changes_nothing(form: str, model: RecursiveLLM, saved: 
 @pytest.mark.parametrize("form", FORMS)
 def test_beside_files_are_renamed_last_after_fsync(form: str, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved, synced = list[str](), set[int]()
-    rename, fsync = Path.rename, os.fsync
+    moves, fsync = {name: getattr(Path, name) for name in ("rename", "replace")}, os.fsync
 
-    def renamed(self: Path, target: Path) -> Path:
+    def renamed(self: Path, target: Path, move: str) -> Path:
         if ".recursify-" not in str(target):
             moved.append(Path(target).name)
             files = [self] if self.is_file() else [*self.rglob("*")]
             assert {self.stat().st_ino, *(file.stat().st_ino for file in files)} <= synced, "renamed before it was on the disk"
-        return rename(self, target)
+        return moves[move](self, target)
 
     def noted(handle: int) -> None:
         synced.add(os.fstat(handle).st_ino)
         fsync(handle)
 
-    monkeypatch.setattr(Path, "rename", renamed)
+    for move in moves:
+        monkeypatch.setattr(Path, move, partialmethod(renamed, move=move))
     monkeypatch.setattr(os, "fsync", noted)
     (saved / "state.pt").write_text("old")
     checkpoint.save(
@@ -697,14 +699,15 @@ def test_an_interrupt_while_writing_changes_nothing(form: str, model: RecursiveL
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_rename_that_fails_changes_nothing(form: str, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, rename = listing(saved), Path.rename
+    before, moves = listing(saved), {name: getattr(Path, name) for name in ("rename", "replace")}
 
-    def stubborn(self: Path, target: Path) -> Path:
+    def stubborn(self: Path, target: Path, move: str) -> Path:
         if target == saved / form and self.name == form:
             raise PermissionError(13, "Permission denied")
-        return rename(self, target)
+        return moves[move](self, target)
 
-    monkeypatch.setattr(Path, "rename", stubborn)
+    for move in moves:
+        monkeypatch.setattr(Path, move, partialmethod(stubborn, move=move))
     with pytest.raises(UserError, match=r"could not be written: Permission denied"):
         checkpoint.save(saved / form, model, None)
     assert listing(saved) == before

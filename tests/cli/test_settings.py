@@ -1289,8 +1289,8 @@ class Measuring(Cases):
         assert self._tasks(max_items=7)[1]["max_items"] == 7
 
     def halt(self) -> None:
-        measured = self._measured(halt="entropy", cycles=(1, 3)).text.telemetry.halting
-        assert (measured.criterion, measured.H_cycles) == ("entropy", 3)
+        own = self._measured(halt="entropy", cycles=(1, 9)).text.telemetry.halting
+        assert own.criterion == "entropy" and own.H_cycles < 9
 
     def halt_threshold(self) -> None:
         assert self._measured(halt="kl", halt_threshold=0.25).text.telemetry.halting.threshold == 0.25
