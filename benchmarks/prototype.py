@@ -78,6 +78,7 @@ def fit_steps(model: Any, ids: Tensor, every_cycle: bool, steps: int) -> list[fl
         checkpoint="", seq_len=ids.shape[1], batch_size=len(rows), eval_batch_size=1, max_steps=1 + steps, warmup_steps=0, lr=1e-5,
         start_gain=0.2, generate_every=0, save_every=0, log_every=1000, device=ids.device.type, enable_deep_supervision=every_cycle,
         deep_supervision_schedule="constant", deep_supervision_weight=1.0, backprop="full",
+        bf16=ids.device.type == "cuda",  # as the prototype beside it
     )  # fmt: skip
     return steps_in_turn(model, rows * (1 + steps), settings, None)[0]
 

@@ -90,6 +90,7 @@ def settings_of(way: Way, batch: Batch, device: torch.device, steps: int) -> Tra
     return TrainSettings(
         checkpoint="", seq_len=batch.length, batch_size=batch.rows // batch.parts, grad_accum_steps=batch.parts, eval_batch_size=1,
         max_steps=steps, warmup_steps=0, lr=1e-5, generate_every=0, save_every=0, log_every=10**6, device=device.type, start_gain=0.2,
+        bf16=device.type == "cuda",  # as the donor beside it
         **way.flags,
     )  # fmt: skip
 
