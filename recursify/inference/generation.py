@@ -98,7 +98,7 @@ def generate_text(
     ids = prompt.ids
     row = Row(tokenizer, ids, {*end_tokens(model, tokenizer), *ends}, sampling.stop, on_text)
     cache = None if memory is None else memory.lookup(model, ids, sampling.resolved(model))
-    output, seconds = _write(model, tokenizer, [row], sampling, seed, should_stop, cache)
+    output, seconds = _write(model, tokenizer, [row], sampling, seed, should_stop, cache, keeps_cache=memory is not None)
     if memory is not None:
         memory.store(model, output.sequences[0].tolist(), sampling.resolved(model), output.past_key_values)
     return _results(model, [prompt.text], [row], sampling, output, seconds)[0]
@@ -162,8 +162,13 @@ def _write(
     seed: int | None,
     should_stop: Callable[[], bool] | None = None,
     cache: Any = None,
+    keeps_cache: bool = False,
 ) -> tuple[Any, dict[str, float]]:
-    """Generate into the rows; returns the output of `generate`, and the seconds of `Generated`. Prompts are left-padded."""
+    """Generate into the rows; returns the output of `generate`, and the seconds of `Generated`. Prompts are left-padded.
+
+    Args:
+        keeps_cache: Whether a conversation goes on with the cache afterwards, which a static one of this text's length cannot.
+    """
     ends = sorted(rows[0].ends)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
     width = max(len(row.prompt_ids) for row in rows)
@@ -171,8 +176,9 @@ def _write(
     batch = torch.tensor([[pad] * gap + row.prompt_ids for gap, row in zip(missing, rows, strict=True)], device=model.device)
     mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing], device=model.device)
     criterion, start = Rows(rows, width, should_stop), time.perf_counter()
-    config = sampling.as_transformers(ends, pad)
     _check_rotary_limit(model, width, sampling)
+    static = cache is None and not keeps_cache and sampling.uses_static_cache(model.device) and rotary_limit(model.config) is None
+    config = sampling.as_transformers(ends, pad, static)
     with evaluating(model), without_donor_settings(model), _seeded(seed, model.device):
         output = model.generate(
             batch,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Below this the distribution is one-hot, and dividing logits by less overflows.
 GREEDY_BELOW = 1e-5
 DRAFT_TOKENS = 16
+STATIC_CACHE_PAYS = 256  # new tokens from which a compilation of some seconds is worth it; a guess until a GPU has measured it
 CachePolicy = Literal["full", "last"]
 Halt = Literal["none", "q_head", "kl", "entropy"]
 
@@ -72,6 +73,9 @@ class DecodingOptions(EarlyExit):
     """Cycles per token; 0 is one plain pass. Default: that of the checkpoint."""
     cache_policy: CachePolicy = "full"
     """KV cache: full, one slot per layer application; last, one per layer, as small as that of a plain model, but an approximation."""
+    static_cache: bool | None = None
+    """Decode with a static KV cache and compiled passes: faster per token on a GPU, after some seconds of compilation. Default: on GPUs,
+    for 256 or more new tokens, without early exit, drafts or a conversation that goes on."""
     draft_cycles: int | None = None
     """Self-speculative decoding: draft tokens with N cycles (0: a plain pass) and verify them at full depth. Greedy output is
     identical in float32. Default: off."""
@@ -84,6 +88,8 @@ class DecodingOptions(EarlyExit):
             raise UserError(f"--H_cycles: expected at least 0 (0 is one plain pass), got {self.H_cycles}")
         _one_of("cache_policy", self.cache_policy, CachePolicy)
         super().validate()
+        if self.static_cache and self.halt != "none":
+            raise UserError(f"--static_cache: expected --halt none with it, got --halt {self.halt}, whose passes are of unequal depth")
         self._validate_drafting()
 
     def _validate_drafting(self) -> None:
@@ -95,6 +101,10 @@ class DecodingOptions(EarlyExit):
             return
         if self.draft_cycles < 0:
             raise UserError(f"--draft_cycles: expected at least 0 (0 is one plain pass), got {self.draft_cycles}")
+        if self.static_cache:
+            raise UserError(
+                "--draft_cycles: drafts take tokens back, which a static cache cannot; leave out --static_cache or --draft_cycles"
+            )
         for name, value, off in (("halt", self.halt, "none"), ("cache_policy", self.cache_policy, "full")):
             if value != off:
                 raise UserError(f"--draft_cycles: expected --{name} {off} with it, got --{name} {value}; leave out one of the two")
@@ -107,6 +117,7 @@ class DecodingOptions(EarlyExit):
         """
         own = {field.name: field.default for field in fields(DecodingOptions)}
         asked = {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
+        asked.pop("static_cache", None)  # in the generation config
         if self.draft_cycles is None:
             asked.pop("draft_tokens", None)
         else:
@@ -174,7 +185,14 @@ class Sampling(DecodingOptions):
             raise UserError("--stop: expected strings of at least one character, got ''")
         super().validate()
 
-    def as_transformers(self, ends: Sequence[int], pad: int) -> GenerationConfig:
+    def uses_static_cache(self, device: Any) -> bool:
+        """Whether a text on this `torch.device` that begins without a cache is decoded with a static one."""
+        if self.static_cache is not None:
+            return self.static_cache
+        pays = device.type == "cuda" and self.max_new_tokens >= STATIC_CACHE_PAYS
+        return pays and self.draft_cycles is None and self.halt == "none"
+
+    def as_transformers(self, ends: Sequence[int], pad: int, static_cache: bool = False) -> GenerationConfig:
         """As a GenerationConfig, for `generate` inside `without_donor_settings`: what is None here would be taken from the model's."""
         from transformers import GenerationConfig
 
@@ -187,6 +205,7 @@ class Sampling(DecodingOptions):
             eos_token_id=list(ends) or None,
             pad_token_id=pad,
             return_dict_in_generate=True,
+            cache_implementation="static" if static_cache else None,
             **choice,
         )
 

@@ -106,3 +106,9 @@ class ChatSettings(WriteSettings):
     """System message. Default: none."""
     forget_oldest: bool = False
     """When the conversation exceeds the context length, drop its oldest turns instead of stopping."""
+
+    def validate(self) -> None:
+        """As `WriteSettings.validate`."""
+        if self.static_cache:
+            raise UserError("--static_cache: a conversation goes on with its cache, which a static one cannot; leave it out")
+        super().validate()

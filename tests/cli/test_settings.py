@@ -901,6 +901,10 @@ class Writing(Cases):
     def cache_policy(self) -> None:
         assert self._wrote(cache_policy="last").effort == {"cache_policy": "last"}
 
+    def static_cache(self) -> None:
+        assert self._wrote(static_cache=True).config.cache_implementation == "static"
+        assert self._wrote().config.cache_implementation is None and self._wrote(static_cache=True).effort == {}
+
     def halt(self) -> None:
         assert self._wrote(halt="entropy").effort == {"halt": "entropy"}
 
@@ -1020,6 +1024,11 @@ class Chatting(Writing):
 
     def _read(self, found: SimpleNamespace) -> str:
         return self._world.tokenizer.decode(found.ids[0])
+
+    def static_cache(self) -> None:
+        with pytest.raises(UserError, match="--static_cache: a conversation goes on with its cache"):
+            self._wrote(static_cache=True)
+        assert self._wrote(static_cache=False).config.cache_implementation is None
 
     def system(self) -> None:
         assert self._read(self._wrote(system="Be brief.")) == f"Be brief.\n\nUser: {PROMPT}\nAssistant:"

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, StaticCache
 
 from recursify.checkpoints import checkpoint
 from recursify.conversion.convert import convert
@@ -24,6 +24,7 @@ from recursify.inference.cycle_table import recursive_steps
 from recursify.inference.early_exit import applications
 from recursify.inference.generation import Generated, decoding_stats, generate_batch, generate_text, speed_stats
 from recursify.inference.options import Sampling
+from recursify.inference.prefix_cache import PrefixCache
 from recursify.inference.prompt import check_ids, encode_prompt, end_tokens
 from recursify.inference.session import calibrated, load, run, write_once
 from recursify.inference.settings import GenerateSettings
@@ -453,6 +454,22 @@ def test_self_speculation_is_lossless_and_reports_acceptance(model: Any, tokeniz
     accepted = f"self-speculation: {got.accepted} of {got.drafted} drafted tokens accepted ({got.accepted / got.drafted:.0%})"
     off = f"; {got.undrafted} tokens without drafts, to compare or because drafts were slower" if got.undrafted else ""
     assert decoding_stats(got) == accepted + off
+
+
+@pytest.mark.parametrize("options", [{}, {"H_cycles": 1}, {"H_cycles": 4}, {"cache_policy": "last"}])
+def test_the_text_of_a_static_cache(model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
+    sampling = replace(GREEDY, max_new_tokens=8, **options)
+    static = replace(sampling, static_cache=True)
+    for prompts in (LONG_AND_SHORT[:1], LONG_AND_SHORT):
+        texts = [[one.text for one in generate_batch(model, tokenizer, prompts, each)] for each in (sampling, static)]
+        assert texts[0] == texts[1]
+
+
+def test_a_conversation_keeps_a_cache_that_can_grow(model: Any, tokenizer: Any) -> None:
+    memory = PrefixCache()
+    for prompt in ("The old", "The old lobster sails"):
+        generate_text(model, tokenizer, prompt, replace(GREEDY, max_new_tokens=4, static_cache=True), memory=memory)
+        assert not isinstance(memory.cache, StaticCache)
 
 
 def test_self_speculation_in_a_batch_counts_once(model: Any, tokenizer: Any) -> None:

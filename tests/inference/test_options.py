@@ -39,6 +39,8 @@ def donor() -> Any:
         ({"draft_tokens": 0}, "--draft_tokens: expected at least 1, got 0"),
         ({"draft_tokens": 4}, "--draft_tokens: expected --draft_cycles with it, got 4 and no --draft_cycles"),
         ({"draft_cycles": -1}, "--draft_cycles: expected at least 0 (0 is one plain pass), got -1"),
+        ({"halt": "kl", "static_cache": True}, "--static_cache: expected --halt none with it, got --halt kl"),
+        ({"draft_cycles": 1, "static_cache": True}, "--draft_cycles: drafts take tokens back, which a static cache cannot"),
         ({"draft_cycles": 1, "halt": "kl"}, "--draft_cycles: expected --halt none with it, got --halt kl; leave out one of the two"),
         ({"draft_cycles": 1, "cache_policy": "last"}, "--draft_cycles: expected --cache_policy full with it, got --cache_policy last"),
     ],
@@ -66,6 +68,18 @@ def test_contradictory_options_are_refused(options: dict[str, Any], message: str
 )
 def test_valid_options_pass(options: dict[str, Any]) -> None:
     DecodingOptions(**options).validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "uses"),
+    [
+        ({"max_new_tokens": 256}, "cuda", True), ({"max_new_tokens": 255}, "cuda", False), ({"max_new_tokens": 256}, "cpu", False),
+        ({"max_new_tokens": 256, "halt": "kl"}, "cuda", False), ({"max_new_tokens": 256, "draft_cycles": 0}, "cuda", False),
+        ({"max_new_tokens": 9, "static_cache": True}, "cpu", True), ({"max_new_tokens": 999, "static_cache": False}, "cuda", False),
+    ],
+)  # fmt: skip
+def test_a_static_cache_is_used_where_it_pays_or_is_asked_for(options: dict[str, Any], device: str, uses: bool) -> None:
+    assert Sampling(**options).uses_static_cache(torch.device(device)) is uses
 
 
 def test_only_explicit_options_reach_generate(model: Any) -> None:
