@@ -213,7 +213,7 @@ async def _answers(served: Any, H: int, jobs: list[Any]) -> list[list[int]]:
         if event is None:
             done[number].set()
         else:
-            found[number] += event
+            found[number] += [token.id for token in event]
 
     served.batchers[H].start()
     for number, job in enumerate(jobs):
