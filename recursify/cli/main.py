@@ -8,6 +8,7 @@ are read and checked, nothing imports torch or transformers, which takes seconds
 from __future__ import annotations
 
 import contextlib
+import difflib
 import itertools
 import json
 import math
@@ -150,7 +151,7 @@ def inspect(argv: Argv = None) -> None:
 
 
 def export(argv: Argv = None) -> None:
-    """Write a folder for the Hugging Face hub, or the plain donor, and upload it."""
+    """Write a folder for the Hugging Face hub, or the layers as a plain model; with --push, upload it."""
     from ..hub.settings import ExportSettings
 
     def job(settings: ExportSettings) -> None:
@@ -181,6 +182,8 @@ JOBS: dict[str, Callable[[Argv], None]] = {
 def main(argv: Argv = None) -> None:
     """`recursify COMMAND [flags]`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
     elif words[0] == "--version":
@@ -190,7 +193,9 @@ def main(argv: Argv = None) -> None:
     elif words[0] in JOBS:
         JOBS[words[0]](words[1:])
     else:
-        _fail(f"recursify: unknown command {words[0]!r}; expected one of {', '.join(JOBS)}")
+        near = difflib.get_close_matches(words[0], JOBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(JOBS)}"
+        _fail(f"recursify: unknown command {words[0]!r}; {hint}")
 
 
 def _overview() -> str:
@@ -228,7 +233,7 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
     if file is not None:
         values = read_section(file, job, settings_class)
     given = _value_of("--checkpoint", words)
-    if given is not None and "checkpoint" not in settings_class.__dataclass_fields__:  # type: ignore[attr-defined]
+    if job == "train" and given is not None and "checkpoint" not in settings_class.__dataclass_fields__:  # type: ignore[attr-defined]
         raise UserError(f"--checkpoint: not used by this approach, which starts from a donor: name one with --model_name; got {given}")
     return flags.parse(settings_class, as_ours(words, settings_class) if job.startswith("train") else words, job, prog, values, extra)
 

@@ -229,6 +229,8 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     check = done.check
     for line in _verdict(check, settings):
         say(line)
+    if settings.H_cycles == 0:
+        say("! 0 cycles: the recursion is never run, so this model cannot be trained; --H_cycles 1 or more makes one that can")
     if plan.dropped:
         say(
             f"! {len(plan.dropped)} of the donor's {plan.donor_layers} layers are dropped: the model is not the donor until it is trained "

@@ -22,7 +22,8 @@ class LoopSettings(Options):
     H_cycles: int = 3
     """Cycles. Logits are available after each."""
     L_cycles: int = 3
-    """Updates of z_L per cycle. The block is applied H_cycles * (L_cycles + 1) times."""
+    """Updates of the scratch state z_L per cycle, before the one of z_H, which is read out. The block is applied
+    H_cycles * (L_cycles + 1) times."""
 
 
 @dataclass(kw_only=True)
@@ -32,8 +33,8 @@ class ConvertSettings(LoopSettings, TokenizerSource, Revision, JsonOutput):
     qwen_model: str = "Qwen/Qwen2-0.5B"
     """The donor: a hub id, or a folder with config.json and safetensors. Qwen2, Qwen2.5, Qwen3, Llama, Mistral, SmolLM3, OLMo2 or Phi3."""
     seq_len: int | None = None
-    """Longest sequence that you plan to use: checked against the donor's number of positions, and recorded. Default: 512, or the donor's
-    positions if those are fewer."""
+    """Longest sequence that you plan to use: only checked against the donor's number of positions, and recorded; training has a --seq_len
+    of its own. Default: 512, or the donor's positions if those are fewer."""
     layer_selection: Literal["uniform", "first", "last", "middle", "stride", "auto"] | None = None
     """Which donor layers are looped; auto probes every start and keeps all layers. Default: uniform, or middle with --keep_donor."""
     calibration_file: str | None = None

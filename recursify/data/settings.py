@@ -20,7 +20,8 @@ class TextSource(Options):
 
     dataset_name: str = "wikitext"
     """Hub dataset (wikitext is Salesforce/wikitext), a local .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a question
-    set such as permutations:difficulty=2-8, to train on its answers."""
+    set such as permutations:difficulty=2-8 or gsm8k:train.jsonl, to train on its answers. A .txt file is one document, unless lines
+    <|endoftext|> divide it."""
 
     dataset_config_name: str | None = None
     """Configuration of the hub dataset. Default: wikitext-2-raw-v1 for wikitext."""

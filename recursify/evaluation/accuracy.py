@@ -100,7 +100,7 @@ class QuestionsReport:
 
 def column(H_cycles: int | None, halt: str | None) -> str:
     """The column heading of a run."""
-    name = "donor" if H_cycles is None else f"H_cycles {H_cycles}"
+    name = "plain" if H_cycles is None else f"H_cycles {H_cycles}"
     return f"<= {H_cycles}, {halt}" if halt else name
 
 

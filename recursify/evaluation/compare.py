@@ -178,7 +178,7 @@ def _question_row(line: QuestionDifference) -> tuple[str, ...]:
 
 
 def _cycles(H_cycles: int | None) -> str:
-    return "donor" if H_cycles is None else str(H_cycles)
+    return "plain" if H_cycles is None else str(H_cycles)
 
 
 def run(settings: CompareSettings) -> Comparison:

@@ -210,7 +210,7 @@ class TextReport:
         ]
         rows = []
         for row in self.rows:
-            name = "donor" if row.H_cycles is None else str(row.H_cycles)
+            name = "plain" if row.H_cycles is None else str(row.H_cycles)
             error = "-" if row.standard_error is None else f"{row.standard_error:.4f}"
             bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
             mark = "<- the checkpoint's own" if row.H_cycles is not None and row.H_cycles == own else ""

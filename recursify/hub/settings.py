@@ -23,7 +23,7 @@ class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
     out: tyro.conf.Positional[str]
     """Where to write: a new folder, or one that holds a recursive model, which is replaced."""
     donor: bool = False
-    """Write prelude, loop and coda as a plain model of the donor's architecture: the recursive model at 0 cycles."""
+    """Write prelude, loop and coda, as they are trained, as a plain model of the donor's architecture: the recursive model at 0 cycles."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights. Default: that of the checkpoint."""
     max_shard_size: str = MAX_SHARD_SIZE

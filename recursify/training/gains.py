@@ -95,20 +95,21 @@ def start_gains(
     rows = [blocks[i] for i in range(count)]
     batches = [collate(rows[i : i + settings.batch_size]) for i in range(0, count, settings.batch_size)]
     runs = 1 + len(CANDIDATES)
-    announce(f"Choosing the initial gain: up to {runs} passes over {count} validation sequences (--start_gain skips this)")
+    announce(f"Choosing the start gain: up to {runs} passes over {count} validation sequences (--start_gain skips this)")
     passes = runs * len(batches)
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=bool(settings.bf16)),
-        tqdm(total=passes, desc="Initial gain", disable=not PartialState().is_main_process or None, leave=False, file=sys.stderr) as bar,
+        tqdm(total=passes, desc="Start gain", disable=not PartialState().is_main_process or None, leave=False, file=sys.stderr) as bar,
     ):
         gain, sweep = calibrate(model, HeldOutLoss(LossModule(model, objective=loss_module.objective), batches, device, bar.update))
     (gain,) = broadcast_object_list([gain])  # from the first rank: rounding may differ between ranks
     set_gains(model, gain)
     tried = ", ".join(f"{g:g}: {cost:+.4f}" for g, cost in sweep)
-    why = f"the largest whose validation loss is at most {MAX_COST:g} above that of gain 0, at which the loop hardly learns"
+    why = f"the largest that raises the validation loss by at most {MAX_COST:g} nats"
     if sweep[-1][1] > MAX_COST:
-        why = f"the smallest: all are more than {MAX_COST:g} above the loss at gain 0, as expected of a compact model"
-    announce(f"Initial gain {gain:g}, {why} ({tried}); --start_gain sets another")
+        why = f"the smallest: all raise the validation loss by more than {MAX_COST:g} nats, as expected of a compact model"
+    hint = "with a larger one the loop learns more: --start_gain sets it" if gain < CANDIDATES[0] else "--start_gain sets another"
+    announce(f"Start gain {gain:g}, {why} (tried: {tried}); {hint}")
 
 
 class HeldOutLoss:

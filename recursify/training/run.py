@@ -85,7 +85,8 @@ def train(settings: RunSettings) -> TrainResult:
     count = "a stream of" if settings.streaming else f"{len(blocks.train):,}"
     announce(f"{count} training and {len(blocks.validation):,} validation sequences of {settings.seq_len} tokens: {total:,} steps")
     if warmup_of(settings, total) != settings.warmup_steps:
-        announce(f"--warmup_steps {settings.warmup_steps} exceeds half of the {total:,} steps: using {warmup_of(settings, total)}")
+        used = warmup_of(settings, total)
+        announce(f"Warm-up of {used} steps: {settings.warmup_steps} (--warmup_steps) exceed half of the {total:,} steps")
     teacher = _load_teacher(settings, loaded, device)
     if settings.dry_run:
         settings = choose_autocast(settings, loaded.model.config, device)
@@ -93,7 +94,7 @@ def train(settings: RunSettings) -> TrainResult:
         if PartialState().is_main_process:
             print(cost.render())
             if swept := sweep_length(loaded.model, blocks.validation or blocks.train, settings):
-                print(f"\nbefore the first step, the initial gain is chosen on {swept} validation sequences (--start_gain skips this)")
+                print(f"\nbefore the first step, the start gain is chosen on {swept} validation sequences (--start_gain skips this)")
         return TrainResult(None, None)
     data = fingerprint(blocks.train, settings)
     if point is not None:

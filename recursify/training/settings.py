@@ -97,7 +97,8 @@ class Recursion(Options):
     backprop: Literal["full", "cycle", "last"] = "full"
     """Backpropagate through all cycles (full), each separately at the memory of one (cycle), or the last only (last, as in TRM)."""
     start_gain: float | None = None
-    """Initial gains. Default: unchanged; if all are 0, the largest of 0.45 to 0.05 that raises the validation loss by at most 0.02 nats."""
+    """Start value of the gains, -0.45 to 0.45. Default: unchanged; if all are 0, the largest of 0.45 to 0.05 that raises the validation
+    loss by at most 0.02 nats."""
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ def imported(*words: str) -> tuple[int, str, set[str]]:
     return done.returncode, "\n".join(line for line in lines if not line.startswith("import time:")), modules
 
 
-@pytest.mark.parametrize("command", [[], ["--version"], *([job, "--help"] for job in JOBS)], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["--version"], ["help", "train"], *([job, "--help"] for job in JOBS)], ids=" ".join)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     status, errors, modules = imported("-m", "recursify", *command)
     assert (status, errors) == (0, "") and "recursify.cli.main" in modules
@@ -46,7 +46,8 @@ def test_help_of_the_scripts_of_the_guides(script: str) -> None:
         ("evaluate --checkpoint x --cycles 2 2", "error: --cycles: expected whole numbers of at least 0, each once"),
         ("serve --checkpoint x --port 70000", "error: --port: expected 0 to 65535"),
         ("compare a", "error: recursify compare: expected at least two checkpoints"),
-        ("nothing", "error: recursify: unknown command 'nothing'"),
+        ("nothing", "error: recursify: unknown command 'nothing'; expected one of"),
+        ("trian", "error: recursify: unknown command 'trian'; did you mean train?"),
     ],
 )
 def test_errors_in_flags_import_nothing_heavy(words: str, message: str) -> None:

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recursify.data.documents import hold_out, join_articles, read_files, split_of, split_text
+from recursify.data.documents import hold_out, join_articles, load_documents, read_files, split_of, split_text
+from recursify.data.settings import TextSource
+from recursify.errors import UserError
 from tests.support import tiny
 from tests.support.corpora import load, says, table, texts, write_jsonl
 from tests.support.hub_stand_in import HubStandIn
@@ -449,3 +451,9 @@ class TestErrors:
         hub.add_dataset("your/blank", tmp_path)
         with says("your/blank", "holds no text"):
             load("your/blank")
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "babi"])
+def test_a_format_of_questions_without_its_file_is_not_asked_of_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match=f"--dataset_name: {name} is read from its files: {name}:FILE, or {name}:OWNER/NAME/PATH"):
+        load_documents(TextSource(dataset_name=name))

@@ -252,7 +252,7 @@ CASES: dict[str, dict[str, Case]] = {
             f"{TRAIN} --output_dir runs/long --seq_len 64 --start_gain 0.1 --resume",
             before=(f"{TRAIN} {QUICK.replace('--save_every 0', '--save_every 1')} --output_dir runs/long",),
         ),
-        "Initial gain 0.05": Case(
+        "Start gain 0.05": Case(
             "recursify train --checkpoint touchy.pt --max_steps 1 --save_every 0",
             before=("recursify convert --qwen_model touchy --L_layers 2 --output_path touchy.pt",),
             prepare=lambda: [
@@ -260,7 +260,7 @@ CASES: dict[str, dict[str, Case]] = {
                 torch.manual_seed(0),  # of the initial states: others may lower the loss of such a donor by chance
             ],
         ),
-        "--warmup_steps 100": Case(f"{TRAIN} {QUICK} --dry_run"),
+        "Warm-up of": Case(f"{TRAIN} {QUICK} --dry_run"),
         "--resume: no checkpoint": Case(f"{TRAIN} --resume --dry_run --output_dir runs/none"),
         "step": Case(f"{TRAIN} --start_gain 0.1 --lr 1e30 --max_steps 3 --output_dir runs/hot"),
         "The validation loss": Case(

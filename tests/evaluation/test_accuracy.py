@@ -71,7 +71,7 @@ def test_a_plain_donor_has_one_run() -> None:
         (None, None, 1, None),
         (None, 1, 1, None),
     ]
-    assert "donor" in report.lines()[2]
+    assert "plain" in report.lines()[2]
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *texts: str) -> list[Sampling]:

@@ -154,8 +154,8 @@ def test_all_models_and_depths_are_ranked() -> None:
     text, answers = (
         shown[shown.index(start) :].split("\n\n")[0].splitlines() for start in ("all depths, the best", "addition, all depths")
     )
-    assert [line.split()[:3] for line in text[1:]] == [["ours", "2", "3.4250"], ["base", "donor", "3.5000"], ["ours", "1", "9.0000"]]
-    assert [line.split() for line in answers[2:]] == [["ours", "2", "66.7"], ["base", "donor", "33.3"], ["ours", "1", "0.0"]]
+    assert [line.split()[:3] for line in text[1:]] == [["ours", "2", "3.4250"], ["base", "plain", "3.5000"], ["ours", "1", "9.0000"]]
+    assert [line.split() for line in answers[2:]] == [["ours", "2", "66.7"], ["base", "plain", "33.3"], ["ours", "1", "0.0"]]
     other = measured("other", None, [2.0, 3.0], key="another")
     assert "all depths, the best first  " not in both(other, BASE).render()  # losses on other windows are not put in an order
 

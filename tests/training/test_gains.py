@@ -110,14 +110,14 @@ def test_a_converted_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> 
     assert gain in CANDIDATES and gain < CANDIDATES[0]
     assert gain == CANDIDATES[-1] or cost(gain) <= MAX_COST
     assert cost(CANDIDATES[CANDIDATES.index(gain) - 1]) > MAX_COST
-    assert f"Initial gain {gain:g}" in said and "--start_gain" in said and held.shape == (5, SEQ_LEN)
+    assert f"Start gain {gain:g}" in said and "--start_gain" in said and held.shape == (5, SEQ_LEN)
 
 
 @pytest.mark.parametrize(
     ("sweep", "why"),
     [
-        ([(0.45, 1.0), (0.2, MAX_COST)], "the largest whose validation loss is at most 0.02 above that of gain 0"),
-        ([(0.2, MAX_COST * 1.001)], "the smallest: all are more than 0.02 above the loss at gain 0"),
+        ([(0.45, 1.0), (0.2, MAX_COST)], "the largest that raises the validation loss by at most 0.02 nats"),
+        ([(0.2, MAX_COST * 1.001)], "the smallest: all raise the validation loss by more than 0.02 nats"),
     ],
 )
 def test_calibration_is_logged(
@@ -127,7 +127,7 @@ def test_calibration_is_logged(
     _, said = start_of(recursive(gain_init=0.0), capsys)
     tried = ", ".join(f"{gain:g}: {cost:+.4f}" for gain, cost in sweep)
     said = " ".join(said.split())
-    assert f"gain 0.2, {why}" in said and f"({tried}); --start_gain" in said
+    assert f"Start gain 0.2, {why}" in said and f"(tried: {tried}); with a larger one the loop learns more: --start_gain" in said
 
 
 def test_trained_gains_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

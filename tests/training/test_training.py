@@ -331,7 +331,7 @@ def test_resume_skips_a_truncated_checkpoint(files: TrainSettings, tmp_path: Pat
 
 def test_short_runs_warm_up_for_a_tenth_of_their_steps(files: TrainSettings, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(replace(files, num_epochs=4, warmup_steps=100, save_every=0))
-    assert "--warmup_steps 100 exceeds half of the" in capsys.readouterr().err
+    assert "100 (--warmup_steps) exceed half of the" in capsys.readouterr().err
     assert logged(result.fit, "learning_rate")[:2] == pytest.approx([0.5e-3, 1e-3])
 
 
@@ -622,9 +622,9 @@ def test_dry_run_prints_the_estimated_cost(files: TrainSettings, capsys: pytest.
     assert re.search(rf"steps +6\ntokens +{6 * 4 * 32}\nFLOPs +\S+e\+\d\d", out) and "optimizer" in out
     gains_of(files.checkpoint, 0.0)
     train(replace(files, dry_run=True))
-    assert "before the first step, the initial gain is chosen on" in capsys.readouterr().out
+    assert "before the first step, the start gain is chosen on" in capsys.readouterr().out
     train(replace(files, dry_run=True, start_gain=0.1))
-    assert "initial gain" not in capsys.readouterr().out
+    assert "start gain" not in capsys.readouterr().out
 
 
 def test_token_budgets(files: TrainSettings) -> None:
