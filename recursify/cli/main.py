@@ -217,11 +217,12 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
         UserError: As `read_section`.
     """
     from . import flags
-    from .habits import as_ours
+    from .habits import as_ours, check_foreign
 
     words = list(sys.argv[1:] if argv is None else argv)
     prog = None if argv is None else f"recursify {job}"
     if job not in JOB_SECTIONS:
+        check_foreign(words, settings_class, job)
         return flags.parse(settings_class, words, job, prog)
     file = _value_of("--config", words)
     extra: dict[str, tuple[Any, Any]] = {"config": (None, flags.CONFIG)}
@@ -233,6 +234,7 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
     if file is not None:
         values = read_section(file, job, settings_class)
     given = _value_of("--checkpoint", words)
+    check_foreign(words, settings_class, job)
     if job == "train" and given is not None and "checkpoint" not in settings_class.__dataclass_fields__:  # type: ignore[attr-defined]
         raise UserError(f"--checkpoint: not used by this approach, which starts from a donor: name one with --model_name; got {given}")
     return flags.parse(settings_class, as_ours(words, settings_class) if job.startswith("train") else words, job, prog, values, extra)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recursify.cli import main as cli
-from recursify.cli.habits import as_ours
+from recursify.cli.habits import INSTEAD, as_ours
+from recursify.conversion.settings import ConvertSettings, InspectSettings
 from recursify.errors import UserError
-from recursify.evaluation.settings import CompareSettings
+from recursify.evaluation.settings import CompareSettings, EvaluateSettings
 from recursify.hub.export import ExportSettings
-from recursify.inference.settings import GenerateSettings
-from recursify.training import TrainSettings
+from recursify.inference.settings import ChatSettings, GenerateSettings
+from recursify.serving.settings import ServeSettings
+from recursify.training import HybridSettings, TrainSettings
+from recursify.utils.options import OTHER_NAMES
 
 WORDS = ["--checkpoint", "x.pt"]
 
@@ -74,6 +79,27 @@ def test_commands_with_positional_arguments_keep_their_switches() -> None:
 def test_a_value_that_looks_like_a_flag_stays_one_word() -> None:
     assert cli.parse("generate", GenerateSettings, [*WORDS, "--prompt=--foo"]).prompt == "--foo"
     assert cli.parse("train", TrainSettings, [*WORDS, "--generation_prompt=--bf16 True=1"]).generation_prompt == "--bf16 True=1"
+
+
+COMMANDS: dict[str, Any] = {
+    "convert": ConvertSettings, "train": TrainSettings, "generate": GenerateSettings, "chat": ChatSettings, "serve": ServeSettings,
+    "evaluate": EvaluateSettings, "compare": CompareSettings, "inspect": InspectSettings, "export": ExportSettings,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("job", "flag"), [(job, flag) for job, flags in INSTEAD.items() for flag in flags])
+def test_flags_of_other_tools_and_commands_name_ours(job: str, flag: str) -> None:
+    """And what is named is a flag of that command, or of the command that is named."""
+    with pytest.raises(UserError, match=f"^--{flag}: not a flag of {job}; instead: ") as refused:
+        cli.parse(job, COMMANDS[job], [f"--{flag}", "x"])
+    known = {field.name for settings in COMMANDS.values() for field in dataclasses.fields(settings)} | set(OTHER_NAMES.values())
+    named = re.findall(r"--(\w+)", str(refused.value).partition("instead: ")[2])
+    assert set(named) <= known and flag not in {field.name for field in dataclasses.fields(COMMANDS[job])}
+
+
+def test_a_foreign_name_as_a_value_is_a_value() -> None:
+    assert cli.parse("generate", GenerateSettings, [*WORDS, "--prompt=--cycles"]).prompt == "--cycles"
+    assert cli.parse("train", HybridSettings, ["--approach", "hybrid", "--H_cycles", "2"]).H_cycles == 2
 
 
 def test_a_flag_under_two_names_in_a_recipe_is_refused(tmp_path: Path) -> None:
