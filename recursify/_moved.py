@@ -20,7 +20,7 @@ from typing import Any
 # Old module -> modules that have its names now, in the order of the search.
 MOVED = {
     "accuracy_chart": ("reports.accuracy_chart",),
-    "answers": ("evaluation.accuracy",),
+    "answers": ("evaluation.accuracy", "evaluation.settings"),
     "blocks": ("data.blocks",),
     "charts": ("reports.charts",),
     "chat": ("inference.chat",),

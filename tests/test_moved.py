@@ -49,6 +49,7 @@ def test_old_name_resolves_with_a_deprecation_warning(old: str, name: str, place
     [
         ("effort", "Effort", "inference.options", "DecodingOptions"),
         ("memory", "Memory", "inference.prefix_cache", "PrefixCache"),
+        ("answers", "Judge", "evaluation.settings", "Judge"),
         ("answers", "ask", "evaluation.accuracy", "evaluate_questions"),
         ("sharing", "in_turns", "utils.distributed", "map_jobs"),
         ("evaluation", "load_any", "checkpoints.loading", "load_model"),

@@ -28,7 +28,7 @@ from .settings import DonorSettings, RunSettings
 CANDIDATES = (0.45, 0.2, 0.1, 0.05)  # descending; the first is the largest possible gain
 MAX_COST = 0.02  # increase of the loss of the last cycle over gain 0, in nats per token
 CALIBRATION_TOKENS = 8192  # with fewer, the cost varied by 0.04 nats between texts
-CERTAIN_TOKENS, CERTAIN_COST = 1024, 0.2  # ten times MAX_COST is seen on fewer
+CERTAIN_TOKENS, CERTAIN_COST = 1024, 0.2  # a guess: ten times MAX_COST is beyond what texts differ by
 
 
 def injections(model: Any) -> list[AnchoredInjection]:

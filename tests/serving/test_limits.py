@@ -13,18 +13,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.support.served import PROMPTS, Running, chatty_tokenizer, running, soon, speaking_model, text_of
+from tests.support.served import PROMPTS, Running, running, soon, text_of
 from tests.support.tiny import sentences
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return chatty_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return speaking_model(tmp_path_factory.mktemp("speaking"))
 
 
 @pytest.fixture

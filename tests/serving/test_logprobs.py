@@ -12,21 +12,11 @@ import torch
 
 from recursify.serving.logprobs import Spelling, TextLog
 from recursify.serving.sampling import Logged
-from tests.support.served import PROMPTS, Running, chatty_tokenizer, ids_of, running, speaking_model
+from tests.support.served import PROMPTS, Running, ids_of, running
 from tests.support.tiny import make_tiny_tokenizer
 from tests.support.tokenizers import sentencepiece_like
 
 CLOSE = {"rel": 1e-4, "abs": 1e-4}  # a batch rounds sums differently
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return chatty_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return speaking_model(tmp_path_factory.mktemp("speaking"))
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,10 @@ import openai
 import pytest
 
 from recursify.serving.settings import API_KEY
-from tests.support.served import Running, chatty_tokenizer, running, speaking_model
+from tests.support.served import Running, running
 from tests.support.tiny import make_tiny_tokenizer
 
 DEPTHS = (1, 3, 0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return chatty_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return speaking_model(tmp_path_factory.mktemp("speaking"))
 
 
 @pytest.fixture(scope="module")

@@ -22,21 +22,11 @@ import torch
 from recursify.serving import ServeSettings
 from recursify.serving.answering import Answer
 from recursify.serving.engine import Request
-from tests.support.served import PROMPTS, Running, chatty_tokenizer, ids_of, running, soon, speaking_model, text_of
+from tests.support.served import PROMPTS, Running, ids_of, running, soon, text_of
 from tests.support.tiny import tiny_model
 
 DEPTHS = (1, 3, 0)
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return chatty_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return speaking_model(tmp_path_factory.mktemp("speaking"))
 
 
 @pytest.fixture(scope="module")
