@@ -39,7 +39,7 @@ from .fitting import FitResult, fit, result_of
 from .gains import sweep_length
 from .optimizers import warmup_of
 from .parallel import announce, check_launch, describe_launch, processes
-from .saving import RUN, STATE, Saver, best_name, make_folder, resume_points, state_folder, step_of
+from .saving import RUN, STATE, Saver, best_name, keep_previous, make_folder, resume_points, state_folder, step_of
 from .settings import DonorSettings, RunSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ def train(settings: RunSettings) -> TrainResult:
         state = TrainerState.load_from_json(str(state_folder(point) / STATE))
         return TrainResult(best, result_of(state, interrupted=False))
 
-    if best.exists() and point is None:
-        announce(f"{best} already exists and will be overwritten by the best model of this run; another --output_dir keeps both")
     make_folder(settings.folder)
+    if best.exists() and point is None:
+        announce(f"{best} is of an earlier run; it is kept as {keep_previous(best).name}, the last one before this run")
     notes = {**loaded.notes, "approach": settings.approach}
     saver = Saver(settings.folder, tokenizer, loaded.model.dtype, loaded.plan, notes, settings.keep_last, data)
     result = fit(loaded.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)

@@ -2,6 +2,7 @@
 
     qwen_recursive_finetuned_best.pt   the weights with the lowest validation loss, in the dtype they were loaded in; of another family,
                                        such as llama, llama_recursive_finetuned_best.pt
+    ..._best_previous.pt               the best model that an earlier run left in the folder
     checkpoint_step_N.pt               the weights after optimizer step N, likewise
     checkpoint_step_N_state/           further state for a resume: optimizer, schedule, random states of each rank; the float32 weights if
                                        those in the .pt are rounded or averaged
@@ -56,6 +57,21 @@ def best_name(config: Any) -> str:
     """File name of the best model of a run, after the donor's family."""
     family = config.model_type.removeprefix(PREFIX)
     return BEST if family.startswith("qwen") else BEST.replace("qwen", re.sub("[^a-z0-9]", "", family.lower()), 1)
+
+
+def keep_previous(best: Path) -> Path:
+    """Rename the best model of an earlier run, and its tokenizer, before a new run writes its own; return its new path.
+
+    One is kept: that of the run before it is replaced.
+    """
+    previous = best.with_stem(f"{best.stem}_previous")
+    if PartialState().is_main_process:
+        best.replace(previous)
+        own, kept = checkpoint.tokenizer_folder(best), checkpoint.tokenizer_folder(previous)
+        if own.is_dir():
+            shutil.rmtree(kept, ignore_errors=True)
+            own.rename(kept)
+    return previous
 
 
 def training_notes(settings: RunSettings, state: TrainerState) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, fields
-from typing import Literal, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 from ..errors import UserError
 from .typed import typed
@@ -38,7 +39,17 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
 
 @dataclass(kw_only=True)
 class Options:
-    """What all settings are: fields of the types that they declare, wherever the values come from."""
+    """What all settings are: known fields of the types that they declare, wherever the values come from."""
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        """Refuse unknown names in our words; the generated `__init__` sees the same ones next."""
+        known = [field.name for field in fields(cls)]
+        for name in (name for name in named if name not in known):
+            ours = next((field for field, theirs in ALIASES.items() if theirs == name and field in known), None)
+            near = [ours] if ours else difflib.get_close_matches(name, known, n=1)
+            hint = f"; it is {near[0]} here" if ours else f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{cls.__name__} has no {name}{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -312,10 +312,26 @@ def test_summary_lists_the_metrics(corner: Path, tmp_path: Path, capsys: pytest.
     again = train(settings("hybrid", corner, tmp_path, generate_every=1))
     captured = capsys.readouterr()
     assert f"  Perplexity: {again.fit.history[-1]['eval_perplexity']:.2f}\n" in captured.out and "Generating sample" in captured.out
-    assert (
-        f"{tmp_path / BEST} already exists and will be overwritten by the best model of this run; another --output_dir keeps both"
-        in captured.err
-    )
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_best_model_of_an_earlier_run_is_kept(corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], resume: bool) -> None:
+    """Also by a run with --resume that finds no checkpoint. Of several runs, that of the last one before."""
+    previous = tmp_path / "qwen_recursive_finetuned_best_previous.pt"
+    train(settings("hybrid", corner, tmp_path, seed=1))
+    assert not previous.exists()
+    for seed in (2, 3):
+        before = (tmp_path / BEST).read_bytes()
+        train(settings("hybrid", corner, tmp_path, seed=seed, lr=1e-3 * seed, resume=resume))
+        assert previous.read_bytes() == before != (tmp_path / BEST).read_bytes()
+        assert checkpoint.load(previous).tokenizer is not None and checkpoint.load(tmp_path / BEST).tokenizer is not None
+    assert f"{tmp_path / BEST} is of an earlier run; it is kept as {previous.name}" in capsys.readouterr().err
+
+
+def test_resumed_run_replaces_its_own_best_model(corner: Path, tmp_path: Path) -> None:
+    train(settings("hybrid", corner, tmp_path, save_every=1, max_steps=2))
+    train(settings("hybrid", corner, tmp_path, save_every=1, max_steps=4, resume=True))
+    assert not list(tmp_path.glob("*previous*"))
 
 
 # What the model can do then
