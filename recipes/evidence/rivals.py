@@ -28,7 +28,7 @@ class OneState(Recursion):
     """A loop over `z_H` alone: H_cycles * (L_cycles + 1) applications of the block, read out after each L_cycles + 1."""
 
     def __init__(self, config: Any):
-        super().__init__(config)
+        super().__init__(config, ())
         self.anchored = False
         for name in ("inject_L", "inject_H"):
             delattr(self, name)
@@ -39,10 +39,10 @@ class OneState(Recursion):
     def update(self, z: Tensor, e: Tensor, block: Any, n: int) -> Tensor:
         raise NotImplementedError
 
-    def _cycle(self, e: Tensor, z_L: Tensor, z_H: Tensor, block: Any, cycle: int, L_cycles: int, gains: Any) -> tuple[Tensor, Tensor]:
-        for n in range(cycle * (L_cycles + 1), (cycle + 1) * (L_cycles + 1)):
-            z_H = self.update(z_H, e, block, n)
-        return z_L, z_H
+    def _apply(
+        self, e: Tensor, z_L: Tensor, z_H: Tensor, block: Any, n: int, L_cycles: int, gains: Any
+    ) -> tuple[Tensor, Tensor]:
+        return z_L, self.update(z_H, e, block, n)
 
 
 class Naive(OneState):

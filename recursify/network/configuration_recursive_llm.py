@@ -45,11 +45,13 @@ from transformers.utils import auto_docstring
 GAIN_SUM = 0.9
 GAIN_MAX = GAIN_SUM / 2
 INJECTIONS = ("anchored", "sum_norm")
+LORA_TARGETS = ("all", "attention", "mlp")
 PREFIX = "recursive_"
 _FULL, _SLIDING = _KINDS = ("full_attention", "sliding_attention")
 
 _LAYERS = {"prelude_layers": 0, "L_layers": 1, "coda_layers": 0}  # name: minimum
 _CYCLES = {"H_cycles": 0, "L_cycles": 0}
+_LORA = {"lora_rank": 0, "lora_pairs": 1}
 
 
 def applications(H_cycles: int, L_cycles: int) -> int:
@@ -77,6 +79,15 @@ state_init_std (`float`, *optional*, defaults to 0.02):
     Standard deviation of the initialisation of `H_init` and `L_init`.
 freeze_embeddings (`bool`, *optional*, defaults to `False`):
     Keep the token embeddings (and a head tied to them) out of training.
+lora_rank (`int`, *optional*, defaults to 0):
+    Above 0, the recursion is an adapter: the donor's weights are frozen, the first application of the loop is the donor's own, and in all
+    others low-rank updates (LoRA) of this rank are added to the linear layers of the loop.
+lora_alpha (`float`, *optional*, defaults to 32.0):
+    Low-rank updates are scaled by `lora_alpha / lora_rank`.
+lora_targets (`str`, *optional*, defaults to `"all"`):
+    The linear layers with updates: `attention`, `mlp` or `all`.
+lora_pairs (`int`, *optional*, defaults to 1):
+    Updates per linear layer: 1, shared by all cycles, or one for each of the first cycles; deeper cycles have the last.
 block_types (`list[str]`, *optional*):
     Attention type of each physical layer; derived as by the donor's class where None.
 layer_types (`list[str]`, *optional*):
@@ -125,6 +136,10 @@ class RecursiveLLMConfig(_Mixed):
     gain_init: float = 0.0
     state_init_std: float = 0.02
     freeze_embeddings: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    lora_targets: str = "all"
+    lora_pairs: int = 1
     block_types: list[str] | None = None
     layer_types: list[str] | None = None
     conversion: dict[str, Any] | None = None
@@ -167,8 +182,20 @@ class RecursiveLLMConfig(_Mixed):
             raise ValueError(f"block_types: expected {' or '.join(_KINDS)} for each layer, got {', '.join(unknown)}")
         if _SLIDING in self.block_types and not windowed:
             raise ValueError(f"block_types: {_SLIDING} needs a sliding_window, got None; give one, or use {_FULL}")
+        if self.is_adapter and self.injection != "anchored":
+            raise ValueError(f"lora_rank: expected the injection 'anchored' with it, got {self.injection!r}")
         self._derive()
         self._made = True
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the donor's weights are frozen and the recursion is an adapter of them."""
+        return self.lora_rank > 0
+
+    @property
+    def first_exit(self) -> int:
+        """The earliest cycle that a token can exit at: 0 where the first application of the loop is the donor's own."""
+        return 0 if self.is_adapter else 1
 
     @property
     def physical_layers(self) -> int:
@@ -201,20 +228,31 @@ class RecursiveLLMConfig(_Mixed):
         return out
 
     def _derive(self) -> None:
+        check_adapter_cycles(self, self.L_cycles)
         P, K, types = self.prelude_layers, self.L_layers, self.block_types or []
         self.layer_types = types[:P] + types[P + K :] + types[P : P + K] * applications(self.H_cycles, self.L_cycles)
         self.num_hidden_layers = len(self.layer_types)
 
 
+def check_adapter_cycles(config: Any, L_cycles: int) -> None:
+    """Raise a ValueError for an adapter without updates of `z_L`: the first application of the loop, the donor's own, is one."""
+    if config.is_adapter and L_cycles < 1:
+        raise ValueError(f"L_cycles: expected at least 1 with an adapter, whose first update of z_L is the donor's own, got {L_cycles}")
+
+
 def _check(name: str, value: Any) -> None:
     """Raise a ValueError for a field of the recursion that is out of range."""
-    least = (_LAYERS | _CYCLES).get(name)
+    least = (_LAYERS | _CYCLES | _LORA).get(name)
     if least is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     if name == "conversion" and not isinstance(value, dict | None):
         raise ValueError(f"conversion: expected an object with donor and plan, or null, got {value!r}")
     if name == "injection" and value not in INJECTIONS:
         raise ValueError(f"injection: expected one of {', '.join(INJECTIONS)}, got {value!r}")
+    if name == "lora_targets" and value not in LORA_TARGETS:
+        raise ValueError(f"lora_targets: expected one of {', '.join(LORA_TARGETS)}, got {value!r}")
+    if name == "lora_alpha" and not value > 0:
+        raise ValueError(f"lora_alpha: expected a number above 0, got {value!r}")
     if name == "gain_init" and not 0.0 <= value <= GAIN_MAX:
         raise ValueError(f"gain: expected 0 <= gain <= {GAIN_MAX} (two of them add up to at most {GAIN_SUM}), got {value}")
 

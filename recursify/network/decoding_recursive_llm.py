@@ -158,7 +158,7 @@ def slotted(config: Any, H_cycles: int | None, L_cycles: int | None, cache_polic
     other = config.at_depth(H_cycles, L_cycles)
     if halt in READ_EVERY_CYCLE:
         coda = config.block_types[config.prelude_layers + config.L_layers :]
-        other.layer_types = other.layer_types + coda * (other.H_cycles - 1)
+        other.layer_types = other.layer_types + coda * (other.H_cycles - config.first_exit)
         other.num_hidden_layers = len(other.layer_types)
     return other
 
@@ -175,9 +175,14 @@ def rotary_limit(config: Any) -> int | None:
     return int(config.max_position_embeddings) if rope.get("rope_type") == "dynamic" else None
 
 
+def draft_applications(config: Any, draft_cycles: int | None, L_cycles: int) -> int:
+    """Applications of the loop that a draft and the full model share. A plain pass shares its one only with an adapter's first."""
+    return (draft_cycles or 0) * (L_cycles + 1) or int(config.is_adapter)
+
+
 def draft_slots(config: Any, draft_cycles: int) -> int:
-    """Number of slots of a draft alone: those of its coda and, with 0 cycles, of its one application of the loop."""
-    return config.coda_layers + (config.L_layers if draft_cycles == 0 else 0)
+    """Number of slots of a draft alone: those of its coda and, where a plain pass shares no application, of its own."""
+    return config.coda_layers + (0 if draft_applications(config, draft_cycles, config.L_cycles) else config.L_layers)
 
 
 def claim_cache(cache: Cache, config: Any, H_cycles: int, L_cycles: int, cache_policy: str = "full", halt: str | None = None) -> None:
@@ -263,7 +268,8 @@ class HaltingSlots(CacheSlots):
         pair, place = (key_states, value_states), (self.step, layer_idx)
         if self.halted is not None:
             halted = self.halted[:, None, :, None].to(key_states.device)
-            pair = tuple(torch.where(halted, old, new) for old, new in zip(self.kept[place], pair, strict=True))  # type: ignore[assignment]
+            kept = self.kept[place] if place in self.kept else self.kept[0, layer_idx]  # halted before the first cycle: those of step 0
+            pair = tuple(torch.where(halted, old, new) for old, new in zip(kept, pair, strict=True))  # type: ignore[assignment]
         self.kept[place] = pair
         return pair if self.cache is None else self.cache.update(*pair, layer_idx, *args, **kwargs)
 
@@ -515,9 +521,10 @@ class DraftLength:
     """
 
     def __init__(self, config: Any, draft_cycles: int, depth: tuple[int, int], most: int):
-        cycle = (depth[1] + 1) * config.L_layers
-        own = config.coda_layers + (config.L_layers if draft_cycles == 0 else draft_cycles * cycle)
-        self.drafting, self.verifying = config.prelude_layers + own, (depth[0] - draft_cycles) * cycle + config.coda_layers
+        shared = draft_applications(config, draft_cycles, depth[1])
+        own = config.coda_layers + max(1, shared) * config.L_layers
+        rest = depth[0] * (depth[1] + 1) - shared
+        self.drafting, self.verifying = config.prelude_layers + own, rest * config.L_layers + config.coda_layers
         self.most, self.right, self.seen = most, 4.0, 5.0  # acceptance rate of 4/5 at the start
 
     def length(self) -> int:

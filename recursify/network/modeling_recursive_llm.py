@@ -34,6 +34,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self, Unpack
@@ -78,6 +79,7 @@ from .configuration_recursive_llm import (
     RecursiveQwen2Config,
     RecursiveQwen3Config,
     RecursiveSmolLM3Config,
+    check_adapter_cycles,
     from_guide,
 )
 from .decoding_recursive_llm import (
@@ -90,6 +92,7 @@ from .decoding_recursive_llm import (
     ScratchSlots,
     ShiftedInstances,
     claim_cache,
+    draft_applications,
     self_speculation,
     slotted,
 )
@@ -168,6 +171,64 @@ class HaltHead(nn.Module):
         return nn.functional.linear(direction, self.weight, self.bias).squeeze(-1)
 
 
+class LoRA(nn.Module):
+    """Low-rank updates `scale * B @ A` of a linear layer (arXiv 2106.09685), one or several pairs. B starts at 0, so the layer is unchanged."""
+
+    def __init__(self, linear: Any, rank: int, alpha: float, pairs: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(pairs, rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(pairs, linear.out_features, rank))
+        self.scale = alpha / rank
+
+    def forward(self, x: torch.Tensor, pair: int) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`, on the device and in the dtype of `x`."""
+        A, B = self.A[pair].to(x.device, x.dtype), self.B[pair].to(x.device, x.dtype)
+        return nn.functional.linear(nn.functional.linear(x, A), B) * self.scale
+
+
+class LayerLoRA(nn.ModuleDict):
+    """The low-rank updates of a layer's linear layers, by name. `attach` hooks them into the layer, which stays as it is: names, tensors and
+    quantised linear layers. A call `layer(..., lora=pair)` adds the updates of that pair; a call without, none.
+
+    The pair is an argument of the layer's call, so a recomputation of the layer (gradient checkpointing) adds the same one.
+    """
+
+    def __init__(self, layer: nn.Module, config: RecursiveLLMConfig):
+        found = _linear_layers(layer, config.lora_targets)
+        super().__init__({name: LoRA(linear, config.lora_rank, config.lora_alpha, config.lora_pairs) for name, linear in found.items()})
+        self.targets = config.lora_targets
+        self.pair: int | None = None
+
+    def attach(self, layer: nn.Module) -> None:
+        """Hook the updates into a layer whose linear layers may have been replaced since (quantisation)."""
+        if self._choose not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(self._choose, with_kwargs=True)
+        for name, linear in _linear_layers(layer, self.targets).items():
+            if not any(isinstance(hook, _AddLoRA) for hook in linear._forward_hooks.values()):
+                linear.register_forward_hook(_AddLoRA(self, name))
+
+    def _choose(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.pair = kwargs.pop("lora", None)
+        return args, kwargs
+
+
+class _AddLoRA:
+    """The hook of a linear layer."""
+
+    def __init__(self, updates: LayerLoRA, name: str):
+        self.updates, self.name = updates, name
+
+    def __call__(self, linear: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        pair = self.updates.pair
+        return output if pair is None else output + self.updates[self.name](args[0], pair)
+
+
+def _linear_layers(layer: nn.Module, targets: str) -> dict[str, Any]:
+    """Name -> linear layer, also a quantised one, of a layer's attention, its MLP or both."""
+    parts: Any = {"attention": (layer.self_attn,), "mlp": (layer.mlp,)}.get(targets, (layer.self_attn, layer.mlp))
+    return {name: child for part in parts for name, child in part.named_children() if hasattr(child, "in_features")}
+
+
 class Recursion(nn.Module):
     """All parameters that the donor does not have, and the loop.
 
@@ -175,7 +236,7 @@ class Recursion(nn.Module):
     stay at zero.
     """
 
-    def __init__(self, config: RecursiveLLMConfig):
+    def __init__(self, config: RecursiveLLMConfig, layers: Any):
         super().__init__()
         self.H_init = nn.Parameter(torch.zeros(config.hidden_size))
         self.L_init = nn.Parameter(torch.zeros(config.hidden_size))
@@ -185,6 +246,9 @@ class Recursion(nn.Module):
             self.inject_H = AnchoredInjection(config)
         self.eps = config.rms_norm_eps
         self.q_head = HaltHead(config.hidden_size)
+        self.is_adapter = config.is_adapter
+        if self.is_adapter:
+            self.lora = nn.ModuleList(LayerLoRA(layer, config) for layer in layers)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`L_init` and `H_init`, each `[D]`. A call of the module, so that accelerate brings offloaded weights."""
@@ -196,15 +260,17 @@ class Recursion(nn.Module):
         return e + L_init.to(e.device, e.dtype), e + H_init.to(e.device, e.dtype)
 
     def advance(
-        self, e: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], block: Any, cycles: range, L_cycles: int
+        self, e: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor], block: Any, applications: range, L_cycles: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a range of cycles (from 0) on `(z_L, z_H)`, and return the new states."""
-        gains = self._gains(e) if cycles else None  # the range is empty for every token of a draft with 0 cycles
-        for cycle in cycles:
-            states = self._cycle(e, *states, block, cycle, L_cycles, gains)
+        """Run a range of the applications of the block (from 0) on `(z_L, z_H)`, and return the new states."""
+        gains = self._gains(e) if applications else None  # the range is empty for every token of a draft with 0 cycles
+        for n in applications:
+            states = self._apply(e, *states, block, n, L_cycles, gains)
         return states
 
-    def steps(self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int, backprop: str = "full") -> Iterator[torch.Tensor]:
+    def steps(
+        self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int, backprop: str = "full", plain: bool = False
+    ) -> Iterator[torch.Tensor]:
         """The loop. Yields `z_H` `[B, T, D]` after each cycle.
 
         Args:
@@ -212,17 +278,18 @@ class Recursion(nn.Module):
             block: `block(x, n)` applies the looped block to `x` as application number `n`.
             backprop: Backpropagation of a cycle's loss: "full", through all earlier cycles; "cycle", truncated at the start of the cycle;
                 "last", as "cycle", with cycles before the last computed without gradients (TRM).
+            plain: Of an adapter: yield, before the first cycle, the output of the donor's own application.
         """
         z_L, z_H = self.start(e)
-        gains = self._gains(e)
+        gains, count = self._gains(e), L_cycles + 1
         for cycle in range(H_cycles):
             if backprop == "cycle" and cycle > 0:  # the graph of the gains is freed with that of the cycle
                 gains = self._gains(e)
-            if backprop == "last" and cycle < H_cycles - 1:
-                with torch.no_grad():
-                    z_L, z_H = self._cycle(e, z_L, z_H, block, cycle, L_cycles, gains)
-            else:
-                z_L, z_H = self._cycle(e, z_L, z_H, block, cycle, L_cycles, gains)
+            for n in range(cycle * count, (cycle + 1) * count):
+                with torch.no_grad() if backprop == "last" and cycle < H_cycles - 1 else nullcontext():
+                    z_L, z_H = self._apply(e, z_L, z_H, block, n, L_cycles, gains)
+                if plain and n == 0:
+                    yield z_L
             yield z_H
             if backprop != "full":
                 z_L, z_H = z_L.detach(), z_H.detach()
@@ -233,15 +300,20 @@ class Recursion(nn.Module):
             return None
         return [[gain.to(e.device) for gain in injection.gains(e.dtype)] for injection in (self.inject_L, self.inject_H)]
 
-    def _cycle(
-        self, e: torch.Tensor, z_L: torch.Tensor, z_H: torch.Tensor, block: Any, cycle: int, L_cycles: int, gains: Any
+    def _apply(
+        self, e: torch.Tensor, z_L: torch.Tensor, z_H: torch.Tensor, block: Any, n: int, L_cycles: int, gains: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        n = cycle * (L_cycles + 1)
-        for step in range(L_cycles):
-            x = AnchoredInjection.mix(e, z_L, z_H, gains[0]) if self.anchored else z_L + z_H + e
-            z_L = self._block_norm(block(x, n + step))
-        x = AnchoredInjection.mix(e, z_H, z_L, gains[1]) if self.anchored else z_H + z_L
-        return z_L, self._block_norm(block(x, n + L_cycles))
+        """One application of the block: the last of a cycle updates `z_H`, the others `z_L`."""
+        of_H = n % (L_cycles + 1) == L_cycles
+        own, other = (z_H, z_L) if of_H else (z_L, z_H)
+        if self.is_adapter and n == 0:
+            x = e  # the donor's own application
+        elif self.anchored:
+            x = AnchoredInjection.mix(e, own, other, gains[of_H])
+        else:
+            x = z_H + z_L if of_H else z_L + z_H + e
+        z = self._block_norm(block(x, n))
+        return (z_L, z) if of_H else (z, z_H)
 
     def _block_norm(self, z: torch.Tensor) -> torch.Tensor:
         """TRM's norm without weights after the block; the anchored form is bounded without it."""
@@ -271,6 +343,8 @@ class ForwardPass:
         self.cache, self.paged, self.instances = cache, self.shared.pop("cache", None), self.shared.pop("attention_instances", None)
         self.cycles, self.steps, self.one_slot = depth[0], depth[1] + 1, cache_policy == "last"
         self.applications = max(1, depth[0] * self.steps)
+        self.lora_pairs = model.config.lora_pairs if model.config.is_adapter else 0
+        self.first_exit = model.config.first_exit
         self.readouts = model.config.depth(*depth)  # the first slot of the codas of early cycles, if they have slots
         self.halting = False
         self.halted: torch.Tensor | None = None
@@ -285,7 +359,8 @@ class ForwardPass:
         slots: Any = self._loop_slots(n)
         if self.halting:
             slots = HaltingSlots(slots, self.kept, n % self.steps, self.halted)
-        return self._run(x, self.P, self.K, self.C + n * self.K, slots).to(x.device)
+        pair = min(n // self.steps, self.lora_pairs - 1) if self.lora_pairs and n > 0 else None
+        return self._run(x, self.P, self.K, self.C + n * self.K, slots, pair).to(x.device)
 
     def coda(self, x: torch.Tensor, peek: bool = False) -> torch.Tensor:
         """The layers after the loop. With `peek` the cache is read but not written."""
@@ -298,8 +373,8 @@ class ForwardPass:
 
     def fill_skipped_slots(self, cycles: int) -> None:
         """Fill the slots of cycles that are not computed, after all tokens have halted, with keys and values of the last computed."""
-        for n in range(cycles * self.steps, self.applications):
-            self._fill(self._loop_slots(n), n % self.steps, range(self.P, self.P + self.K))
+        for n in range(max(1, cycles * self.steps), self.applications):
+            self._fill(self._loop_slots(n), n % self.steps if cycles > 0 else 0, range(self.P, self.P + self.K))
         coda = range(self.P + self.K, self.P + self.K + self.C)
         if coda and (-1, coda[0]) in self.kept:
             for cycle in (self.cycles,) if self.one_slot else range(cycles + 1, self.cycles + 1):
@@ -314,7 +389,7 @@ class ForwardPass:
         """The coda of the last cycle has the usual slots; those of earlier cycles follow all other slots."""
         if self.one_slot:  # written by `fill_skipped_slots`, once the last cycle is known
             return self._slots(-self.K, peek=True)
-        return self._slots(-self.K if cycle == self.cycles else self.readouts + (cycle - 1) * self.C - self.P - self.K)
+        return self._slots(-self.K if cycle == self.cycles else self.readouts + (cycle - self.first_exit) * self.C - self.P - self.K)
 
     def _loop_slots(self, n: int) -> CacheSlots | None:
         if self.one_slot:  # only the last application writes
@@ -324,8 +399,8 @@ class ForwardPass:
     def _slots(self, offset: int, peek: bool = False) -> CacheSlots | None:
         return None if self.cache is None else ScratchSlots(self.cache, offset) if peek else CacheSlots(self.cache, offset)
 
-    def _run(self, x: torch.Tensor, first: int, count: int, offset: int, slots: CacheSlots | None) -> torch.Tensor:
-        kwargs = dict(self.shared)
+    def _run(self, x: torch.Tensor, first: int, count: int, offset: int, slots: CacheSlots | None, pair: int | None = None) -> torch.Tensor:
+        kwargs = dict(self.shared) if pair is None else {**self.shared, "lora": pair}
         if self.paged is not None:
             kwargs["cache"] = PagedCacheSlots(self.paged, offset)
         if self.instances is not None:
@@ -351,18 +426,31 @@ class RecursiveModelMixin(PreTrainedModel):
             super().__init__(config)
         finally:
             config.num_hidden_layers, config.layer_types = shape
-        self.recursion = Recursion(config)
+        self.recursion = Recursion(config, self.looped_layers)
         self._no_split_modules = [*(self._no_split_modules or ()), "Recursion"]  # by device_map
-        self.freeze_unused()
+        self.restore()
         self.post_init()
+
+    @property
+    def looped_layers(self) -> nn.ModuleList:
+        """The layers of the loop."""
+        return self.layers[self.config.prelude_layers : self.config.prelude_layers + self.config.L_layers]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, which makes every parameter trainable; unused parameters are frozen again."""
-        return _freeze_unused(super().from_pretrained(*args, **kwargs))
+        """As `PreTrainedModel.from_pretrained`, with what it undoes restored."""
+        return _restored(super().from_pretrained(*args, **kwargs))
 
-    def freeze_unused(self) -> None:
-        """Freeze parameters that get no gradient from a next-token loss (DDP fails on them), and those that the configuration freezes."""
+    def restore(self) -> None:
+        """Restore what `PreTrainedModel.from_pretrained` undoes. It makes every parameter trainable: freeze those that get no gradient from a
+        next-token loss (DDP fails on them), and those that the configuration freezes. Quantisation replaces linear layers: hook LoRA into
+        the new ones."""
+        if self.config.is_adapter:
+            self.requires_grad_(False)
+            self.recursion.requires_grad_(True)
+            self.recursion.L_init.requires_grad_(False)  # the donor's own application does not read it
+            for updates, layer in zip(self.recursion.lora, self.looped_layers, strict=True):
+                updates.attach(layer)
         self.recursion.q_head.requires_grad_(False)
         if self.recursion.anchored:
             self.recursion.inject_L.requires_grad_(self.config.L_cycles > 0)
@@ -378,6 +466,9 @@ class RecursiveModelMixin(PreTrainedModel):
         elif isinstance(module, Recursion):
             init.normal_(module.H_init, std=self.config.state_init_std)
             init.normal_(module.L_init, std=self.config.state_init_std)
+        elif isinstance(module, LoRA):
+            init.normal_(module.A, std=module.A.shape[-1] ** -0.5)
+            init.zeros_(module.B)
         elif isinstance(module, HaltHead):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
@@ -397,6 +488,7 @@ class RecursiveModelMixin(PreTrainedModel):
         for name, value in (("H_cycles", H), ("L_cycles", L)):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+        check_adapter_cycles(config, L)
         return H, L
 
     @merge_with_config_defaults
@@ -502,18 +594,18 @@ class RecursiveModelMixin(PreTrainedModel):
         states: list[Any] = []
         halts: list[Any] = []
         last: torch.Tensor | None = None
-        for cycle, z_H in enumerate(self.recursion.steps(e, one_pass.block, H, L), start=1):
+        first = self.config.first_exit
+        for cycle, z_H in enumerate(self.recursion.steps(e, one_pass.block, H, L, plain=first == 0), start=first):
             chosen = self._unless_halted(one_pass, z_H, chosen)
             used = torch.where(active, cycle, used)
             if rule.reads_logits:
                 last = self._unless_halted(one_pass, self.norm(one_pass.coda_at(chosen, cycle)).to(e.device), last)
-                states.append(last)
-            elif output_cycle_states and cycle < H:
-                states.append(self.norm(one_pass.coda(chosen, peek=True)))
+            if output_cycle_states and cycle > 0 and (rule.reads_logits or cycle < H):
+                states.append(last if rule.reads_logits else self.norm(one_pass.coda(chosen, peek=True)))
             if output_cycle_states or (not rule.reads_logits and cycle < H):
                 halts.append(self.recursion.q_head(chosen.detach()))
             if cycle < H:
-                halts_now = rule.by_readout(states[-1]) if rule.reads_logits else rule.by_head(halts[-1])
+                halts_now = rule.by_readout(last) if rule.reads_logits else rule.by_head(halts[-1])
                 active = active & ~halts_now.to(active.device)
                 one_pass.halted = tokens & ~active  # padding is computed as without halting, but does not keep the loop running
             if cycle == H or not active.any():
@@ -521,14 +613,13 @@ class RecursiveModelMixin(PreTrainedModel):
                 break
         if last is None:
             last = self.norm(one_pass.coda(chosen))
-            states.append(last)
         if isinstance(one_pass.cache, RecursiveCache):
             one_pass.cache.record_cycles(used, H, (e.shape[0], e.shape[1]))
         return RecursiveModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=one_pass.cache if use_cache else None,
-            cycle_states=(*states, *states[-1:] * (H - len(states))) if output_cycle_states else None,
-            halt_logits=(*halts, *halts[-1:] * (H - len(halts))) if output_cycle_states else None,
+            cycle_states=(*states, *[last] * (H - len(states))) if output_cycle_states else None,
+            halt_logits=(*halts, *halts[-1:] * (H + 1 - first - len(halts)))[1 - first :] if output_cycle_states else None,
             halt_cycles=used,
         )
 
@@ -572,21 +663,24 @@ class RecursiveModelMixin(PreTrainedModel):
 
     def _draft_slot(self, cache: RecursiveCache, depth: tuple[int, int]) -> int:
         """A slot whose length is the number of earlier tokens of a draft: it has at least one of its own, unless it shares all."""
-        shares_all = cache.draft_cycles != 0 and self.config.coda_layers == 0
+        shares_all = draft_applications(self.config, cache.draft_cycles, depth[1]) > 0 and self.config.coda_layers == 0
         return self.config.prelude_layers if shares_all else self.config.depth(*depth)
 
     def _draft_states(self, one_pass: ForwardPass, x: torch.Tensor) -> Drafted:
         e = one_pass.prelude(x)
         cache: Any = one_pass.cache
-        k, L_cycles = cache.draft_cycles, one_pass.steps - 1
-        z_L, z_H = self.recursion.advance(e, self.recursion.start(e), one_pass.block, range(k), L_cycles)
+        L_cycles = one_pass.steps - 1
+        shared = draft_applications(self.config, cache.draft_cycles, L_cycles)
+        z_L, z_H = self.recursion.advance(e, self.recursion.start(e), one_pass.block, range(shared), L_cycles)
         return Drafted(e, z_L, z_H)
 
     def _read_draft(self, one_pass: ForwardPass, drafted: Drafted) -> torch.Tensor:
         cache: Any = one_pass.cache
         P, K, C, own = one_pass.P, one_pass.K, one_pass.C, self.config.depth(one_pass.cycles, one_pass.steps - 1)
         inner = drafted.z_H
-        if cache.draft_cycles == 0:
+        if cache.draft_cycles == 0 and self.config.is_adapter:
+            inner = drafted.z_L
+        elif cache.draft_cycles == 0:
             inner = one_pass._run(drafted.e, P, K, 0, CacheSlots(cache, own + C - P))
         return self.norm(one_pass._run(inner, P + K, C, 0, CacheSlots(cache, own - P - K)))
 
@@ -594,11 +688,11 @@ class RecursiveModelMixin(PreTrainedModel):
         self, drafted: Drafted, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: RecursiveCache, depth: tuple[int, int]
     ) -> torch.Tensor:
         """Verify step: drafted tokens through the other cycles and the coda in one pass. Returns the `[B, T, D]` inputs of `lm_head`."""
-        k: int = cache.draft_cycles  # type: ignore[assignment]
-        first = self.config.prelude_layers + self.config.coda_layers + k * (depth[1] + 1) * self.config.L_layers
+        shared = draft_applications(self.config, cache.draft_cycles, depth[1])
+        first = self.config.prelude_layers + self.config.coda_layers + shared * self.config.L_layers
         one_pass = self._one_pass(drafted.e, mask, position_ids, cache, cache, depth, "full", {}, slot=first)
         states = (drafted.z_L, drafted.z_H)
-        z_H = self.recursion.advance(drafted.e, states, one_pass.block, range(k, depth[0]), depth[1])[1]
+        z_H = self.recursion.advance(drafted.e, states, one_pass.block, range(shared, one_pass.applications), depth[1])[1]
         return self.norm(one_pass.coda(z_H))
 
     def begin_pass(
@@ -826,7 +920,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
                 hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
                 config = RecursiveLLMConfig.from_pretrained(pretrained_model_name_or_path, **hub)
             return FAMILIES[config.model_type].from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return _freeze_unused(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
+        return _restored(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
 
     @property
     def inner(self) -> Inner:
@@ -969,10 +1063,12 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         )
 
 
-def _freeze_unused(loaded: Any) -> Any:
-    """Freeze unused parameters of the result of `from_pretrained`: a model, or a pair of it and its loading information."""
+def _restored(loaded: Any) -> Any:
+    """The result of `from_pretrained`, a model or a pair of it and its loading information, after `restore`."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    model.base_model.freeze_unused()
+    model.base_model.restore()
+    if model.config.is_adapter and (head := model.get_output_embeddings()) is not None:
+        head.requires_grad_(False)
     return loaded
 
 

@@ -10,7 +10,7 @@ import torch
 
 from recursify.errors import UserError
 from recursify.inference.early_exit import applications, calibrate, measure
-from tests.support.early_exit import CRITERIA, EARLIEST, NEVER, exits, ids, recursive, splitting, tokens_through
+from tests.support.early_exit import CRITERIA, NEVER, earliest, exits, ids, recursive, splitting, tokens_through
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -52,7 +52,7 @@ def test_measure_equals_the_models_halting(criterion: str) -> None:
     assert (full.share, full.cycles) == (1.0, {1: 0, 2: 0, 3: 0, 4: 36})
     shallow = measure(model, blocks, criterion, threshold, H_cycles=2)
     assert set(shallow.cycles) == {1, 2}
-    if EARLIEST[criterion] < 2:
+    if earliest(model, criterion) < 2:
         assert all(shallow.cycles.values()), "some halt at either"
     spent = sum(applications(model.config, [cycle for cycle, n in shallow.cycles.items() for _ in range(n)], criterion))
     assert shallow.share == pytest.approx(spent / (36 * model.config.depth(2)))
@@ -83,7 +83,7 @@ def test_the_whole_budget_never_halts_and_too_small_a_one_is_refused() -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_range_of_thresholds_has_always_and_never_at_its_ends(criterion: str) -> None:
     """A budget that is exactly what the earliest halting costs is met; of that which never halts, nothing is asked to halt."""
-    model, blocks, at = recursive(H_cycles=3), ids(1, 8), EARLIEST[criterion]
+    model, blocks, at = recursive(H_cycles=3), ids(1, 8), earliest(recursive(H_cycles=3), criterion)
     least = applications(model.config, [at], criterion)[0] / model.config.depth()
     cheapest = calibrate(model, blocks, criterion, least)
     assert cheapest.chosen.share == pytest.approx(least) and cheapest.chosen.cycles[at] == 8

@@ -27,7 +27,7 @@ from recursify import RecursiveLLM
 from recursify.network import decoding_recursive_llm
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.network.decoding_recursive_llm import DraftLength, GrowingLayer, HaltRule, RecursiveCache, draft_turns
-from tests.support.early_exit import CRITERIA, EARLIEST, NEVER, exits, ids, middling, recursive, splitting, tokens_through
+from tests.support.early_exit import CRITERIA, NEVER, earliest, exits, ids, middling, recursive, splitting, tokens_through
 from tests.support.tiny import tiny_config
 
 ALWAYS = {"q_head": 0.0, "kl": math.inf, "entropy": math.inf}
@@ -62,13 +62,13 @@ def turns_of(*pattern: bool) -> Callable[..., Any]:
     return turns
 
 
-shapes = st.fixed_dictionaries(
-    {
-        "prelude_layers": st.integers(0, 2), "coda_layers": st.integers(0, 2), "H_cycles": st.integers(1, 4), "L_cycles": st.integers(0, 2),
-        "layers": st.integers(5, 6), "seed": st.integers(0, 3),
-    }
-)  # fmt: skip
-properties = settings(max_examples=15, deadline=None, derandomize=True)
+shape = {
+    "prelude_layers": st.integers(0, 2), "coda_layers": st.integers(0, 2), "H_cycles": st.integers(1, 4), "layers": st.integers(5, 6),
+    "seed": st.integers(0, 3),
+}  # fmt: skip
+adapters = st.fixed_dictionaries({**shape, "L_cycles": st.integers(1, 2), "lora_rank": st.just(2), "lora_pairs": st.integers(1, 2)})
+shapes = st.one_of(st.fixed_dictionaries({**shape, "L_cycles": st.integers(0, 2)}), adapters)
+properties = settings(max_examples=24, deadline=None, derandomize=True)
 
 
 # --- Properties of random models -------------------------------------------------------------------------------------------------------
@@ -98,11 +98,11 @@ def test_speculative_decoding_equals_plain_decoding(shape: dict[str, int], lengt
 def test_batched_generation_equals_single_row_generation(shape: dict[str, int], lengths: list[int], how: str) -> None:
     model, (x, mask) = recursive(**shape), left_padded(*lengths)
     kwargs: dict[str, Any] = {"plain": {}, "last": {"cache_policy": "last"}, "draft": {"draft_cycles": 0}}.get(how, {"halt": how})
-    if how in CRITERIA and shape["H_cycles"] > EARLIEST[how]:
+    if how in CRITERIA and shape["H_cycles"] > earliest(model, how):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         kwargs["halt_threshold"] = splitting(model, x, how, mask=mask)
         with torch.no_grad():
-            assert exits(model(x, attention_mask=mask, position_ids=positions, **kwargs).halt_cycles) > 1
+            assert exits(model(x, attention_mask=mask, position_ids=positions, **kwargs).halt_cycles, mask) > 1
     batch = written(model, x, attention_mask=mask, **kwargs)
     for row, n in enumerate(lengths):
         assert torch.equal(batch[row : row + 1], written(model, ids(1, n, seed=n), **kwargs))
@@ -115,10 +115,10 @@ def test_prefill_and_incremental_decoding_exit_at_the_same_cycles(
 ) -> None:
     model = recursive(**shape)
     x = ids(1, length)
-    rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion, quantile) if shape["H_cycles"] > 1 else 0.5}
+    rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion, quantile) if shape["H_cycles"] > earliest(model, criterion) else 0.5}
     out = write(model, x, **rule)
     again = model(out.sequences[:, :-1], use_cache=False, **rule)
-    assert exits(again.halt_cycles) > 1 or shape["H_cycles"] <= EARLIEST[criterion]
+    assert exits(again.halt_cycles) > 1 or shape["H_cycles"] <= earliest(model, criterion)
     assert torch.equal(out.past_key_values.cycles_used, again.halt_cycles)
     assert torch.equal(again.logits[0, length - 1 :].argmax(-1), out.sequences[0, length:])
 
@@ -480,7 +480,7 @@ def test_token_halts_at_first_cycle_past_threshold(criterion: str) -> None:
 @torch.no_grad()
 def test_threshold_extremes_match_full_depth_and_first_cycle(family: str, criterion: str) -> None:
     model, (x, mask) = recursive(family), left_padded(5, 12, 9)
-    at = EARLIEST[criterion]
+    at = earliest(model, criterion)
     for use_cache in (False, True):
         never = model(x, attention_mask=mask, halt=criterion, halt_threshold=NEVER[criterion], use_cache=use_cache)
         always = model(x, attention_mask=mask, halt=criterion, halt_threshold=ALWAYS[criterion], use_cache=use_cache)
@@ -496,7 +496,7 @@ def test_generation_at_threshold_extremes(criterion: str, cached: dict[str, str]
     never = written(model, x, 12, halt=criterion, halt_threshold=NEVER[criterion], **cached)
     always = written(model, x, 12, halt=criterion, halt_threshold=ALWAYS[criterion], **cached)
     assert torch.equal(never, written(model, x, 12, **cached))
-    assert torch.equal(always, written(model, x, 12, H_cycles=EARLIEST[criterion], **cached))
+    assert torch.equal(always, written(model, x, 12, H_cycles=earliest(model, criterion), **cached))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

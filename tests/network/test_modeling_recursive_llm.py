@@ -316,7 +316,7 @@ def test_backprop_modes_truncate_gradients(injection: str, backprop: str) -> Non
     """Gradients against the reference recursion, detached where the mode says."""
     H, L, generator = 3, 2, torch.Generator().manual_seed(0)
     config = graft(donor_of("qwen2"), [0, 2, 4], prelude_layers=0, coda_layers=0, injection=injection).config
-    r, W = Recursion(config), torch.randn(32, 32, generator=generator).div(6).requires_grad_()
+    r, W = Recursion(config, ()), torch.randn(32, 32, generator=generator).div(6).requires_grad_()
     e = torch.randn(1, 4, 32, generator=generator, requires_grad=True)
     with torch.no_grad():
         for parameter in r.parameters():

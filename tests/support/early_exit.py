@@ -22,14 +22,16 @@ CRITERIA = ("q_head", "kl", "entropy")
 NEVER = {"q_head": 1.0, "kl": 0.0, "entropy": 0.0}
 
 
-EARLIEST = {"q_head": 1, "kl": 2, "entropy": 1}
+def earliest(model: RecursiveLLM, criterion: str) -> int:
+    """The first cycle at which a token can halt."""
+    return model.config.first_exit + (criterion == "kl")
 
 
 @cache
 def recursive(family: str = "qwen2", layers: int = 6, seed: int = 0, **shape: int) -> RecursiveLLM:
     """Random, stirred, in evaluation mode, and shared: read only. By default prelude 2, loop 2, coda 2, H 3, L 1."""
     overrides = {"vocab_size": shape.pop("vocab_size", 96), "num_hidden_layers": layers}
-    shape = {"prelude_layers": 2, "coda_layers": 2, "H_cycles": 3, "L_cycles": 1} | shape
+    shape = {"prelude_layers": 2, "coda_layers": 2, "H_cycles": 3, "L_cycles": 1, "lora_alpha": shape.get("lora_rank", 1) or 1} | shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         donor = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
@@ -38,7 +40,7 @@ def recursive(family: str = "qwen2", layers: int = 6, seed: int = 0, **shape: in
         model.load_state_dict(donor.state_dict(), strict=False)
         with torch.no_grad():
             for name, parameter in model.model.recursion.named_parameters():
-                parameter.normal_(std=0.1 if "init" in name else 1.0)  # states that still differ from token to token
+                parameter.normal_(std=0.1 if "init" in name else 0.3 if "lora" in name else 1.0)  # states still differ from token to token
     return model.eval()
 
 
@@ -85,10 +87,12 @@ def middling(model: RecursiveLLM, criterion: str, quantile: float = 0.5) -> floa
 def splitting(model: RecursiveLLM, x: torch.Tensor, criterion: str, quantile: float = 0.5, mask: torch.Tensor | None = None) -> float:
     """A threshold at which some of these tokens halt at the earliest cycle and some do not: between two neighbouring scores of the
     criterion at its earliest cycle. Needs a deeper cycle and tokens with different scores."""
-    out = model.model(x, attention_mask=mask, use_cache=False, output_cycle_states=True, H_cycles=EARLIEST[criterion])
-    *_, before, now = (None, *(model.lm_head(state).log_softmax(-1) for state in out.cycle_states))
+    cycle, plain = earliest(model, criterion), model.model(x, attention_mask=mask, use_cache=False, H_cycles=0)
+    out = model.model(x, attention_mask=mask, use_cache=False, output_cycle_states=True, H_cycles=max(1, cycle))
+    before, now = (model.lm_head(state).log_softmax(-1) for state in (plain.last_hidden_state, plain.last_hidden_state, *out.cycle_states)[cycle : cycle + 2])
     if criterion == "q_head":
-        score = out.halt_logits[0].sigmoid()
+        out = model.model(x, attention_mask=mask, use_cache=False, output_cycle_states=True, halt="q_head", halt_threshold=0.0)
+        score = out.halt_logits[0].sigmoid()  # all tokens exit at the first cycle that they can exit at
     else:
         score = torch.distributions.Categorical(logits=now).entropy() if criterion == "entropy" else (now.exp() * (now - before)).sum(-1)
     ordered = score[torch.ones_like(x).bool() if mask is None else mask.bool()].unique()
@@ -96,6 +100,6 @@ def splitting(model: RecursiveLLM, x: torch.Tensor, criterion: str, quantile: fl
     return ((ordered[above - 1] + ordered[above]) / 2).item()
 
 
-def exits(halt_cycles: torch.Tensor) -> int:
+def exits(halt_cycles: torch.Tensor, mask: torch.Tensor | None = None) -> int:
     """Number of different cycles at which tokens halted, without padding."""
-    return len(set(halt_cycles.flatten().tolist()) - {0})
+    return len(set((halt_cycles if mask is None else halt_cycles[mask.bool()]).flatten().tolist()))
