@@ -3,6 +3,8 @@
     X.pt + X_tokenizer/   {format, config, plan, notes, generation_config, model_state_dict} with the guides' names, beside its tokenizer
     a folder              the Hugging Face layout; loads through AutoModelForCausalLM, also without recursify installed
 
+Of an adapter, both hold the parameters of the recursion alone, beside the place and the hash of the donor's files (`adapter`).
+
 How a model was made (donor, plan, training summary) is `config.conversion`; `config.json` holds it as it is, a `.pt` file as `plan` and
 `notes`. Folders of version 0.1.0 hold it in a file of its own, RECORD.
 
@@ -37,6 +39,7 @@ from ..network.plan import ConversionPlan, conversion_record, notes_of, plan_of
 from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from ..utils.models import without_donor_settings
+from . import adapter
 from .configs import CONFIG_FAULTS, generation_config, reason
 from .dialects import write_config, write_tokenizer
 from .guide_names import from_guides, to_guides
@@ -49,6 +52,7 @@ RECORD = "recursify.json"  # plan and notes in folders of version 0.1.0
 # A save replaces files with these suffixes in an existing folder, and keeps all others.
 _WRITTEN = (".json", ".safetensors", ".py", ".md", ".jinja")
 PLAN_PICTURE, LOSS_PICTURE = _PICTURES = "plan.svg", "loss_by_cycles.svg"
+_GENERATION = "generation_config.json"
 EMBEDDING = "embedding"  # notes["approach"] of a model that predicts embeddings and has no trained head
 # Files of an older tokenizer that a save removes from the folder beside a .pt: they would be read together with the new one.
 _TOKENIZER = (
@@ -93,7 +97,13 @@ def is_file_form(path: str | Path) -> bool:
 
 
 def load(
-    path: str | Path, *, tokenizer_path: str | None = None, revision: str | None = None, token: str | None = None, **overrides: Any
+    path: str | Path,
+    *,
+    tokenizer_path: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    donor: str | None = None,
+    **overrides: Any,
 ) -> Checkpoint:
     """Read a checkpoint of either form, or a folder of that form on the hub.
 
@@ -101,15 +111,16 @@ def load(
         path: A path or hub id.
         tokenizer_path: Folder or hub id of another tokenizer than the checkpoint's own.
         revision, token: Of the hub, as `from_pretrained` takes them.
+        donor: Folder or hub id of the donor of an adapter; where None, the one that the adapter names.
         overrides: Fields of the configuration, such as `H_cycles=5`.
 
     Raises:
-        UserError: Missing, not a recursive model, truncated, a pickle with code in it, a field that is unknown or out of range, or a
-            revision of a path.
+        UserError: Missing, not a recursive model, truncated, a pickle with code in it, a field that is unknown or out of range, a
+            revision of a path, or a donor that is not the adapter's.
     """
     check_revision(str(path), revision)
     path = _local(path, revision, token)
-    found = _load_folder(path, overrides) if path.is_dir() else _load_file(path, overrides)
+    found = _load_folder(path, overrides, donor) if path.is_dir() else _load_file(path, overrides, donor)
     folder = tokenizer_folder(path)
     if tokenizer_path is not None:
         found.tokenizer = load_tokenizer(tokenizer_path, token=token)
@@ -167,6 +178,7 @@ def save(
     dtype: torch.dtype | None = None,
     beside: Mapping[Path, Callable[[Path], Any]] | None = None,
     approve: Callable[[], Any] = lambda: None,
+    whole: bool = False,
 ) -> None:
     """Write a checkpoint atomically; the suffix `.pt` chooses the form.
 
@@ -175,6 +187,7 @@ def save(
         dtype: Dtype of the stored weights; the model's own where None.
         beside: Further files and folders to write, path -> writer. All are written, or nothing changes. They are renamed last, so a
             killed process never leaves them beside weights that they do not belong to.
+        whole: Of an adapter: write the donor's weights, too, as of any other model.
         approve: Called after everything is written and before anything is renamed; an exception in it leaves everything unchanged.
 
     Raises:
@@ -185,6 +198,7 @@ def save(
     stored = dtype or model.dtype
     if plan is None and notes is None:
         plan, notes = plan_of(model.config), notes_of(model.config)
+    alone = model.config.is_adapter and not whole
     writers: dict[Path, Callable[[Path], Any]] = {}
     if is_file_form(path):
         if tokenizer is not None:
@@ -196,11 +210,11 @@ def save(
             "plan": None if plan is None else _plain(plan.to_dict()),
             "notes": _plain(notes or {}),
             "generation_config": json.loads(model.generation_config.to_json_string()),
-            "model_state_dict": to_guides(stored_state(model, stored), config),
+            "model_state_dict": to_guides(adapter.own_state(model) if alone else stored_state(model, stored), config),
         }
         writers[path] = lambda target: _write_pt(content, target)
     else:
-        writers[path] = lambda folder: write_folder(folder, model, tokenizer, plan, notes or {}, stored)
+        writers[path] = lambda folder: write_folder(folder, model, tokenizer, plan, notes or {}, stored, whole=whole)
     writers |= beside or {}
     folders = {
         each: _is_tokenizer_file if each == tokenizer_folder(path) != path else is_replaced for each in writers if not is_file_form(each)
@@ -248,7 +262,7 @@ def _holds_recursive_model(folder: Path) -> bool:
         return False
 
 
-def _load_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
+def _load_file(path: Path, overrides: dict[str, Any], donor: str | None) -> Checkpoint:
     content = _read_pt(path)
     try:
         fields, stored, notes, generation = (content[part] for part in ("config", "model_state_dict", "notes", "generation_config"))
@@ -261,9 +275,23 @@ def _load_file(path: Path, overrides: dict[str, Any]) -> Checkpoint:
         raise UserError(f"{path}: a part of this checkpoint is missing or damaged ({error!r}); make it again with convert") from error
     config = _read_config(fields, overrides, str(path))
     config.conversion = record
-    model = build(config, from_guides(stored, stored_names(config), config, str(path)), str(path))
+    names = stored_names(config)
+    if config.is_adapter and not any(name.startswith("inner.L_level.") for name in stored):
+        own = from_guides(stored, [name for name in names if name.startswith(adapter.PREFIX)], config, str(path))
+        model = _on_donor(config, own, str(path), donor)
+    else:
+        model = build(config, from_guides(stored, names, config, str(path)), str(path))
     model.generation_config = generation_config(generation)
     return Checkpoint(model, None)
+
+
+def _on_donor(config: Any, own: dict[str, torch.Tensor], where: str, donor: str | None) -> RecursiveLLM:
+    """The model of an adapter: its own parameters and the donor's, in the donor's dtype."""
+    names = set(stored_names(config))
+    if left_over := sorted(set(own) - names) + sorted(name for name in names - set(own) if name.startswith(adapter.PREFIX)):
+        _check_complete(left_over, where)
+    tensors = adapter.donor_tensors(config.conversion or {}, names, where, donor)
+    return build(config, {**tensors, **own}, where)
 
 
 def _read_pt(path: Path) -> dict[str, Any]:
@@ -286,12 +314,17 @@ def _read_pt(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load_folder(path: Path, overrides: dict[str, Any]) -> Checkpoint:
+def _load_folder(path: Path, overrides: dict[str, Any], donor: str | None) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise UserError(no_config(path))
     config = _read_config(read_json(path / "config.json"), overrides, str(path))
     if config.conversion is None and (path / RECORD).is_file():
         config.conversion = _read_record(path / RECORD)
+    if adapter.is_adapter_folder(path):
+        model = _on_donor(config, adapter.read(path), str(path), donor)
+        if (path / _GENERATION).is_file():
+            model.generation_config = generation_config(read_json(path / _GENERATION))
+        return Checkpoint(model, None)
     try:
         with quiet():
             model, info = FAMILIES[config.model_type].from_pretrained(path, config=config, use_safetensors=True, output_loading_info=True)
@@ -452,6 +485,7 @@ def write_folder(
     *,
     card: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    whole: bool = False,
 ) -> None:
     """Write the folder form into an existing empty folder; `write_atomic` makes that atomic.
 
@@ -460,15 +494,21 @@ def write_folder(
         dtype: Dtype of the stored weights.
         card: The README.md; made from model and record where None.
         max_shard_size: Larger weights are divided into several files, as by transformers.
+        whole: As for `save`.
     """
     from .model_card import Extras, recursive_card  # not needed to read checkpoints
 
-    with quiet(), without_donor_settings(model):
-        model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
+    record = conversion_record(plan, notes)
+    if model.config.is_adapter and not whole:
+        model.config.to_json_file(folder / "config.json")
+        adapter.write(folder, adapter.own_state(model), model.config, record or {})
+    else:
+        with quiet(), without_donor_settings(model):
+            model.save_pretrained(folder, state_dict=stored_state(model, dtype), max_shard_size=max_shard_size)
     # by itself: published donors have inconsistent ones, such as a temperature without sampling, which transformers refuses to save
-    model.generation_config.to_json_file(folder / "generation_config.json")
+    model.generation_config.to_json_file(folder / _GENERATION)
     fields = read_json(folder / "config.json")  # with dtype and record of the model in memory
-    fields |= {"dtype": str(dtype).removeprefix("torch."), "conversion": conversion_record(plan, notes)}
+    fields |= {"dtype": str(dtype).removeprefix("torch."), "conversion": record}
     write_config(folder, fields, notes.get("donor_fields"))
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)

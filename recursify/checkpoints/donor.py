@@ -96,6 +96,10 @@ class Donor:
         """Every tensor in the donor's files; of sharded weights only the index is read."""
         return list(self._files())
 
+    def weight_files(self) -> dict[str, str]:
+        """File name -> path, of every file with weights; all are fetched."""
+        return {file: require_file(self.name, file, **self.hub) for file in sorted(set(self._files().values()))}
+
     def check_weights(self) -> None:
         """Raise a UserError where weights are missing or the index is damaged. Of a single file only the header is read."""
         self._files()

@@ -27,7 +27,12 @@ def is_recursive_checkpoint(name: str, *, revision: str | None = None, token: st
 
 
 def load_model(
-    name: str | Path, tokenizer_path: str | None = None, *, revision: str | None = None, token: str | None = None
+    name: str | Path,
+    tokenizer_path: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    donor: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A recursive checkpoint or a plain transformers model, with its tokenizer; on the CPU, in the stored dtype.
 
@@ -35,14 +40,15 @@ def load_model(
         name: A path or hub id.
         tokenizer_path: Folder or hub id of another tokenizer, in its main revision.
         revision, token: Of the hub, as `from_pretrained` takes them.
+        donor: Folder or hub id of the donor of an adapter; where None, the one that the adapter names.
 
     Raises:
         UserError: Neither of the two, no tokenizer, a revision of a path, or a model without a trained head.
     """
     name, hub = str(name), {"revision": revision, "token": token}
     if is_recursive_checkpoint(name, **hub):
-        found = checkpoint.load(name, tokenizer_path=tokenizer_path, **hub)
+        found = checkpoint.load(name, tokenizer_path=tokenizer_path, donor=donor, **hub)
         checkpoint.require_head(found, name)
         return found.model, checkpoint.require_tokenizer(found, name)
-    donor = open_donor(name, **hub)
-    return donor.load(), donor_tokenizer(donor, tokenizer_path)
+    plain = open_donor(name, **hub)
+    return plain.load(), donor_tokenizer(plain, tokenizer_path)

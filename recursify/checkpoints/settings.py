@@ -28,7 +28,15 @@ class Revision(Options):
 
 
 @dataclass(kw_only=True)
-class ModelSource(Revision):
+class DonorPlace(Options):
+    """Model and tokenizer: the donor of an adapter."""
+
+    donor: str | None = None
+    """Folder or hub id of the donor of an adapter. Default: the one that its adapter_config.json names."""
+
+
+@dataclass(kw_only=True)
+class ModelSource(Revision, DonorPlace):
     """Model and tokenizer: which model, recursive or plain."""
 
     checkpoint: str

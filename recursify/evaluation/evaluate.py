@@ -100,7 +100,7 @@ def run(settings: EvaluateSettings) -> EvaluateReport:
     settings.validate()
     sets = question_sets(settings)
     join_processes(settings)
-    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
+    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision, donor=settings.donor)
     model = placed(model, choose_device(settings.device), settings.dtype)
     return evaluate_paired(model, tokenizer, settings, settings.checkpoint, sets)[0]
 

@@ -50,7 +50,7 @@ def load(settings: WriteSettings) -> tuple[Any, PreTrainedTokenizerBase]:
         UserError: A setting out of range; a checkpoint or tokenizer that cannot be read; a model that cannot generate as asked.
     """
     settings.validate()
-    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
+    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision, donor=settings.donor)
     settings.sampling.generate_kwargs(model)  # for what it refuses
     return placed(model, choose_device(settings.device), settings.dtype), tokenizer
 

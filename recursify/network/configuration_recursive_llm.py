@@ -182,10 +182,18 @@ class RecursiveLLMConfig(_Mixed):
             raise ValueError(f"block_types: expected {' or '.join(_KINDS)} for each layer, got {', '.join(unknown)}")
         if _SLIDING in self.block_types and not windowed:
             raise ValueError(f"block_types: {_SLIDING} needs a sliding_window, got None; give one, or use {_FULL}")
-        if self.is_adapter and self.injection != "anchored":
-            raise ValueError(f"lora_rank: expected the injection 'anchored' with it, got {self.injection!r}")
         self._derive()
         self._made = True
+
+    def check_adapter(self, L_cycles: int | None = None) -> None:
+        """Raise a ValueError for a shape that an adapter cannot have: `sum_norm`, or no updates of `z_L`, of which the first is the donor's."""
+        if not self.is_adapter:
+            return
+        if self.injection != "anchored":
+            raise ValueError(f"injection: expected 'anchored' with an adapter, got {self.injection!r}")
+        L = self.L_cycles if L_cycles is None else L_cycles
+        if L < 1:
+            raise ValueError(f"L_cycles: expected at least 1 with an adapter, whose first update of z_L is the donor's own, got {L}")
 
     @property
     def is_adapter(self) -> bool:
@@ -228,16 +236,10 @@ class RecursiveLLMConfig(_Mixed):
         return out
 
     def _derive(self) -> None:
-        check_adapter_cycles(self, self.L_cycles)
+        self.check_adapter()
         P, K, types = self.prelude_layers, self.L_layers, self.block_types or []
         self.layer_types = types[:P] + types[P + K :] + types[P : P + K] * applications(self.H_cycles, self.L_cycles)
         self.num_hidden_layers = len(self.layer_types)
-
-
-def check_adapter_cycles(config: Any, L_cycles: int) -> None:
-    """Raise a ValueError for an adapter without updates of `z_L`: the first application of the loop, the donor's own, is one."""
-    if config.is_adapter and L_cycles < 1:
-        raise ValueError(f"L_cycles: expected at least 1 with an adapter, whose first update of z_L is the donor's own, got {L_cycles}")
 
 
 def _check(name: str, value: Any) -> None:

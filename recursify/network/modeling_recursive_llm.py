@@ -79,7 +79,6 @@ from .configuration_recursive_llm import (
     RecursiveQwen2Config,
     RecursiveQwen3Config,
     RecursiveSmolLM3Config,
-    check_adapter_cycles,
     from_guide,
 )
 from .decoding_recursive_llm import (
@@ -265,7 +264,7 @@ class Recursion(nn.Module):
         """Run a range of the applications of the block (from 0) on `(z_L, z_H)`, and return the new states."""
         gains = self._gains(e) if applications else None  # the range is empty for every token of a draft with 0 cycles
         for n in applications:
-            states = self._apply(e, *states, block, n, L_cycles, gains)
+            states = self._advance_one(e, *states, block, n, L_cycles, gains)
         return states
 
     def steps(
@@ -287,7 +286,7 @@ class Recursion(nn.Module):
                 gains = self._gains(e)
             for n in range(cycle * count, (cycle + 1) * count):
                 with torch.no_grad() if backprop == "last" and cycle < H_cycles - 1 else nullcontext():
-                    z_L, z_H = self._apply(e, z_L, z_H, block, n, L_cycles, gains)
+                    z_L, z_H = self._advance_one(e, z_L, z_H, block, n, L_cycles, gains)
                 if plain and n == 0:
                     yield z_L
             yield z_H
@@ -300,7 +299,7 @@ class Recursion(nn.Module):
             return None
         return [[gain.to(e.device) for gain in injection.gains(e.dtype)] for injection in (self.inject_L, self.inject_H)]
 
-    def _apply(
+    def _advance_one(
         self, e: torch.Tensor, z_L: torch.Tensor, z_H: torch.Tensor, block: Any, n: int, L_cycles: int, gains: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One application of the block: the last of a cycle updates `z_H`, the others `z_L`."""
@@ -450,11 +449,11 @@ class RecursiveModelMixin(PreTrainedModel):
             self.recursion.requires_grad_(True)
             self.recursion.L_init.requires_grad_(False)  # the donor's own application does not read it
             for updates, layer in zip(self.recursion.lora, self.looped_layers, strict=True):
-                updates.attach(layer)
+                updates.attach(layer)  # type: ignore[operator]
         self.recursion.q_head.requires_grad_(False)
         if self.recursion.anchored:
             self.recursion.inject_L.requires_grad_(self.config.L_cycles > 0)
-        self.embed_tokens.requires_grad_(not self.config.freeze_embeddings)
+        self.embed_tokens.requires_grad_(not (self.config.freeze_embeddings or self.config.is_adapter))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -488,7 +487,7 @@ class RecursiveModelMixin(PreTrainedModel):
         for name, value in (("H_cycles", H), ("L_cycles", L)):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
-        check_adapter_cycles(config, L)
+        config.check_adapter(L)
         return H, L
 
     @merge_with_config_defaults
@@ -580,7 +579,7 @@ class RecursiveModelMixin(PreTrainedModel):
     ) -> RecursiveModelOutputWithPast:
         """The loop with early exit. A halted token keeps its state, and its keys and values, in all deeper cycles.
 
-        The loop ends when all tokens have halted. The decision about a token depends on that token alone, so prefill and incremental
+        The loop ends when all tokens have halted; of an adapter, possibly before the first cycle. The decision about a token depends on that token alone, so prefill and incremental
         decoding halt at the same cycles.
 
         Args:
@@ -593,7 +592,7 @@ class RecursiveModelMixin(PreTrainedModel):
         used: Any = torch.zeros(tokens.shape, dtype=torch.long, device=e.device)
         states: list[Any] = []
         halts: list[Any] = []
-        last: torch.Tensor | None = None
+        last: Any = None
         first = self.config.first_exit
         for cycle, z_H in enumerate(self.recursion.steps(e, one_pass.block, H, L, plain=first == 0), start=first):
             chosen = self._unless_halted(one_pass, z_H, chosen)
@@ -605,7 +604,7 @@ class RecursiveModelMixin(PreTrainedModel):
             if output_cycle_states or (not rule.reads_logits and cycle < H):
                 halts.append(self.recursion.q_head(chosen.detach()))
             if cycle < H:
-                halts_now = rule.by_readout(last) if rule.reads_logits else rule.by_head(halts[-1])
+                halts_now = rule.by_readout(last) if last is not None else rule.by_head(halts[-1])
                 active = active & ~halts_now.to(active.device)
                 one_pass.halted = tokens & ~active  # padding is computed as without halting, but does not keep the loop running
             if cycle == H or not active.any():

@@ -65,7 +65,7 @@ def load(settings: ServeSettings) -> Service:
     from .answering import Service
 
     device = choose_device(settings.device)
-    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision)
+    model, tokenizer = load_model(settings.checkpoint, settings.tokenizer_path, revision=settings.revision, donor=settings.donor)
     path = Path(settings.checkpoint)
     name = settings.model_name or (path.absolute().name.removesuffix(".pt") if path.exists() else settings.checkpoint)
     return Service(placed(model, device, settings.dtype).eval(), tokenizer, name, settings)

@@ -53,6 +53,8 @@ def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:
 def everything(config: Any) -> frozenset[str]:
     """All parts that the configuration does not freeze; a head tied to frozen embeddings is frozen, too."""
     parts = frozenset(shape_of(config).parameters)
+    if getattr(config, "is_adapter", False):
+        return frozenset({"recursion"})
     if not getattr(config, "freeze_embeddings", False):
         return parts
     return parts - ({"embeddings", "lm_head"} if config.tie_word_embeddings else {"embeddings"})

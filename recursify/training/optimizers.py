@@ -29,14 +29,18 @@ ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def parameter_groups(model: Any, settings: RunSettings) -> list[dict[str, Any]]:
-    """The trainable parameters in three groups: matrices, with weight decay; norms and biases; parameters of the recursion. Groups may be
-    empty."""
-    own = {id(p) for p in model.model.recursion.parameters()} if is_recursive(model) else set()
+    """The trainable parameters in three groups: matrices, with weight decay; norms, biases and low-rank updates; gains, initial states and
+    halting head. Groups may be empty."""
+    recursion = model.model.recursion if is_recursive(model) else None
+    updates = {id(p) for p in recursion.lora.parameters()} if recursion is not None and recursion.is_adapter else set()
+    own = set() if recursion is None else {id(p) for p in recursion.parameters()} - updates
     trained = [p for p in model.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in own]
+    matrices = [p for p in others if p.ndim > 1 and id(p) not in updates]
+    kept = {id(p) for p in matrices}
     return [
-        {"params": [p for p in others if p.ndim > 1], "lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "lr": settings.lr, "weight_decay": 0.0},
+        {"params": matrices, "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": [p for p in others if id(p) not in kept], "lr": settings.lr, "weight_decay": 0.0},
         {"params": [p for p in trained if id(p) in own], "lr": settings.gain_learning_rate, "weight_decay": 0.0},
     ]
 

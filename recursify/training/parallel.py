@@ -270,9 +270,9 @@ def full_optimizer_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_full_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load an unsharded state dict; every process passes it and keeps its shard."""
+    """Load an unsharded state dict, of an adapter without its donor's tensors; every process passes it and keeps its shard."""
     own = module.state_dict()
-    module.load_state_dict({name: shard_like(own[name], tensor) if name in own else tensor for name, tensor in state.items()})
+    module.load_state_dict(own | {name: shard_like(own[name], tensor) if name in own else tensor for name, tensor in state.items()})
 
 
 def load_full_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:

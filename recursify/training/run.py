@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from ..checkpoints import checkpoint
 from ..checkpoints.donor import open_donor
 from ..checkpoints.repository import split_revision
+from ..conversion.adapter import as_adapter
 from ..data.question_sets import is_questions
 from ..data.settings import parse_mix
 from ..errors import UserError
@@ -109,7 +110,8 @@ def train(settings: RunSettings) -> TrainResult:
     if best.exists() and point is None:
         announce(f"{best} is of an earlier run; it is kept as {keep_previous(best).name}, the last one before this run")
     notes = {**loaded.notes, "approach": settings.approach}
-    saver = Saver(settings.folder, tokenizer, loaded.model.dtype, loaded.plan, notes, settings.keep_last, data)
+    stored = torch.float32 if loaded.model.config.is_adapter else loaded.model.dtype
+    saver = Saver(settings.folder, tokenizer, stored, loaded.plan, notes, settings.keep_last, data)
     result = fit(loaded.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)
     if result.interrupted:
         announce(f"Interrupted and saved at step {result.steps}; the same command with --resume continues from there")
@@ -141,7 +143,14 @@ def closing_summary(result: FitResult, best: Path, settings: RunSettings) -> str
 def _starting_model(settings: RunSettings, point: Path | None) -> checkpoint.Checkpoint:
     if point is not None or isinstance(settings, TrainSettings):
         revision = settings.revision if point is None and isinstance(settings, TrainSettings) else None
-        return checkpoint.load(point or settings.source, tokenizer_path=settings.tokenizer_path, revision=revision)
+        donor = settings.donor if isinstance(settings, TrainSettings) else None
+        found = checkpoint.load(point or settings.source, tokenizer_path=settings.tokenizer_path, revision=revision, donor=donor)
+        if isinstance(settings, TrainSettings) and settings.adapter and not found.model.config.is_adapter:
+            settings.validate_model(found.model.config)
+            torch.manual_seed(settings.seed)
+            lora = {name: getattr(settings, name) for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_per")}
+            found.model = as_adapter(found.model, donor=donor, **lora)
+        return found
     assert isinstance(settings, DonorSettings)
     return from_donor(settings, announce)
 

@@ -37,6 +37,7 @@ from .parallel import processes
 from .settings import RunSettings
 
 BEST = "qwen_recursive_finetuned_best.pt"  # of Qwen donors, as the guides name it
+BEST_ADAPTER = "qwen_recursive_adapter_best"
 METRICS = "metrics.jsonl"
 RUN, STATE, MASTERS, AVERAGES = "run.json", "trainer_state.json", "float32_weights.pt", "averaged_weights.pt"  # in a state folder
 KEPT_STATES = 2  # only the newest is resumed from; the previous one is a backup in case it is damaged
@@ -49,14 +50,15 @@ _RECORDED_SETTINGS = (
 )  # fmt: skip
 _STEP_NAME = re.compile(r"checkpoint_step_\d+")  # not a user's copy such as checkpoint_step_1000_good.pt
 _SAVED_NAME = re.compile(
-    rf"({_STEP_NAME.pattern}|[a-z0-9]+_recursive_finetuned_best)(\.pt|_tokenizer|_state)"
+    rf"({_STEP_NAME.pattern}|[a-z0-9]+_recursive_(finetuned|adapter)_best)(\.pt|_tokenizer|_state)"
 )  # contents of a save's temporary folder
 
 
 def best_name(config: Any) -> str:
-    """File name of the best model of a run, after the donor's family."""
+    """Name of the best model of a run, after the donor's family: a file, or of an adapter a folder."""
     family = config.model_type.removeprefix(PREFIX)
-    return BEST if family.startswith("qwen") else BEST.replace("qwen", re.sub("[^a-z0-9]", "", family.lower()), 1)
+    name = BEST_ADAPTER if getattr(config, "is_adapter", False) else BEST
+    return name if family.startswith("qwen") else name.replace("qwen", re.sub("[^a-z0-9]", "", family.lower()), 1)
 
 
 def keep_previous(best: Path) -> Path:
@@ -66,6 +68,8 @@ def keep_previous(best: Path) -> Path:
     """
     previous = best.with_stem(f"{best.stem}_previous")
     if PartialState().is_main_process:
+        if previous.is_dir():
+            shutil.rmtree(previous)
         best.replace(previous)
         own, kept = checkpoint.tokenizer_folder(best), checkpoint.tokenizer_folder(previous)
         if own.is_dir():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..checkpoints.settings import RecursiveSource, Revision, TokenizerSource
+from ..checkpoints.settings import DonorPlace, RecursiveSource, Revision, TokenizerSource
 from ..conversion.settings import LoopSettings
 from ..data.question_sets import is_questions
 from ..data.settings import DataSettings, parse_mix
@@ -49,6 +49,12 @@ START_FIELDS = (
     "donor_loop",
     "fresh_loop",
     "tune_lm_head",
+    "adapter",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "lora_per",
+    "donor",
 )
 
 
@@ -102,6 +108,43 @@ class Recursion(Options):
 
 
 @dataclass(kw_only=True)
+class Adapter(Options):
+    """Adapter: the donor frozen, the recursion and low-rank updates trained."""
+
+    adapter: bool = False
+    """Freeze the donor, and train gains, initial states and low-rank updates (LoRA) of the looped layers, which act in the loop and not in
+    the plain pass: at 0 cycles the model stays its donor, bit for bit. Checkpoints hold the adapter alone. Needs a model that was
+    converted with --keep_donor and not trained."""
+    lora_rank: int = 16
+    """Rank of the low-rank updates of --adapter."""
+    lora_alpha: float = 32.0
+    """Low-rank updates are scaled by lora_alpha / lora_rank."""
+    lora_targets: Literal["all", "attention", "mlp"] = "all"
+    """Linear layers of the loop with low-rank updates: those of attention, of the feed-forward (mlp), or all."""
+    lora_per: Literal["model", "cycle"] = "model"
+    """Low-rank updates shared by all cycles (model), or for each cycle its own (cycle); deeper cycles than H_cycles have the last."""
+
+    def validate_adapter(self, config: Any) -> None:
+        """Check the adapter's flags against the model that a run starts from.
+
+        Raises:
+            UserError: A value out of range, flags without --adapter, or other ones than those of an adapter that is trained on.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_per")}
+        for name, value in given.items():
+            if not self.adapter and value != getattr(Adapter(), name):
+                raise UserError(f"--{name}: expected --adapter with it, got {value}; add --adapter, or leave --{name} out")
+            if isinstance(value, int | float) and value <= 0:
+                raise UserError(f"--{name}: expected a number above 0, got {value}")
+        if self.adapter and getattr(config, "is_adapter", False):
+            of_model = {name: getattr(config, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
+            of_model["lora_per"] = "cycle" if config.lora_pairs > 1 else "model"
+            for name, value in of_model.items():
+                if given[name] not in (value, getattr(Adapter(), name)):
+                    raise UserError(f"--{name}: expected {value}, that of the adapter that is trained on, got {given[name]}; leave it out")
+
+
+@dataclass(kw_only=True)
 class Optimizer(Options):
     """Optimizer: learning rates, schedule and regularisation."""
 
@@ -118,7 +161,7 @@ class Optimizer(Options):
     optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
     """muon updates the layers' matrices by Muon and the rest by AdamW; adamw_8bit quantizes optimizer states (needs torchao)."""
     weight_decay: float = 0.01
-    """Weight decay of matrices; norms, biases and the newly added parameters have none."""
+    """Weight decay of matrices; norms, biases, low-rank updates and the newly added parameters have none."""
     max_grad_norm: float = 1.0
     """Gradient clipping norm; 0 disables clipping."""
     ema_decay: float = 0.0
@@ -319,8 +362,12 @@ class FitSettings(RunSettings):
 
 # --help lists the fields of the last base first: the model, then the run.
 @dataclass(kw_only=True)
-class TrainSettings(FitSettings, RecursiveSource):
+class TrainSettings(FitSettings, Adapter, DonorPlace, RecursiveSource):
     """Fine-tune a recursive model on text."""
+
+    def validate_model(self, config: Any) -> None:
+        super().validate_model(config)
+        self.validate_adapter(config)
 
     @property
     def source(self) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from ..checkpoints.adapter import PREFIX as ADAPTER_PREFIX
 from ..errors import UserError
 from ..network.losses import counted, perplexity
 from ..utils.atomic import write_atomic
@@ -296,6 +297,8 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         if self.saver.dtype != torch.float32 or self.ema is not None:
             # Copied, because on a CPU these are the weights themselves, which averaged_weights overwrites during the save.
             weights = full_state(self.model.model)
+            if self.model.model.config.is_adapter:  # the donor's are in its own files
+                weights = {name: weight for name, weight in weights.items() if name.startswith(ADAPTER_PREFIX)}
             state[MASTERS] = weights if self.ema is None else copy.deepcopy(weights)
         if self.ema is not None:
             state[AVERAGES] = full_optimizer_state(self.ema)
