@@ -18,6 +18,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, load, save
     from .checkpoints.loading import load_model
+    from .conversion.adapter import as_adapter
     from .conversion.convert import convert
     from .data.loading import load_blocks
     from .evaluation.evaluate import evaluate
@@ -48,6 +49,7 @@ __all__ = [
     "Sampling",
     "TrainSettings",
     "UserError",
+    "as_adapter",
     "convert",
     "evaluate",
     "fit",
@@ -79,6 +81,7 @@ _PLACES = {
     "RecursiveTrainer": "training",
     "Sampling": "inference.options",
     "TrainSettings": "training",
+    "as_adapter": "conversion.adapter",
     "convert": "conversion.convert",
     "evaluate": "evaluation.evaluate",
     "fit": "training",

@@ -39,9 +39,7 @@ class OneState(Recursion):
     def update(self, z: Tensor, e: Tensor, block: Any, n: int) -> Tensor:
         raise NotImplementedError
 
-    def _advance_one(
-        self, e: Tensor, z_L: Tensor, z_H: Tensor, block: Any, n: int, L_cycles: int, gains: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _advance_one(self, e: Tensor, z_L: Tensor, z_H: Tensor, block: Any, n: int, L_cycles: int, gains: Any) -> tuple[Tensor, Tensor]:
         return z_L, self.update(z_H, e, block, n)
 
 

@@ -4,7 +4,7 @@ updates (LoRA, arXiv 2106.09685) of the linear layers in the loop. DESIGN and fo
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 

@@ -281,7 +281,9 @@ def _write_recursive(
     drawn = pictures(model, plan, extras.evaluation)
 
     def write(folder: Path) -> None:
-        checkpoint.write_folder(folder, model, tokenizer, plan, notes, model.dtype, card=card, max_shard_size=settings.max_shard_size, whole=True)
+        checkpoint.write_folder(
+            folder, model, tokenizer, plan, notes, model.dtype, card=card, max_shard_size=settings.max_shard_size, whole=True
+        )
         for name, svg in drawn.items():
             (folder / name).write_text(svg, encoding="utf-8")
 

@@ -189,24 +189,25 @@ class LayerLoRA(nn.ModuleDict):
     """The low-rank updates of a layer's linear layers, by name. `attach` hooks them into the layer, which stays as it is: names, tensors and
     quantised linear layers. A call `layer(..., lora=pair)` adds the updates of that pair; a call without, none.
 
-    The pair is an argument of the layer's call, so a recomputation of the layer (gradient checkpointing) adds the same one.
+    The pair is an argument of the layer's call, which the layer passes on to its attention, the first of its parts: a recomputation of the
+    layer (gradient checkpointing) sets the same one again.
     """
 
-    def __init__(self, layer: nn.Module, config: RecursiveLLMConfig):
+    def __init__(self, layer: Any, config: RecursiveLLMConfig):
         found = _linear_layers(layer, config.lora_targets)
         super().__init__({name: LoRA(linear, config.lora_rank, config.lora_alpha, config.lora_pairs) for name, linear in found.items()})
         self.targets = config.lora_targets
         self.pair: int | None = None
 
-    def attach(self, layer: nn.Module) -> None:
+    def attach(self, layer: Any) -> None:
         """Hook the updates into a layer whose linear layers may have been replaced since (quantisation)."""
-        if self._choose not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(self._choose, with_kwargs=True)
+        if self._choose not in layer.self_attn._forward_pre_hooks.values():
+            layer.self_attn.register_forward_pre_hook(self._choose, with_kwargs=True)
         for name, linear in _linear_layers(layer, self.targets).items():
             if not any(isinstance(hook, _AddLoRA) for hook in linear._forward_hooks.values()):
                 linear.register_forward_hook(_AddLoRA(self, name))
 
-    def _choose(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _choose(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self.pair = kwargs.pop("lora", None)
         return args, kwargs
 

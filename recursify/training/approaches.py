@@ -106,8 +106,9 @@ def freeze_rest(model: Any, settings: RunSettings) -> None:
     if is_recursive(model):
         recursion, deepest = model.model.recursion, max(settings.cycle_choices, default=model.config.H_cycles)
         recursion.q_head.requires_grad_(settings.halting_weight > 0)
-        for state in (recursion.H_init, recursion.L_init):  # with "last", they have a gradient only if there is one cycle
-            state.requires_grad_(settings.backprop != "last" or deepest == 1)
+        if settings.backprop == "last" and deepest > 1:  # they have a gradient only if there is one cycle
+            for state in (recursion.H_init, recursion.L_init):
+                state.requires_grad_(False)
 
 
 def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint.Checkpoint:

@@ -115,7 +115,10 @@ def test_prefill_and_incremental_decoding_exit_at_the_same_cycles(
 ) -> None:
     model = recursive(**shape)
     x = ids(1, length)
-    rule = {"halt": criterion, "halt_threshold": splitting(model, x, criterion, quantile) if shape["H_cycles"] > earliest(model, criterion) else 0.5}
+    rule = {
+        "halt": criterion,
+        "halt_threshold": splitting(model, x, criterion, quantile) if shape["H_cycles"] > earliest(model, criterion) else 0.5,
+    }
     out = write(model, x, **rule)
     again = model(out.sequences[:, :-1], use_cache=False, **rule)
     assert exits(again.halt_cycles) > 1 or shape["H_cycles"] <= earliest(model, criterion)

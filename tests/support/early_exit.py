@@ -89,7 +89,10 @@ def splitting(model: RecursiveLLM, x: torch.Tensor, criterion: str, quantile: fl
     criterion at its earliest cycle. Needs a deeper cycle and tokens with different scores."""
     cycle, plain = earliest(model, criterion), model.model(x, attention_mask=mask, use_cache=False, H_cycles=0)
     out = model.model(x, attention_mask=mask, use_cache=False, output_cycle_states=True, H_cycles=max(1, cycle))
-    before, now = (model.lm_head(state).log_softmax(-1) for state in (plain.last_hidden_state, plain.last_hidden_state, *out.cycle_states)[cycle : cycle + 2])
+    before, now = (
+        model.lm_head(state).log_softmax(-1)
+        for state in (plain.last_hidden_state, plain.last_hidden_state, *out.cycle_states)[cycle : cycle + 2]
+    )
     if criterion == "q_head":
         out = model.model(x, attention_mask=mask, use_cache=False, output_cycle_states=True, halt="q_head", halt_threshold=0.0)
         score = out.halt_logits[0].sigmoid()  # all tokens exit at the first cycle that they can exit at
