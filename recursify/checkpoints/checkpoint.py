@@ -512,7 +512,7 @@ def write_folder(
     write_config(folder, fields, notes.get("donor_fields"))
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
-    extras = Extras(chat=bool(getattr(tokenizer, "chat_template", None)))
+    extras = Extras(chat=bool(getattr(tokenizer, "chat_template", None)), adapter=model.config.is_adapter and not whole)
     (folder / "README.md").write_text(card or recursive_card(model, plan, notes, extras), encoding="utf-8")
 
 

@@ -95,6 +95,7 @@ class Extras:
         evaluation_note: A sentence on the evaluation, such as another dtype of the weights than that of the files.
         illustrated: Whether `pictures` are beside the card.
         chat: Whether the tokenizer has a chat template, which the example then uses.
+        adapter: Whether the folder holds an adapter without its donor, which recursify alone reads.
     """
 
     name: str = "THIS_FOLDER"
@@ -104,6 +105,7 @@ class Extras:
     evaluation_note: str = ""
     illustrated: bool = False
     chat: bool = False
+    adapter: bool = False
 
 
 def recursive_card(model: Any, plan: ConversionPlan | None, notes: Mapping[str, Any], extras: Extras | None = None) -> str:
@@ -254,6 +256,8 @@ def _use(config: Any, extras: Extras, generates: bool) -> list[str]:
         f"model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)",
         f"tokenizer = AutoTokenizer.from_pretrained({name}, trust_remote_code=True)",
     ]
+    if extras.adapter:
+        load = ["import recursify", "", f"found = recursify.load({name})", "model, tokenizer = found.model, found.tokenizer"]
     if not generates:
         run = ["", 'inputs = tokenizer("Once upon a time", return_tensors="pt")', f"states = model.model(**inputs, H_cycles={deeper})[0]"]
         note = "Trained in embedding space: its states predict the embedding of the next token. Its head is the donor's, unused."
@@ -261,11 +265,16 @@ def _use(config: Any, extras: Extras, generates: bool) -> list[str]:
     run = _example(extras, f", H_cycles={deeper}")
     prompt = '--chat --prompt "Who are you?"' if extras.chat else '--prompt "Once upon a time"'
     shell = f"recursify generate --checkpoint {shlex.quote(extras.name)} {prompt} --H_cycles {deeper}"
+    if extras.adapter:
+        how, after = "An adapter: recursify adds it to its donor, whose weights it checks.", "In a shell:"
+    else:
+        how = "With transformers alone, which runs the Python files in this repository:"
+        after = "After `import recursify`, `trust_remote_code` is not needed. In a shell:"
     return [
         "## Use",
-        "With transformers alone, which runs the Python files in this repository:",
+        how,
         _code(*load, *run),
-        "After `import recursify`, `trust_remote_code` is not needed. In a shell:",
+        after,
         _code(shell, language="sh"),
     ]
 

@@ -1,5 +1,8 @@
-"""From a converted model to an adapter of its donor: the donor's weights are frozen, and what is trained is the recursion alone, with low-rank
-updates (LoRA, arXiv 2106.09685) of the linear layers in the loop. DESIGN and formula: network/modeling_recursive_llm.py."""
+"""From a converted model to an adapter of its donor.
+
+The donor's weights are frozen; trained is the recursion alone, with low-rank updates (LoRA, arXiv 2106.09685) of the linear layers in the
+loop. The formula is in network/modeling_recursive_llm.py.
+"""
 
 from __future__ import annotations
 

@@ -180,14 +180,14 @@ def sums_of_halting(model: Any, ids: Tensor, places: Tensor, criterion: str, thr
     """Sums of a pass with early exit.
 
     Returns:
-        halted_nats, applications: `[1, B]`; halted_at: `[H_cycles, B]`, number of tokens that halted at each cycle.
+        halted_nats, applications: `[1, B]`; halted_at: `[cycles, B]`, number of tokens that halted at each cycle that they can halt at.
     """
     rule = HaltRule.of(model, criterion, threshold)
     outputs = model.model(ids, H_cycles=H_cycles, use_cache=False, halt_rule=rule)
     nats, _ = read_out(model.lm_head, outputs.last_hidden_state, ids, places)
     used = outputs.halt_cycles[:, :-1][places].cpu()
     cost = torch.tensor(applications(model.config, used.tolist(), criterion))
-    at = torch.stack([used == cycle for cycle in range(1, H_cycles + 1)])
+    at = torch.stack([used == cycle for cycle in range(model.config.first_exit, H_cycles + 1)])
     rows = {"halted_nats": nats[None], "applications": cost[None], "halted_at": at}
     return {name: per_window(values, places) for name, values in rows.items()}
 
@@ -222,7 +222,7 @@ def summarise_halting(
     """Statistics over all windows; `sums` has those of `sums_of_cycles`, at `H_cycles` or deeper, and of `sums_of_halting`."""
     nats, cost = sums["halted_nats"][0], mean_and_error(sums["applications"][0], tokens)[0]
     rule_threshold = HALT_CRITERIA[criterion] if threshold is None else threshold
-    spread = {cycle: mean_and_error(row, tokens)[0] for cycle, row in enumerate(sums["halted_at"], start=1)}
+    spread = {cycle: mean_and_error(row, tokens)[0] for cycle, row in enumerate(sums["halted_at"], start=config.first_exit)}
     return Halting(
         criterion, rule_threshold, H_cycles, *mean_and_error(nats, tokens, per_piece),
         *mean_and_error(nats - sums["nats"][H_cycles - 1], tokens, per_piece), spread, cost, cost / config.depth(H_cycles),

@@ -18,12 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..checkpoints import checkpoint
 from ..checkpoints.dialects import write_config, write_tokenizer
-from ..checkpoints.model_card import Evaluation, Extras, Row, donor_card, pictures, public, public_record, recursive_card
+from ..checkpoints.model_card import Evaluation, Extras, Row, base_model, donor_card, pictures, public, public_record, recursive_card
 from ..errors import UserError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.settings import EvaluateSettings, TextMeasurement
 from ..network.configuration_recursive_llm import RecursiveLLMConfig
 from ..network.modeling_recursive_llm import RecursiveLLM
+from ..network.plan import ConversionPlan
 from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from ..utils.models import without_donor_settings
@@ -63,6 +64,8 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
         upload.check(settings.push)
     found = checkpoint.load(settings.checkpoint, tokenizer_path=settings.tokenizer_path, revision=settings.revision)
     tokenizer = checkpoint.require_tokenizer(found, settings.checkpoint)
+    if settings.adapter_only and not found.model.config.is_adapter:
+        raise UserError(f"--adapter_only: expected an adapter, as recursify train --adapter makes, got {settings.checkpoint}; leave it out")
     if settings.donor:
         checkpoint.require_head(found, settings.checkpoint)
     model = _in_dtype(found.model, settings)
@@ -77,7 +80,7 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
     extras = Extras(
         name=settings.push or Path(settings.out).name, license=settings.license, base_model=settings.base_model, evaluation=measured,
         evaluation_note=_rounded(found.model.dtype, settings), illustrated=not settings.donor,
-        chat=bool(tokenizer.chat_template),
+        chat=bool(tokenizer.chat_template), adapter=settings.adapter_only,
     )  # fmt: skip
     lost: dict[str, int] = {}
     if settings.donor:
@@ -277,17 +280,36 @@ def _write_recursive(
     model: RecursiveLLM, tokenizer: PreTrainedTokenizerBase, found: checkpoint.Checkpoint, settings: ExportSettings, extras: Extras
 ) -> dict[str, int]:
     plan, notes = public_record(found.plan, found.notes)
+    if settings.adapter_only:
+        plan, notes = _with_hub_id(plan, notes, base_model(found.plan, found.notes, extras))
     card = recursive_card(model, plan, notes, extras)
     drawn = pictures(model, plan, extras.evaluation)
 
     def write(folder: Path) -> None:
         checkpoint.write_folder(
-            folder, model, tokenizer, plan, notes, model.dtype, card=card, max_shard_size=settings.max_shard_size, whole=True
+            folder,
+            model,
+            tokenizer,
+            plan,
+            notes,
+            model.dtype,
+            card=card,
+            max_shard_size=settings.max_shard_size,
+            whole=not settings.adapter_only,
         )
         for name, svg in drawn.items():
             (folder / name).write_text(svg, encoding="utf-8")
 
     return _write(settings, write)
+
+
+def _with_hub_id(plan: ConversionPlan | None, notes: dict[str, Any], base: str | None) -> tuple[ConversionPlan | None, dict[str, Any]]:
+    """The record of an adapter that names its donor by hub id."""
+    if base is None or plan is None:
+        raise UserError(
+            "--adapter_only: the adapter names its donor by a local folder, which others do not have; give its hub id with --base_model"
+        )
+    return replace(plan, donor=base), {name: value for name, value in notes.items() if name != "donor_folder"} | {"donor": base}
 
 
 def _write_donor(

@@ -24,6 +24,8 @@ class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
     """Where to write: a new folder, or one that holds a recursive model, which is replaced."""
     donor: bool = False
     """Write prelude, loop and coda, as they are trained, as a plain model of the donor's architecture: the recursive model at 0 cycles."""
+    adapter_only: bool = False
+    """Write an adapter alone, some megabytes, which names its donor by hub id; without this, the donor's weights are written, too."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights. Default: that of the checkpoint."""
     max_shard_size: str = MAX_SHARD_SIZE
@@ -53,6 +55,9 @@ class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
         _expect("--max_shard_size", _SIZE, self.max_shard_size, "a size such as 500MB or 5GB")
         if self.evaluation and self.dataset_name is not None:
             raise UserError("--evaluation: was measured before, --dataset_name measures now; give one of them")
+        if self.adapter_only and (self.donor or self.dtype is not None):
+            other = "--donor" if self.donor else f"--dtype {self.dtype}"
+            raise UserError(f"--adapter_only: writes no weights of the donor, which {other} is about; give one of them")
         if self.private and self.push is None:
             raise UserError("--private: says how to upload, but nothing is uploaded; name a repository with --push")
 

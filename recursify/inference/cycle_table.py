@@ -100,8 +100,8 @@ def recursive_steps(
         for first in range(0, len(written), chunk):
             rows = _guesses(model.lm_head(before[first : first + chunk]), written[first : first + chunk])
             for position, row in enumerate(rows, start=first):
-                if cycle <= ready[position]:
-                    guesses[position].append(CycleGuess(cycle, *row))
+                if cycle <= max(1, ready[position]):  # a token that exits before the first cycle keeps its readout in all of them
+                    guesses[position].append(CycleGuess(min(cycle, ready[position]), *row))
     halted = [at if at < deepest else None for at in ready]
     return [TokenSteps(*step) for step in zip(written.tolist(), map(tuple, guesses), halted, strict=True)]
 
@@ -196,7 +196,8 @@ def _cycle_column(steps: Sequence[TokenSteps], index: int, tokenizer: PreTrained
         own += (" ■" if halts else "  ") if stops else ""
         rows.append(own if agrees or not ranks else f"{own}  #{guess.token_rank} {_percent(guess.token_probability).strip()}")
     agreed = sum(guess.token_rank == 1 for guess in computed)
-    title = f"cycle {computed[0].cycle}" if computed[0].cycle else "plain pass"
+    cycle = max(guess.cycle for guess in computed)
+    title = f"cycle {cycle}" if cycle else "plain pass"
     return _column(f"  {title}", rows, f"  {agreed} of {len(computed)}")
 
 

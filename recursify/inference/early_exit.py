@@ -75,15 +75,20 @@ class Calibration:
 
 
 def applications(config: Any, cycles: Iterable[int], criterion: str) -> list[int]:
-    """Layer applications per token, given the cycle that it halted at (0 for padding, which costs nothing).
+    """Layer applications per token, given the cycle that it halted at: of an adapter from 0 on; else 0 is padding, which costs nothing.
 
     Args:
         config: The model's configuration.
         criterion: One of `HALT_CRITERIA`.
     """
-    of_cycle, around = config.L_layers * (config.L_cycles + 1), config.prelude_layers
-    readouts = (lambda cycle: 1) if criterion == "q_head" else (lambda cycle: cycle)
-    return [around + cycle * of_cycle + readouts(cycle) * config.coda_layers if cycle else 0 for cycle in cycles]
+    first = config.first_exit
+
+    def cost(cycle: int) -> int:
+        readouts = 1 if criterion == "q_head" else cycle + 1 - first
+        loop = config.L_layers * max(1, cycle * (config.L_cycles + 1))
+        return config.prelude_layers + loop + readouts * config.coda_layers if cycle >= first else 0
+
+    return [cost(cycle) for cycle in cycles]
 
 
 @torch.no_grad()
@@ -107,7 +112,7 @@ def measure(
             losses.append(nats.cpu())
             used.append(torch.full(ids.shape, H) if rule is None else outputs.halt_cycles.cpu())
     cycles = torch.cat(used, dim=1).flatten()
-    spread = {cycle: int((cycles == cycle).sum()) for cycle in range(1, H + 1)}
+    spread = {cycle: int((cycles == cycle).sum()) for cycle in range(model.config.first_exit, H + 1)}
     plain = len(cycles) * model.config.depth(H)
     cost = plain if threshold is None else sum(applications(model.config, cycles.tolist(), criterion))
     return HaltingMeasure(criterion, threshold, torch.cat(losses).mean().item(), spread, cost / plain)

@@ -186,7 +186,7 @@ class RecursiveLLMConfig(_Mixed):
         self._made = True
 
     def check_adapter(self, L_cycles: int | None = None) -> None:
-        """Raise a ValueError for a shape that an adapter cannot have: `sum_norm`, or no updates of `z_L`, of which the first is the donor's."""
+        """Raise a ValueError for what an adapter cannot have: `sum_norm`, or no updates of `z_L`, of which the first is the donor's."""
         if not self.is_adapter:
             return
         if self.injection != "anchored":

@@ -23,6 +23,14 @@
 The affine mix is TRM's plain sum z_L + z_H + e, anchored at e: with pre-norm blocks a plain sum would grow without bound.
 With all gains A, B at 0 every F gets e, so any number of cycles equals the plain pass, bit for bit.
 
+An adapter (`lora_rank` above 0) leaves the donor as it is. The first application of F is the donor's own, in all others F has low-rank
+updates (LoRA) of its linear layers, F':
+
+    z_L = F(e)                                       the donor's own application; with 0 cycles it is read out: lm_head(norm(coda(z_L)))
+    then as above, with F' in the place of F         z_H before the first cycle is e + H_init; L_init is not used
+
+With gains and updates at 0 the model is the donor at every depth; whatever they are, it is the donor at 0 cycles.
+
 The layers are transformers' classes; only the forward pass over them is new. A layer that is applied n times has n cache slots. Each
 application sees its slots through a view of the cache that adds an offset, so no module changes its `layer_idx`.
 
@@ -106,7 +114,8 @@ class RecursiveModelOutputWithPast(BaseModelOutputWithPast):
     halt_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_states=True`):
         One `[B, T]` per cycle: the halting logit of `q_head` for the detached state.
     halt_cycles (`torch.LongTensor`, *optional*, returned when `halt` is given):
-        `[B, T]`: the cycle at which each token halted (its early exit); 0 for padding.
+        `[B, T]`: the cycle at which each token halted (its early exit); 0 for padding, and where a token of an adapter exits before the
+        first cycle.
     """
 
     cycle_states: tuple[torch.FloatTensor, ...] | None = None
@@ -124,7 +133,8 @@ class RecursiveCausalLMOutputWithPast(CausalLMOutputWithPast):
     halt_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_cycle_logits=True`):
         One `[B, T]` per cycle: the halting logit of `q_head`.
     halt_cycles (`torch.LongTensor`, *optional*, returned when `halt` is given):
-        `[B, T]`: the cycle at which each token halted (its early exit); 0 for padding.
+        `[B, T]`: the cycle at which each token halted (its early exit); 0 for padding, and where a token of an adapter exits before the
+        first cycle.
     """
 
     cycle_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -166,12 +176,12 @@ class HaltHead(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """`[B, T, D]` to `[B, T]`. The input is normalised: norms of a donor's states differ by a factor of 1000 between tokens."""
-        direction = nn.functional.rms_norm(z.float(), z.shape[-1:], eps=1e-6).to(z.dtype)
+        direction = nn.functional.rms_norm(z.float(), z.shape[-1:], eps=1e-6).to(self.weight.dtype)
         return nn.functional.linear(direction, self.weight, self.bias).squeeze(-1)
 
 
 class LoRA(nn.Module):
-    """Low-rank updates `scale * B @ A` of a linear layer (arXiv 2106.09685), one or several pairs. B starts at 0, so the layer is unchanged."""
+    """Low-rank updates `scale * B @ A` of a linear layer (arXiv 2106.09685), one or several pairs. B starts at 0: nothing changes."""
 
     def __init__(self, linear: Any, rank: int, alpha: float, pairs: int):
         super().__init__()
@@ -186,8 +196,8 @@ class LoRA(nn.Module):
 
 
 class LayerLoRA(nn.ModuleDict):
-    """The low-rank updates of a layer's linear layers, by name. `attach` hooks them into the layer, which stays as it is: names, tensors and
-    quantised linear layers. A call `layer(..., lora=pair)` adds the updates of that pair; a call without, none.
+    """The low-rank updates of a layer's linear layers, by name. `attach` hooks them into the layer, whose modules and tensors stay as they
+    are. A call `layer(..., lora=pair)` adds the updates of that pair; a call without, none.
 
     The pair is an argument of the layer's call, which the layer passes on to its attention, the first of its parts: a recomputation of the
     layer (gradient checkpointing) sets the same one again.
@@ -442,9 +452,9 @@ class RecursiveModelMixin(PreTrainedModel):
         return _restored(super().from_pretrained(*args, **kwargs))
 
     def restore(self) -> None:
-        """Restore what `PreTrainedModel.from_pretrained` undoes. It makes every parameter trainable: freeze those that get no gradient from a
-        next-token loss (DDP fails on them), and those that the configuration freezes. Quantisation replaces linear layers: hook LoRA into
-        the new ones."""
+        """Restore what `PreTrainedModel.from_pretrained` undoes. It makes every parameter trainable: freeze those that get no gradient from
+        a next-token loss (DDP fails on them), and those that the configuration freezes. It may replace linear layers by quantised ones:
+        hook the low-rank updates into these."""
         if self.config.is_adapter:
             self.requires_grad_(False)
             self.recursion.requires_grad_(True)
@@ -580,8 +590,8 @@ class RecursiveModelMixin(PreTrainedModel):
     ) -> RecursiveModelOutputWithPast:
         """The loop with early exit. A halted token keeps its state, and its keys and values, in all deeper cycles.
 
-        The loop ends when all tokens have halted; of an adapter, possibly before the first cycle. The decision about a token depends on that token alone, so prefill and incremental
-        decoding halt at the same cycles.
+        The loop ends when all tokens have halted; of an adapter, possibly before the first cycle. The decision about a token depends on
+        that token alone, so prefill and incremental decoding halt at the same cycles.
 
         Args:
             tokens: `[B, T]`, False for padding.

@@ -111,6 +111,17 @@ def freeze_rest(model: Any, settings: RunSettings) -> None:
                 state.requires_grad_(False)
 
 
+def cast_for_training(model: Any, settings: RunSettings) -> None:
+    """Cast to float32, in which small updates are not lost. The frozen donor of an adapter stays in bfloat16 if it is stored so and the run
+    computes in it."""
+    if not (getattr(model.config, "is_adapter", False) and settings.bf16 and model.dtype == torch.bfloat16):
+        model.float()
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def from_donor(settings: DonorSettings, say: Say = lambda _: None) -> checkpoint.Checkpoint:
     """The initial model of a run with these settings, in the donor's dtype; deterministic for a given seed.
 

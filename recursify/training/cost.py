@@ -130,7 +130,8 @@ def _pass_counts(
     L = config.L_cycles if L_cycles is None else L_cycles
     supervised = max(1, min(supervised, H))
     reached = {"full": H, "cycle": supervised, "last": 1}[backprop]
-    loop = (applications(H, L), min(applications(H, L), applications(reached, L)))
+    own = int(config.is_adapter)  # the donor's own application, whose input has no gradient
+    loop = (applications(H, L), min(applications(H, L) - own, applications(reached, L)))
     return {"prelude": (1, 1), "L_level": loop, "coda": (supervised, supervised), "lm_head": (supervised, supervised)}
 
 
@@ -219,14 +220,17 @@ def memory_by_part(
     in_layers = sum(shape.matrices[part] for part in shape.layers if part in trained)
     share = parallelism.devices if parallelism.fsdp else 1
     matrices = sum(shape.matrices.values()) - (0 if reads_logits else shape.matrices["lm_head"])
+    total = sum(shape.parameters.values())
+    stored_bf16 = bf16 and getattr(config, "is_adapter", False) and config.dtype == torch.bfloat16
+    frozen_bf16 = total - trained_count if stored_bf16 else 0  # see `approaches.cast_for_training`
     kept = _applications_kept(config, shape, trained, H_cycles, L_cycles, supervised, backprop)
     parts = {
-        "weights": 4 * sum(shape.parameters.values()) / share,
+        "weights": (4 * (total - frozen_bf16) + 2 * frozen_bf16) / share,
         # "cycle" accumulates those of its cycles separately from the sum over the micro-batches
         "gradients": 4 * trained_count * (2 if backprop == "cycle" and parallelism.accumulates else 1) / share,
         "optimizer": (STATE_BYTES[optimizer] * trained_count - (MUON_BYTES * in_layers if optimizer == "muon" else 0)) / share,
         "ema": 4 * trained_count / share if ema else 0,
-        "autocast": 2 * matrices if bf16 else 0,
+        "autocast": 2 * matrices if bf16 and not frozen_bf16 else 0,
         "exchange": _communication_bytes(shape, trained, parallelism, supervised),
         "activations": tokens * _activations(config, shape, kept, bf16, gradient_checkpointing),
         "logits": _logit_bytes(tokens * shape.vocabulary, kept["lm_head"], by_token) if reads_logits else 0,

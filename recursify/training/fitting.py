@@ -20,7 +20,7 @@ from ..checkpoints import checkpoint
 from ..checkpoints.tokenizer import check_vocabulary
 from ..errors import UserError
 from ..utils.device import choose_device
-from .approaches import APPROACHES, freeze_rest
+from .approaches import APPROACHES, cast_for_training, freeze_rest
 from .arguments import choose_autocast, from_training_arguments, total_steps, training_arguments
 from .callbacks import AfterOptimizer, AtStart, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
 from .collate import Collate
@@ -74,8 +74,9 @@ class RecursiveTrainer(CycleTrainer):
     `fit` and `recursify train` use this trainer.
 
     Args:
-        model: A recursive model, or any causal language model of transformers as a baseline. It is changed in place: cast to float32,
-            moved to the device of the settings, and frozen except for what the approach trains.
+        model: A recursive model, or any causal language model of transformers as a baseline. It is changed in place: cast to float32
+            (of an adapter under bfloat16 autocast, what is trained), moved to the device of the settings, and frozen except for what the
+            approach trains.
         args: `FitSettings`, or those of another approach; their fields are the flags of `recursify train`. Or transformers'
             TrainingArguments; arguments without counterpart here raise an error.
         train_dataset: Rows with `input_ids`, all of one length, and optionally `labels`; or with a column `text`, which is tokenized and
@@ -122,7 +123,7 @@ class RecursiveTrainer(CycleTrainer):
         total = total_steps(train_dataset, settings)
         arguments = training_arguments(settings, device, saver, validates=eval_dataset is not None)  # initialises the process group
         freeze_rest(model, settings)
-        model.float()
+        cast_for_training(model, settings)
         depths = depth_schedule(model.config, settings, total)
         deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
         module = LossModule(

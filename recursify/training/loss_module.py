@@ -124,8 +124,13 @@ class LossModule(nn.Module):
         base = self.model.base_model
         e, block, read = base.begin_pass(input_ids, position_ids)
 
+        plain = self.model.config.is_adapter and self.supervision.halting > 0
+
         def losses(e: Tensor) -> Iterator[Tensor]:
-            return batch_loss.losses(lambda: base.recursion.steps(e, block, H, self.model.config.L_cycles, self.supervision.backprop), read)
+            def steps() -> Iterator[Tensor]:
+                return base.recursion.steps(e, block, H, self.model.config.L_cycles, self.supervision.backprop, plain)
+
+            return batch_loss.losses(steps, read, plain)
 
         per_cycle = self.supervision.backprop == "cycle"
         return batch_loss.outputs(backpropagate_each(losses, e, self.model) if per_cycle else torch.stack(list(losses(e))).sum())
@@ -183,16 +188,21 @@ class BatchLoss:
         self.scored = torch.zeros(loss_module.deepest, device=labels.device)
         self.terms: dict[str, Tensor] = {}
         self.token_losses: list[Tensor] = []  # of each cycle, if a loss term needs them
+        self.plain_losses: list[Tensor] = []  # of the plain pass, if the halting head can exit there
         self.halting_states: list[Tensor] = []  # input of the halting head at each cycle, if it is trained
 
-    def losses(self, steps: Callable[[], Iterator[Tensor]], read: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    def losses(self, steps: Callable[[], Iterator[Tensor]], read: Callable[[Tensor], Tensor], plain: bool = False) -> Iterator[Tensor]:
         """The summands of the loss: one per scored cycle where it must be available before the next cycle runs, else one for all.
 
         Args:
             steps: Runs the loop from its start and yields z_H after each cycle.
             read: From z_H to the state that is scored (coda and final norm).
+            plain: Whether the state of the plain pass comes first: an exit of the halting head, which is not scored.
         """
-        states: Iterator[tuple[Tensor, Tensor | None]] = ((z, read(z) if self._is_scored(c) else None) for c, z in enumerate(steps()))
+        run = steps()
+        if plain:
+            self._exit_before_the_cycles(next(run), read)
+        states: Iterator[tuple[Tensor, Tensor | None]] = ((z, read(z) if self._is_scored(c) else None) for c, z in enumerate(run))
         last = None
         if self.supervision.self_distill and self.supervision.backprop == "full":
             all_states = list(states)
@@ -213,6 +223,12 @@ class BatchLoss:
                 deferred[c] = state
         if deferred:
             yield self._objective_loss(deferred)
+
+    @torch.no_grad()
+    def _exit_before_the_cycles(self, z: Tensor, read: Callable[[Tensor], Tensor]) -> None:
+        """Record state and token losses of the plain pass, from which the halting head learns where no cycle is needed."""
+        self.halting_states.append(z.detach())
+        self.plain_losses.append(losses_and_divergences(read(z), self.labels, self.loss_module.reader, [])[0])
 
     def _is_scored(self, c: int) -> bool:
         return self.supervision.every_cycle or c == self.H - 1
@@ -254,7 +270,9 @@ class BatchLoss:
     def outputs(self, loss: Tensor) -> dict[str, Any]:
         if self.halting_states:
             q_head = self.loss_module.model.base_model.recursion.q_head
-            halting = halting_loss([q_head(z) for z in self.halting_states], self.token_losses, self.labels, self.items)
+            halting = halting_loss(
+                [q_head(z) for z in self.halting_states], [*self.plain_losses, *self.token_losses], self.labels, self.items
+            )
             self.terms["halting"], loss = halting.detach(), loss + self.supervision.halting * halting
         return {"loss": loss, "cycle_losses": self.cycle_losses, "scored": self.scored, "terms": self.terms}
 

@@ -449,6 +449,21 @@ def test_halting_loss_by_hand() -> None:
     assert halting_loss(logits[:1], losses[:1], labels).item() == 0.0
 
 
+def test_halting_loss_weighs_tokens_by_what_their_decision_is_worth() -> None:
+    """A wrong decision about a token that a later cycle improves by 0.5 nats costs ten times that about one that it hardly changes, which
+    counts with the margin; one that later cycles make worse counts with how much."""
+    labels, wrong = torch.tensor([[5, 5, 5, 5]]), 4.0
+    losses = [torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[0.5, 0.99, 1.2]])]
+    worth, sure = [0.5, HALT_MARGIN, 0.2], [wrong, -wrong, -wrong]
+    for token in range(3):
+        logits = [-value for value in sure]
+        logits[token] = sure[token]
+        of_right, of_wrong = math.log1p(math.exp(-wrong)), math.log1p(math.exp(wrong))
+        expected = sum(w * (of_wrong if i == token else of_right) for i, w in enumerate(worth)) / sum(worth)
+        found = halting_loss([torch.tensor([[*logits, 0.0]]), torch.zeros(1, 4)], losses, labels)
+        assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("gain_of_later", "target"),
     [

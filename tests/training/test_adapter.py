@@ -1,4 +1,4 @@
-"""Recursion as an adapter: the donor's weights and files stay as they are, at 0 cycles the model is the donor, and a checkpoint is the adapter."""
+"""Recursion as an adapter: the donor's weights and files stay as they are, at 0 cycles the model is the donor, and files hold the rest."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import recursify
@@ -17,10 +18,16 @@ from recursify import RecursiveLLM, as_adapter, convert
 from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
 from recursify.errors import UserError
+from recursify.hub import export
+from recursify.hub.settings import ExportSettings
+from recursify.inference import early_exit
+from recursify.inference.cycle_table import recursive_steps
+from recursify.network.losses import halting_loss, token_losses
 from recursify.training import TrainSettings, fit, train
 from recursify.training.cost import estimate
 from recursify.training.gains import set_gains
 from recursify.training.saving import BEST_ADAPTER
+from tests.support.early_exit import splitting
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_donor
 
 SEQ_LEN = 16
@@ -36,8 +43,8 @@ def blocks(count: int) -> list[dict[str, list[int]]]:
 
 def settings(**changes: Any) -> TrainSettings:
     common: dict[str, Any] = {
-        "checkpoint": "", "seq_len": SEQ_LEN, "batch_size": 2, "lr": 1e-2, "warmup_steps": 0, "max_steps": 3, "enable_deep_supervision": True,
-        "generate_every": 0, "save_every": 0, "device": "cpu", "bf16": False,
+        "checkpoint": "", "seq_len": SEQ_LEN, "batch_size": 2, "lr": 1e-2, "warmup_steps": 0, "max_steps": 3,
+        "enable_deep_supervision": True, "generate_every": 0, "save_every": 0, "device": "cpu", "bf16": False,
     }  # fmt: skip
     return TrainSettings(**common | changes)
 
@@ -202,6 +209,53 @@ def test_a_model_that_was_copied_or_compiled_keeps_its_updates(tmp_path: Path) -
         torch.testing.assert_close(model(ids).logits, expected)
 
 
+# Early exit before the first cycle
+
+
+@pytest.mark.parametrize("backprop", ["full", "cycle"])
+def test_the_halting_head_learns_the_exit_before_the_first_cycle(tmp_path: Path, backprop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first logit is that of the plain pass, whose token losses are the donor's."""
+    donor, model = donor_and_adapter(tmp_path / "donor")
+    stirred(model)
+    seen: list[tuple[Any, Any]] = []
+
+    def recorded(logits: Any, losses: Any, *rest: Any) -> Any:
+        seen.append(([each.detach() for each in logits], losses))
+        return halting_loss(logits, losses, *rest)
+
+    monkeypatch.setattr("recursify.training.loss_module.halting_loss", recorded)
+    rows = blocks(4)
+    ids = torch.tensor([row["input_ids"] for row in rows[:2]])
+    before = model.model.recursion.q_head.weight.detach().clone()
+    with torch.no_grad():
+        expected = token_losses(donor.model(ids).last_hidden_state, ids, donor.lm_head)
+        logits = model(ids, use_cache=False, output_cycle_logits=True, halt="q_head", halt_threshold=0.0).halt_logits[0]
+    changes = {"halting_weight": 0.5, "backprop": backprop, "max_steps": 1, "start_gain": None}
+    fit(model, make_tiny_tokenizer(), rows[:2], None, settings(**changes), console=False)
+    found_logits, found_losses = seen[0]
+    assert len(found_logits) == len(found_losses) == 4
+    order = [0, 1] if torch.allclose(found_losses[0], expected, atol=1e-5) else [1, 0]  # the sampler may swap the rows
+    torch.testing.assert_close(found_losses[0], expected[order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found_logits[0], logits[order], rtol=0, atol=1e-5)
+    assert not torch.equal(model.model.recursion.q_head.weight, before)
+
+
+def test_tokens_that_exit_before_the_first_cycle_cost_what_the_donor_costs(tmp_path: Path) -> None:
+    donor, model = donor_and_adapter(tmp_path / "donor")
+    stirred(model)
+    ids = torch.randint(0, 300, (1, 12))
+    found = early_exit.measure(model, ids, "q_head", 0.0)
+    assert found.cycles == {0: 12, 1: 0, 2: 0, 3: 0} and found.share == model.config.depth(0) / model.config.depth()
+    with torch.no_grad():
+        assert found.loss == pytest.approx(donor(ids, labels=ids).loss.item(), abs=1e-5)
+        threshold = splitting(model, ids, "q_head")
+        part = model(ids, use_cache=False, halt="q_head", halt_threshold=threshold).halt_cycles
+    assert set(part.flatten().tolist()) > {0}
+    steps = recursive_steps(model, ids[0].tolist(), prompt_length=4, halt="q_head", halt_threshold=threshold)
+    for step, used in zip(steps, part[0, 3:-1].tolist(), strict=True):
+        assert [guess.cycle for guess in step.cycles] == (list(range(1, used + 1)) or [0])
+
+
 # The command
 
 
@@ -274,6 +328,82 @@ def test_dry_run_counts_the_adapter_alone(desk: Path) -> None:
     assert adapter.trained_parameters == trained + untrained
     assert adapter.memory["optimizer"] == 8 * adapter.trained_parameters < full.memory["optimizer"] / 5
     assert adapter.flops < full.flops
+
+
+def test_frozen_donor_stays_in_bfloat16(tmp_path: Path) -> None:
+    """Where it is stored so and the run computes in it; what is trained is float32, and so are its files."""
+    tiny_donor("qwen2", tmp_path / "donor", num_hidden_layers=5)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "donor", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    donor = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    model: Any = as_adapter(convert(str(tmp_path / "half"), **SHAPE), lora_rank=2)
+    assert model.dtype == torch.bfloat16
+    result = fit(model, make_tiny_tokenizer(), blocks(8), blocks(2), settings(max_steps=30, bf16=True, log_every=5), console=False)
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    kinds = {parameter.requires_grad: parameter.dtype for parameter in model.parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+    ids = torch.randint(0, 300, (1, 7))
+    with torch.no_grad():
+        assert torch.equal(model(ids, H_cycles=0).logits, donor(ids).logits)
+        model(ids, halt="q_head")
+    checkpoint.save(tmp_path / "adapter", model, make_tiny_tokenizer())
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    memory = [estimate(model.config, settings(bf16=bf16), 1).memory for bf16 in (True, False)]
+    assert memory[0]["weights"] < 0.7 * memory[1]["weights"] and "autocast" not in memory[0]
+
+
+def test_export_of_the_adapter_alone_names_its_donor_by_hub_id(desk: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "adapter", as_adapter(checkpoint.load(desk / "init.pt").model), make_tiny_tokenizer())
+    words = ["export", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "adapter"), "--adapter_only"]
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert not (tmp_path / "out").exists()
+    cli.main([*words, "--base_model", "Qwen/Qwen2-0.5B"])
+    record = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert record["base_model_name_or_path"] == "Qwen/Qwen2-0.5B" and str(desk) not in (tmp_path / "out" / "config.json").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: Qwen/Qwen2-0.5B" in card and 'recursify.load("out")' in card and "AutoModelForCausalLM" not in card
+    assert checkpoint.load(tmp_path / "out", donor=str(desk / "donor")).model.config.is_adapter
+    for more, message in (
+        (["--donor"], "--adapter_only: writes no weights of the donor, which --donor is about"),
+        (["--dtype", "float32"], "--adapter_only: writes no weights of the donor, which --dtype float32 is about"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ExportSettings(
+                out="x", checkpoint="y", adapter_only=True, donor="--donor" in more, dtype=more[1] if more[1:] else None
+            ).validate()
+    with pytest.raises(UserError, match="--adapter_only: expected an adapter, as recursify train --adapter makes"):
+        export.run(ExportSettings(out=str(tmp_path / "whole"), checkpoint=str(desk / "init.pt"), adapter_only=True))
+
+
+def test_evaluation_and_prompts_take_an_adapter(desk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save(tmp_path / "adapter", stirred(as_adapter(checkpoint.load(desk / "init.pt").model)), make_tiny_tokenizer())
+    adapter, text = str(tmp_path / "adapter"), str(desk / "text.txt")
+    words = ["--dataset_name", text, "--max_windows", "2", "--seq_len", "32", "--json"]
+    cli.main(["evaluate", "--checkpoint", adapter, "--cycles", "0", "3", "--halt", "q_head", *words])
+    found = json.loads(capsys.readouterr().out)
+    cli.main(["evaluate", "--checkpoint", str(desk / "donor"), *words])
+    donor = json.loads(capsys.readouterr().out)
+    assert found["rows"][0]["loss"] == donor["rows"][0]["loss"] != found["rows"][1]["loss"]
+    cli.main(
+        [
+            "generate",
+            "--checkpoint",
+            adapter,
+            "--donor",
+            str(desk / "donor"),
+            "--prompt",
+            "The",
+            "--max_new_tokens",
+            "3",
+            "--temperature",
+            "0",
+        ]
+    )
+    assert capsys.readouterr().out.startswith("The")
+    cli.main(["inspect", "--checkpoint", adapter])
+    assert "recursion" in capsys.readouterr().out
 
 
 # Errors
