@@ -148,7 +148,7 @@ def evaluate_paired(
     if settings.text is not None:
         opened = _open(model, tokenizer, settings)
         text, paired_text = measure_text(model, opened, depths, halting, batch_size=settings.batch_size)
-        passages = _passages(model, tokenizer, opened, depths) if settings.report is not None and is_first() else []
+        passages = _passages(model, tokenizer, opened, depths, halting) if settings.report is not None and is_first() else []
     questions, rights = [], {}
     for asked, items in sets.items():
         answered, right = evaluate_questions(model, tokenizer, asked, items, runs, settings.judge, batch_size=settings.batch_size)
@@ -186,7 +186,7 @@ def _open(model: Any, tokenizer: Any, settings: MeasureSettings) -> Text:
     )
 
 
-def _passages(model: Any, tokenizer: Any, text: Text, depths: Sequence[int | None]) -> list[Passage]:
+def _passages(model: Any, tokenizer: Any, text: Text, depths: Sequence[int | None], halting: DecodingOptions | None) -> list[Passage]:
     rows = text.windows.ids(0, min(_PASSAGES, len(text.windows)))[:, :_PASSAGE_TOKENS]
     deepest = max((H for H in depths if H is not None), default=0)
-    return [read_passage(model, tokenizer, ids, deepest) for ids in rows]
+    return [read_passage(model, tokenizer, ids, deepest, halting) for ids in rows]

@@ -111,6 +111,7 @@ def render(report: Report) -> str:
         *(_accuracy(models, key) for key in _question_sets(models)),
         _tasks(models),
         _passages(models),
+        _exits(models),
         _cycles(models),
         _numbers(models),
         section("How to read this", findings(NOTES)),
@@ -416,6 +417,42 @@ def _coloured(model: Model, passages: Rows, full: float) -> str:
     return _text().coloured(shown, caption)
 
 
+def _exits(models: Sequence[Model]) -> str:
+    """Where each model went on, and where it left off: tokens by the cycle at which they exited."""
+    found = [(model, [one for one in model.report["passages"] if one.get("exits")]) for model in models]
+    figures = [_coloured_by_exit(model, passages) for model, passages in found if passages]
+    if not figures:
+        return ""
+    explained = (
+        "Each token is coloured by the cycle after which the model exited to predict it: the darker, the more cycles it spent. Rest the "
+        "pointer on a token to see its cycle."
+    )
+    return section("Where the model spends its cycles", paragraph(explained), *figures)
+
+
+def _coloured_by_exit(model: Model, passages: Rows) -> str:
+    exits = [cycle for one in passages for cycle in one["exits"]]
+    most = max(1, *exits)
+    halting = model.report["text"]["telemetry"]["halting"]
+    caption = (
+        f"{model.name}: {math.fsum(exits) / len(exits):.2f} of at most {plural(halting['H_cycles'], 'cycle')} per token of these passages; "
+        f"on the whole text {halting['share']:.0%} of the layer applications of full depth."
+    )
+    shown = [{"first": one["tokens"][0], "tokens": list(_tokens_by_exit(one, most))} for one in passages]
+    return _text().coloured(shown, caption)
+
+
+def _tokens_by_exit(passage: Mapping[str, Any], most: int) -> Iterable[dict[str, str]]:
+    """Template data per token; tokens of one character are merged, which shows the deepest."""
+    deepest = 0
+    for token, cycle in zip(passage["tokens"][1:], passage["exits"], strict=True):
+        deepest = max(deepest, cycle)
+        if token:
+            title = f"{visible(token)}  exit " + (f"after cycle {deepest}" if deepest else "before the first cycle")
+            yield {"text": token, "class_": "helped", "strength": f"{deepest / most:.2f}", "title": title}
+            deepest = 0
+
+
 def _text() -> Any:
     return templates(__package__, "passages.html.j2")
 
@@ -480,7 +517,10 @@ def _telemetry(name: str, stats: Mapping[str, Any]) -> list[str]:
         content.append(table(head, rows, f"{name}; the last line is all cycles together." if len(rows) > 1 else name))
     halting = stats["halting"]
     if halting is not None:
-        rows = [row(f"cycle {cycle}", [f"{share:.1%}"]) for cycle, share in halting["cycles"].items()]
+        rows = [
+            row(f"cycle {cycle}" if int(cycle) else "before the first cycle", [f"{share:.1%}"])
+            for cycle, share in halting["cycles"].items()
+        ]
         words = (
             f"{name}, tokens by the cycle that they halted at: by {halting['criterion']}, threshold {halting['threshold']:g}, "
             f"after at most {plural(halting['H_cycles'], 'cycle')}. Loss {number(halting['loss'])}, "

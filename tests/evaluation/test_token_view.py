@@ -55,7 +55,7 @@ def test_without_cycles_and_without_a_loop_there_is_one_row(model: RecursiveLLM,
 
 def test_to_dict(model: RecursiveLLM, ids: torch.Tensor) -> None:
     passage = read_passage(model, make_tiny_tokenizer(), ids[:4], 2)
-    assert passage.to_dict() == {"tokens": passage.tokens, "nats": passage.nats}
+    assert passage.to_dict() == {"tokens": passage.tokens, "nats": passage.nats, "exits": None}
 
 
 def test_training_mode_is_restored(model: RecursiveLLM, ids: torch.Tensor) -> None:

@@ -381,8 +381,15 @@ def test_evaluation_and_prompts_take_an_adapter(desk: Path, tmp_path: Path, caps
     checkpoint.save(tmp_path / "adapter", stirred(as_adapter(checkpoint.load(desk / "init.pt").model)), make_tiny_tokenizer())
     adapter, text = str(tmp_path / "adapter"), str(desk / "text.txt")
     words = ["--dataset_name", text, "--max_windows", "2", "--seq_len", "32", "--json"]
-    cli.main(["evaluate", "--checkpoint", adapter, "--cycles", "0", "3", "--halt", "q_head", *words])
+    page = tmp_path / "report.html"
+    halting = ["--halt", "q_head", "--halt_threshold", "0.5"]
+    cli.main(["evaluate", "--checkpoint", adapter, "--cycles", "0", "3", *halting, "--report", str(page), *words])
     found = json.loads(capsys.readouterr().out)
+    exits = [cycle for passage in found["passages"] for cycle in passage["exits"]]
+    assert len(exits) == 2 * 31 and 0 in exits and len(set(exits)) > 1
+    shown = page.read_text(encoding="utf-8")
+    assert "Where the model spends its cycles" in shown and f"{sum(exits) / len(exits):.2f} of at most 3 cycles per token" in shown
+    assert shown.count("exit before the first cycle") > 0 and "exit after cycle " in shown
     cli.main(["evaluate", "--checkpoint", str(desk / "donor"), *words])
     donor = json.loads(capsys.readouterr().out)
     assert found["rows"][0]["loss"] == donor["rows"][0]["loss"] != found["rows"][1]["loss"]
