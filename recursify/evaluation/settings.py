@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from ..checkpoints.settings import ModelSource, TokenizerSource
-from ..data.question_sets import is_questions, load_questions
+from ..data.question_sets import file_wanted, is_questions, load_questions
 from ..data.settings import TextSource
 from ..data.tasks import FORMATS, GENERATED, Item
 from ..errors import UserError
@@ -57,8 +57,8 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
     tokens of context. Default: seq_len."""
     questions: tuple[str, ...] = ()
     """Question sets, e.g. --questions permutations:difficulty=4-32/4,count=200 babi:qa2_test.txt. Synthetic: permutations, pointers,
-    addition, booleans, with difficulty, count, seed, group, nodes. From a file or a hub path owner/name/path: gsm8k, svamp, prosqa,
-    babi, scan."""
+    addition, booleans, with difficulty, count, seed, group, nodes. Read from a file: gsm8k, svamp, prosqa, babi, scan, each with a local
+    one, e.g. gsm8k:test.jsonl, or one of a dataset on the hub, e.g. gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet."""
     judge: Judge = "answer"
     """Metric of the questions: exact match of the generated answer, or, for state tracking, teacher-forced accuracy at every label."""
     tasks: tuple[str, ...] = ()
@@ -133,9 +133,11 @@ def question_sets(settings: MeasureSettings) -> dict[str, list[Item]]:
     """Name -> items of every requested question set."""
     found: dict[str, list[Item]] = {}
     for name in settings.questions:
+        if name in FORMATS:
+            raise UserError(f"--questions: {file_wanted(name)}")
         if not is_questions(name):
             raise UserError(
-                f"--questions: expected one of {', '.join(GENERATED)}, or {', '.join(FORMATS)} with a file behind a colon, got {name!r}"
+                f"--questions: expected one of {', '.join(GENERATED)}, or {', '.join(FORMATS)} with a file as NAME:FILE, got {name!r}"
             )
         if name in found:
             raise UserError(f"--questions: {name} is given twice; leave one out")

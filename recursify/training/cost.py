@@ -312,6 +312,7 @@ class TrainingCost:
         """As text for the console."""
         devices = f", each of {self.devices} devices" if self.devices > 1 else ""
         (unit, size), (disk_unit, disk_size) = _unit(self.memory_total), _unit(self.disk)
+        disk = f"disk in {disk_unit:<6} {self.disk / disk_size:>8.2f}"
         lines = [
             f"{'steps':<12} {self.steps:>16,}",
             f"{'tokens':<12} {self.tokens:>16,}",
@@ -322,7 +323,7 @@ class TrainingCost:
             *(f"  {name:<12} {count / size:>8.2f}" for name, count in self.memory.items()),
             f"  {'total':<12} {self.memory_total / size:>8.2f}   plus 1 to 2 GB for the device context and libraries",
             "",
-            f"{f'disk in {disk_unit}':<14} {self.disk / disk_size:>8.2f}   {self.kept} step checkpoints (--save_every, --keep_last) and the best model",
+            f"{disk}   {self.kept} step checkpoints (--save_every, --keep_last) and the best model",
         ]
         return "\n".join(lines)
 
