@@ -9,6 +9,7 @@ is compared with the donor's file, and the model is run against the same layers 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -206,8 +207,7 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
     settings.validate()
     if not settings.dry_run:
         checkpoint.check_writable(settings.output_path)
-        if Path(settings.output_path).exists():
-            say(f"! {settings.output_path} exists and will be replaced")
+    replaced = Path(settings.output_path).exists()
     donor = open_donor(settings.qwen_model, revision=settings.revision)
     seq_len = check_seq_len(donor, settings.seq_len)
     if settings.seq_len is None and seq_len < DEFAULT_SEQ_LEN:
@@ -227,16 +227,8 @@ def run(settings: ConvertSettings, say: Say = print) -> ConvertReport:
 
     done = convert_tensors(donor, plan, settings, say, save)
     check = done.check
-    for line in _verdict(check, settings):
+    for line in (*_verdict(check, settings), *_closing(settings, plan, replaced)):
         say(line)
-    if settings.H_cycles == 0:
-        say("! 0 cycles: the recursion is never run, so this model cannot be trained; --H_cycles 1 or more makes one that can")
-    if plan.dropped:
-        say(
-            f"! {len(plan.dropped)} of the donor's {plan.donor_layers} layers are dropped: the model is not the donor until it is trained "
-            "(--keep_donor keeps all)"
-        )
-    say(f"✓ Saved to {settings.output_path}")
     seconds = round(time.monotonic() - start, 2)
     config: Any = done.model.config
     return ConvertReport(inspect(config), check, settings.output_path, seconds)
@@ -255,6 +247,30 @@ def _verdict(check: SelfCheck, settings: ConvertSettings) -> list[str]:
         cause = f"--gain {settings.gain}" if settings.injection == "anchored" else f"--injection {settings.injection}"
         lines.append(f"! Not exact with cycles: {cause} changes their logits by up to {worst:.3g}")
     return lines
+
+
+def _closing(settings: ConvertSettings, plan: ConversionPlan, replaced: bool) -> list[str]:
+    """What to know about the model that was written, and what to do with it."""
+    lines = []
+    if settings.H_cycles == 0:
+        lines.append("! 0 cycles: the recursion is never run, so this model cannot be trained; --H_cycles 1 or more makes one that can")
+    if plan.dropped:
+        lines.append(
+            f"! {len(plan.dropped)} of the donor's {plan.donor_layers} layers are dropped: the model is not the donor until it is trained "
+            "(--keep_donor keeps all)"
+        )
+    if replaced:
+        lines.append(f"! {settings.output_path} existed and was replaced")
+    return [*lines, f"✓ Saved to {settings.output_path}", f"Next: {_next_command(settings)}"]
+
+
+def _next_command(settings: ConvertSettings) -> str:
+    """A command for the shell that goes on from here, and can be given as it stands."""
+    model = shlex.quote(settings.output_path)
+    if settings.H_cycles == 0:
+        return f'recursify generate --checkpoint {model} --prompt "Once upon a time"'
+    folder = shlex.quote(f"runs/{Path(settings.output_path).name.removesuffix('.pt')}")
+    return f"recursify train --checkpoint {model} --dataset_name wikitext --enable_deep_supervision --output_dir {folder}"
 
 
 def _dry_run(donor: Donor, settings: ConvertSettings, say: Say, start: float) -> ConvertReport:

@@ -98,7 +98,8 @@ def _kept_block(N: int, K: int, selection: str | None, prelude: int, coda: int) 
         if prelude and coda and prelude + K + coda != N:
             raise UserError(
                 f"--keep_donor: prelude {prelude} + loop {K} + coda {coda} must be the donor's {N} layers; "
-                "leave --coda_layers out, or leave --keep_donor out to drop the layers between"
+                f"leave --prelude_layers or --coda_layers out, give --L_layers {N - prelude - coda}, or leave --keep_donor out to drop the "
+                "layers between"
             )
         first = prelude or N - K - coda
         return list(range(first, first + K))

@@ -30,7 +30,7 @@ from ..errors import UserError, short
 from ..utils.encodings import check_characters, not_utf8, open_text, read_text
 from ..utils.http import httpx
 from .cached_dataset import bars_on_terminals_only, make_table
-from .question_sets import is_questions
+from .question_sets import file_wanted, is_questions
 from .settings import HELD_OUT_SEED, HELD_OUT_SHARE, TextSource
 from .tasks import FORMATS
 
@@ -77,8 +77,7 @@ def load_documents(settings: TextSource) -> Documents:
         UserError: If the data set is missing, unreadable, empty, has no such text column, or is a question set.
     """
     if settings.dataset_name in FORMATS and not Path(settings.dataset_name).exists():
-        name = settings.dataset_name
-        raise UserError(f"--dataset_name: {name} is read from its files: {name}:FILE, or {name}:OWNER/NAME/PATH for one on the hub")
+        raise UserError(f"--dataset_name: {file_wanted(settings.dataset_name)}")
     if is_questions(settings.dataset_name):
         raise UserError(f"--dataset_name {settings.dataset_name}: expected text, got questions; evaluate and compare ask --questions")
     with bars_on_terminals_only():

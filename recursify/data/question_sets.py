@@ -35,6 +35,14 @@ def is_questions(name: str) -> bool:
     return head in GENERATED or (head in FORMATS and bool(colon))
 
 
+def file_wanted(name: str) -> str:
+    """What to say where a format is named without its file."""
+    return (
+        f"{name} is read from a file: a local one, {name}:FILE, such as gsm8k:test.jsonl, or one of a dataset on the hub, "
+        f"{name}:OWNER/NAME/PATH, such as gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet"
+    )
+
+
 def load_questions(name: str, split: str) -> list[Item]:
     """The items of a question set: by difficulty for synthetic tasks, in file order otherwise.
 
@@ -47,7 +55,7 @@ def load_questions(name: str, split: str) -> list[Item]:
     head, _, rest = name.partition(":")
     if head in FORMATS:
         if not rest:
-            raise UserError(f"{head}: expected a file behind a colon, as {head}:FILE, or {head}:OWNER/NAME/PATH of a data set of the hub")
+            raise UserError(file_wanted(head))
         return read(head, _file(rest))
     if head not in GENERATED:
         raise UserError(f"no question set {head!r}; there are {', '.join(GENERATED)}, and as NAME:FILE {', '.join(FORMATS)}")

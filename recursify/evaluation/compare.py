@@ -25,9 +25,10 @@ from ..data.tasks import Item
 from ..network.modeling_recursive_llm import RecursiveLLM
 from ..utils.device import choose_device, placed
 from ..utils.tables import table
+from .cycle_stats import LEGEND
 from .evaluate import EvaluateReport, Paired, evaluate_paired, join_processes
 from .settings import CompareSettings, question_sets
-from .statistics import format_p, mcnemar_p, mean_and_error, student_p
+from .statistics import SIGNIFICANT, format_p, mcnemar_p, mean_and_error, student_p, verdict
 
 
 class Measured(NamedTuple):
@@ -126,15 +127,33 @@ class Comparison:
         }
 
     def render(self) -> str:
-        parts = [*(report.render() for report in self.reports), *self._rankings()]
-        parts.append(f"against {self.baseline}, each model at its own cycle count, on the same items:")
-        if self.text_differences:
-            head = ("loss (nats)", "H_cycles", "loss", "baseline", "difference", "+-", "p")
-            parts.append("\n".join(table(head, map(_text_row, self.text_differences), left=1)))
-        for name in dict.fromkeys(line.name for line in self.question_differences):
-            rows = [_question_row(line) for line in self.question_differences if line.name == name]
-            parts.append("\n".join([f"{name}, accuracy in %:", *table(_QUESTION_HEAD, rows, left=1)]))
-        return "\n\n".join([*parts, *(line["reason"] for line in self.unpaired)])
+        """As text: the differences, all models and depths in order, then each model's own figures."""
+        parts = [*self._differences(), *(line["reason"] for line in self.unpaired), *self._rankings()]
+        parts += [report.render(legend=False) for report in self.reports]
+        found = [report.text.telemetry for report in self.reports if report.text is not None and report.text.telemetry is not None]
+        return "\n\n".join([*parts, *(["\n".join(LEGEND)] if any(stats.steps for stats in found) else [])])
+
+    def _differences(self) -> list[str]:
+        """The opening words, and for each model a table of its loss and one of each question set; nothing where nothing is paired."""
+        parts = []
+        for report in self.reports[1:]:
+            found = [line for line in self.text_differences if line.model == report.checkpoint]
+            asked = [line for line in self.question_differences if line.model == report.checkpoint]
+            of = _at(report)
+            if found:
+                rows = table(_TEXT_HEAD, map(_text_row, found))
+                parts.append("\n".join([f"{of}: loss in nats per token; a difference below 0 is better", *rows]))
+            for name in dict.fromkeys(line.name for line in asked):
+                lines = [line for line in asked if line.name == name]
+                labels = ", at the last label of each question" if lines[0].judge == "labels" else ""
+                title = f"{of}, {name}: accuracy in %{labels}; a difference above 0 is better"
+                parts.append("\n".join([title, *table(_QUESTION_HEAD, map(_question_row, lines))]))
+        opening = (
+            f"Against {_at(self.reports[0])}, the baseline,\n"
+            "each model at its own cycle count, on the same items; a difference is called\n"
+            f"better or worse where p is below {SIGNIFICANT}."
+        )
+        return [opening, *parts] if parts or self.unpaired else []
 
     def _rankings(self) -> list[str]:
         """All models at all depths, the best first: by loss, where they read the same windows, and by accuracy on each question set."""
@@ -142,10 +161,12 @@ class Comparison:
         texts = [(report.checkpoint, row) for report in self.reports if report.text is not None for row in report.text.rows]
         if texts and self.same_windows:
             rows = [
-                (name, _cycles(row.H_cycles), f"{row.loss:.4f}", str(row.layer_applications))
+                (f"{row.loss:.4f}", str(row.layer_applications), _cycles(row.H_cycles), name)
                 for name, row in sorted(texts, key=lambda entry: entry[1].loss)
             ]
-            parts.append("\n".join(table(("all depths, the best first", "H_cycles", "loss (nats)", "layer applications"), rows, left=1)))
+            parts.append(
+                "\n".join(["loss, all depths, the best first:", *table(("loss (nats)", "layer applications", "H_cycles", ""), rows)])
+            )
         for name in dict.fromkeys(answered.name for report in self.reports for answered in report.questions):
             found = [
                 (report.checkpoint, row)
@@ -156,25 +177,32 @@ class Comparison:
                 if row.difficulty is None and row.halt is None
             ]
             ranked = sorted(found, key=lambda entry: -entry[1].accuracy)
-            shares = [(model, _cycles(row.H_cycles), f"{100 * row.accuracy:.1f}") for model, row in ranked]
-            parts.append("\n".join([f"{name}, all depths, the best first:", *table(("", "H_cycles", "accuracy in %"), shares, left=1)]))
+            shares = [(f"{100 * row.accuracy:.1f}", _cycles(row.H_cycles), model) for model, row in ranked]
+            parts.append("\n".join([f"{name}, all depths, the best first:", *table(("accuracy in %", "H_cycles", ""), shares)]))
         return parts
 
 
+_TEXT_HEAD = ("loss", "baseline", "difference", "p", "")
+_QUESTION_HEAD = ("difficulty", "right", "baseline", "difference", "only it", "only base", "p", "")
+
+
 def _text_row(line: TextDifference) -> tuple[str, ...]:
-    error = "-" if line.standard_error is None else f"{line.standard_error:.4f}"
-    figures = f"{line.loss:.4f}", f"{line.baseline_loss:.4f}", f"{line.difference:+.4f}"
-    return line.model, _cycles(line.H_cycles), *figures, error, format_p(line.p)
-
-
-_QUESTION_HEAD = ("", "H_cycles", "difficulty", "count", "right", "baseline", "difference", "+-", "only it", "only baseline", "p")
+    error = "" if line.standard_error is None else f" +- {line.standard_error:.4f}"
+    figures = f"{line.loss:.4f}", f"{line.baseline_loss:.4f}", f"{line.difference:+.4f}{error}"
+    return *figures, format_p(line.p), verdict(line.difference, line.p, less_is_better=True) or ""
 
 
 def _question_row(line: QuestionDifference) -> tuple[str, ...]:
     which = "all" if line.difficulty is None else str(line.difficulty)
-    shares = f"{100 * line.accuracy:.1f}", f"{100 * line.baseline_accuracy:.1f}", f"{100 * line.difference:+.1f}"
-    split = f"{100 * line.standard_error:.1f}", str(line.model_only), str(line.baseline_only), format_p(line.p)
-    return line.model, _cycles(line.H_cycles), which, f"{line.count:,}", *shares, *split
+    shares = f"{100 * line.accuracy:.1f}", f"{100 * line.baseline_accuracy:.1f}"
+    difference = f"{100 * line.difference:+.1f} +-{100 * line.standard_error:5.1f}"
+    split = str(line.model_only), str(line.baseline_only), format_p(line.p)
+    return which, *shares, difference, *split, verdict(line.difference, line.p, less_is_better=False) or ""
+
+
+def _at(report: EvaluateReport) -> str:
+    """A model and its own cycle count."""
+    return f"{report.checkpoint} ({'plain' if report.trained_cycles is None else f'H_cycles {report.trained_cycles}'})"
 
 
 def _cycles(H_cycles: int | None) -> str:

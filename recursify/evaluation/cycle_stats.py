@@ -25,6 +25,11 @@ from ..utils.tables import table
 from .statistics import mean_and_error
 
 Sums = dict[str, Tensor]  # name -> [rows, windows]
+LEGEND = (
+    "  corrected: the top-1 prediction was wrong and became right; broken: right,",
+    "  became wrong; state moved: the distance between the two states that the head",
+    "  reads, relative to the norm of the first",
+)
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,12 @@ class CycleStats:
         halting = None if self.halting is None else vars(self.halting)
         return {**vars(self), "steps": [vars(step) for step in self.steps], "halting": halting}
 
-    def lines(self) -> list[str]:
-        """Lines for the terminal; none for a single cycle without halting."""
+    def lines(self, legend: bool = True) -> list[str]:
+        """Lines for the terminal; none for a single cycle without halting.
+
+        Args:
+            legend: Whether the columns are explained here.
+        """
         found: list[str] = []
         if self.steps:
             whole = Step(1, self.H_cycles, self.loop_gain, self.loop_gain_error, self.corrected, self.broken, None)
@@ -128,8 +137,7 @@ class CycleStats:
             found = [
                 "what the cycles do, in nats per token and shares of the scored tokens:",
                 *table(("cycles", "loss drop", "+-", "corrected", "broken", "state moved", ""), rows),
-                "  corrected: the top-1 prediction was wrong and became right; broken: right, became wrong; state moved: the distance",
-                "  between the two states that the head reads, relative to the norm of the first",
+                *(LEGEND if legend else ()),
             ]
         if self.halting is not None:
             found += ["", *self.halting.lines()] if found else self.halting.lines()

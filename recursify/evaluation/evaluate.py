@@ -63,8 +63,9 @@ class EvaluateReport:
         parts = {name: [part.to_dict() for part in getattr(self, name)] for name in ("questions", "tasks", "passages")}
         return {"checkpoint": self.checkpoint, "trained_cycles": self.trained_cycles, **(text or {}), "text": text, **parts}
 
-    def render(self) -> str:
-        parts = [] if self.text is None else [self.text.lines(self.trained_cycles)]
+    def render(self, legend: bool = True) -> str:
+        """As text; `legend` is whether the statistics of the cycles are explained."""
+        parts = [] if self.text is None else [self.text.lines(self.trained_cycles, legend)]
         parts += [part.lines() for part in self.questions]
         parts += [lm_eval_harness.lines(self.tasks)] if self.tasks else []
         return "\n\n".join([self.checkpoint, *("\n".join(lines) for lines in parts)])

@@ -41,12 +41,11 @@ from ..reports.html import (
     visible,
     write_document,
 )
-from .statistics import format_p
+from .statistics import SIGNIFICANT, format_p, verdict
 
 Report = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
-SURE = 0.05  # significance level
 DEPTHS_DRAWN = 7  # maximum number of lines with distinct colours and labels; tables have no limit
 LOOPED_COLOURS, PLAIN_COLOURS = ("s1", "s2", "s4", "s5"), ("s3", "s4", "s5")
 NOTES = (
@@ -215,7 +214,7 @@ def _differences(report: Report) -> str:
     content: list[str] = [
         paragraph(
             f"Each model at its own cycle count, against {base}, on the same pieces of text and the same questions. "
-            f"A difference is called one where p is below {SURE}."
+            f"A difference is called one where p is below {SIGNIFICANT}."
         )
     ]
     if text:
@@ -247,11 +246,8 @@ def _question_difference(line: Mapping[str, Any]) -> str:
 
 
 def _verdict(line: Mapping[str, Any], *, less_is_better: bool) -> str:
-    if line["p"] is None:
-        return "how surely is not known"
-    if line["p"] >= SURE:
-        return "too close to tell apart"
-    return "better" if (line["difference"] < 0) == less_is_better else "worse"
+    unsure = "how surely is not known" if line["p"] is None else "too close to tell apart"
+    return verdict(line["difference"], line["p"], less_is_better=less_is_better) or unsure
 
 
 # Loss by cycles

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from ..checkpoints.settings import ModelSource, TokenizerSource
-from ..data.question_sets import is_questions, load_questions
+from ..data.question_sets import file_wanted, is_questions, load_questions
 from ..data.settings import TextSource
 from ..data.tasks import FORMATS, GENERATED, Item
 from ..errors import UserError
@@ -29,19 +29,20 @@ class TextMeasurement(TextSource, DeviceOptions):
 
     dataset_name: str | None = None  # type: ignore[assignment]
     """Text: wikitext or another hub dataset, of which the validation split is measured; a local file (.txt, .jsonl, .parquet, ...), which
-    is measured whole; or a folder, of which the validation files are, else the test files, else all. Default: wikitext for evaluate and
-    compare without --questions and --tasks; none for export."""
+    is measured whole; or a folder, of which the validation files are, else the test files, else all. Default: wikitext, unless
+    --questions or --tasks are given."""
     split: Literal["validation", "test", "all"] | None = None
     """Part of the text: validation is what training validates on, held out of the text if it has none of its own; test, the test files of
-    a folder; all, everything. Default: see --dataset_name."""
+    a folder; all, everything. Default: validation of a hub dataset, all of a file, and of a folder the first of the three that it
+    has."""
     cycles: tuple[int, ...] = ()
-    """Cycle counts to measure, e.g. --cycles 0 1 3 5. Default: 1 to twice that of the checkpoint."""
+    """Cycle counts to measure at, e.g. --cycles 0 1 3 5. Default: 1 to twice that of the checkpoint."""
     seq_len: int = 128
-    """Tokens per window."""
+    """Tokens per window of the text."""
     batch_size: int = 8
-    """Windows, questions or lm-eval requests per forward pass."""
+    """Windows per forward pass."""
     max_windows: int | None = None
-    """Measure only the first N windows."""
+    """Measure only the first N windows of the text."""
 
 
 @dataclass(kw_only=True)
@@ -52,13 +53,15 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
     accuracy of its answers, its tasks. It has at most the checkpoint's own cycles, or the largest of --cycles if that is less.
     """
 
+    batch_size: int = TextMeasurement.batch_size
+    """Windows, questions or lm-eval requests per forward pass."""
     stride: int | None = None
     """Tokens between the starts of windows; below seq_len, windows overlap and every token is scored once with at least seq_len - stride
     tokens of context. Default: seq_len."""
     questions: tuple[str, ...] = ()
     """Question sets, e.g. --questions permutations:difficulty=4-32/4,count=200 babi:qa2_test.txt. Synthetic: permutations, pointers,
-    addition, booleans, with difficulty, count, seed, group, nodes. From a file or a hub path owner/name/path: gsm8k, svamp, prosqa,
-    babi, scan."""
+    addition, booleans, with difficulty, count, seed, group, nodes. Read from a file: gsm8k, svamp, prosqa, babi, scan, each with a local
+    one, e.g. gsm8k:test.jsonl, or one of a dataset on the hub, e.g. gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet."""
     judge: Judge = "answer"
     """Metric of the questions: exact match of the generated answer, or, for state tracking, teacher-forced accuracy at every label."""
     tasks: tuple[str, ...] = ()
@@ -133,9 +136,11 @@ def question_sets(settings: MeasureSettings) -> dict[str, list[Item]]:
     """Name -> items of every requested question set."""
     found: dict[str, list[Item]] = {}
     for name in settings.questions:
+        if name in FORMATS:
+            raise UserError(f"--questions: {file_wanted(name)}")
         if not is_questions(name):
             raise UserError(
-                f"--questions: expected one of {', '.join(GENERATED)}, or {', '.join(FORMATS)} with a file behind a colon, got {name!r}"
+                f"--questions: expected one of {', '.join(GENERATED)}, or {', '.join(FORMATS)} with a file as NAME:FILE, got {name!r}"
             )
         if name in found:
             raise UserError(f"--questions: {name} is given twice; leave one out")

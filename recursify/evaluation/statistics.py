@@ -4,7 +4,8 @@
     standard_error   the same of values that count alike
     student_p        of a mean difference and its standard error (paired t-test)
     mcnemar_p        of two counts: the questions that one model alone got right, and those that the other alone did (exact)
-    written          what they say, for reading
+    format_p         a p-value for reading
+    verdict          whether a difference is significant, and which way it goes
 
 The tests are two-sided, and exact for what they assume: differences of pieces that are independent and, for the first, normal.
 """
@@ -15,6 +16,8 @@ import math
 
 import torch
 from torch import Tensor
+
+SIGNIFICANT = 0.05  # a difference is called one where p is below
 
 
 def student_p(difference: float, error: float, pieces: int) -> float:
@@ -55,6 +58,13 @@ def mcnemar_p(ours: int, theirs: int) -> float:
 def format_p(p: float | None) -> str:
     """Format a p-value; a dash for None."""
     return "-" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def verdict(difference: float, p: float | None, *, less_is_better: bool) -> str | None:
+    """`better` or `worse`; None where the difference is not significant, or where that is not known (p None)."""
+    if p is None or p >= SIGNIFICANT:
+        return None
+    return "better" if (difference < 0) == less_is_better else "worse"
 
 
 def mean_and_error(sums: Tensor, counts: Tensor, per_piece: int = 1) -> tuple[float, float | None]:

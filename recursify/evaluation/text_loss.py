@@ -196,11 +196,12 @@ class TextReport:
         telemetry = None if self.telemetry is None else self.telemetry.to_dict()
         return {**vars(self), "rows": [row.to_dict() for row in self.rows], "telemetry": telemetry}
 
-    def lines(self, own: int | None) -> list[str]:
+    def lines(self, own: int | None, legend: bool = True) -> list[str]:
         """Lines for the terminal.
 
         Args:
             own: The checkpoint's own cycle count, which is marked.
+            legend: Whether the statistics of the cycles are explained.
         """
         overlap = "" if self.stride == self.seq_len else f", {self.stride} tokens apart"
         lines = [
@@ -213,10 +214,10 @@ class TextReport:
             name = "plain" if row.H_cycles is None else str(row.H_cycles)
             error = "-" if row.standard_error is None else f"{row.standard_error:.4f}"
             bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-            mark = "<- the checkpoint's own" if row.H_cycles is not None and row.H_cycles == own else ""
+            mark = "<- its own" if row.H_cycles is not None and row.H_cycles == own else ""
             rows.append((name, f"{row.loss:.4f}", error, perplexity_text(row.loss), bits, row.layer_applications, mark))
         lines += table(("H_cycles", "loss (nats)", "+-", "perplexity", "bits/byte", "layer applications", ""), rows)
-        cycles = [] if self.telemetry is None else self.telemetry.lines()
+        cycles = [] if self.telemetry is None else self.telemetry.lines(legend)
         return [*lines, *([""] if cycles else []), *cycles]
 
 

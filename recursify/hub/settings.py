@@ -37,6 +37,9 @@ class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
     """Hub id of the base model, for the model card. Default: the donor that the model was converted from, if it was a hub id."""
     evaluation: tuple[str, ...] = ()
     """Files with the output of `recursify evaluate --json`, of this model and of baselines on the same text, for the model card."""
+    dataset_name: str | None = None  # type: ignore[assignment]
+    """Measure the loss on this text, for the model card: wikitext or another hub dataset, a local file, or a folder, read as
+    `recursify evaluate` reads it; the flags of "Text and depths" and "Data" say how. Default: nothing is measured."""
     push: str | None = None
     """Upload the folder to this repository on the hub, such as you/model; created if it does not exist."""
     private: bool = False

@@ -164,16 +164,17 @@ class Summary(TrainerCallback):
     Args:
         save_best: Called on all ranks with the metrics when the validation loss is the lowest so far; returns the path, None if not saved.
         quiet: Save without printing.
+        streamed: The data are a stream of unknown length, which the Trainer counts as one epoch whenever the run ends.
     """
 
-    def __init__(self, save_best: Callable[[dict[str, float]], Path | None], quiet: bool = False):
-        self.save_best, self.quiet = save_best, quiet
+    def __init__(self, save_best: Callable[[dict[str, float]], Path | None], quiet: bool = False, streamed: bool = False):
+        self.save_best, self.quiet, self.streamed = save_best, quiet, streamed
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics = kwargs["metrics"]
         loss = metrics["eval_loss"]
         lines = [
-            f"\nEpoch {math.ceil(state.epoch or 0)} Summary:" if at_epoch_end(state) else f"\nStep {state.global_step} Summary:",
+            f"\n{self._trained(state)} Summary:",
             f"  Train Loss: {metrics['train_loss']:.4f}",
             f"  Val Loss: {loss:.4f}",
             *(f"  {title}: {text(metrics[name])}" for name, (title, text) in METRIC_LINES.items() if name in metrics),
@@ -186,6 +187,10 @@ class Summary(TrainerCallback):
             lines.append(f"  ✓ New best model saved: {saved}")
         if state.is_world_process_zero and not self.quiet:
             print_line("\n".join(lines))
+
+    def _trained(self, state: TrainerState) -> str:
+        epochs = float(state.epoch or 0)
+        return f"Epoch {epochs:.0f}" if epochs.is_integer() and not self.streamed else f"Step {state.global_step}"
 
 
 class SaveSteps(TrainerCallback):

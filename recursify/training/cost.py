@@ -36,7 +36,7 @@ MUON_BYTES = 4
 # Per element of a chunk of logits: the logits, their float32 copy, the log-probabilities, and the gradients of these; and the part that is
 # kept for the backward pass if all logits fit in one chunk.
 _LOGIT_BYTES, _KEPT_LOGIT_BYTES = 16, 8
-GB = 1e9
+GB, MB = 1e9, 1e6
 
 
 def trained_parts(config: PreTrainedConfig, settings: Any) -> frozenset[str]:
@@ -317,19 +317,26 @@ class TrainingCost:
     def render(self) -> str:
         """As text for the console."""
         devices = f", each of {self.devices} devices" if self.devices > 1 else ""
+        (unit, size), (disk_unit, disk_size) = _unit(self.memory_total), _unit(self.disk)
+        disk = f"disk in {disk_unit:<6} {self.disk / disk_size:>8.2f}"
         lines = [
             f"{'steps':<12} {self.steps:>16,}",
             f"{'tokens':<12} {self.tokens:>16,}",
             f"{'FLOPs':<12} {self.flops:>16.2e}   {self.flops / max(1, self.tokens):.2e} per token",
             f"{'parameters':<12} {self.parameters:>16,}   {self.trained_parameters:,} trainable",
             "",
-            f"memory in GB{devices} (estimated)",
-            *(f"  {name:<12} {count / GB:>8.2f}" for name, count in self.memory.items()),
-            f"  {'total':<12} {self.memory_total / GB:>8.2f}   plus 1 to 2 for the device context and libraries",
+            f"memory in {unit}{devices} (estimated)",
+            *(f"  {name:<12} {count / size:>8.2f}" for name, count in self.memory.items()),
+            f"  {'total':<12} {self.memory_total / size:>8.2f}   plus 1 to 2 GB for the device context and libraries",
             "",
-            f"{'disk in GB':<14} {self.disk / GB:>8.2f}   {self.kept} step checkpoints (--save_every, --keep_last) and the best model",
+            f"{disk}   {self.kept} step checkpoints (--save_every, --keep_last) and the best model",
         ]
         return "\n".join(lines)
+
+
+def _unit(count: float) -> tuple[str, float]:
+    """The unit that shows a number of bytes best, and its bytes."""
+    return ("GB", GB) if count >= GB else ("MB", MB)
 
 
 def estimate(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import has_length
 
 from ..checkpoints import checkpoint
 from ..checkpoints.tokenizer import check_vocabulary
@@ -279,7 +280,7 @@ def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallbac
     return [
         *([MetricsFile(saver.folder / METRICS)] if saver else []),
         *([AtStart(trainer.log_donor_loss)] if saver and saver.starts_as_donor and trainer.eval_dataset is not None else []),
-        Summary(lambda metrics: _save_best(trainer), quiet),
+        Summary(lambda metrics: _save_best(trainer), quiet, streamed=not has_length(trainer.train_dataset)),
         *([AfterOptimizer(trainer.update_average)] if settings.ema_decay else []),
         *([EarlyStopping(settings.early_stopping_patience)] if settings.early_stopping_patience else []),
         Validate(settings.eval_every),

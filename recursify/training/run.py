@@ -121,10 +121,10 @@ def train(settings: RunSettings) -> TrainResult:
 
 
 def closing_summary(result: FitResult, best: Path, settings: RunSettings) -> str:
-    """What matters at the end of a run: validation loss by cycle beside the donor's, the best model, and the next commands."""
+    """What matters at the end of a run: validation loss by cycle beside the donor's, the best model, the folder, and the next commands."""
     last = next(entry for entry in reversed(result.history) if "eval_loss" in entry)
     losses = {int(name.rpartition("_")[2]): loss for name, loss in last.items() if name.startswith("eval_loss_cycle_")}
-    lines = [f"Best validation loss {result.best_eval_loss:.4f}: {best}"]
+    lines = [f"Best validation loss {result.best_eval_loss:.4f}: {best}", f"All files of this run are in {settings.folder.absolute()}"]
     if len(losses) > 1:
         shown = ", ".join(f"{cycle}: {loss:.4f}" for cycle, loss in losses.items())
         donor = next((f"; of the donor: {entry['donor_loss']:.4f}" for entry in result.history if "donor_loss" in entry), "")

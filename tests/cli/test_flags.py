@@ -158,6 +158,14 @@ def test_command_line_and_recipe_errors_are_equal(
         parse("train", f"--config {tmp_path / 'recipe.yaml'}")
 
 
+def test_export_says_what_its_measurement_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not what evaluate does with the same flags: questions, tasks, a text by default."""
+    said = {name: " ".join(re.sub("[│╭╮╰╯─]", " ", help_of(name, capsys)).split()) for name in ("export", "evaluate", "compare")}
+    assert "Measure the loss on this text, for the model card" in said["export"] and "Default: nothing is measured" in said["export"]
+    assert not re.search("question|lm-eval|compare", said["export"])
+    assert all("Default: wikitext" in said[name] and "model card" not in said[name] for name in ("evaluate", "compare"))
+
+
 def test_compatible_values_are_converted() -> None:
     import numpy as np
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from recursify import ConversionPlan, RecursiveLLM, convert
 from recursify.checkpoints import checkpoint
 from recursify.checkpoints import donor as donors_module
+from recursify.cli import main as cli
 from recursify.conversion import convert as conversion
 from recursify.conversion import probe, self_check
 from recursify.conversion.convert import convert_tensors, open_donor, resolve_plan, run
@@ -26,6 +28,7 @@ from recursify.conversion.settings import ConvertSettings
 from recursify.data.calibration import calibration_windows
 from recursify.errors import UserError
 from recursify.network.modeling_recursive_llm import FAMILIES as CLASSES
+from recursify.training.settings import TrainSettings
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_donor, tiny_model
 
 LAYERS = 8
@@ -353,12 +356,48 @@ def test_the_lines_of_the_quick_start(tmp_path: Path, monkeypatch: pytest.Monkey
         "✓ Copied LM head",
         "! 20 of the donor's 24 layers are dropped: the model is not the donor until it is trained (--keep_donor keeps all)",
         "✓ Saved to qwen_recursive_init.pt",
+        "Next: recursify train --checkpoint qwen_recursive_init.pt --dataset_name wikitext --enable_deep_supervision "
+        "--output_dir runs/qwen_recursive_init",
     ]
     (checked,) = [line for line in lines if line.startswith("✓ Checked")]
     assert checked == (
         "✓ Checked against Qwen2ForCausalLM over layers [0, 8, 16, 23]: 50 tensors equal, logits equal at every cycle (max difference 0.0)"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["donor", "qwen_recursive_init.pt", "qwen_recursive_init_tokenizer"]
+
+
+def next_of(lines: list[str]) -> list[str]:
+    """The words of the command behind `Next:`, without `recursify` and the name of the job."""
+    (command,) = [line.removeprefix("Next: ") for line in lines if line.startswith("Next: ")]
+    assert lines[-1].endswith(command)
+    return shlex.split(command)
+
+
+def test_the_next_command_can_be_given(donor: str, tmp_path: Path) -> None:
+    for name, run_name in (("my model.pt", "my model"), ("a.folder", "a.folder")):
+        path = str(tmp_path / name)
+        _, job, *words = next_of(lines_of(qwen_model=donor, output_path=path))
+        asked = cli.parse(job, TrainSettings, words)
+        assert (job, asked.checkpoint, asked.output_dir) == ("train", path, f"runs/{run_name}")
+        assert asked.enable_deep_supervision and asked.dataset_name == "wikitext"
+
+
+def test_a_model_without_cycles_cannot_be_trained_next(donor: str, tmp_path: Path) -> None:
+    lines = lines_of(qwen_model=donor, output_path=str(tmp_path / "m.pt"), H_cycles=0)
+    assert next_of(lines)[:4] == ["recursify", "generate", "--checkpoint", str(tmp_path / "m.pt")]
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out"])
+def test_a_replaced_model_is_named_once_it_is_replaced(name: str, donor: str, tmp_path: Path) -> None:
+    path = str(tmp_path / name)
+    said = f"! {path} existed and was replaced"
+    assert said not in lines_of(qwen_model=donor, output_path=path)
+    refused: list[str] = []
+    with pytest.raises(UserError, match="--L_layers"):
+        run(ConvertSettings(qwen_model=donor, output_path=path, L_layers=99), say=refused.append)
+    assert refused == []
+    lines = lines_of(qwen_model=donor, output_path=path)
+    assert lines[lines.index(said) + 1] == f"✓ Saved to {path}"
 
 
 def test_printed_lines_of_other_plans(donors: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -175,13 +176,27 @@ def test_candidates_of_auto() -> None:
         ),
         (
             {"keep_donor": True, "prelude_layers": 8, "coda_layers": 8},
-            r"--keep_donor: prelude 8 \+ loop 4 \+ coda 8 must be the donor's 24 layers; leave --coda_layers out",
+            r"--keep_donor: prelude 8 \+ loop 4 \+ coda 8 must be the donor's 24 layers; leave --prelude_layers or --coda_layers out",
         ),
     ],
 )
 def test_invalid_flags_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_plan("donor", 24, **flags)
+
+
+@pytest.mark.parametrize(("prelude", "coda"), [(8, 8), (1, 2)])
+def test_every_remedy_for_a_gap_gives_a_plan(prelude: int, coda: int) -> None:
+    flags: dict[str, Any] = {"L_layers": 4, "keep_donor": True, "prelude_layers": prelude, "coda_layers": coda}
+    with pytest.raises(UserError) as refused:
+        make_plan("donor", 24, **flags)
+    (filling,) = re.findall(r"give --L_layers (\d+)", str(refused.value))
+    loops = [
+        make_plan("donor", 24, **flags | changed).loop
+        for changed in ({"coda_layers": 0}, {"prelude_layers": 0}, {"L_layers": int(filling)}, {"keep_donor": False})
+    ]
+    assert loops[0] == tuple(range(prelude, prelude + 4)) and loops[1] == tuple(range(20 - coda, 24 - coda))
+    assert loops[2] == tuple(range(prelude, 24 - coda)) and len(loops[3]) == 4
 
 
 @pytest.mark.parametrize(("N", "K"), [(0, 1), (3, 0), (3, 4)])

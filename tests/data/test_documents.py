@@ -455,5 +455,5 @@ class TestErrors:
 
 @pytest.mark.parametrize("name", ["gsm8k", "babi"])
 def test_a_format_of_questions_without_its_file_is_not_asked_of_the_hub(name: str) -> None:
-    with pytest.raises(UserError, match=f"--dataset_name: {name} is read from its files: {name}:FILE, or {name}:OWNER/NAME/PATH"):
+    with pytest.raises(UserError, match=f"--dataset_name: {name} is read from a file: a local one, {name}:FILE, .* {name}:OWNER/NAME/PATH"):
         load_documents(TextSource(dataset_name=name))

@@ -80,7 +80,8 @@ def test_a_file_of_a_data_set_on_the_hub(hub: HubStandIn, tmp_path: Path) -> Non
     ("name", "message"),
     [
         ("riddles", "no question set 'riddles'; there are permutations, pointers, addition, booleans, and as NAME:FILE gsm8k, svamp"),
-        ("babi", "babi: expected a file behind a colon, as babi:FILE"),
+        ("babi", "babi is read from a file: a local one, babi:FILE, such as gsm8k:test.jsonl, or one of a dataset on the hub"),
+        ("gsm8k:", "gsm8k is read from a file: a local one, gsm8k:FILE"),
         ("babi:nowhere.txt", "no file nowhere.txt; expected a file of babi"),
         ("addition:difficulty", "addition:difficulty: expected options such as difficulty=4-32,count=200, each once, found 'difficulty'"),
         ("addition:count=2,count=3", "each once, found 'count=3'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from recursify.errors import UserError
 from recursify.evaluation import compare as comparison
 from recursify.evaluation.accuracy import Accuracy, QuestionsReport
 from recursify.evaluation.compare import Comparison, Measured, compare, run, short_names
+from recursify.evaluation.cycle_stats import CycleStats, Step
 from recursify.evaluation.evaluate import EvaluateReport, Paired
 from recursify.evaluation.settings import CompareSettings
 from recursify.evaluation.statistics import mcnemar_p, student_p
@@ -139,9 +141,60 @@ def test_table_columns() -> None:
     lines = both(OURS, BASE).render().splitlines()
     [loss] = [line for line in lines if "-0.0750" in line]
     found = both(OURS, BASE).text_differences[0]
-    assert loss.split() == ["ours", "2", "3.4250", "3.5000", "-0.0750", f"{found.standard_error:.4f}", f"{found.p:.4f}"]
-    [everything] = [line for line in lines if line.startswith("ours") and " all " in line]
-    assert everything.split() == ["ours", "2", "all", "6", "66.7", "33.3", "+33.3", "30.4", "3", "1", "0.6250"]
+    assert loss.split() == ["3.4250", "3.5000", "-0.0750", "+-", f"{found.standard_error:.4f}", f"{found.p:.4f}"]
+    everything = lines[next(number for number, line in enumerate(lines) if "above 0 is better" in line) + 2]
+    assert everything.split() == ["all", "66.7", "33.3", "+33.3", "+-", "30.4", "3", "1", "0.6250"]
+
+
+def test_the_comparison_comes_first_and_says_which_sign_is_better() -> None:
+    lines = both(OURS, BASE).render().splitlines()
+    assert lines[0] == "Against base (plain), the baseline,"
+    assert lines[4] == "ours (H_cycles 2): loss in nats per token; a difference below 0 is better"
+    shown = "\n".join(lines)
+    parts = ("below 0 is better", "addition: accuracy in %; a difference above 0", "all depths, the best first", "t.txt, validation split")
+    assert sorted(parts, key=shown.index) == list(parts)
+    assert "last label" not in shown
+
+
+@pytest.mark.parametrize(
+    ("shift", "spread", "end"),
+    [(-1.0, 0.001, "  better"), (1.0, 0.001, "  worse"), (0.001, 1.0, "")],
+)
+def test_a_difference_is_called_one_only_where_it_is_significant(shift: float, spread: float, end: str) -> None:
+    base = [2.0, 3.0, 4.0, 5.0]
+    ours = [loss + shift + spread * sign for loss, sign in zip(base, (1, -1, 1, -1), strict=True)]
+    found = both(measured("ours", 1, ours), measured("base", 1, base))
+    [line] = [line for line in found.render().splitlines() if f"{found.text_differences[0].difference:+.4f} +-" in line]
+    assert re.search(r"[\d.]+(.*)$", line.split("+-")[1].split(maxsplit=1)[1]).group(1) == end  # type: ignore[union-attr]
+
+
+def test_more_right_answers_are_better() -> None:
+    many = {"addition": [1] * 12}
+    right, wrong = (measured(name, 1, [2.0, 3.0], rights=[[each] * 12]) for name, each in (("right", 1), ("wrong", 0)))
+    for ours, base, word in ((right, wrong, "better"), (wrong, right, "worse")):
+        assert compare(["a", "b"], [base, ours], many).render().split("addition: accuracy")[1].splitlines()[2].endswith(f"0.0005  {word}")
+
+
+def test_legend_of_the_cycles_stands_once() -> None:
+    def with_cycles(name: str) -> Measured:
+        step = Step(1, 2, 0.1, 0.01, 0.1, 0.1, 0.1)
+        stats = CycleStats(2, [1.0, 0.9], [0.5, 0.5], 0.1, 0.01, 0.1, 0.1, [step])
+        model = measured(name, 2, [1.0, 2.0], [1.5, 2.5])
+        assert model.report.text is not None
+        return model._replace(report=replace(model.report, text=replace(model.report.text, telemetry=stats)))
+
+    shown = both(with_cycles("ours"), with_cycles("base")).render()
+    assert shown.count("what the cycles do") == 2 and shown.count("corrected: the top-1 prediction") == 1
+    assert shown.index("corrected: the top-1") > shown.rindex("what the cycles do")
+    assert both(OURS, BASE).render().count("corrected: the top-1 prediction") == 0
+
+
+def test_an_ordinary_comparison_fits_a_terminal() -> None:
+    """Names of models stand in lines of their own, so that tables do not grow with them."""
+    name = "first/qwen_recursive_finetuned_best.pt"
+    shown = both(OURS._replace(report=replace(OURS.report, checkpoint=name)), BASE).render()
+    differences = shown[: shown.index("all depths")].splitlines()
+    assert all(len(line) <= 80 for line in differences if name not in line)
 
 
 def in_pieces_of_two(model: Measured) -> Measured:
@@ -151,13 +204,11 @@ def in_pieces_of_two(model: Measured) -> Measured:
 
 def test_all_models_and_depths_are_ranked() -> None:
     shown = both(OURS, BASE).render()
-    text, answers = (
-        shown[shown.index(start) :].split("\n\n")[0].splitlines() for start in ("all depths, the best", "addition, all depths")
-    )
-    assert [line.split()[:3] for line in text[1:]] == [["ours", "2", "3.4250"], ["base", "plain", "3.5000"], ["ours", "1", "9.0000"]]
-    assert [line.split() for line in answers[2:]] == [["ours", "2", "66.7"], ["base", "plain", "33.3"], ["ours", "1", "0.0"]]
+    text, answers = (shown[shown.index(start) :].split("\n\n")[0].splitlines() for start in ("loss, all depths", "addition, all depths"))
+    assert [line.split() for line in text[2:]] == [words.split() for words in ("3.4250 8 2 ours", "3.5000 8 plain base", "9.0000 8 1 ours")]
+    assert [line.split() for line in answers[2:]] == [["66.7", "2", "ours"], ["33.3", "plain", "base"], ["0.0", "1", "ours"]]
     other = measured("other", None, [2.0, 3.0], key="another")
-    assert "all depths, the best first  " not in both(other, BASE).render()  # losses on other windows are not put in an order
+    assert "loss, all depths" not in both(other, BASE).render()  # losses on other windows are not put in an order
 
 
 def test_windows_that_overlap_count_in_pieces() -> None:
@@ -169,7 +220,7 @@ def test_windows_that_overlap_count_in_pieces() -> None:
 def test_terminal_and_json_output() -> None:
     found = both(OURS, BASE)
     text, told = found.render(), json.loads(json.dumps(found.to_dict()))
-    for words in ("against base", "-0.0750", "+33.3", "66.7", "only baseline", "t.txt"):
+    for words in ("Against base", "-0.0750", "+33.3", "66.7", "only base", "t.txt"):
         assert words in text
     assert told["baseline"] == "base" and told["same_windows"] is True
     assert [(model["checkpoint"], model["path"]) for model in told["models"]] == [("base", "a/base"), ("ours", "b/ours")]

@@ -263,7 +263,12 @@ def test_tokenizer_path(kind: str, model: RecursiveLLM, text: Path, tmp_path: Pa
         ({"max_items": 3}, "--max_items: expected --questions or --tasks with it, got 3 and neither"),
         ({"halt": "q_head", "halt_threshold": 1.5}, "--halt_threshold: expected 0"),
         ({"halt_threshold": 0.5}, "--halt_threshold: expected --halt"),
-        ({"questions": ("riddles",)}, "--questions: expected one of permutations, .*, or gsm8k, .* behind a colon, got 'riddles'"),
+        ({"questions": ("riddles",)}, "--questions: expected one of permutations, .* with a file as NAME:FILE, got 'riddles'"),
+        (
+            {"questions": ("gsm8k",)},
+            "--questions: gsm8k is read from a file: a local one, gsm8k:FILE, such as gsm8k:test.jsonl, or one of a dataset on the hub, "
+            "gsm8k:OWNER/NAME/PATH, such as gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet",
+        ),
         ({"questions": (MADE, MADE)}, f"--questions: {MADE} is given twice"),
         ({"questions": ("babi:nowhere.txt",)}, "nowhere.txt"),
         ({"questions": (MADE,), "stride": 4}, "--stride: applies to text, and none is measured; .* leave out --stride 4"),

@@ -36,6 +36,13 @@ def test_losses_by_cycle_and_the_lowest() -> None:
     assert "by cycle" not in summary(TrainSettings(checkpoint="x"), eval_loss_cycle_1=2.5)
 
 
+def test_the_folder_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --output_dir the files are in the folder that the run was started in, which a bare name does not say."""
+    monkeypatch.chdir(tmp_path)
+    assert f"All files of this run are in {tmp_path}\n" in summary(TrainSettings(checkpoint="x"))
+    assert f"All files of this run are in {tmp_path / 'runs' / 'a'}\n" in summary(TrainSettings(checkpoint="x", output_dir="runs/a"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "questions"),
     [("wikitext", "wikitext", ()), ("my text.txt", "my text.txt", ()), ("permutations:difficulty=2-4,count=20", None, None)],

@@ -477,10 +477,26 @@ def test_rendered_estimate() -> None:
         ["memory", "in", "GB", "(estimated)"],
         ["weights", "1.50"],
         ["activations", "2.25"],
-        ["total", "3.75", "plus", "1", "to", "2", "for", "the", "device", "context", "and", "libraries"],
+        ["total", "3.75", "plus", "1", "to", "2", "GB", "for", "the", "device", "context", "and", "libraries"],
         ["disk", "in", "GB", "7.50", "2", "step", "checkpoints", "(--save_every,", "--keep_last)", "and", "the", "best", "model"],
     ]
     assert found.memory_total == found.to_dict()["memory_total"] == 3.75e9
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(1e9, "GB 1.00"), (999e6, "MB 999.00"), (4.5e6, "MB 4.50"), (123456.0, "MB 0.12"), (0.0, "MB 0.00")]
+)
+def test_units_fit_the_size(count: float, shown: str) -> None:
+    """One for all lines of memory, by their sum, and one for the disk."""
+    unit, figure = shown.split()
+    parts = {"weights": count / 4, "logits": count * 3 / 4}
+    common: dict[str, Any] = {"steps": 1, "tokens": 1, "flops": 1.0, "parameters": 1, "trained_parameters": 1}
+    for memory, disk in ((parts, 5e9), ({"weights": 5e9}, count)):
+        lines = [line.split() for line in cost.TrainingCost(**common, memory=memory, disk=disk).render().splitlines() if line]
+        units = {line[0]: line[2] for line in lines if line[0] in ("memory", "disk")}
+        figures = {line[0]: line[3] if line[0] == "disk" else line[1] for line in lines if line[0] in ("total", "disk")}
+        assert units == ({"memory": unit, "disk": "GB"} if memory is parts else {"memory": "GB", "disk": unit})
+        assert figures == ({"total": figure, "disk": "5.00"} if memory is parts else {"total": "5.00", "disk": figure})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -632,7 +632,7 @@ def test_token_budgets(files: TrainSettings) -> None:
     assert train(replace(files, max_tokens=4 * 32 * 2 + 1, save_every=0)).fit.tokens == 4 * 32 * 3
 
 
-def test_mixed_and_streamed_text(files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_and_streamed_text(files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A stream of two data sets trains, and goes on where it was as if it had never stopped."""
     other = tmp_path / "other"
     other.mkdir()
@@ -642,6 +642,7 @@ def test_mixed_and_streamed_text(files: TrainSettings, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="--streaming: the length of a stream is unknown; .* --max_steps or --max_tokens"):
         train(replace(common, max_steps=None))
     whole = train(common)
+    assert "\nStep 5 Summary:\n" in capsys.readouterr().out
     cut = replace(common, output_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
         at_the_sample(kill, patch)
@@ -1036,7 +1037,20 @@ def test_best_has_a_finite_lower_loss(loss: float, best: float | None, is_best: 
     callbacks.Summary(save).on_evaluate(None, state, TrainerControl(), metrics=metrics)
     assert saved == [loss] * is_best
     said = capsys.readouterr().out
-    assert said.startswith("\nEpoch 2 Summary:\n  Train Loss: 2.0000\n") and ("New best model saved: there.pt" in said) is is_best
+    assert said.startswith("\nStep 6 Summary:\n  Train Loss: 2.0000\n") and ("New best model saved: there.pt" in said) is is_best
+
+
+@pytest.mark.parametrize(
+    ("epoch", "streamed", "title"),
+    [(2.0, False, "Epoch 2"), (1.5, False, "Step 6"), (0.12, False, "Step 6"), (1.0, True, "Step 6")],
+)
+@pytest.mark.parametrize("last", [6, 9])
+def test_only_a_whole_epoch_is_summed_up_as_one(epoch: float, streamed: bool, title: str, last: int, capsys: Any) -> None:
+    """Not the end of a run in the middle of an epoch, nor that of a stream, which the Trainer counts as one epoch."""
+    state = TrainerState(epoch=epoch, global_step=6, max_steps=last)
+    metrics = {"eval_loss": 1.0, "train_loss": 2.0}
+    callbacks.Summary(lambda _: None, streamed=streamed).on_evaluate(None, state, TrainerControl(), metrics=metrics)
+    assert capsys.readouterr().out.startswith(f"\n{title} Summary:\n")
 
 
 def test_progress_bar_shows_each_cycle_loss_if_there_are_several() -> None:
