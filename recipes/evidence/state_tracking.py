@@ -32,6 +32,7 @@ SIZES = {
 KEEP = {"keep_donor": True, "L_layers": 2, "H_cycles": 3, "L_cycles": 1}
 COMPACT = {"L_layers": 2, "H_cycles": 3, "L_cycles": 1}
 OURS = "ours: keep_donor, H 3, L 1"
+ADAPTER = "adapter: donor frozen, LoRA 16 in the loop"
 
 
 def rows() -> list[Row]:
@@ -65,7 +66,23 @@ def rows() -> list[Row]:
         "backprop last": {"backprop": "last", "enable_deep_supervision": False},
         "Muon": {"optimizer": "muon", "lr": 1e-2, "gain_lr": 1e-2},
     }
-    return [*main, *shapes, *(Row(name, "parts", KEEP, changes=changes) for name, changes in parts.items())]
+    frozen = [
+        Row(ADAPTER, "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3}, seeds=3),
+        Row("donor, LoRA 16 on all layers, same tokens", "adapter", lora_rank=16, changes={"lr": 3e-3}),
+        Row(
+            "donor, LoRA 16 on all layers, for the same FLOPs", "adapter", lora_rank=16, changes={"lr": 3e-3}, budget="flops", seeds=3,
+            against=ADAPTER,
+        ),
+        *(
+            Row(f"adapter: {name}", "adapter", KEEP, lora_rank=rank, changes={"lr": 3e-3} | changes)
+            for name, rank, changes in (
+                ("LoRA 4", 4, {}), ("LoRA 64", 64, {}),
+                ("start gain 0", 16, {"start_gain": 0.0}), ("start gain 0.2", 16, {"start_gain": 0.2}),
+                ("learning rate 1e-3", 16, {"lr": 1e-3}), ("one depth", 16, {"cycle_choices": (), "cycle_weights": ()}),
+            )
+        ),
+    ]  # fmt: skip
+    return [*main, *shapes, *frozen, *(Row(name, "parts", KEEP, changes=changes) for name, changes in parts.items())]
 
 
 def study(size: Size) -> Study:

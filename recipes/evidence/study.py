@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from benchmarks.record import provenance
 from recipes.evidence.rivals import replace_loop
-from recursify import convert
+from recursify import as_adapter, convert
 from recursify.data.question_rows import question_columns
 from recursify.data.tasks import Item
+from recursify.network.size import shape_of
 from recursify.training import TrainSettings, fit
 from recursify.training.cost import estimate
 from recursify.utils.device import choose_device
@@ -47,8 +48,11 @@ class Row:
         group: The table that it stands in.
         shape: Arguments of `convert`; None for the donor itself.
         rival: Whose loop takes the place of ours.
+        lora_rank: The donor is frozen: of ours the recursion is an adapter of it, of the donor itself all linear layers get LoRA of that
+            rank (PEFT's). None trains everything.
         changes: Of the study's training settings.
-        budget: "none" trains nothing; "tokens" as many steps as all; "flops" as many as cost what the study's main row costs.
+        budget: "none" trains nothing; "tokens" as many steps as all; "flops" as many as cost what another row costs.
+        against: That row; the study's main one where None.
         seeds: Of the order of the data and of all that starts at random.
     """
 
@@ -56,8 +60,10 @@ class Row:
     group: str = "main"
     shape: dict[str, Any] | None = None
     rival: str | None = None
+    lora_rank: int | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     budget: Literal["none", "tokens", "flops"] = "tokens"
+    against: str | None = None
     seeds: int = 1
 
 
@@ -194,7 +200,8 @@ def one(make: Maker, size: Size, number: int, seed: int, folder: Path, device_na
     torch.manual_seed(seed)  # what a rival, H_init and L_init start from
     model, settings = _model(row, folder, device), _settings(study, size, row, seed, folder, device)
     if row.budget == "flops":
-        settings = replace(settings, max_steps=_steps_for(_main_flops(study, size, folder, device), model.config, settings))
+        budget = _flops_of(row.against or study.main, study, size, folder, device)
+        settings = replace(settings, max_steps=max(1, round(budget / _flops(row, model.config, settings, 1))))
     steps = 0 if row.budget == "none" else settings.max_steps or 0
     _say(f"{study.name}: {row.name}, seed {seed}, {steps} steps")
     began, history = time.monotonic(), []
@@ -208,26 +215,40 @@ def one(make: Maker, size: Size, number: int, seed: int, folder: Path, device_na
     figures = study.measure(model.to(device).eval(), tokenizer, () if trained is None else range(1, 2 * trained + 1))
     return {
         "name": row.name, "group": row.group, "seed": seed, "shape": row.shape, "rival": row.rival, "changes": row.changes,
-        "trained_cycles": trained, "steps": steps, "flops": estimate(model.config, settings, steps).flops if steps else 0.0,
-        "parameters": sum(p.numel() for p in model.parameters()), "seconds": round(seconds, 1), "figures": figures, "loss": history,
+        "trained_cycles": trained, "steps": steps, "flops": _flops(row, model.config, settings, steps),
+        "parameters": sum(p.numel() for p in model.parameters()), "lora_rank": row.lora_rank,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) if steps else 0,
+        "seconds": round(seconds, 1), "figures": figures, "loss": history,
     }  # fmt: skip
 
 
-def _main_flops(study: Study, size: Size, folder: Path, device: Any) -> float:
-    """What the main row costs."""
-    row = next(row for row in study.rows if row.name == study.main)
-    return estimate(_model(row, folder, device).config, _settings(study, size, row, 0, folder, device), size.steps).flops
+def _flops_of(name: str, study: Study, size: Size, folder: Path, device: Any) -> float:
+    """What the row of that name costs."""
+    row = next(row for row in study.rows if row.name == name)
+    return _flops(row, _model(row, folder, device).config, _settings(study, size, row, 0, folder, device), size.steps)
 
 
-def _steps_for(flops: float, config: Any, settings: TrainSettings) -> int:
-    return max(1, round(flops / estimate(config, settings, 1).flops))
+def _flops(row: Row, config: Any, settings: TrainSettings, steps: int) -> float:
+    """Of training. LoRA on all layers of the donor saves the gradients of its matrices and costs all the rest; its own products are few
+    and not counted, here as in an adapter."""
+    if not steps:
+        return 0.0
+    saved = 2.0 * sum(shape_of(config).matrices.values()) if row.lora_rank and row.shape is None else 0.0
+    return estimate(config, settings, steps).flops - saved * steps * settings.batch_size * settings.seq_len
 
 
 def _model(row: Row, folder: Path, device: Any) -> Any:
     if row.shape is None:
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        if row.lora_rank:
+            from peft import LoraConfig, get_peft_model
+
+            lora: Any = LoraConfig(r=row.lora_rank, lora_alpha=2 * row.lora_rank, target_modules="all-linear")
+            model = get_peft_model(model, lora).get_base_model()
     else:
         model = convert(str(folder), **row.shape)
+        if row.lora_rank:
+            model = as_adapter(model, lora_rank=row.lora_rank, lora_alpha=2.0 * row.lora_rank)
     if device.type == "cpu":
         model.set_attn_implementation("eager")  # at these lengths faster than sdpa
     if row.rival is not None:
