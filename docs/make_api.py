@@ -18,7 +18,7 @@ the command line; `recursify COMMAND --help` shows them in groups.
 """
 # Names that are grouped by what one does with them; a name that is missing here is an error.
 GROUPS = {
-    "Conversion": ("convert", "ConversionPlan"),
+    "Conversion": ("convert", "as_adapter", "ConversionPlan"),
     "Models on disk and on the hub": ("load_model", "load", "save", "Checkpoint"),
     "The model": ("RecursiveLLM", "RecursiveLLMConfig", "RecursiveCache"),
     "Training": (

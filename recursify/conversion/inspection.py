@@ -137,7 +137,7 @@ def run(settings: InspectSettings) -> Inspection | PlainInspection:
     """
     name, revision = settings.checkpoint, settings.revision
     if is_recursive_checkpoint(name, revision=revision):
-        found: Any = checkpoint.load(name, revision=revision)
+        found: Any = checkpoint.load(name, revision=revision, donor=settings.donor)
         return inspect(found.model.config)
     config = open_donor(name, revision=revision).config
     fields = json.loads(config.to_json_string(use_diff=False))

@@ -128,7 +128,7 @@ class LossModule(nn.Module):
 
         def losses(e: Tensor) -> Iterator[Tensor]:
             def steps() -> Iterator[Tensor]:
-                return base.recursion.steps(e, block, H, self.model.config.L_cycles, self.supervision.backprop, plain)
+                return base.recursion.steps(e, block, H, self.model.config.L_cycles, self.supervision.backprop, plain=plain)
 
             return batch_loss.losses(steps, read, plain)
 

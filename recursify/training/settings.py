@@ -54,7 +54,6 @@ START_FIELDS = (
     "lora_alpha",
     "lora_targets",
     "lora_per",
-    "donor",
 )
 
 

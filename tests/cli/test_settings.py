@@ -15,6 +15,7 @@ import io
 import json
 import math
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -32,6 +33,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from recursify import (
     RecursiveLLM,  # fmt: skip
+    as_adapter,
     serving,
 )
 from recursify.checkpoints import checkpoint
@@ -165,6 +167,20 @@ class Cases:
         """Of a path; what a revision of a hub id gives is in tests/checkpoints/test_loading.py."""
         with pytest.raises(UserError, match="--revision: expected a hub id, got 'v1' for .*, a path"):
             run(revision="v1")
+
+    def _adapter(self, folder: Path) -> Any:
+        """An adapter of a donor in a folder, a copy of `donor`."""
+        shutil.copytree(self._world.path("donor"), folder)
+        return as_adapter(convert.convert(str(folder), L_layers=2, keep_donor=True, H_cycles=2, L_cycles=1), lora_rank=2)
+
+    def _reads_the_donor(self, run: Callable[..., Any]) -> None:
+        """Of an adapter, whose donor was moved."""
+        adapter, moved = self._tmp / "adapter", self._tmp / "moved"
+        checkpoint.save(adapter, self._adapter(self._tmp / "first"), self._world.tokenizer)
+        (self._tmp / "first").rename(moved)
+        with pytest.raises(UserError, match="its donor was the folder .*, which is not there; name another place with --donor"):
+            run(checkpoint=str(adapter))
+        run(checkpoint=str(adapter), donor=str(moved))
 
     def _pretend_a_better_device(self) -> list[str | None]:
         """Where no device is named, everything is to go to one that cannot compute; gives the names that were asked for."""
@@ -752,6 +768,38 @@ class FineTuning(Training):
         found = self._launched(checkpoint=self._world.path("other.pt"))
         assert torch.equal(embeddings(found.model), of_donor(self._world, "other_donor")["model.embed_tokens.weight"])
 
+    def donor(self) -> None:
+        self._reads_the_donor(self._launched)
+
+    # The adapter
+
+    def _adapted(self, **given: Any) -> Any:
+        """The model that a run with --adapter starts from."""
+        folder = self._tmp / "donor"
+        shutil.copytree(self._world.path("donor"), folder)
+        plain = convert.convert(str(folder), L_layers=2, keep_donor=True, H_cycles=2, L_cycles=1)
+        checkpoint.save(self._tmp / "init.pt", plain, self._world.tokenizer)
+        return self._launched(checkpoint=str(self._tmp / "init.pt"), adapter=True, **given).model
+
+    def adapter(self) -> None:
+        model = self._adapted()
+        assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == {"recursion"}
+        assert model.config.lora_rank == 16 and model.config.lora_alpha == 32.0 and model.config.lora_pairs == 1
+
+    def lora_rank(self) -> None:
+        lora = self._adapted(lora_rank=3).model.recursion.lora[0]
+        assert set(lora) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert lora["q_proj"].A.shape == (1, 3, 32)
+
+    def lora_alpha(self) -> None:
+        assert self._adapted(lora_alpha=8.0).model.recursion.lora[0]["q_proj"].scale == 8.0 / 16
+
+    def lora_targets(self) -> None:
+        assert set(self._adapted(lora_targets="mlp").model.recursion.lora[1]) == {"gate_proj", "up_proj", "down_proj"}
+
+    def lora_per(self) -> None:
+        assert self._adapted(lora_per="cycle").model.recursion.lora[0]["q_proj"].A.shape == (2, 16, 32)
+
 
 class FromDonor(Training):
     required: ClassVar = {"model_name": "donor"}
@@ -889,6 +937,9 @@ class Writing(Cases):
 
     def revision(self) -> None:
         self._refuses_a_revision(self._wrote)
+
+    def donor(self) -> None:
+        self._reads_the_donor(self._wrote)
 
     def tokenizer_path(self) -> None:
         found = self._wrote(said=f"The {MARK}", tokenizer_path=self._world.path("marked"))
@@ -1113,6 +1164,13 @@ class Serving(Cases):
                 pass
 
         self._refuses_a_revision(start)
+
+    def donor(self) -> None:
+        def start(**given: Any) -> None:
+            with self._service(**given):
+                pass
+
+        self._reads_the_donor(start)
 
     def tokenizer_path(self) -> None:
         with self._service(tokenizer_path=self._world.path("marked")) as service:
@@ -1345,6 +1403,9 @@ class Evaluating(Measuring):
     def revision(self) -> None:
         self._refuses_a_revision(self._measured)
 
+    def donor(self) -> None:
+        self._reads_the_donor(self._measured)
+
     def tokenizer_path(self) -> None:
         opened = self._spy(evaluation, "open_text")
         self._measured(tokenizer_path=self._world.path("marked"))
@@ -1401,6 +1462,9 @@ class Inspecting(Cases):
     def revision(self) -> None:
         self._refuses_a_revision(lambda **given: inspection.run(self._make(checkpoint=self._world.path("model.pt"), **given)))
 
+    def donor(self) -> None:
+        self._reads_the_donor(lambda **given: inspection.run(self._make(**given)))
+
     def json(self) -> None:
         flags = ["--checkpoint", self._world.path("model.pt")]
         out, _ = self._said(lambda: cli.inspect([*flags, "--json"]))
@@ -1448,6 +1512,11 @@ class Exporting(Cases):
     def donor(self) -> None:
         folder, _, said = self._exported(donor=True)
         assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2" and "Left out the recursion" in said
+
+    def adapter_only(self) -> None:
+        checkpoint.save(self._tmp / "adapter", self._adapter(self._tmp / "donor"), self._world.tokenizer)
+        folder, _, _ = self._exported(checkpoint=str(self._tmp / "adapter"), adapter_only=True, base_model="Qwen/Qwen2-0.5B")
+        assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
 
     def dtype(self) -> None:
         folder, _, said = self._exported(dtype="float16")

@@ -29,7 +29,7 @@ OBEYED: dict[str, Any] = {
 ELSEWHERE = {
     "output_dir", "resume", "device", "eval_batch_size", "eval_every", "early_stopping_patience", "save_every", "keep_last", "log_every",
     "generate_every", "generation_prompt", "report_to", "dry_run", "compile", "gradient_checkpointing", "bf16", "fsdp", "deepspeed",
-    "distill_temperature", "teacher", "cycle_weights", "depth_curriculum", "decay_share", "tokenizer_path",
+    "distill_temperature", "teacher", "cycle_weights", "depth_curriculum", "decay_share", "tokenizer_path", "donor",
 }  # fmt: skip
 
 
