@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from ..errors import UserError
 from .recipe import JOB_SECTIONS, read_approach, read_section
@@ -235,7 +235,7 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
             values = read_section(file, job, settings_class)
     if words.asks_for_help(given):
         flags.show_help(settings_class, job, prog, values, extra)
-    values |= words.read(settings_class, given, job, prog, values, tuple(extra))
+    values |= words.read(settings_class, given, job, prog, values, {name: get_args(hint)[0] for name, (_, hint) in extra.items()})
     return settings_class(**values)
 
 

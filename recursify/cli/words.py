@@ -16,7 +16,7 @@ import difflib
 import itertools
 import re
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
@@ -34,7 +34,7 @@ def asks_for_help(words: Sequence[str]) -> bool:
 
 
 def read(
-    settings_class: type[Any], words: Sequence[str], job: str, prog: str, known: Container[str], extra: Sequence[str]
+    settings_class: type[Any], words: Sequence[str], job: str, prog: str, known: Container[str], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Field -> value, of the fields that words of a command line give a value. The last one counts.
 
@@ -42,7 +42,7 @@ def read(
         job: The name of the command, as `INSTEAD` has it.
         prog: How the command is called.
         known: Fields that have a value from elsewhere, and need not be given.
-        extra: Flags that whoever calls has read already; only that they have a value is checked.
+        extra: Flag -> type, of flags that whoever calls has read already; their values are only checked.
 
     Raises:
         UserError: Words that are no flags of this class, a value that is missing or of another type, or a field without one.
@@ -51,11 +51,13 @@ def read(
 
 
 class _Reader:
-    def __init__(self, settings_class: type[Any], words: Sequence[str], job: str, prog: str, known: Container[str], extra: Sequence[str]):
+    def __init__(
+        self, settings_class: type[Any], words: Sequence[str], job: str, prog: str, known: Container[str], extra: Mapping[str, Any]
+    ):
         self.settings_class, self.job, self.prog, self.extra = settings_class, job, prog, extra
         fields = dataclasses.fields(settings_class)
         hints, marked = get_type_hints(settings_class), get_type_hints(settings_class, include_extras=True)
-        self.hints: dict[str, Any] = {field.name: hints[field.name] for field in fields} | dict.fromkeys(extra, str)
+        self.hints: dict[str, Any] = {field.name: hints[field.name] for field in fields} | dict(extra)
         self.names = {name: name for name in self.hints} | fields_by_name(settings_class)  # as they may be given -> field
         self.negations = {f"no_{name}": field for name, field in self.names.items() if self.is_switch(field)}
         self.places = [field.name for field in fields if is_positional(marked[field.name])]

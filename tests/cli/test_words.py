@@ -101,6 +101,7 @@ WRONG: list[tuple[str, str]] = [
     ("train --checkpoint x --tune_lm_head", "--tune_lm_head: not a flag of train; instead: it is a flag of --approach hybrid"),
     ("train --checkpoint x --lr", "--lr: expected a number, got nothing"),
     ("train --config", "--config: expected text, got nothing"),
+    ("train --approach", "--approach: expected one of full, hybrid, embedding, got nothing"),
     ("generate --checkpoint x --prompt --foo",
      "--prompt: expected text, got the flag --foo; a value with a dash in front is written --prompt=--foo"),
     ("evaluate --checkpoint x --cycles", "--cycles: expected a whole number, got nothing"),
