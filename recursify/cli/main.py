@@ -1,6 +1,6 @@
 """The command line: parse the settings of a command, run it, turn bad input into one message and exit status 2.
 
-Every flag is a field of the settings class of its command (`flags.py`). `--config FILE` reads them from a recipe (`recipe.py`); flags on
+Every flag is a field of the settings class of its command (`words.py`). `--config FILE` reads them from a recipe (`recipe.py`); flags on
 the command line override it. The scripts of the guides call the functions of this file; `recursify COMMAND` calls `main`. Until the flags
 are read and checked, nothing imports torch or transformers, which takes seconds: `--help` and errors in flags come at once.
 """
@@ -15,7 +15,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from ..errors import UserError
 from .recipe import JOB_SECTIONS, read_approach, read_section
@@ -214,39 +215,45 @@ def parse(job: str, settings_class: type[Settings], argv: Argv = None) -> Settin
         argv: None when a script of the guides was called by its own name; its flags are then in `sys.argv`.
 
     Raises:
-        UserError: As `read_section`.
+        UserError: As `read_section` and `words.read`.
+        SystemExit: Help was asked for, and is printed.
     """
-    from . import flags
-    from .habits import as_ours, check_foreign
+    from . import flags, words
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    prog = None if argv is None else f"recursify {job}"
-    if job not in JOB_SECTIONS:
-        check_foreign(words, settings_class, job)
-        return flags.parse(settings_class, words, job, prog)
-    file = _value_of("--config", words)
-    extra: dict[str, tuple[Any, Any]] = {"config": (None, flags.CONFIG)}
+    given = list(sys.argv[1:] if argv is None else argv)
+    prog = Path(sys.argv[0]).name if argv is None else f"recursify {job}"
+    extra: dict[str, tuple[Any, Any]] = {}
     values: dict[str, Any] = {}
-    if job == "train":
-        approach = _value_of("--approach", words) or (read_approach(file) if file else None) or settings_class.approach  # type: ignore[attr-defined]
-        settings_class = _settings_of(approach)
-        extra |= {"approach": (approach, flags.APPROACH)}
-    if file is not None:
-        values = read_section(file, job, settings_class)
-    given = _value_of("--checkpoint", words)
-    check_foreign(words, settings_class, job)
-    if job == "train" and given is not None and "checkpoint" not in settings_class.__dataclass_fields__:  # type: ignore[attr-defined]
-        raise UserError(f"--checkpoint: not used by this approach, which starts from a donor: name one with --model_name; got {given}")
-    return flags.parse(settings_class, as_ours(words, settings_class) if job.startswith("train") else words, job, prog, values, extra)
+    if job in JOB_SECTIONS:
+        file = _value_of("--config", given)
+        extra = {"config": (None, flags.CONFIG)}
+        if job == "train":
+            chosen: Any = _of_approach(given, file) or settings_class
+            settings_class = chosen
+            extra |= {"approach": (chosen.approach, flags.APPROACH)}
+        if file is not None:
+            values = read_section(file, job, settings_class)
+    if words.asks_for_help(given):
+        flags.show_help(settings_class, job, prog, values, extra)
+    values |= words.read(settings_class, given, job, prog, values, {name: get_args(hint)[0] for name, (_, hint) in extra.items()})
+    return settings_class(**values)
 
 
-def _settings_of(approach: str) -> Any:
-    """The settings of an approach of training."""
+def _of_approach(words: Sequence[str], file: str | None) -> Any:
+    """The settings of the approach of training that the words name, else the recipe; None if neither does."""
     from ..training.settings import EmbeddingSettings, HybridSettings, TrainSettings
 
+    approach = _value_of("--approach", words)
+    if approach is None and file is not None:
+        approach = read_approach(file)
+    if approach is None:
+        return None
     known = {found.approach: found for found in (TrainSettings, HybridSettings, EmbeddingSettings)}
     if approach not in known:
         raise UserError(f"--approach: expected one of {', '.join(known)}, got {approach!r}")
+    given = _value_of("--checkpoint", words)
+    if given is not None and "checkpoint" not in known[approach].__dataclass_fields__:
+        raise UserError(f"--checkpoint: not used by this approach, which starts from a donor: name one with --model_name; got {given}")
     return known[approach]
 
 

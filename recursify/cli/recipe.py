@@ -18,12 +18,11 @@ from typing import Any, get_type_hints
 import yaml
 
 from ..errors import UserError
-from ..utils.options import ALIASES, VALUE_ALIASES
 from ..utils.typed import typed
+from .names import fields_by_name
 
 JOB_SECTIONS = ("convert", "train", "train_trm", "train_trm_hybrid", "evaluate", "compare", "generate", "chat", "serve", "export")
 APPROACHES = ("full", "hybrid", "embedding")  # of training
-_OURS = {alias: name for name, alias in ALIASES.items()}  # what transformers calls a flag -> our name
 NOTES = ("about", "cost")  # sections that no job reads
 
 
@@ -41,13 +40,11 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
     if not isinstance(section, dict):
         raise UserError(f"--config: {path}: expected flags and their values under {job!r}, got {section!r}")
     section = {name: value for name, value in section.items() if job != "train" or name != "approach"}
-    section = _under_our_names(path, section) if job.startswith("train") else section
+    section = _under_our_names(path, section, fields_by_name(settings_class))
     hints = {field.name: get_type_hints(settings_class)[field.name] for field in dataclasses.fields(settings_class)}
     _known(path, f"key under {job!r}", section, hints)
     values = {}
     for name, value in section.items():
-        if isinstance(value, str):
-            value = VALUE_ALIASES.get(name, {}).get(value, value)
         try:
             values[name] = typed(value, hints[name], text=True)
         except TypeError as error:
@@ -55,11 +52,13 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
     return values
 
 
-def _under_our_names(path: str | Path, section: dict[Any, Any]) -> dict[Any, Any]:
-    for alias in section:
-        if (name := _OURS.get(alias)) in section:
-            raise UserError(f"--config: {path}: {alias} is another name of {name}, which is given too; leave out one of the two")
-    return {_OURS.get(name, name): value for name, value in section.items()}
+def _under_our_names(path: str | Path, section: dict[Any, Any], ours: dict[str, str]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for given, value in section.items():
+        if (name := ours.get(given, given)) in found or (name != given and name in section):
+            raise UserError(f"--config: {path}: {given} is another name of {name}, which is given too; leave out one of the two")
+        found[name] = value
+    return found
 
 
 def read_approach(path: str | Path) -> str | None:

@@ -155,13 +155,13 @@ def evaluate_paired(
         answered, right = evaluate_questions(model, tokenizer, asked, items, runs, settings.judge, batch_size=settings.batch_size)
         questions.append(answered)
         rights[asked] = right[: len(depths)]
-    scores = _scores(model, tokenizer, settings, runs) if settings.task_names else []
+    scores = _scores(model, tokenizer, settings, runs) if settings.tasks else []
     return EvaluateReport(name, own, text, questions, scores, passages), Paired(depths, paired_text, rights)
 
 
 def _scores(model: Any, tokenizer: Any, settings: MeasureSettings, runs: Sequence[DecodingOptions]) -> list[TaskScore]:
     shape: dict[str, Any] = {"batch_size": settings.batch_size, "max_items": settings.max_items}
-    return run_tasks(model, tokenizer, settings.task_names, runs, folder=settings.tasks_folder, **shape)
+    return run_tasks(model, tokenizer, settings.tasks, runs, folder=settings.tasks_folder, **shape)
 
 
 def _halting(model: Any, settings: MeasureSettings) -> DecodingOptions | None:

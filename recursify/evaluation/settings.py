@@ -36,7 +36,7 @@ class TextMeasurement(TextSource, DeviceOptions):
     a folder; all, everything. Default: validation of a hub dataset, all of a file, and of a folder the first of the three that it
     has."""
     cycles: tuple[int, ...] = ()
-    """Cycle counts to measure at, e.g. --cycles 0 1 3 5. Default: 1 to twice that of the checkpoint."""
+    """Cycle counts to measure at, e.g. --cycles 0,1,3,5. Default: 1 to twice that of the checkpoint."""
     seq_len: int = 128
     """Tokens per window of the text."""
     batch_size: int = 8
@@ -93,10 +93,10 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
         if self.report is not None:
             _check_page(Path(self.report))
         question_sets(self)
-        if self.task_names:
+        if self.tasks:
             from . import lm_eval_harness  # here: flags are read without torch
 
-            lm_eval_harness.check(self.task_names, self.tasks_folder)
+            lm_eval_harness.check(self.tasks, self.tasks_folder)
 
     def _validate_together(self) -> None:
         for name in _OF_TEXT if self.text is None else ():
@@ -106,20 +106,15 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
                 )
         if self.judge != "answer" and not self.questions:
             raise UserError(f"--judge: expected --questions with it, got {self.judge} and no --questions")
-        if self.tasks_folder is not None and not self.task_names:
+        if self.tasks_folder is not None and not self.tasks:
             raise UserError(f"--tasks_folder: expected --tasks with it, got {self.tasks_folder} and no --tasks")
-        if self.max_items is not None and not (self.questions or self.task_names):
+        if self.max_items is not None and not (self.questions or self.tasks):
             raise UserError(f"--max_items: expected --questions or --tasks with it, got {self.max_items} and neither")
 
     @property
     def text(self) -> str | None:
         """The dataset to measure on; None for none."""
         return self.dataset_name or (None if self.questions or self.tasks else DEFAULT_TEXT)
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        """`tasks`, also those that are separated by commas."""
-        return tuple(name for word in self.tasks for name in word.split(",") if name)
 
 
 @dataclass(kw_only=True)
@@ -161,7 +156,7 @@ class CompareSettings(MeasureSettings, TokenizerSource):
     """At least two models, recursive or plain: .pt files, folders, hub ids, or hub ids with a revision (id@revision). The first is the
     baseline."""
     cycles: tuple[int, ...] = ()
-    """Cycle counts to measure beside each model's own, e.g. --cycles 0 1 3 5. Default: 1 to twice each model's own."""
+    """Cycle counts to measure beside each model's own, e.g. --cycles 0,1,3,5. Default: 1 to twice each model's own."""
 
     def validate(self) -> None:
         """As `MeasureSettings.validate`."""

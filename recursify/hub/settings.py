@@ -21,7 +21,7 @@ class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
     """Write a folder for the Hugging Face hub, or the layers as a plain model, and upload it."""
 
     out: tyro.conf.Positional[str]
-    """Where to write: a new folder, or one that holds a recursive model, which is replaced."""
+    """Where to write: a new folder, or one that holds a recursive model, which is replaced. Also as --output_dir OUT."""
     donor: bool = False
     """Write prelude, loop and coda, as they are trained, as a plain model of the donor's architecture: the recursive model at 0 cycles."""
     adapter_only: bool = False

@@ -19,7 +19,7 @@ API_KEY = "RECURSIFY_API_KEY"
 class ServeSettings(DeviceOptions, ModelDtype, TokenizerSource, ModelSource):
     """Serve a model over HTTP with an OpenAI-compatible API."""
 
-    depths: tuple[int | str, ...] = ()
+    depths: tuple[int, ...] = ()
     """Cycle counts that requests choose from with H_cycles: 1 3 5, or 1,3,5. Each has a KV cache of its own. Default: that of the
     checkpoint."""
     host: str = "127.0.0.1"
@@ -83,13 +83,12 @@ class ServeSettings(DeviceOptions, ModelDtype, TokenizerSource, ModelSource):
         """`depths` as numbers, each once, in the order given.
 
         Raises:
-            UserError: A depth that is not a whole number of at least 0.
+            UserError: A depth below 0.
         """
-        words = [word for part in self.depths for word in str(part).split(",")]
-        for word in words:
-            if not word.strip().isdecimal():
-                raise UserError(f"--depths: expected whole numbers of at least 0, such as 1 3 5, got {word!r}")
-        return tuple(dict.fromkeys(int(word) for word in words))
+        for depth in self.depths:
+            if depth < 0:
+                raise UserError(f"--depths: expected whole numbers of at least 0, such as 1 3 5, got {depth}")
+        return tuple(dict.fromkeys(self.depths))
 
     @property
     def key(self) -> str | None:

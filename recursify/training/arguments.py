@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..errors import UserError
 from ..utils.device import product_seconds
-from ..utils.options import ALIASES, VALUE_ALIASES
+from ..utils.options import ALIASES
 from .parallel import announce, processes
 from .saving import Saver
 from .settings import FitSettings, RunSettings
@@ -70,8 +70,6 @@ _IGNORED_ARGUMENTS = {
     "logging_first_step", "run_name",
 }  # fmt: skip
 _VALUES: dict[str, dict[Any, Any]] = {  # name -> value of TrainingArguments -> our value
-    "optim": VALUE_ALIASES["optimizer"],
-    "lr_scheduler_type": VALUE_ALIASES["lr_schedule"],
     "use_cpu": {True: "cpu"},
     "save_strategy": {"no": 0},
 }

@@ -9,10 +9,9 @@ from typing import Any, Literal, Self, get_type_hints
 from ..errors import UserError
 from .typed import typed
 
-# Field -> what transformers' TrainingArguments, or trl, call it.
+# Field of a training -> what transformers' TrainingArguments, or trl, call it.
 ALIASES = {
     "batch_size": "per_device_train_batch_size",
-    "checkpoint": "model_name_or_path",
     "compile": "torch_compile",
     "eval_batch_size": "per_device_eval_batch_size",
     "eval_every": "eval_steps",
@@ -26,14 +25,6 @@ ALIASES = {
     "resume": "resume_from_checkpoint",
     "save_every": "save_steps",
     "seq_len": "max_length",
-}
-
-# Further names of flags, of every command that has them.
-OTHER_NAMES = {"qwen_model": "model"}
-# What transformers calls a value of these fields.
-VALUE_ALIASES: dict[str, dict[str, str]] = {
-    "lr_schedule": {"warmup_stable_decay": "wsd"},
-    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_torch_8bit": "adamw_8bit"},
 }
 
 

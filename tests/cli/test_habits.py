@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from recursify.cli import main as cli
-from recursify.cli.habits import INSTEAD, as_ours
+from recursify.cli.habits import INSTEAD
+from recursify.cli.names import fields_by_name
 from recursify.conversion.settings import ConvertSettings, InspectSettings
 from recursify.errors import UserError
 from recursify.evaluation.settings import CompareSettings, EvaluateSettings
@@ -18,7 +19,6 @@ from recursify.hub.export import ExportSettings
 from recursify.inference.settings import ChatSettings, GenerateSettings
 from recursify.serving.settings import ServeSettings
 from recursify.training import HybridSettings, TrainSettings
-from recursify.utils.options import OTHER_NAMES
 
 WORDS = ["--checkpoint", "x.pt"]
 
@@ -54,11 +54,12 @@ def test_a_path_for_resume_is_refused_with_the_reason() -> None:
 
 def test_our_own_words_are_left_alone() -> None:
     words = ["--checkpoint", "True", "--lr", "1e-4", "--enable_deep_supervision", "--cycle_choices", "1", "2", "--generation_prompt", "a=b"]
-    assert as_ours(words, TrainSettings) == words
+    wanted = TrainSettings(checkpoint="True", lr=1e-4, enable_deep_supervision=True, cycle_choices=(1, 2), generation_prompt="a=b")
+    assert cli.parse("train", TrainSettings, words) == wanted
 
 
 def test_recipes_take_the_names_of_transformers(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("train: {checkpoint: x.pt, learning_rate: 2.0e-4, optim: adamw_torch, max_length: 64}")
+    (tmp_path / "r.yaml").write_text("train: {model: x.pt, learning_rate: 2.0e-4, optim: adamw_torch, max_length: 64}")
     found = cli.parse("train", TrainSettings, ["--config", str(tmp_path / "r.yaml")])
     assert (found.lr, found.optimizer, found.seq_len) == (2e-4, "adamw", 64)
 
@@ -92,7 +93,9 @@ def test_flags_of_other_tools_and_commands_name_ours(job: str, flag: str) -> Non
     """And what is named is a flag of that command, or of the command that is named."""
     with pytest.raises(UserError, match=f"^--{flag}: not a flag of {job}; instead: ") as refused:
         cli.parse(job, COMMANDS[job], [f"--{flag}", "x"])
-    known = {field.name for settings in COMMANDS.values() for field in dataclasses.fields(settings)} | set(OTHER_NAMES.values())
+    every = [*COMMANDS.values(), HybridSettings]
+    known = {field.name for settings in every for field in dataclasses.fields(settings)} | {"approach"}
+    known |= {name for settings in every for name in fields_by_name(settings)}
     named = re.findall(r"--(\w+)", str(refused.value).partition("instead: ")[2])
     assert set(named) <= known and flag not in {field.name for field in dataclasses.fields(COMMANDS[job])}
 

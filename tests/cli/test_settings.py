@@ -1136,7 +1136,7 @@ class Serving(Cases):
             assert service.name == "other"
 
     def depths(self) -> None:
-        with self._service(depths=("1,4",)) as service:
+        with self._service(depths=(1, 4)) as service:
             assert service.depths == [1, 4] and [b.manager.model.config.H_cycles for b in service.engine.batchers.values()] == [1, 4]
 
     def host(self) -> None:
@@ -1339,7 +1339,7 @@ class Measuring(Cases):
         """What the harness is asked for, and what it is asked to check."""
         checked = self._spy(lm_eval_harness, "check", answer=0)
         asked = self._spy(evaluation, "run_tasks", answer=[])
-        self._run(self._make(**{"max_windows": None, "tasks": ("one,two", "three"), **given}))
+        self._run(self._make(**{"max_windows": None, "tasks": ("one", "two", "three"), **given}))
         args, kwargs, _ = asked[0]
         return args, kwargs, checked[0][0]
 

@@ -15,7 +15,6 @@ from recursify import RecursiveLLM, convert
 from recursify.errors import UserError
 from recursify.evaluation import lm_eval_harness
 from recursify.evaluation.lm_eval_harness import TaskScore, run_tasks
-from recursify.evaluation.settings import MeasureSettings
 from recursify.inference.generation import generate_text
 from recursify.inference.options import DecodingOptions, Sampling
 from tests.support.tiny import make_tiny_tokenizer, tiny_donor, tiny_model
@@ -134,10 +133,6 @@ def test_every_metric_has_its_filter_and_error(model: RecursiveLLM, monkeypatch:
     ]  # fmt: skip
     _, _, _, acc, first, last, *_ = lm_eval_harness.lines(found)
     assert acc.endswith("0.5000 +-0.2500") and first.split()[:2] == ["a", "f1,first"] and last.endswith("1.0000")
-
-
-def test_names() -> None:
-    assert MeasureSettings(tasks=("a,b", "c", ",d,")).task_names == ("a", "b", "c", "d")
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

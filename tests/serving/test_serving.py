@@ -318,7 +318,7 @@ def test_models_endpoint_lists_depths(client: Any) -> None:
 
 
 def test_default_depth_without_the_models_own(model: Any, tokenizer: Any) -> None:
-    with running(model, tokenizer, depths=("1,2", 1)) as server:
+    with running(model, tokenizer, depths=(1, 2, 1)) as server:
         assert server.http.get("/v1/models").json()["data"][0]["H_cycles"] == {"offered": [1, 2], "default": 2}
         assert server.write(PROMPTS[0]) == text_of(model, tokenizer, PROMPTS[0], 2)
 

@@ -16,12 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from recursify import RecursiveLLM
 from recursify.errors import UserError
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.training import TrainSettings
 from recursify.training.optimizers import EMA, MuonAdamW, build_optimizer, learning_rate_factor, parameter_groups, warmup_of
+from recursify.utils.typed import NEAREST
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_config, tiny_donor
 
 SCHEDULES = ("linear", "cosine", "wsd")
@@ -141,6 +144,26 @@ def test_schedules_share_their_warmup(schedule: str, run: tuple[int, int], step:
     warmup, total = run
     if step < warmup:
         assert learning_rate_factor(schedule, step, warmup, total, 0.2) == (step + 1) / (warmup + 1)
+
+
+@pytest.mark.parametrize("theirs", ["linear", "cosine", "constant_with_warmup"])
+def test_schedules_are_those_of_transformers_after_the_warmup(theirs: str) -> None:
+    """constant_with_warmup is what its refusal says: wsd with decay_share 0."""
+    total, warmup = 50, 10
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = get_scheduler(theirs, optimizer, warmup, total).lr_lambdas[0]
+    ours = "wsd" if theirs in NEAREST else theirs
+    for step in range(warmup, total):
+        assert learning_rate_factor(ours, step, warmup, total, 0.0) == pytest.approx(factor(step))
+
+
+def test_every_schedule_of_transformers_is_taken_or_answered() -> None:
+    for theirs in SchedulerType:
+        if theirs.value in (*SCHEDULES, "warmup_stable_decay"):
+            assert settings(lr_schedule=theirs.value).lr_schedule in SCHEDULES
+        else:
+            with pytest.raises(UserError, match=rf"nearest to {theirs.value}: ({'|'.join(SCHEDULES)}), .*got '{theirs.value}'$"):
+                settings(lr_schedule=theirs.value)
 
 
 @given(runs, shares, st.integers(0, 10**6))

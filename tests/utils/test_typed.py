@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recursify.utils.typed import typed
+from recursify.utils.typed import spelt, typed
 
 Choice = Literal["adamw", "muon"]
+Dtype = Literal["auto", "bfloat16", "float16"]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,25 @@ def test_what_fits_is_of_the_type_of_the_field(value: Any, hint: Any, expected: 
     assert found == expected and type(found) is type(expected)
     if isinstance(found, tuple):
         assert [type(item) for item in found] == [type(item) for item in expected]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("bf16", "bfloat16"), ("FP16", "float16"), ("fp32", None), ("Auto", "auto"), ("int8", None)]
+)
+def test_choices_have_the_names_of_others_and_may_be_in_capitals(value: str, expected: str | None) -> None:
+    for hint in (Dtype, Dtype | None):
+        if expected is not None:
+            assert typed(value, hint) == spelt(value, hint) == expected
+            continue
+        for read in (typed, spelt):
+            with pytest.raises(TypeError, match="^one of auto, bfloat16, float16$"):
+                read(value, hint)
+
+
+@pytest.mark.parametrize("value", [["muon"], {"a": 1}, True, 1, None])
+def test_a_choice_is_text(value: Any) -> None:
+    with pytest.raises(TypeError, match="^one of adamw, muon$"):
+        typed(value, Choice)
 
 
 @pytest.mark.parametrize(
