@@ -20,6 +20,7 @@ FIRST = {
     "ceilings": (10, 5),
     "training": (90, 30),
     "training_sizes": (80, 5),
+    "training_adapter": (80, 8),
     "decoding": (80, 5),
     "decoding_static": (120, 8),
     "decoding_static_text": (120, 4),

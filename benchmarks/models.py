@@ -67,8 +67,11 @@ def shipped_shape() -> Shape:
     return Shape("the one that ships", *sizes, tied=c.tie_word_embeddings)
 
 
-def recursive_config(donor: Qwen2Config, *, keep_donor: bool = False, L_layers: int = 4, H_cycles: int = 3, L_cycles: int = 3) -> Any:
-    """What `recursify convert` makes of a donor with these flags; with gains of 0.2, so that no cycle is idle."""
+def recursive_config(
+    donor: Qwen2Config, *, keep_donor: bool = False, L_layers: int = 4, H_cycles: int = 3, L_cycles: int = 3, lora_rank: int = 0
+) -> Any:
+    """What `recursify convert` makes of a donor with these flags, and `train --adapter` where there is a rank; with gains of 0.2, so that
+    no cycle is idle."""
     plan = make_plan("random", donor.num_hidden_layers, L_layers=min(L_layers, donor.num_hidden_layers), keep_donor=keep_donor)
     return from_donor(
         donor,
@@ -79,6 +82,7 @@ def recursive_config(donor: Qwen2Config, *, keep_donor: bool = False, L_layers: 
         H_cycles=H_cycles,
         L_cycles=L_cycles,
         gain_init=0.2,
+        lora_rank=lora_rank,
     )
 
 

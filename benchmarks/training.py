@@ -24,6 +24,7 @@ from .models import HALF_B, ONE_AND_A_HALF_B, SEVEN_B, TOY, Shape, build, recurs
 
 GB = 1e9
 GUIDES = 50  # tokens per second that the guides promise for Qwen2-0.5B
+ADAPTER_TIME_BOUND, ADAPTER_MEMORY_BOUND = 0.7, 0.45
 WORK_BOUND, SUPERVISION_BOUND, MFU_BOUND, BATCH_4_BOUND = 1.10, 1.25, 0.45, 12.0
 EVERY = {"enable_deep_supervision": True}
 
@@ -48,6 +49,7 @@ CYCLE = Way("every cycle scored, --backprop cycle", flags={**EVERY, "backprop": 
 FULL = Way("every cycle scored", flags=EVERY)
 CHECKPOINTED = Way("every cycle scored, --gradient_checkpointing", flags={**EVERY, "gradient_checkpointing": True})
 KEEP = Way("keep_donor, L 1, every cycle scored", {"keep_donor": True, "L_cycles": 1}, EVERY)
+ADAPTER = Way("keep_donor, L 1, every cycle scored, --adapter", {**KEEP.loop, "lora_rank": 16}, EVERY)
 WAYS = (MAIN, KEEP)
 # A step of a real shape takes a CPU long: there the small model that ships has these.
 MORE_WAYS = (
@@ -221,10 +223,15 @@ class Weigh(TrainerCallback):
 
 def weigh_step(way: Way, shape: Shape, batch: Batch, device: torch.device) -> dict[str, float]:
     give_back_when_freed()
+    empty = held(device)
     weigh, model = Weigh(device), model_of(way, shape, device)
     rows = batch.blocks(model.config.vocab_size, batch.rows)
     fit(model, None, rows, rows[:1], settings_of(way, batch, device, 1), console=False, callbacks=[weigh])  # type: ignore[arg-type]
-    return {"before, GB": weigh.before / GB, "peak, GB": weigh.peak / GB, "step adds, GB": (weigh.peak - weigh.before) / GB}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "before, GB": weigh.before / GB, "peak, GB": weigh.peak / GB, "step adds, GB": (weigh.peak - weigh.before) / GB,
+        "above the weights, GB": (weigh.peak - empty - weights) / GB,
+    }  # fmt: skip
 
 
 def memories(bench: Bench) -> list[dict[str, Any]]:
@@ -274,6 +281,22 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
         if row["way"] == CYCLE.name:
             what = f"{row['model']}: supervision of every cycle over none: peak memory"
             yield Check(what, row["peak / its first"], most=SUPERVISION_BOUND)
+
+
+@case("training_adapter", "An adapter beside training everything")
+def measure_adapter(bench: Bench) -> Iterator[Table | Check]:
+    """keep_donor with 4 looped layers, H 3, L 1, every cycle scored: all weights trained, and the donor frozen with LoRA of rank 16 in
+    the loop. Both beside the donor's own step, as in the case before; float32 on a CPU. Above the weights: peak less weights and what the
+    process held before, so gradients, optimizer states, activations and logits."""
+    shape, batch = bench.pick(TOY, HALF_B, HALF_B), bench.pick(Batch(2, 32, parts=2), Batch(1, 128), GUIDES_BATCHES[1])
+    rows = in_turn(shape, batch, (KEEP, ADAPTER), bench, bench.pick(2, 4, STEPS))
+    yield Table("Time of a step over the donor's", rows)
+    full, adapter = (row["time / donor"]["median"] for row in rows)
+    yield Check("adapter over full: time of a step", adapter / full, most=ADAPTER_TIME_BOUND)
+    found = weigh_all((KEEP, ADAPTER), shape, replace(batch, parts=1) if not bench.on_gpu else Batch(8, 1024), bench)
+    yield Table("Memory of a step", found)
+    full, adapter = (row["above the weights, GB"] for row in found)
+    yield Check("adapter over full: memory above the weights", adapter / full, most=ADAPTER_MEMORY_BOUND)
 
 
 @case("training_ways", "Other ways to train", sizes=("cuda",))
