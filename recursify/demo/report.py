@@ -274,13 +274,13 @@ def _across_cycles(report: DemoReport) -> str:
             f"The best depth is the shallowest one measured, {plural(first.H_cycles, 'cycle')}: further cycles do not lower the loss "
             f"({signed(last.loss - first.loss)} nats at {last.H_cycles})."
         )
-    gained = f"{number(first.loss - best.loss)} below {plural(first.H_cycles, 'cycle')}"
+    reduction = f"{number(first.loss - best.loss)} below {plural(first.H_cycles, 'cycle')}"
     trained = report.at_trained_depth
     if best is trained:
-        return f"The best depth is the trained one, {plural(best.H_cycles, 'cycle')} ({number(best.loss)} nats), {gained}."
+        return f"The best depth is the trained one, {plural(best.H_cycles, 'cycle')} ({number(best.loss)} nats), {reduction}."
     known = trained is not None and trained is not first and math.isfinite(trained.loss)
     also = f"{number(trained.loss - best.loss)} below the trained depth and " if trained is not None and known else ""
-    return f"The best depth is {plural(best.H_cycles, 'cycle')} ({number(best.loss)} nats), {also}{gained}."
+    return f"The best depth is {plural(best.H_cycles, 'cycle')} ({number(best.loss)} nats), {also}{reduction}."
 
 
 def _against_as_is(report: DemoReport) -> str:

@@ -284,7 +284,7 @@ def test_compare_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     cli.main(["compare", "--config", str(folder / "recipe.yaml"), "--cycles", "1", "--json", "--report", str(page), *questions])
     captured = capsys.readouterr()
     told = json.loads(captured.out)
-    assert [model["trained_cycles"] for model in told["models"]] == [None, 2]
+    assert [model["H_cycles"] for model in told["models"]] == [None, 2]
     assert [line["H_cycles"] for line in told["models"][1]["text"]["rows"]] == [1, 2]  # its own is measured, too
     [line] = told["text_differences"]
     losses = [model["text"]["rows"][-1]["loss"] for model in told["models"]]

@@ -67,7 +67,7 @@ def measure(model: Any, **changes: Any) -> Any:
 def test_the_command_reads_both_forms(form: str, model: RecursiveLLM, text: Path, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / form, model, make_tiny_tokenizer())
     report = run(settings(checkpoint=str(tmp_path / form), dataset_name=str(text), max_windows=5))
-    assert report.text is not None and report.trained_cycles == 2
+    assert report.text is not None and report.H_cycles == 2
     assert [row.H_cycles for row in report.text.rows] == [1, 2, 3, 4]  # to twice the checkpoint's own
     assert report.text.windows == 5
     assert f"{report.text.rows[1].loss:.4f}" in report.render() and "own" in report.render()
@@ -76,7 +76,7 @@ def test_the_command_reads_both_forms(form: str, model: RecursiveLLM, text: Path
 def test_text_results_are_repeated_at_the_top_level(model: RecursiveLLM, text: Path) -> None:
     """There others read it, such as recursify export."""
     found = measure(model, dataset_name=str(text), stride=8).to_dict()
-    assert {"checkpoint", "dataset", "windows", "seq_len", "trained_cycles", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
+    assert {"checkpoint", "dataset", "windows", "seq_len", "H_cycles", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
     assert (
         found["text"] == {name: found[name] for name in found["text"]} and found["questions"] == found["tasks"] == found["passages"] == []
     )

@@ -105,7 +105,7 @@ def evaluation(name: str, *rows: tuple[int | None, float, int], **changes: Any) 
         "windows": 40,
         "seq_len": 16,
         "stride": 16,
-        "trained_cycles": 2,
+        "H_cycles": 2,
         "rows": found,
     }
     Path(name).write_text(json.dumps(content | changes))
