@@ -418,7 +418,7 @@ class TestErrors:
             load(tmp_path / "a.txt", dataset_config_name="other")
 
     def test_unknown_on_the_hub(self, hub: HubStandIn) -> None:
-        with says("no data set no/such", "hub", "path", ".txt"):
+        with says("no dataset no/such", "hub", "path", ".txt"):
             load("no/such")
 
     def test_hub_unreachable(self, hub: HubStandIn) -> None:

@@ -69,7 +69,7 @@ def test_a_file_of_a_data_set_on_the_hub(hub: HubStandIn, tmp_path: Path) -> Non
     hub.add_dataset("your/sums", tmp_path)
     (item,) = load_questions("gsm8k:your/sums/main/test.jsonl", "test")
     assert (item.question, item.answer) == ("1 + 1?", "2")
-    with pytest.raises(UserError, match=r"no file your/sums/dev\.jsonl, and the hub has no data set your/sums with a file dev\.jsonl"):
+    with pytest.raises(UserError, match=r"no file your/sums/dev\.jsonl, and the hub has no dataset your/sums with a file dev\.jsonl"):
         load_questions("gsm8k:your/sums/dev.jsonl", "test")
     hub.down = True
     with pytest.raises(UserError, match=r"no file your/sums/x\.jsonl, and x\.jsonl of your/sums cannot be fetched from the hub: "):

@@ -34,7 +34,7 @@ NOT_RUN = {
     "python - <<": "measures the memory of a process of its own",
     "torchrun": "several processes: tests/training/test_torchrun.py",
     "recursify serve": "does not end; run in tests/serving",
-    "recursify evaluate --checkpoint model.pt --tasks hellaswag": "reads data sets of the hub",
+    "recursify evaluate --checkpoint model.pt --tasks hellaswag": "reads datasets of the hub",
     "recursify train --config recipes": "a donor of full size; tests/recipes checks every recipe",
 }
 # What a page says, and what stands for it here.

@@ -10,7 +10,7 @@
             and its facts divided by tabs, or by |
     scan    .txt: IN: command OUT: actions                   actions
 
-Records are a .json list of objects, a .jsonl with one on each line, or a .parquet table, as data sets of the hub have them.
+Records are a .json list of objects, a .jsonl with one on each line, or a .parquet table, as datasets of the hub have them.
 
 What a file holds is kept as it is written there, mistakes of the set included; only what the format itself puts around it is taken off,
 GSM8K's <<48/2=24>> among it.
