@@ -386,7 +386,7 @@ def _loss_by_cycles(report: DemoReport) -> str:
     errors = [measured.standard_error for measured in points] + [base.standard_error for base in report.baselines]
     caption = (
         f"Validation loss of one and the same model, run with more or fewer cycles than it was trained for. "
-        f"Dashed: models without a loop, and their layers per token: {costs}. "
+        f"Dashed: plain models, and their layers per token: {costs}. "
         f"{'Bars and bands: plus and minus one standard error.' if any(errors) else ''}{undrawn(count_undrawable([line], levels))}"
     )
     return section("Loss by cycles", figure(lambda narrow: line_chart([line], levels, axes, NARROW if narrow else WIDE), caption))

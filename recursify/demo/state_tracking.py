@@ -105,7 +105,7 @@ def settings(out: Path, steps: int, seed: int) -> TrainSettings:
 
 
 def baseline_settings(steps: int) -> dict[str, Any]:
-    """Settings that differ for a model without a loop."""
+    """Settings that differ for a plain model."""
     return {
         "max_steps": steps, "warmup_steps": steps // 10, "start_gain": None, "gain_lr": None, "enable_deep_supervision": False,
         "cycle_choices": (), "cycle_weights": (),

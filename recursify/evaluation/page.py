@@ -4,7 +4,7 @@
     write    the same into a file, whole or not at all
 
 Every number was measured by the caller, and sentences are worded from the numbers. Losses are in nats per token; accuracies are shown in
-percent. A model without a loop, such as a plain donor, is a horizontal line where cycles run across, and a dotted one elsewhere.
+percent. A plain model, such as the donor, is a horizontal line where cycles run across, and a dotted one elsewhere.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Model:
 
     @property
     def own(self) -> int | None:
-        """Its own cycle count; None without a loop."""
+        """Its own cycle count; None for a plain model."""
         count: int | None = self.report["H_cycles"]
         return count
 
@@ -269,7 +269,7 @@ def _loss_by_cycles(models: Sequence[Model], same_windows: bool) -> str:
 
 
 def _by_cycles(rows: Iterable[tuple[Model, Rows]], key: str, error: str, scale: float = 1.0) -> tuple[list[Line], list[Level]]:
-    """A line per model with a loop, a level per plain model; None is not drawn."""
+    """A line per recursive model, a level per plain model; None is not drawn."""
     rows, lines, levels = list(rows), [], []
     alone = len(rows) == 1  # more would cover each other's values
     for model, found in rows:
@@ -303,7 +303,7 @@ def _cycles_figure(title: str, y_label: str, models: Sequence[Model], lines: Seq
         mark="the checkpoint's own",
     )
     if levels:
-        caption += f"Dashed: {', '.join(level.name for level in levels)}, without a loop. "
+        caption += f"Dashed: {', '.join(level.name for level in levels)}, plain. "
     caption += undrawn(count_undrawable(lines, levels))
     return figure(lambda narrow: line_chart(lines, levels, axes, chart_size(narrow, len(lines) + len(levels))), caption.strip())
 
@@ -337,7 +337,7 @@ def _accuracy_by_cycles(models: Sequence[Model], key: tuple[str, str]) -> str:
 
 
 def _by_difficulty(models: Sequence[Model], key: tuple[str, str]) -> list[str]:
-    """All models at their own depth, if there are several; then each model with a loop, one line per cycle count."""
+    """All models at their own depth, if there are several; then each recursive model, one line per cycle count."""
     title = f"Accuracy by difficulty, {_set_name(key)}"
     looped, plain = [model for model in models if model.own is not None], [model for model in models if model.own is None]
     figures = []
@@ -576,18 +576,18 @@ def _marked(model: Model, H_cycles: int | None) -> str | None:
 
 def _cycles_name(H_cycles: int | None, model: Model) -> str:
     if H_cycles is None:
-        return "no loop"
+        return "plain"
     return plural(H_cycles, "cycle") + (", its own" if H_cycles == model.own else "")
 
 
 def _at(H_cycles: int | None) -> str:
-    return "no loop" if H_cycles is None else f"at {plural(H_cycles, 'cycle')}"
+    return "plain model" if H_cycles is None else f"at {plural(H_cycles, 'cycle')}"
 
 
 def _count(H_cycles: int | None, halt: str | None = None) -> str:
     if halt is not None:
         return f"at most {H_cycles}, halting by {halt}"
-    return "no loop" if H_cycles is None else str(H_cycles)
+    return "plain" if H_cycles is None else str(H_cycles)
 
 
 def _percent(share: float) -> str:

@@ -193,7 +193,7 @@ def test_one_difficulty_is_drawn_by_cycles() -> None:
 def test_a_donor_alone_has_tables_and_one_line_by_difficulty() -> None:
     html = render(evaluation("donor", None))
     [words] = titled(html, "Accuracy by difficulty")
-    assert "donor" in words and "no loop" in Page(html).text and "later cycles" not in Page(html).text
+    assert "donor" in words and "nats per token, plain model" in Page(html).text and "later cycles" not in Page(html).text
 
 
 def test_a_run_with_halting_has_a_column_and_no_line() -> None:

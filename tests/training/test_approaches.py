@@ -72,7 +72,7 @@ def trainable(model: Any) -> set[str]:
 
 
 def loop_of(model: Any) -> set[str]:
-    """Names of what is called the loop: the looped layers, gains and start states."""
+    """Names of what is called the loop: the looped layers, gains and initial states."""
     own = {"H_init", "L_init", *(f"inject_{state}.theta_{gain}" for state in "HL" for gain in "AB")}
     layers = {name for name, _ in model.named_parameters() if name.startswith("model.layers.")}
     return layers | {f"model.recursion.{name}" for name in own}
