@@ -1,11 +1,11 @@
-"""Pretrain the tiny state tracker that ships with the package, from nothing, on words that are made.
+"""Pretrain the bundled state-tracking donor from scratch on synthetic permutation sequences.
 
     python -m recipes.demo_tracker
 
-A Qwen2-architecture model that reads a word of letters, each of which moves what lies in three places, and tells after every letter how
-things lie: state tracking, in the permutation group S3 (`recursify.data.tasks`). It is trained on words of 8 letters alone, so that it is
-lost on longer ones: that is what `recursify demo` wants of it. Its tokenizer has a token for each letter and each state, and can write
-every other text byte by byte. Words that were never trained on give the figures of the model card; none in it is typed in.
+A Qwen2-architecture model that reads a sequence of permutations of three things and predicts their product after each: state tracking in
+the permutation group S3 (`recursify.data.tasks`). It is trained on sequences of length 8 only, so that it fails on longer ones, which
+`recursify demo` is to show. Its tokenizer has a token for each permutation and each state, and encodes all other text byte by byte.
+Held-out sequences give the figures of the model card, which is generated.
 
 Run it from the root of the checkout, with the project installed (`make install`).
 """
@@ -29,8 +29,8 @@ from recursify.inference.options import DecodingOptions
 from recursify.training import TrainSettings, fit
 
 LETTERS = 8
-FRAME = 7  # tokens besides the letters: "Question", ":", a new line, "Answer", ":", the answer, the end
-VOCABULARY = 320  # bytes, letters, states and the two words; all merges of such texts are fewer
+FRAME = 7  # tokens besides the permutations: "Question", ":", a new line, "Answer", ":", the answer, the end
+VOCABULARY = 320  # bytes, permutations, states and the two words; all merges of such texts are fewer
 ASKED = 500
 PACKAGED = Path(__file__).resolve().parent.parent / "recursify" / "demo" / "donors" / "tracker"
 
@@ -74,7 +74,7 @@ def pretrain(model: Any, tokenizer: PreTrainedTokenizerBase, args: argparse.Name
 
 
 def shares(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """Right states by letter, of the model as it ships, on words that begin as no word of the training does."""
+    """Accuracy by position, of the bundled model, on held-out sequences."""
     items = generate("permutations", 2 * LETTERS, ASKED, 0, split="test")
     report, _ = evaluate_questions(
         Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, "permutations", items, [DecodingOptions()], "labels"

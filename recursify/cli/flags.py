@@ -55,7 +55,7 @@ def parse(
         job: The title of the group of what the class itself declares.
         prog: How the command is called; None is the name of the program.
         defaults: Values that go before the class's own defaults: those of a recipe.
-        extra: Flag -> its default and type, of flags that whoever calls has read already.
+        extra: Flag -> its default and type, of flags that the caller has read already.
 
     Raises:
         SystemExit: Help was asked for (status 0), or the words are no flags of this class (status 2, after a message).

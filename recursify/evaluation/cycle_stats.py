@@ -4,8 +4,8 @@
     sums_of_halting   the same for a pass in which tokens halt
     summarise         these sums over all windows, as the figures of a report
 
-Sums are `[rows, windows]` in float64, so whoever has read some of the windows can hand over what it found, and the figures are the same
-whoever read what. A guess is the token with the largest logit.
+Sums are `[rows, windows]` in float64, so several processes can divide the windows, and the figures do not depend on how. A guess
+is the token with the largest logit.
 """
 
 from __future__ import annotations

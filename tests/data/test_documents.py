@@ -1,4 +1,4 @@
-"""Documents from every source, their split, and the words of every error."""
+"""Documents from every source, their split, and every error message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo, shortened: everything it makes is made, and every number in its page was measured."""
+"""The demo, shortened: all outputs are written, and every number in its page was measured."""
 
 from __future__ import annotations
 

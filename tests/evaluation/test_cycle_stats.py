@@ -86,7 +86,7 @@ def test_cycle_sums_equal_runs_at_each_depth(model: Any, x: torch.Tensor) -> Non
 
 
 def test_corrected_and_broken_predictions() -> None:
-    """On a head that reads two numbers as the logits of two tokens: of six guesses the second and fifth are mended, the third is broken."""
+    """A head that reads two numbers as the logits of two tokens: of six guesses the second and fifth are corrected, the third is broken."""
     head = torch.nn.Linear(2, 2, bias=False)
     head.weight.data = torch.eye(2)
     x = torch.tensor([[0, 1, 1, 1, 0, 0, 0]])
@@ -175,21 +175,23 @@ def test_one_cycle_has_no_steps(model: Any, x: torch.Tensor) -> None:
 def test_table_has_every_step_and_the_total(model: Any, x: torch.Tensor) -> None:
     sums = found(model, x) | sums_of_halting(model, x, scored_places(x, SCORED), "kl", 0.5, H)
     report = summarise(sums, SCORED, 1, summarise_halting(sums, SCORED, 1, model.config, "kl", 0.5, H))
-    said = "\n".join(report.lines())
+    printed = "\n".join(report.lines())
     for step in report.steps:
-        assert f"{step.before} -> {step.after}" in said and f"{step.loss_reduction:+.4f}" in said and f"{step.distance:.4f}" in said
+        assert (
+            f"{step.before} -> {step.after}" in printed and f"{step.loss_reduction:+.4f}" in printed and f"{step.distance:.4f}" in printed
+        )
     [whole] = [line for line in report.lines() if "all cycles" in line]
     assert f"1 -> {H}" in whole and f"{report.loss_reduction:+.4f}" in whole
     assert report.halting is not None
-    assert f"halting by kl, threshold 0.5, after at most {H} cycles" in said and f"loss {report.halting.loss:.4f}" in said
-    assert all(f"{cycle}: {share:.1%}" in said for cycle, share in report.halting.cycles.items())
+    assert f"halting by kl, threshold 0.5, after at most {H} cycles" in printed and f"loss {report.halting.loss:.4f}" in printed
+    assert all(f"{cycle}: {share:.1%}" in printed for cycle, share in report.halting.cycles.items())
 
 
 def test_two_cycles_are_one_line(model: Any, x: torch.Tensor) -> None:
     with torch.no_grad():
         sums = sums_of_cycles(model.lm_head, states_of(model, x)[:2], x, scored_places(x, SCORED))
-    said = summarise(sums, SCORED, 1).lines()
-    assert sum("1 -> 2" in line for line in said) == 1
+    printed = summarise(sums, SCORED, 1).lines()
+    assert sum("1 -> 2" in line for line in printed) == 1
 
 
 def test_to_dict_is_complete(model: Any, x: torch.Tensor) -> None:
@@ -218,7 +220,7 @@ def test_state_distance_is_relative() -> None:
 
 
 def test_guesses_of_three_cycles_in_two_windows() -> None:
-    """A head that says the sign of a number; rows are what each cycle guesses, of which the last three, or two, are scored."""
+    """A head that predicts the sign of a number; rows are predictions by cycle, of which the last three, or two, are scored."""
     head = torch.nn.Linear(1, 2, bias=False)
     head.weight.data = torch.tensor([[-1.0], [1.0]])
     x = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 1]])

@@ -33,7 +33,7 @@ MADE = "pointers:difficulty=1-2,count=3"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> RecursiveLLM:
-    """Keep-donor, gains and states well away from 0, so that every depth says something else."""
+    """Keep-donor, gains and states well away from 0, so that the depths differ."""
     folder = tmp_path_factory.mktemp("small")
     tiny_donor("llama", folder, num_hidden_layers=3)
     torch.manual_seed(1)
@@ -334,7 +334,7 @@ def command(folder: Path, name: str) -> list[str]:
 
 def work(folder: Path) -> None:
     """What each process prints goes to a file of its own."""
-    with (folder / f"said_{os.environ['RANK']}").open("w") as said, redirect_stdout(said):
+    with (folder / f"said_{os.environ['RANK']}").open("w") as printed, redirect_stdout(printed):
         for name in LAUNCHES:
             cli.main(command(folder, name))
     (folder / f"first_{distributed.get_rank()}").write_text(str(is_first()))

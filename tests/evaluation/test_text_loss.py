@@ -24,7 +24,7 @@ from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_model
 
 @pytest.fixture(scope="module")
 def model(donor_folder: Path) -> RecursiveLLM:
-    """Keep-donor, gains and states well away from 0, so that every depth says something else."""
+    """Keep-donor, gains and states well away from 0, so that the depths differ."""
     torch.manual_seed(1)
     model = convert(str(donor_folder), L_layers=2, keep_donor=True, H_cycles=2, L_cycles=1)
     with torch.no_grad():

@@ -189,7 +189,7 @@ def _numbered(path: Path, kind: str, records: list[Any]) -> Iterator[tuple[str, 
 
 
 def _table(path: Path) -> list[Any]:
-    import pyarrow as pa  # here: only files of this one kind need it, and whoever trains asks this package which names are questions
+    import pyarrow as pa  # here: only files of this one kind need it, and training imports this package for the names of question sets
     import pyarrow.parquet as pq
 
     try:
