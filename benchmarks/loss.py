@@ -28,7 +28,7 @@ OURS, PLAIN = "recursify", "plain"
 
 @dataclass(frozen=True)
 class Problem:
-    """The loss of so many tokens.
+    """The loss of a batch of tokens.
 
     Args:
         hidden, vocabulary: Of the head.

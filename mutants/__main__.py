@@ -44,7 +44,9 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="mutants to draw per area; 0 takes all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--minutes", type=float, default=0, help="plant no more after so many; what is left counts as not run. 0: no limit")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="stop after this many minutes; the remaining mutants count as not run. 0: no limit"
+    )
     args, missed = parser.parse_args(), False
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     for name in areas if args.area == "all" else [args.area]:

@@ -67,8 +67,8 @@ def pretrain(model: Any, tokenizer: PreTrainedTokenizerBase, args: argparse.Name
     fitted = fit(model, tokenizer, blocks, blocks.select(range(args.batch_size)), settings, console=False)
     minutes = (time.monotonic() - began) / 60
     return {
-        "words trained on": f"{len(words):,} of {LETTERS} letters",
-        "training": f"{minutes:.1f} minutes, {fitted.steps} steps of {args.batch_size} words, seed {args.seed}",
+        "training sequences": f"{len(words):,} of {LETTERS} letters",
+        "training": f"{minutes:.1f} minutes, {fitted.steps} steps of {args.batch_size} sequences, seed {args.seed}",
         "machine": f"{hardware(args.threads)}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
 
@@ -79,7 +79,7 @@ def shares(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, object
     report, _ = evaluate_questions(
         Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, "permutations", items, [DecodingOptions()], "labels"
     )
-    return {f"right at letter {row.difficulty}": f"{row.accuracy:.1%}" for row in report.rows if row.difficulty is not None}
+    return {f"accuracy at letter {row.difficulty}": f"{row.accuracy:.1%}" for row in report.rows if row.difficulty is not None}
 
 
 def write_card(folder: Path, facts: dict[str, object]) -> None:
@@ -87,12 +87,12 @@ def write_card(folder: Path, facts: dict[str, object]) -> None:
     lines = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     (folder / "README.md").write_text(
         "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# The tracker of recursify's demo\n\n"
-        "A tiny Qwen2-architecture model, pretrained from nothing on one made task, so that `recursify demo` can show what recursion does\n"
-        "for a model that must keep track of something. It reads a word of letters, each of which moves what lies in three places, and\n"
-        f"tells after every letter how things lie. It was trained on words of {LETTERS} letters, and is good for nothing else.\n\n"
+        "A tiny Qwen2-architecture model, pretrained from scratch on one synthetic task, for the state-tracking half of `recursify demo`.\n"
+        "It reads a sequence of letters, each a permutation of three things, and predicts their product after each letter.\n"
+        f"It was trained on sequences of {LETTERS} letters, and can do nothing else.\n\n"
         f"```\n{as_text(item)}\n```\n\n"
-        f"The states after each letter are here {' '.join(item.labels)}; the last one is the answer.\n\n"
-        "Rebuilt by `python -m recipes.demo_tracker`; every figure below was written by that run, on test words "
+        f"The states after each letter here are {' '.join(item.labels)}; the last one is the answer.\n\n"
+        "Rebuilt by `python -m recipes.demo_tracker`; every figure below was measured by that run, on held-out sequences "
         f"of {2 * LETTERS} letters.\n\n"
         f"| fact | value |\n|---|---|\n{lines}\n",
         encoding="utf-8",

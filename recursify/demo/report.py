@@ -54,7 +54,7 @@ CLEARLY = 2.0
 STANDING_LIMITS = (
     "One run with one seed: another seed moves the losses, and the standard errors given here are those of the validation text only.",
     "A small model, a small text and a short fine-tuning: differences at this size need not hold at a larger one.",
-    "Loss on held-out text is not skill at a task; the samples are for reading, not for counting. The one task here is made, and small.",
+    "Loss on held-out text is not skill at a task; the samples are for reading, not for counting. The one task is synthetic and small.",
     "Layer applications are a count, not a timing: speed also depends on caches, kernels and batch size.",
 )
 
@@ -359,9 +359,9 @@ def _plan(report: DemoReport) -> str:
         )
 
     dropped = sorted(set(range(report.donor.layers)) - {*plan.prelude, *plan.loop, *plan.coda})
-    fate = f"Left out: {', '.join(map(str, dropped))}." if dropped else "None is left out."
+    omitted = f"Left out: {', '.join(map(str, dropped))}." if dropped else "None is left out."
     caption = (
-        f"Numbers are the donor's own layers. {fate} One cycle applies the loop {plural(plan.L_cycles, 'time')} to the inner state z_L "
+        f"Numbers are the donor's own layers. {omitted} One cycle applies the loop {plural(plan.L_cycles, 'time')} to the inner state z_L "
         f"and once to z_H; {plural(plan.H_cycles, 'cycle')} make {plural(plan.passes, 'pass', 'passes')} with the same weights."
     )
     return section("The plan", figure(draw, caption))

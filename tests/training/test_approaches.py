@@ -438,8 +438,8 @@ def test_the_flags_of_both_scripts() -> None:
 def test_one_command_has_the_approaches_of_the_scripts(approach: str, workdir: Path, tmp_path: Path) -> None:
     """`train --approach`, a recipe that names it, and the guides' script write the same weights, bit for bit."""
     flags = (
-        f"--model_name {workdir / 'tied'} --L_layers 1 --H_cycles 2 --L_cycles 1 --dataset_name {workdir / 'text'} --seq_len 32 --device cpu "
-        "--max_steps 2 --generate_every 0 --save_every 0 --output_dir"
+        f"--model_name {workdir / 'tied'} --L_layers 1 --H_cycles 2 --L_cycles 1 --dataset_name {workdir / 'text'} --seq_len 32 "
+        "--device cpu --max_steps 2 --generate_every 0 --save_every 0 --output_dir"
     )
     script = {"hybrid": cli.train_trm_hybrid, "embedding": cli.train_trm}[approach]
     (tmp_path / "recipe.yaml").write_text(f"train: {{approach: {approach}, lr: 1e-3}}", encoding="utf-8")
