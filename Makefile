@@ -32,14 +32,14 @@ lint: .venv/.installed-test
 docs: .venv/.installed-test
 	$(BIN)/python docs/make_api.py
 
-# Faults planted in the files of one area of mutants/rooms.toml, or all: make mutants ROOM=objective SAMPLE=60 SEED=1 JOBS=2 MINUTES=20
-ROOM ?=
+# Faults planted in the files of one area of mutants/areas.toml, or all: make mutants AREA=objective SAMPLE=60 SEED=1 JOBS=2 MINUTES=20
+AREA ?=
 SAMPLE ?= 0
 SEED ?= 0
 JOBS ?= 2
 MINUTES ?= 0
 mutants: .venv/.installed-test
-	$(BIN)/python -m mutants $(ROOM) --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS) --minutes $(MINUTES)
+	$(BIN)/python -m mutants $(AREA) --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS) --minutes $(MINUTES)
 
 # On a CPU: all cores, under 15 minutes on two.
 bench: .venv/.installed

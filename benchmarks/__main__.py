@@ -1,10 +1,10 @@
-"""Runs benchmarks on a CPU, keeps their results, and prints them into docs/performance.md. Those of a GPU: python -m benchmarks.gpu
+"""Runs benchmarks on a CPU, saves their results, and writes them into docs/performance.md. On a GPU: python -m benchmarks.gpu
 
     python -m benchmarks                          all that are quick enough; `make bench`
     python -m benchmarks decoding loss            some of them; the others' results stay
-    python -m benchmarks --quick                  toy sizes: shows that they run, measures nothing
+    python -m benchmarks --quick                  toy sizes: a smoke test, measures nothing
     python -m benchmarks --list                   what there is
-    python -m benchmarks --render                 only prints results/*.json into the page again
+    python -m benchmarks --render                 only regenerates the page from results/*.json
 
 Exit status 1 if a bound is missed.
 """

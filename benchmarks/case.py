@@ -2,10 +2,10 @@
 
     @case("loss", "The loss at a vocabulary of 151,936", minutes=1)
     def loss(bench: Bench) -> Iterator[Table | Check]:
-        '''How each figure is taken: it stands above the tables.'''
+        '''How each figure is measured; printed above the tables.'''
 
-A row is a dictionary of what its columns say; the unit of a column stands in its name. All figures of a comparison come from one run in
-which both sides take turns. `__main__` runs cases, `page` prints them.
+A row is a dictionary of what its columns say; the unit of a column is in its name. All figures of a comparison come from one run in
+which both sides alternate. `__main__` runs cases, `page` prints them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under one heading. Columns that a row has not got stay empty; "limit" is the last one, and says what limits the row."""
+    """Rows under one heading. Missing columns stay empty; "limit" is the last one, and says what limits the row."""
 
     title: str
     rows: list[dict[str, Any]]
@@ -84,7 +84,7 @@ class Check:
 
     Args:
         most, least: The bound; one of the two.
-        must: Whether missing it fails the run; else it is an aim.
+        must: Whether missing it fails the run; else it is a target.
     """
 
     what: str
@@ -105,7 +105,7 @@ class Case:
     Args:
         about: How its figures are taken.
         sizes: Where it is measured. At toy size every case runs.
-        asked: Runs only when it is named: it takes long, or needs what a suite may not ask for.
+        asked: Runs only when it is named: it takes long, or needs what the suite lacks.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Case:
         types.
 
         Args:
-            keep: Called with what there is so far, after every table and bound.
+            keep: Called with the partial results after every table and bound.
         """
         machine, start = provenance(bench.device), time.perf_counter()
         found: dict[str, Any] = {"title": self.title, "about": self.about, "machine": machine, "tables": [], "checks": []}
@@ -137,7 +137,7 @@ class Case:
 
 
 def missed(found: dict[str, Any]) -> list[str]:
-    """Bounds that must hold and do not, of what a case has found."""
+    """Mandatory bounds that the results of a case miss."""
     return [check["what"] for check in found["checks"] if check["must"] and not check["holds"]]
 
 
@@ -165,7 +165,7 @@ def case(
 
 
 def registry() -> Registry:
-    """All cases. A module that asks for a library that is not here says so only when its case is asked for."""
+    """All cases. A module whose library is missing raises only when its case is run."""
     for module in MODULES:
         if module in _REGISTRY.cases or module in _REGISTRY.missing:
             continue

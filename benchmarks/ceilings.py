@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured: the limit that a row is held against."""
+"""Peak throughput of the machine, measured: the roofline that a row is compared with."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Ceilings:
     bytes: float
 
     def limit(self, took: float, flops: float, moved: float) -> str:
-        """What limits a row that took so many seconds: the higher of two floors, and how much of the time each of them explains. "neither"
+        """What limits a row that took `seconds`: the higher of two lower bounds, and how much of the time each of them explains. "neither"
         where both together explain little: then it is launches, Python, and matrices too small to reach a ceiling.
 
         Args:
-            flops: Operations that the work cannot do without.
-            moved: Bytes that it cannot but read or write.
+            flops: Operations that the work needs at least.
+            moved: Bytes that it reads or writes at least.
         """
         by = {"arithmetic": flops / self.flops / took, "memory": moved / self.bytes / took}
         name = max(by, key=lambda one: by[one]) if sum(by.values()) >= LITTLE else "neither"
@@ -47,8 +47,8 @@ _seen: dict[tuple[torch.device, torch.dtype], tuple[float, Ceilings]] = {}
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The best that this run has seen so far: a ceiling is what is possible, not what is usual. A shared machine has slow minutes, so it is
-    looked for again where the last look is half a minute old."""
+    """The best that this run has seen so far: a ceiling is the peak, not the average. A shared machine has slow minutes, so it is
+    measured again after half a minute."""
     when, best = _seen.get((device, dtype), (float("-inf"), Ceilings(0.0, 0.0)))
     if time.monotonic() - when > AGE:
         now = _look(device, dtype)
@@ -70,7 +70,7 @@ def _look(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def _product(device: torch.device, dtype: torch.dtype, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Two square matrices, room for their product, and their side: as large as it may be and still takes a moment. A processor without
+    """Two square matrices, their output, and their side: as large as can be multiplied in a moment. A processor without
     bfloat16 of its own takes some thousand times as long for it as one that has it."""
     size = 256
     while True:

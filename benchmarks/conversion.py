@@ -51,7 +51,7 @@ class Donor:
 
 def write_donor(folder: Path, shape: Shape, layers: Sequence[int]) -> Donor:
     """A donor in bfloat16, a file for each layer and one for the rest, as a hub has them; files of layers that are not named are no
-    safetensors, so that whoever opens one fails."""
+    safetensors, so that opening one fails."""
     config = shape.config()
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
@@ -82,7 +82,7 @@ def _layer(name: str) -> int:
 
 
 def _filled(shape: torch.Size, noise: torch.Tensor) -> torch.Tensor:
-    """The same random numbers over and over: what they are costs nothing to copy, and much to draw."""
+    """The same random numbers repeated, since drawing them takes long."""
     count = shape.numel()
     return noise.repeat(-(-count // len(noise)))[:count].reshape(shape)
 
@@ -115,8 +115,7 @@ def weigh(donor: Donor, flags: dict[str, Any], target: Path) -> tuple[int, int]:
 
 def in_turn(donor: Donor, flags: dict[str, Any], rounds: int, warm: bool) -> dict[str, list[float]]:
     """Seconds of both sides, for each round of four: ours, copy, copy, ours; of the one round of a large donor the first two. Each writes
-    a new file, and both go after a pair: whoever writes next finds their pages at hand, and the system must find others for whoever
-    comes second."""
+    a new file, and both are deleted after a pair: the next writer reuses their pages, and the second one needs new ones."""
     layers, device = planned(donor.shape, flags), torch.device("cpu")
     files = {"convert": donor.folder / "convert.pt", "copy": donor.folder / "copy.pt"}
     works = {"convert": partial(convert, donor, flags, files["convert"]), "copy": partial(copy, donor, layers, files["copy"])}

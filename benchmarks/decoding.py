@@ -1,4 +1,4 @@
-"""What writing a token costs beside the donor's: by depth, batch, context, cache policy."""
+"""Decoding throughput beside the donor's: by depth, batch, context, cache policy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MS, GB = 1e3, 1e9
 
 @dataclass(frozen=True)
 class Writer:
-    """A model and how it writes.
+    """A model and how it decodes.
 
     Args:
         how: Arguments of a pass.
@@ -48,7 +48,7 @@ class Writer:
         return int(self.config.depth()) if isinstance(self.model, RecursiveLLM) else int(self.config.num_hidden_layers)
 
     def cache(self, rows: int, context: int) -> Any:
-        """As after so many tokens; what stands in it costs nothing to read."""
+        """A KV cache of a given length with arbitrary contents."""
         own = isinstance(self.model, RecursiveLLM)
         past: Any = RecursiveCache(self.config, **self.how) if own else DynamicCache(config=self.config)
         shape = rows, self.config.num_key_value_heads, context, self.config.hidden_size // self.config.num_attention_heads
@@ -85,7 +85,7 @@ def writers(bench: Bench) -> list[Writer]:
 
 @torch.no_grad()
 def one_token(all_of_them: list[Writer], rows: int, context: int, bench: Bench) -> list[dict[str, Any]]:
-    """A pass of one token of each row, behind so many others."""
+    """Decode step: one token of each row, after a given context."""
     say(f"decoding: {rows} rows at context {context}")
     token = tokens(all_of_them[0].config, rows, 1, bench.device)
     sides: dict[str, Callable[[], Any]] = {}
@@ -127,7 +127,7 @@ def _attention(one: Writer, rows: int, context: int) -> Callable[[], Any]:
 
 @torch.no_grad()
 def a_prompt(all_of_them: list[Writer], rows: int, length: int, bench: Bench) -> list[dict[str, Any]]:
-    """A whole prompt at once, into an empty cache; the head reads its last token."""
+    """Prefill: a whole prompt into an empty cache; the head reads its last token."""
     say(f"decoding: a prompt of {rows} x {length}")
     prompt = tokens(all_of_them[0].config, rows, length, bench.device)
     sides = {one.name: partial(one.model, prompt, use_cache=True, logits_to_keep=1, **one.how) for one in all_of_them}
@@ -151,8 +151,8 @@ def a_prompt(all_of_them: list[Writer], rows: int, length: int, bench: Bench) ->
 
 
 def write(model: Any, prompt: torch.Tensor, new: int, **kwargs: Any) -> Any:
-    """A `generate` of exactly so many tokens, greedy unless asked otherwise."""
-    model.generation_config.eos_token_id = None  # nothing ends a text early, and no processor is needed to see to it
+    """A `generate` of an exact number of tokens, greedy by default."""
+    model.generation_config.eos_token_id = None  # no end token, so no processor is needed
     given = {"do_sample": False, "max_new_tokens": new, "attention_mask": torch.ones_like(prompt)} | kwargs
     return model.generate(prompt, return_dict_in_generate=True, pad_token_id=0, **given)
 
@@ -182,7 +182,7 @@ def texts(name: str, donor: Any, model: Any, new: int, bench: Bench, depths: tup
 
 
 def shipped(device: torch.device) -> tuple[Any, Any]:
-    """The small donor that ships, and the recursive model that the demo makes of it."""
+    """The bundled donor, and the recursive model that the demo makes of it."""
     donor = open_donor(SHIPPED).load(dtype=torch.float32).eval().to(device)
     model = convert(SHIPPED, keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1, gain=0.2).float().eval().to(device)
     return donor, model
@@ -226,7 +226,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
 
 
 def _context(rows: list[dict[str, Any]], bench: Bench) -> Iterator[Check]:
-    """What a long context adds besides reading it."""
+    """Cost of a long context beyond reading its KV cache."""
     least, most = min(row["context"] for row in rows), max(row["context"] for row in rows if row["rows"] == 1)
     for model in dict.fromkeys(row["model"] for row in rows):
         rest = {r["context"]: r["ms"] - r["of it attention's own, ms"] for r in rows if r["model"] == model and r["rows"] == 1}

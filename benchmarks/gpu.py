@@ -1,10 +1,10 @@
-"""Measure on a GPU what fits into some minutes, the most worth first; `make gpu MINUTES=8 RESULTS=folder`.
+"""Measure on a GPU what fits into some minutes, the most valuable first; `make gpu MINUTES=8 RESULTS=folder`.
 
     python -m benchmarks.gpu --minutes 8 --results runs/gpu      needs torch, transformers, accelerate and this checkout, and no network
     python -m benchmarks.gpu training decoding                   these jobs alone
-    python -m benchmarks.gpu --rehearse --minutes 3              all of it at toy size on a CPU, so that no job meets a GPU untried
+    python -m benchmarks.gpu --rehearse --minutes 3              all of it at toy size on a CPU, as a test before a GPU run
     python -m benchmarks.gpu --list                              the jobs, in order, with their estimates
-    python -m benchmarks.gpu_merge runs/gpu                      the results into the committed ones and the pages; `make gpu-merge`
+    python -m benchmarks.gpu_merge runs/gpu                      merge the results into the committed ones and the pages; `make gpu-merge`
 
 Each job is a process of its own with a time limit, and its result a file of its own, written as it ends. Results of this code on this
 device that are there already are not measured again. Exit status 1 if a job failed, or a check or a bound of one that ran.
@@ -109,8 +109,7 @@ def gpu() -> str | None:
 
 
 def code(root: Path = ROOT) -> str:
-    """A digest of what is measured and of what measures: other files may change, and results still count. A checkout without its history,
-    or with changes, has one too."""
+    """A hash of the measured and the measuring code: changes of other files keep results valid. Works without git history, too."""
     digest = hashlib.sha256()
     for folder in SOURCES:
         for file in sorted((root / folder).rglob("*.py")):

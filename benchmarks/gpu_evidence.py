@@ -1,7 +1,7 @@
 """The rows of recipes/evidence as jobs of the queue: first a study's donor, then a job for each row and seed, the cheapest first.
 
-The donors of these studies are pretrained there and then, or ship; none needs a published one. How long a row takes is guessed from the
-layer applications of its steps, until a result says it.
+The donors of these studies are pretrained first or bundled; none is downloaded. The time of a row is estimated from the
+layer applications of its steps, until it was measured.
 """
 
 from __future__ import annotations

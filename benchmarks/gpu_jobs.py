@@ -1,4 +1,4 @@
-"""The jobs of a machine with a GPU, the most worth first: the cases of the registry, a published donor, the rows of recipes/evidence."""
+"""The jobs of a machine with a GPU, the most valuable first: the cases of the registry, a published donor, the rows of recipes/evidence."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Puts the results of benchmarks.gpu into the committed ones, and prints these into the pages; `make gpu-merge RESULTS=folder`.
+"""Merges the results of benchmarks.gpu into the committed ones and regenerates the pages; `make gpu-merge RESULTS=folder`.
 
     python -m benchmarks.gpu_merge runs/gpu
 
-Cases go to benchmarks/results/cuda.json, rows of the evidence to recipes/evidence/results. What is not whole, failed, or was a rehearsal
-stays where it is, and is named. Exit status 1 if there is nothing to put anywhere.
+Cases go to benchmarks/results/cuda.json, rows of the evidence to recipes/evidence/results. Incomplete or failed results and
+those of a rehearsal are listed and not merged. Exit status 1 if there is nothing to merge.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def merge(folder: Path, cases: Path = RESULTS, evidence: Path = EVIDENCE) -> list[str]:
-    """The names of the jobs whose results were put into the committed ones; why others were not is said."""
+    """The names of the jobs whose results were merged; prints why others were not."""
     merged, known = [], registry().cases
     for file in sorted(folder.glob("*.json")):
         found = read_result(file)
@@ -82,7 +82,7 @@ def put_row(data: dict[str, Any], folder: Path) -> None:
 
 
 def render(evidence: bool) -> None:
-    """The pages anew."""
+    """Regenerate the pages."""
     write()
     if evidence:
         from recipes.evidence import tables

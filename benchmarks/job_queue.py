@@ -1,7 +1,7 @@
-"""A queue of jobs for a machine that is lent for some minutes: the most worth first, each in a process of its own, its result kept at once.
+"""A queue of jobs for a limited time on a machine: the most valuable first, each in a process of its own, its result saved at once.
 
 A job is a function; its process is forked from this one, which has imported everything and has never touched the GPU, so that a job starts
-at once. It leads a process group of its own, which is killed as a whole at the job's limit, so that a hang takes its own time and no more.
+at once. It leads a process group of its own, which is killed as a whole at the job's limit, so that a hang costs no other job its time.
 What it has found so far is in a file after every table; the result is this and how the job ended, and is renamed into place at the end.
 
 Units: seconds.
@@ -106,7 +106,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job fared.
+    """Outcome of a job.
 
     Args:
         status: "ok", "failed" and "timeout" have run, "skipped" was there, "passed over" could not run or did not fit.
@@ -130,7 +130,7 @@ class Queue:
     Args:
         until: When everything has to be over, on the clock of `time.time`.
         measured: Seconds that a job has taken before, if that is known.
-        lanes: So many jobs at once, which is for rehearsals: what is measured runs alone.
+        lanes: Number of jobs at once, for rehearsals; measurements run alone.
     """
 
     place: Place
@@ -141,7 +141,7 @@ class Queue:
     lanes: int = 1
 
     def run(self, jobs: Sequence[Job]) -> list[Ended]:
-        """How each fared, in order."""
+        """Outcomes, in order."""
         self.place.results.mkdir(parents=True, exist_ok=True)
         if self.lanes == 1:
             return [self._turn(job) for job in jobs]
@@ -202,7 +202,7 @@ def read_result(file: Path) -> dict[str, Any] | str | None:
 
 
 def run_one(job: Job, place: Place, source: Source, limit: float) -> Ended:
-    """Run a job in a process of its own, for so many seconds at most, and write its result."""
+    """Run a job in a process of its own with a time limit, and write its result."""
     file = job.file(place.results)
     found, log = file.with_suffix(".partial"), file.with_suffix(".log")
     found.unlink(missing_ok=True)
@@ -235,7 +235,7 @@ def _do(job: Job, place: Place, found: Path) -> None:
 
 
 def _found(file: Path) -> dict[str, Any] | None:
-    """What a job has left; None if nothing, or nothing whole."""
+    """The result file of a job; None if missing or incomplete."""
     try:
         left = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -276,7 +276,7 @@ def _as_process(work: Callable[[], Any], log: Path) -> NoReturn:
         os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(output, 1), os.dup2(output, 2)
-        # whoever has replaced these in the parent, such as a test, does not get what the job says
+        # a parent that has replaced these, such as a test, does not get the output of the job
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, errors="replace") for number in (1, 2))
         work()
         status = 0

@@ -1,4 +1,4 @@
-"""What the next-token loss costs at a real vocabulary, in memory and in time, beside everything else that computes it."""
+"""What the next-token loss costs at a real vocabulary, in memory and in time, beside other implementations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OURS, PLAIN = "recursify", "plain"
 
 @dataclass(frozen=True)
 class Problem:
-    """The loss of so many tokens.
+    """The loss of a batch of tokens.
 
     Args:
         hidden, vocabulary: Of the head.
@@ -121,7 +121,7 @@ KERNELS = {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entro
 
 
 def ways_here(device: torch.device) -> tuple[list[str], list[str]]:
-    """Ways that work on the device, and why others do not."""
+    """Implementations that work on the device, and why others do not."""
     here, missing = [], []
     for way in WAYS:
         reason = _reason_against(way, device)
@@ -150,7 +150,7 @@ def weigh(way: str, problem: Problem) -> dict[str, float]:
     """Bytes of one step above those that were held before it, and of these what is left as gradients; and the loss."""
     give_back_when_freed()
     inputs = Inputs(problem)
-    Inputs(replace(problem, vocabulary=512, tokens=8)).step(PLAIN)  # what libraries take once is not the loss's
+    Inputs(replace(problem, vocabulary=512, tokens=8)).step(PLAIN)  # one-time allocations of libraries are not counted
     before = held(inputs.device)
     forget_peak(inputs.device)
     loss = inputs.step(way)

@@ -1,4 +1,4 @@
-"""Clocks and scales: how long calls take that take turns, and how much memory one needs.
+"""Time of calls that alternate, and peak memory of one.
 
 Units: seconds, bytes. A ratio is a spread of the ratios of pairs: median, least, most.
 """
@@ -24,7 +24,7 @@ _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Of one call, until all that it began is done."""
+    """Of one call, synchronised with the device."""
     finish(device)
     start = time.perf_counter()
     work()

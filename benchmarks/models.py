@@ -1,4 +1,4 @@
-"""The models that are measured: random weights in real shapes, since time and memory do not depend on what weights say."""
+"""The models that are measured: random weights in real shapes, since time and memory do not depend on the values."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TRACKER = str(resources.files("recursify.demo") / "donors" / "tracker")
 
 
 def shipped_shape() -> Shape:
-    """Of the donor that ships."""
+    """Of the bundled donor."""
     c: Any = AutoConfig.from_pretrained(SHIPPED)
     sizes = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.num_hidden_layers, c.vocab_size
     return Shape("the one that ships", *sizes, tied=c.tie_word_embeddings)
@@ -89,7 +89,7 @@ def recursive_config(
 def build(config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
     """A model of random weights: ours for a recursive configuration, else transformers' own. Made where it is used.
 
-    The same few million random numbers fill every matrix: what they are changes no time, and to draw half a billion takes long.
+    The same few million random numbers fill every matrix: their values do not matter, and drawing half a billion takes long.
     """
     with device, no_init_weights():
         model: Any = RecursiveLLM(config) if hasattr(config, "H_cycles") else AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """The tables of docs/performance.md and of the guides, from results/*.json alone.
 
-What stands between `<!-- bench SIZE CASE -->` and `<!-- end -->` is made anew: all tables and bounds of a case. With a table's title behind
-it, that table alone. A test makes them again and compares, so no figure there is typed in or out of date.
+The text between `<!-- bench SIZE CASE -->` and `<!-- end -->` is regenerated: all tables and bounds of a case. With a table's title after
+CASE, that table alone. A test compares, so no figure there is typed in or out of date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"(<!-- bench (?P<size>\w+) (?P<case>\w+)(?: (?P<title>[^>]+
 
 
 def render(page: str, results: Path = RESULTS) -> str:
-    """The page with all of its blocks made anew."""
+    """The page with all of its blocks regenerated."""
     return _BLOCK.sub(lambda block: f"{block[1]}{make(block['size'], block['case'], block['title'], results)}\n{block[5]}", page)
 
 

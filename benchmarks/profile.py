@@ -37,7 +37,7 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(work: Callable[[], Any], device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of what the work spends its time on, and the operations that take most of it. The work has been done once before."""
+    """Rows of time by kind of operation, and the slowest operations. The work is warmed up."""
     work()
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

@@ -1,4 +1,4 @@
-"""The way of the prototype behind the guides: one forward pass per position in training, the whole prompt again for every token written."""
+"""Baseline: the prototype behind the guides, with one forward pass per position in training and no KV cache in decoding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OURS, PROTOTYPE, KINDER = "recursify", "prototype", "prototype, passes over the 
 
 
 class Prototype:
-    """Trains and writes one position at a time.
+    """Trains and decodes one position at a time.
 
     Args:
         ids: `[rows, T]`.
@@ -72,7 +72,7 @@ class Prototype:
 
 
 def fit_steps(model: Any, ids: Tensor, every_cycle: bool, steps: int) -> list[float]:
-    """Seconds of so many optimizer steps of `fit` on one batch, after one that is not counted."""
+    """Seconds of `steps` optimizer steps of `fit` on one batch, after one that is not counted."""
     rows = [{"input_ids": row} for row in ids.tolist()]
     settings = TrainSettings(
         checkpoint="", seq_len=ids.shape[1], batch_size=len(rows), eval_batch_size=1, max_steps=1 + steps, warmup_steps=0, lr=1e-5,

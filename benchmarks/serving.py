@@ -1,4 +1,4 @@
-"""The server under load: clients that want texts, among clients that vanish, send what is too long, no JSON, unknown fields, absurd values.
+"""The server under load: valid requests, among clients that disconnect or send too long prompts, no JSON, unknown fields, absurd values.
 
 Units: bytes, seconds.
 """
@@ -163,7 +163,7 @@ class Client:
 
 
 class Tally:
-    """What came of everything."""
+    """Outcomes of all requests."""
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -228,7 +228,7 @@ def resources(process: psutil.Process) -> dict[str, int]:
 
 
 def settled(url: str) -> dict[str, float]:
-    """The values of when nobody is written for any more."""
+    """The metrics once no request is running."""
     while total(found := gauges(url), "recursify_running") + total(found, "recursify_queued"):
         time.sleep(0.1)
     time.sleep(0.5)  # the managers' own turn

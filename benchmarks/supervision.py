@@ -1,4 +1,4 @@
-"""What supervising every cycle costs beside supervising the last alone."""
+"""Cost of deep supervision over a loss at the last cycle alone."""
 
 from __future__ import annotations
 

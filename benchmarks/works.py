@@ -1,4 +1,4 @@
-"""Whether conversion, decoding and serving do on a GPU what the tests hold them to on a CPU: small checks of the model that ships."""
+"""Whether conversion, decoding and serving pass on a GPU what the tests check on a CPU: small checks of the bundled model."""
 
 from __future__ import annotations
 
@@ -100,15 +100,15 @@ def speculation(bench: Bench) -> str:
 def early_exit(bench: Bench) -> str:
     """One that never halts is full depth; one that always does is the first cycle that it may halt at."""
     model = rough(bench.device, torch.float32)
-    plain, said = _text(model), []
+    plain, outcomes = _text(model), []
     for criterion, never, always in (("q_head", 1.0, 0.0), ("kl", 0.0, float("inf")), ("entropy", 0.0, float("inf"))):
         same_text(_text(model, halt=criterion, halt_threshold=never), plain)
         x = tokens(model.config, 2, 12, bench.device)
         with torch.no_grad():
             used = model(x, halt=criterion, halt_threshold=always).halt_cycles
         assert int(used.max()) < model.config.H_cycles, f"{criterion} at {always}: halts at {used.unique().tolist()}"
-        said.append(f"{criterion} halts at {used.unique().tolist()}")
-    return f"never halting is full depth; {', '.join(said)} of {model.config.H_cycles}"
+        outcomes.append(f"{criterion} halts at {used.unique().tolist()}")
+    return f"never halting is full depth; {', '.join(outcomes)} of {model.config.H_cycles}"
 
 
 @torch.no_grad()
@@ -175,8 +175,8 @@ def split_weights(bench: Bench) -> str:
         ids = tokens(whole.config, 2, 24, bench.device)
         off = apart(model(ids).logits, whole(ids).logits)
         assert off < CLOSE, f"logits differ by {off:.2g} of the largest"
-        said = same_text(_text(model, rows=1), _text(whole, rows=1))
-    return f"half of the layers on {away}: logits within {off:.1g} of the largest, {said}"
+        outcome = same_text(_text(model, rows=1), _text(whole, rows=1))
+    return f"half of the layers on {away}: logits within {off:.1g} of the largest, {outcome}"
 
 
 # Serving

@@ -1,1 +1,1 @@
-"""Plants small faults in the code and counts those that no test notices. No part of the package; README.md says how it works."""
+"""Mutation testing: plants small faults and counts those that no test detects. No part of the package; README.md says how it works."""

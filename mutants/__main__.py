@@ -1,8 +1,8 @@
-"""Plants faults in the files of an area, and writes what the tests noticed to report.json and report.md; README.md says how.
+"""Mutation testing of an area: plants faults in its files, runs its tests, and writes report.json and report.md; README.md says how.
 
-    python -m mutants objective --sample 60     `make mutants ROOM=objective SAMPLE=60`
+    python -m mutants objective --sample 60     `make mutants AREA=objective SAMPLE=60`
 
-Exit status 1 where the aim is missed.
+Exit status 1 if too many survive.
 """
 
 from __future__ import annotations
@@ -33,26 +33,28 @@ from .worker import TIMEOUT, Order, Worker
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-AIM = 0.1  # of the mutants that are not excused, so many may survive
+AIM = 0.1  # largest share of the mutants without an excuse that may survive
 KEY = ("file", "function", "before", "after")  # what an excuse is known by
 
 
 def main() -> int:
-    rooms = tomllib.loads((HERE / "rooms.toml").read_text(encoding="utf-8"))
+    areas = tomllib.loads((HERE / "areas.toml").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("room", choices=[*rooms, "all"], help="area of rooms.toml")
+    parser.add_argument("area", choices=[*areas, "all"], help="area of areas.toml")
     parser.add_argument("--sample", type=int, default=0, help="mutants to draw per area; 0 takes all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--minutes", type=float, default=0, help="plant no more after so many; what is left counts as not run. 0: no limit")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="stop after this many minutes; the remaining mutants count as not run. 0: no limit"
+    )
     args, missed = parser.parse_args(), False
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-    for name in rooms if args.room == "all" else [args.room]:
-        record = judge(ROOT, name, rooms[name], excuses(), args.sample, args.seed, args.jobs, deadline)
+    for name in areas if args.area == "all" else [args.area]:
+        record = judge(ROOT, name, areas[name], excuses(), args.sample, args.seed, args.jobs, deadline)
         record |= _where() | {"seed": args.seed, "jobs": args.jobs}
         path = HERE / "report.json"
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        found = {room: (found | {name: record})[room] for room in rooms if room == name or room in found}
+        found = {area: (found | {name: record})[area] for area in areas if area == name or area in found}
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (HERE / "report.md").write_text(page(found), encoding="utf-8")
         print(row(name, record), flush=True)
@@ -65,16 +67,16 @@ def excuses(path: Path = HERE / "excused.toml") -> dict[tuple[str, ...], str]:
 
 
 def judge(
-    root: Path, name: str, room: Mapping[str, list[str]], excused: Mapping[tuple[str, ...], str], sample: int, seed: int = 0, jobs: int = 1,
+    root: Path, name: str, area: Mapping[str, list[str]], excused: Mapping[tuple[str, ...], str], sample: int, seed: int = 0, jobs: int = 1,
     deadline: float = float("inf"),
 ) -> dict[str, Any]:  # fmt: skip
-    """Run an area's tests against its mutants, in copies of the tree: `root` is only read. Gives the counts, and what survived."""
-    sources = {file: (root / file).read_text(encoding="utf-8") for file in room["files"]}
+    """Run an area's tests against its mutants, in copies of the tree: `root` is only read. Returns the counts and the survivors."""
+    sources = {file: (root / file).read_text(encoding="utf-8") for file in area["files"]}
     every = [each for file, source in sources.items() for each in possible(file, source)]
     drawn, idle, start = draw(every, sample, random.Random(f"{seed} {name}")), queue.SimpleQueue[Worker](), time.monotonic()
     with ExitStack() as stack:
-        workers = [stack.enter_context(closing(Worker(root, room["tests"]))) for _ in range(jobs)]
-        reach = _reach(root, name, room, workers[0])
+        workers = [stack.enter_context(closing(Worker(root, area["tests"]))) for _ in range(jobs)]
+        reach = _reach(root, name, area, workers[0])
         print(f"{name}: {len(drawn)} of {len(every)} mutants; {len(reach['seconds'])} tests, {sum(reach['seconds'].values()):.0f} s")
 
         def warm(worker: Worker) -> None:
@@ -144,14 +146,14 @@ def _batches(mutant: Mutant, reach: Mapping[str, Any]) -> Iterator[list[str]]:
         yield rest
 
 
-def _reach(root: Path, name: str, room: Mapping[str, list[str]], worker: Worker) -> dict[str, Any]:
+def _reach(root: Path, name: str, area: Mapping[str, list[str]], worker: Worker) -> dict[str, Any]:
     """Which test runs which lines: measured once for each state of the code, and kept in `.mutants`."""
     sources = [root / "pyproject.toml", *sorted(path for folder in ("recursify", "tests") for path in (root / folder).rglob("*.py"))]
-    key = hashlib.sha256(repr([room, *(path.read_bytes() for path in sources if path.exists())]).encode()).hexdigest()
+    key = hashlib.sha256(repr([area, *(path.read_bytes() for path in sources if path.exists())]).encode()).hexdigest()
     kept = root / ".mutants" / f"{name}.json"
     if kept.exists() and (found := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
         return found
-    if code := worker.ask(Order(tuple(room["tests"]), 3600, measured=tuple(room["files"]))):
+    if code := worker.ask(Order(tuple(area["tests"]), 3600, measured=tuple(area["files"]))):
         raise RuntimeError(f"{name}: its tests must pass before faults are planted (pytest gave {code})\n{worker.log()}")
     found = json.loads(json.dumps(worker.reach())) | {"key": key}
     kept.parent.mkdir(exist_ok=True)

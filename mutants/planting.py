@@ -1,7 +1,7 @@
 """Which faults can be planted in a file, and the text of the file with one of them.
 
 cosmic-ray finds the places and changes the text. Of its operators we keep those that make plausible slips: it would put any of eleven
-operators in the place of a plus, and ten of them fail at once wherever the line runs at all. Three operators of ours stand beside them.
+operators in the place of a plus, and ten of them fail at once wherever the line runs at all. Three operators of ours are added.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class SwapReduction(_Ours):
 
 
 class DropStatement(_Ours):
-    """A call whose result nobody takes, or a `+=`, that does not happen."""
+    """A call whose result is unused, or a `+=`, left out."""
 
     def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
         adds = node.type == "expr_stmt" and getattr(node.children[1], "value", "=") != "="
@@ -143,7 +143,7 @@ def possible(file: str, source: str) -> list[Mutant]:
 
 
 def draw(mutants: list[Mutant], count: int, rng: random.Random) -> list[Mutant]:
-    """So many of them, all equally likely, spread over the functions: every k-th of a list that goes through one after another."""
+    """A sample of `count`, all equally likely, spread over the functions: every k-th of a list that goes through one after another."""
     functions = sorted({(each.file, each.function) for each in mutants})
     turn = dict(zip(rng.sample(functions, len(functions)), range(len(functions)), strict=True))
     mixed = sorted(rng.sample(mutants, len(mutants)), key=lambda each: turn[each.file, each.function])
@@ -164,7 +164,7 @@ def _needless(operator: str, text: str) -> bool:
 
 
 def _closed(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """From where to where nothing is planted."""
+    """Ranges in which nothing is planted."""
     for node in ast.walk(tree):
         match node:
             case ast.Raise() | ast.Import() | ast.ImportFrom() | ast.Assign(targets=[ast.Name(id="__all__")]):
@@ -190,7 +190,7 @@ def _places(node: ast.AST, inside: str, body: tuple[int, ...] = ()) -> Iterator[
             name = f"{inside}.{child.name}".lstrip(".")
             within = () if isinstance(child, ast.ClassDef) else tuple(range(child.body[0].lineno, (child.end_lineno or 0) + 1))
             first = min([child.lineno, *(each.lineno for each in child.decorator_list)])
-            yield first, child.end_lineno or first, name, within  # decorators and defaults: whoever runs the body
+            yield first, child.end_lineno or first, name, within  # decorators and defaults: the lines of the body
             yield from _places(child, name, within)
         elif isinstance(child, ast.stmt):
             header = getattr(child, "body", None)

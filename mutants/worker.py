@@ -1,7 +1,7 @@
-"""A process that has everything imported but the code under test, and forks a child for every order of tests.
+"""A process that has everything imported but the code under test, and forks a child for every run of tests.
 
 It starts pytest in a copy of the tree and stays before collection, where conftest.py is loaded and nothing of the project is. A child
-goes on from there: it collects and runs the tests that were ordered, on the file that was put in place for it.
+continues from there: it collects and runs the requested tests, on the mutated file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", ".mutan
 class Order:
     """Tests to run within some seconds, and a file's text to run them on; ``warm`` are modules to import.
 
-    With ``measured``, all are run, and what they reach of these files is written down; else none after the first that fails.
+    With ``measured``, all are run, and the lines of these files that they reach are recorded; else none after the first that fails.
     """
 
     tests: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Worker:
             raise RuntimeError(f"the worker ended:\n{self.log()}") from None
 
     def reach(self) -> dict[str, Any]:
-        """What the last order with ``measured`` wrote down."""
+        """What the last order with ``measured`` recorded."""
         return json.loads((self.folder / "reach.json").read_text(encoding="utf-8"))
 
     def log(self) -> str:
@@ -102,7 +102,7 @@ class _Forking:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self, session: pytest.Session) -> None:
-        # The server that stands in for the hub is a thread, and threads do not live on in a child: each child runs it on the same socket.
+        # The fake hub server is a thread, and threads do not live on in a child: each child runs it on the same socket.
         hub = next((plugin._HUB for plugin in session.config.pluginmanager.get_plugins() if hasattr(plugin, "_HUB")), None)
         if hub is not None:
             hub._server.shutdown()
@@ -171,7 +171,7 @@ class _Forking:
 
 
 def _end(pid: int, limit: float) -> int:
-    """How a child ended; it is given so many seconds."""
+    """Exit status of a child, which is killed after a number of seconds."""
     end, done = time.monotonic() + limit, 0
     try:
         while time.monotonic() < end:

@@ -1,11 +1,11 @@
-"""Pretrain the small donor that ships with the package, from nothing, on a folder of books.
+"""Pretrain the bundled prose donor from scratch on a folder of books.
 
     python recipes/demo_donor.py --books FOLDER_OF_TXT --heldout heldout_valid.txt
 
 A Qwen2-architecture model with its own byte-level BPE tokenizer, small enough to ship (bf16, under 8 MB) and to
 fine-tune in a demo on two CPU cores. The budget is wall-clock time: the learning rate follows the share of the
-time that is spent, so a faster machine reads more text instead of stopping early. It uses a GPU where there is one. Whole books that
-were never trained on give the loss that the model card states; no figure in the card is typed in.
+time that has passed, so a faster machine reads more text instead of stopping early. It uses a GPU where there is one. Whole books that
+were never trained on give the loss that the model card states; the card is generated.
 
 Matrices of the layers are trained with Muon, everything else with AdamW, as in modded-nanogpt and nanochat.
 """
@@ -65,7 +65,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> np.ndarray:
-    """One long row of token ids, an end-of-text token after each document."""
+    """All token ids in one sequence, an end-of-text token after each document."""
     ids: list[int] = []
     for row in tokenizer(documents, verbose=False)["input_ids"]:
         ids += [*row, tokenizer.eos_token_id]

@@ -1,11 +1,11 @@
-"""Pretrain the tiny state tracker that ships with the package, from nothing, on words that are made.
+"""Pretrain the bundled state-tracking donor from scratch on synthetic permutation sequences.
 
     python -m recipes.demo_tracker
 
-A Qwen2-architecture model that reads a word of letters, each of which moves what lies in three places, and tells after every letter how
-things lie: state tracking, in the permutation group S3 (`recursify.data.tasks`). It is trained on words of 8 letters alone, so that it is
-lost on longer ones: that is what `recursify demo` wants of it. Its tokenizer has a token for each letter and each state, and can write
-every other text byte by byte. Words that were never trained on give the figures of the model card; none in it is typed in.
+A Qwen2-architecture model that reads a sequence of permutations of three things and predicts their product after each: state tracking in
+the permutation group S3 (`recursify.data.tasks`). It is trained on sequences of length 8 only, so that it fails on longer ones, which
+`recursify demo` is to show. Its tokenizer has a token for each permutation and each state, and encodes all other text byte by byte.
+Held-out sequences give the figures of the model card, which is generated.
 
 Run it from the root of the checkout, with the project installed (`make install`).
 """
@@ -29,8 +29,8 @@ from recursify.inference.options import DecodingOptions
 from recursify.training import TrainSettings, fit
 
 LETTERS = 8
-FRAME = 7  # tokens besides the letters: "Question", ":", a new line, "Answer", ":", the answer, the end
-VOCABULARY = 320  # bytes, letters, states and the two words; all merges of such texts are fewer
+FRAME = 7  # tokens besides the permutations: "Question", ":", a new line, "Answer", ":", the answer, the end
+VOCABULARY = 320  # bytes, permutations, states and the two words; all merges of such texts are fewer
 ASKED = 500
 PACKAGED = Path(__file__).resolve().parent.parent / "recursify" / "demo" / "donors" / "tracker"
 
@@ -67,19 +67,19 @@ def pretrain(model: Any, tokenizer: PreTrainedTokenizerBase, args: argparse.Name
     fitted = fit(model, tokenizer, blocks, blocks.select(range(args.batch_size)), settings, console=False)
     minutes = (time.monotonic() - began) / 60
     return {
-        "words trained on": f"{len(words):,} of {LETTERS} letters",
-        "training": f"{minutes:.1f} minutes, {fitted.steps} steps of {args.batch_size} words, seed {args.seed}",
+        "training sequences": f"{len(words):,} of {LETTERS} letters",
+        "training": f"{minutes:.1f} minutes, {fitted.steps} steps of {args.batch_size} sequences, seed {args.seed}",
         "machine": f"{hardware(args.threads)}, torch {torch.__version__}, transformers {transformers.__version__}",
     }
 
 
 def shares(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """Right states by letter, of the model as it ships, on words that begin as no word of the training does."""
+    """Accuracy by position, of the bundled model, on held-out sequences."""
     items = generate("permutations", 2 * LETTERS, ASKED, 0, split="test")
     report, _ = evaluate_questions(
         Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, "permutations", items, [DecodingOptions()], "labels"
     )
-    return {f"right at letter {row.difficulty}": f"{row.accuracy:.1%}" for row in report.rows if row.difficulty is not None}
+    return {f"accuracy at letter {row.difficulty}": f"{row.accuracy:.1%}" for row in report.rows if row.difficulty is not None}
 
 
 def write_card(folder: Path, facts: dict[str, object]) -> None:
@@ -87,12 +87,12 @@ def write_card(folder: Path, facts: dict[str, object]) -> None:
     lines = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     (folder / "README.md").write_text(
         "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# The tracker of recursify's demo\n\n"
-        "A tiny Qwen2-architecture model, pretrained from nothing on one made task, so that `recursify demo` can show what recursion does\n"
-        "for a model that must keep track of something. It reads a word of letters, each of which moves what lies in three places, and\n"
-        f"tells after every letter how things lie. It was trained on words of {LETTERS} letters, and is good for nothing else.\n\n"
+        "A tiny Qwen2-architecture model, pretrained from scratch on one synthetic task, for the state-tracking half of `recursify demo`.\n"
+        "It reads a sequence of letters, each a permutation of three things, and predicts their product after each letter.\n"
+        f"It was trained on sequences of {LETTERS} letters, and can do nothing else.\n\n"
         f"```\n{as_text(item)}\n```\n\n"
-        f"The states after each letter are here {' '.join(item.labels)}; the last one is the answer.\n\n"
-        "Rebuilt by `python -m recipes.demo_tracker`; every figure below was written by that run, on test words "
+        f"The states after each letter here are {' '.join(item.labels)}; the last one is the answer.\n\n"
+        "Rebuilt by `python -m recipes.demo_tracker`; every figure below was measured by that run, on held-out sequences "
         f"of {2 * LETTERS} letters.\n\n"
         f"| fact | value |\n|---|---|\n{lines}\n",
         encoding="utf-8",

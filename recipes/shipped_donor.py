@@ -1,12 +1,11 @@
-"""The donor that ships, made recursive and trained on a fixed small budget of real text; and what each choice was worth.
+"""The bundled donor, made recursive and fine-tuned on a small fixed budget of real text, with an ablation of each choice.
 
     python recipes/shipped_donor.py                      # everything: three seeds, the donor beside them, the ablations
-    python recipes/shipped_donor.py --minutes 20         # begins no further run once 20 minutes of CPU time are spent
+    python recipes/shipped_donor.py --minutes 20         # starts no further run after 20 minutes of CPU time
 
 The text is the language reference that every CPython carries (`pydoc_data.topics`), divided by topics into three: what is trained on, what
 the start gain and the settings below were chosen on (validation), and what only the figures are measured on (test). Every run has the same
-tokens, and a run of the same seed has them in the same order. The donor is fine-tuned on them as it is, too: without that line nobody could
-tell what recursion did.
+tokens, and a run of the same seed has them in the same order. The donor fine-tuned on the same tokens is the baseline.
 
 Writes shipped_donor.json and shipped_donor.md, which is made from it; after every run, so nothing is lost when it is stopped. The exit
 status is 1 if at any seed the loss of a cycle did not fall, below the start of the training and below the donor as it is, or if a later
@@ -123,7 +122,7 @@ def losses_of(model: Any, blocks: Dataset) -> torch.Tensor:
 
 
 def run_once(name: str, changes: dict[str, Any], seed: int, steps: int, text: Text, tokenizer: Any) -> tuple[dict[str, Any], torch.Tensor]:
-    """One run: what there is to say of it, and its losses on the test windows at the trained depth."""
+    """One run: its record, and its losses on the test windows at the trained depth."""
     print(f"{name}, seed {seed}: {steps} steps", file=sys.stderr, flush=True)
     torch.manual_seed(seed)  # H_init and L_init
     folder = str(donor_folder())
@@ -154,7 +153,7 @@ def mean_and_error(values: torch.Tensor) -> dict[str, float | None]:
 
 
 def verdict(runs: list[dict[str, Any]], as_is: float) -> dict[str, Any]:
-    """Whether the two conditions hold at every seed of the chosen settings; a run that was not made proves nothing."""
+    """Whether the two conditions hold at every seed of the chosen settings; False if a run is missing."""
     H = SHAPE["H_cycles"]
     own = [run for run in runs if run["name"] == MAIN]
     falls = [max(after - min(before, as_is) for before, after in zip(run["before"][:H], run["after"][:H], strict=True)) for run in own]
@@ -173,7 +172,7 @@ def holds(found: dict[str, Any]) -> bool:
 
 
 def render(found: dict[str, Any]) -> str:
-    """The page, of the JSON alone."""
+    """The page, from the JSON alone."""
     H, check = found["shape"]["H_cycles"], found["verdict"]
     depths = " | ".join(f"cycle {d}" + ("" if d <= H else " (not trained)") for d in found["depths"])
     lines = [

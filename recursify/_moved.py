@@ -79,7 +79,7 @@ MOVED = {
     "windows": ("evaluation.windows", "evaluation.statistics", "evaluation.token_bytes"),
 }
 # Modules that are packages now, under the same name.
-ROOMS = {
+PACKAGES = {
     "cli": ("cli.main",),
     "conversion": ("conversion.convert", "conversion.settings", "conversion.build", "conversion.self_check"),
     "data": ("data.loading", "data.settings", "data.documents"),
@@ -138,10 +138,10 @@ def lookup(old: str, places: Sequence[str]) -> Callable[[str], Any]:
     return find
 
 
-def names_of_room(room: str) -> Callable[[str], Any]:
+def names_of_package(package: str) -> Callable[[str], Any]:
     """The `__getattr__` of a package that was a module; submodules take precedence over old names."""
-    here = Path(__file__).parent / room
-    find = lookup(room, ROOMS[room])
+    here = Path(__file__).parent / package
+    find = lookup(package, PACKAGES[package])
 
     def find_unless_module(name: str) -> Any:
         if (here / f"{name}.py").exists() or (here / name).exists():

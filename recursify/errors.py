@@ -11,7 +11,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input: a file, a flag, a data set or a checkpoint that cannot be used as given."""
+    """Bad input: a file, a flag, a dataset or a checkpoint that cannot be used as given."""
 
 
 def first_line(error: Exception) -> str:

@@ -1,10 +1,10 @@
-"""Evidence, rebuilt from nothing: does recursion pay, where, and how much?
+"""The studies of docs/evidence.md from scratch: does recursion pay, where, and how much?
 
     python -m recipes.evidence state_tracking                 # half an hour on 2 cores; --size gpu on one large GPU
-    python -m recipes.evidence state_tracking --rows "naive loop" "Muon"     # these rows anew, whatever is there already
+    python -m recipes.evidence state_tracking --rows "naive loop" "Muon"     # rerun these rows
     python -m recipes.evidence tables                         # the tables of docs/ from all results
 
-A study makes its donor, trains and measures every row that is not in results/STUDY-SIZE.json yet, and keeps each as soon as it is there.
+A study pretrains its donor, trains and evaluates every row that is not in results/STUDY-SIZE.json yet, and saves each as it ends.
 Run it from the root of the checkout, with the project installed (`make demo` does that), or all of them by `make evidence`.
 """
 

@@ -1,7 +1,7 @@
-"""Prose: the donor that ships, on the language reference that every CPython carries.
+"""Prose: the bundled donor, on the language reference that every CPython carries.
 
-Nothing in such text asks for many steps of thought, and the donor is small: here recursion must at least cost nothing. Losses are measured
-on topics that were neither trained on nor used to choose anything.
+Such text needs few serial steps, and the donor is small: here recursion must at least cost nothing. Losses are measured on held-out
+topics, which were not used for selection either.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def rows() -> list[Row]:
 def study(size: Size) -> Study:
     settings: dict[str, Any] = {"seq_len": SEQ_LEN, "lr": 3e-4, "warmup_steps": 10, "dataset_name": "pydoc_data.topics"}
 
-    # Imported in functions: whoever asks for the rows alone needs no datasets library.
+    # Imported in functions: the rows alone need no datasets library.
     def donor(folder: Path) -> dict[str, Any]:
         from recursify.demo.prose import donor_folder
 

@@ -1,14 +1,14 @@
-"""Other ways to loop a donor's layers, in the place of ours: small, and faithful in what is looped and how the state travels.
+"""Baselines: other ways to loop a donor's layers in place of ours; small, and faithful in what is looped and how the state is updated.
 
     naive      the layers again and again, z = F(z)
     concat     z = F(W [z; e]) from a random state, as retrofitting-recurrence has it (arXiv 2511.07384)
     gate       z = a * F(z) + (1 - a) * z with a selective gate, as LoopUS has it (arXiv 2605.11011)
 
-`bare sum` needs none of this: it is `injection="sum_norm"` of the library. Each takes the place of `model.model.recursion`, so that plan,
-coda, data, objective, optimizer and measurement are those of every other row; what is compared is the loop alone. A cycle is as many
+`bare sum` needs no class: it is `injection="sum_norm"` of the library. Each takes the place of `model.model.recursion`, so that plan,
+coda, data, objective, optimizer and evaluation equal those of all other rows; only the recursion differs. A cycle is as many
 applications of the block as one of ours, and all of them can be read out after every cycle.
 
-What is left out of the originals, and so does not speak for or against them: Poisson-drawn depths and truncated backpropagation of the
+Left out of the originals, and so not evaluated here: Poisson-drawn depths and truncated backpropagation of the
 first, the halting head and the optimizer step after every loop of the second.
 """
 
@@ -44,7 +44,7 @@ class OneState(Recursion):
 
 
 class Naive(OneState):
-    """No anchor, nothing learnt but the layers."""
+    """No anchor, no new parameters."""
 
     def update(self, z: Tensor, e: Tensor, block: Any, n: int) -> Tensor:
         return block(z, n)
@@ -93,7 +93,7 @@ RIVALS: dict[str, type[OneState]] = {"naive": Naive, "concat": Concat, "gate": G
 
 
 def replace_loop(model: Any, rival: str) -> Any:
-    """The model with the loop of that rival in the place of its own; layers and plan stay."""
+    """The model with the recursion of a baseline in place of its own; layers and plan stay."""
     own = model.model.recursion
     other = RIVALS[rival](model.config)
     other.q_head = own.q_head

@@ -1,8 +1,8 @@
 """SCAN: commands such as "jump around left twice and walk" and the actions they stand for (github.com/brendenlake/SCAN).
 
-A natural set only in part, but a published one: what a command means is computed from its parts, and long answers take many steps. The
-donor learns commands of up to 12 actions and is lost beyond; all rows are fine-tuned on commands of every length, and asked for others of
-every length: one command in five, chosen by a hash, is for testing alone.
+A published synthetic dataset: the meaning of a command is computed from its parts, and long answers take many steps. The donor is
+pretrained on commands of up to 12 actions and fails beyond; all rows are fine-tuned on commands of every length, and evaluated on held-out
+ones of every length: one command in five, chosen by a hash.
 
 The donor has two layers, one of which is looped. Needs the files of the length split: RECURSIFY_SCAN names their folder
 (tasks_train_length.txt and tasks_test_length.txt, or length_train.txt and length_test.txt).
@@ -77,7 +77,7 @@ def study(size: Size) -> Study:
 
 
 def measure(count: int, model: Any, tokenizer: Any, depths: Any) -> Figures:
-    """Share of commands whose actions are written right, all of them, at every depth."""
+    """Exact match of the generated actions, at every depth."""
     runs = [DecodingOptions(H_cycles=H) for H in depths] or [DecodingOptions()]
     asked = commands("test")
     found: Figures = {"donor" if run.H_cycles is None else str(run.H_cycles): {} for run in runs}
@@ -91,7 +91,7 @@ def measure(count: int, model: Any, tokenizer: Any, depths: Any) -> Figures:
 
 
 def commands(split: str) -> list[Item]:
-    """Of both files together, in random order; one in five is for testing.
+    """Of both files together, in random order; one in five is held out.
 
     Raises:
         UserError: The files are not there.

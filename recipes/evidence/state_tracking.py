@@ -1,8 +1,8 @@
-"""State tracking: running products in the permutation group S3, the state asked for at every letter.
+"""State tracking: running products in the permutation group S3, the state predicted at every position.
 
-The donor learns words of up to 8 letters and is lost beyond. All rows are fine-tuned on words of 16, and asked for every state of words
-of 24 that begin as no word of the training did. What a fixed number of layers cannot do for words of any length, more applications of
-layers can do for longer ones: here recursion should pay, if it does anywhere.
+The donor is pretrained on sequences of up to 8 permutations and fails beyond. All rows are fine-tuned on sequences of 16, and evaluated at
+every position of held-out sequences of 24. A fixed number of layers cannot do this for any length, while more applications of layers can do
+it for longer ones: here recursion should pay, if it does anywhere.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def study(size: Size) -> Study:
 
 
 def shares(model: Any, tokenizer: Any, items: list[Item], depths: Any) -> Figures:
-    """Share of right states at every letter, at every depth."""
+    """Accuracy at every position, at every depth."""
     runs = [DecodingOptions(H_cycles=H) for H in depths] or [DecodingOptions()]
     report, _ = evaluate_questions(model, tokenizer, "permutations", items, runs, "labels", batch_size=100)
     found: Figures = {}

@@ -1,7 +1,7 @@
 """What a study is: a donor, data to fine-tune on, rows that differ in one thing each, and how every row is measured and kept.
 
-A row is one way to spend the same training: the donor as it is, the donor fine-tuned on the same tokens or for the same FLOPs, a rival's
-loop, ours, ours without one of its parts. All rows of a study see the same tokens in the same order with the same optimizer settings, but
+A row is one way to spend the same training: the donor as it is, the donor fine-tuned on the same tokens or for the same FLOPs, a baseline's
+recursion, ours, ablations of ours. All rows of a study see the same tokens in the same order with the same optimizer settings, but
 for what a row changes by its name. FLOPs are those of `recursify.training.cost`: matrix products, readouts included.
 
 Results are written after every run, so an interrupted study loses one run, and `--rows` adds to what is there.
@@ -44,10 +44,10 @@ class Row:
     """One line of a table.
 
     Args:
-        name: As the table has it.
-        group: The table that it stands in.
+        name: In the table.
+        group: The table that it belongs to.
         shape: Arguments of `convert`; None for the donor itself.
-        rival: Whose loop takes the place of ours.
+        rival: The baseline whose recursion replaces ours.
         lora_rank: The donor is frozen: of ours the recursion is an adapter of it, of the donor itself all linear layers get LoRA of that
             rank (PEFT's). None trains everything.
         changes: Of the study's training settings.
@@ -81,10 +81,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Study:
-    """One question asked of all rows.
+    """One donor, dataset and evaluation, shared by all rows.
 
     Args:
-        main: The name of the row whose FLOPs the donor is given, too.
+        main: The name of the row whose FLOPs the donor baseline gets, too.
         settings: Of training; rows change them.
         donor: Makes the donor, with its tokenizer, in a folder; what it returns is kept with the results.
         train: Rows to fine-tune on, each with `input_ids`; the second part is for validation (the sweep of the start gain reads it).
@@ -103,7 +103,7 @@ class Study:
 
 
 def rows_of_questions(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
-    """Questions packed into rows, without the datasets library: a machine that is lent may not have it."""
+    """Questions packed into rows, without the datasets library: a GPU machine may lack it."""
     columns = question_columns(items, tokenizer, seq_len)
     return [{"input_ids": ids, "labels": labels} for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)]
 
@@ -126,12 +126,12 @@ Maker = Callable[[Size], Study]
 def run(
     make: Maker, size_name: str, size: Size, wanted: Sequence[str], output: Path, work: Path, device: str | None, processes: int
 ) -> dict[str, Any]:
-    """Make the donor, train and measure every row that is wanted, and keep what was found.
+    """Pretrain the donor, train and evaluate every wanted row, and save the results.
 
     Args:
         wanted: Names of rows; empty for all that are not there yet.
-        work: Where the donor is made, or lies from before.
-        processes: So many rows at once, on one core each.
+        work: Folder of the donor, which is reused.
+        processes: Number of rows at once, on one core each.
     """
     study, where = make(size), choose_device(device)
     folder = donor_folder(study, size_name, work)
@@ -154,7 +154,7 @@ def donor_folder(study: Study, size_name: str, work: Path) -> Path:
 
 
 def is_made(folder: Path) -> bool:
-    """Whether a donor is there, and whole."""
+    """Whether there is a complete donor."""
     return (folder / "made.json").exists()
 
 
@@ -269,7 +269,7 @@ def _settings(study: Study, size: Size, row: Row, seed: int, folder: Path, devic
 
 
 def varied(H_cycles: int) -> dict[str, Any]:
-    """Depths around the one that is meant, half of the steps at it: what is never trained is not to be relied on."""
+    """Depths around the one that is meant, half of the steps at it: an untrained depth is not reliable."""
     others = {1, 2, H_cycles + 1, 2 * H_cycles} - {H_cycles}
     if H_cycles == 1:
         return {}
@@ -291,7 +291,7 @@ def _is_there(found: dict[str, Any], row: Row, seed: int) -> bool:
 
 
 def _write(file: Path, found: dict[str, Any], study: Study) -> None:
-    """What another process has added meanwhile stays."""
+    """Keeps what another process has added meanwhile."""
     own = {(entry["name"], entry["seed"]) for entry in found["runs"]}
     found["runs"] += [entry for entry in earlier(file)["runs"] if (entry["name"], entry["seed"]) not in own]
     order = [row.name for row in study.rows]

@@ -2,7 +2,7 @@
 
     python -m recipes.evidence tables
 
-A test makes them again and compares, so no figure there is typed in or out of date.
+A test regenerates and compares them, so no figure there is typed in or out of date.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Runs = list[dict[str, Any]]
 
 
 def render(page: str, results: Path = RESULTS) -> str:
-    """The page with all of its tables made anew.
+    """The page with all of its tables regenerated.
 
     Raises:
-        KeyError: A table that nobody makes.
+        KeyError: No such table.
     """
     return _BLOCK.sub(lambda block: block[1] + make(block["name"], results) + "\n" + block[3], page)
 
@@ -120,7 +120,7 @@ def cycles(found: dict[str, Any], groups: Sequence[str]) -> str:
 
 
 def verdict(found: dict[str, Any], groups: Sequence[str]) -> str:
-    """Whether ours is ahead where the donor fails, and whether more cycles ever harm; of what has been run."""
+    """Whether ours is ahead where the donor fails, and whether more cycles ever harm; of the recorded runs."""
     rows = _rows(found, ["main"])
     ours = next((runs for name, runs in rows.items() if name.startswith("ours")), [])
     at = hard(found)

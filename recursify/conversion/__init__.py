@@ -6,6 +6,6 @@ the tensors), `self_check.py` (comparison with the donor's files and transformer
 shows the parts of a model and the cost per token.
 """
 
-from .._moved import names_of_room
+from .._moved import names_of_package
 
-__getattr__ = names_of_room("conversion")
+__getattr__ = names_of_package("conversion")

@@ -48,7 +48,7 @@ class ConvertSettings(LoopSettings, TokenizerSource, Revision, JsonOutput):
     coda_layers: int = 0
     """Donor layers kept after the loop."""
     gain: float = 0.0
-    """Start value of the gains (the gates on the states), 0 to 0.45. At 0 every cycle equals the plain pass."""
+    """Start value of the gains (the weights of the states in the input of the loop), 0 to 0.45. At 0 every cycle equals the plain pass."""
     injection: Literal["anchored", "sum_norm"] = "anchored"
     """How states and embedding are mixed: anchored, or sum_norm (TRM's plain sum with a norm; not exact at conversion)."""
     dry_run: bool = False

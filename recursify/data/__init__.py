@@ -6,6 +6,6 @@ once, kept on disk), `question_sets.py` and `question_rows.py` (questions with o
 is text that a choice is measured on before a job.
 """
 
-from .._moved import names_of_room
+from .._moved import names_of_package
 
-__getattr__ = names_of_room("data")
+__getattr__ = names_of_package("data")

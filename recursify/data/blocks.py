@@ -4,7 +4,7 @@
     cut_blocks(rows, seq_len=128)                    # the same ids, 128 in every block
     separate(ids, tokenizer.eos_token_id)            # of a batch of blocks: positions that begin anew, and where
 
-The generators see one document or one block at a time, so they serve a table as well as a stream. Needs no library for data sets.
+The generators see one document or one block at a time, so they serve a table as well as a stream. Needs no library for datasets.
 """
 
 from __future__ import annotations

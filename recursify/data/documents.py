@@ -64,9 +64,9 @@ class Documents:
 def load_documents(settings: TextSource) -> Documents:
     """Load the dataset ``dataset_name`` as tables of documents.
 
-    The validation documents are the data set's own (``validation``, ``valid``, ``val`` or ``dev``; in a folder, the files with such
+    The validation documents are the dataset's own (``validation``, ``valid``, ``val`` or ``dev``; in a folder, the files with such
     a word in their name). Where it has none, 5 % of the documents, at least one, are set aside by a fixed seed. A
-    data set that is one single document loses its last 5 % of characters, cut at a paragraph, line or word, and a warning says so.
+    dataset that is one single document loses its last 5 % of characters, cut at a paragraph, line or word, and a warning says so.
     A test split is never used.
 
     A local ``.txt`` file is one document, or several that lines ``<|endoftext|>`` divide. In the other formats a row is a
@@ -74,7 +74,7 @@ def load_documents(settings: TextSource) -> Documents:
     article, from one level-1 heading to the next.
 
     Raises:
-        UserError: If the data set is missing, unreadable, empty, has no such text column, or is a question set.
+        UserError: If the dataset is missing, unreadable, empty, has no such text column, or is a question set.
     """
     if settings.dataset_name in FORMATS and not Path(settings.dataset_name).exists():
         raise UserError(f"--dataset_name: {file_wanted(settings.dataset_name)}")
@@ -130,12 +130,12 @@ def hold_out(documents: Dataset, name: str) -> Documents:
     if count == 1:
         train, validation = split_text(documents[0]["text"])
         logger.warning(
-            "data set %r is one single document and has no validation split: its last %d of %d characters are set aside for validation",
+            "dataset %r is one single document and has no validation split: its last %d of %d characters are set aside for validation",
             name, len(validation), len(train) + len(validation),
         )  # fmt: skip
         return Documents(_from_text(train), _from_text(validation))
     chosen = set(random.Random(HELD_OUT_SEED).sample(range(count), max(1, round(count * HELD_OUT_SHARE))))
-    logger.info("data set %r has no validation split: %d of %d documents are set aside", name, len(chosen), count)
+    logger.info("dataset %r has no validation split: %d of %d documents are set aside", name, len(chosen), count)
     return Documents(documents.select([i for i in range(count) if i not in chosen]), documents.select(sorted(chosen)))
 
 
@@ -212,7 +212,7 @@ def _text_splits(settings: TextSource) -> dict[str, list[Path]]:
 def find_files(path: Path) -> dict[str, list[Path]]:
     """Files by split, sorted. A single file is for training; in a folder the split is taken from the path, innermost part first."""
     if not path.exists():
-        raise UserError(f"no file or folder {path}; {ACCEPTED}, or a data set of the Hugging Face hub by its name")
+        raise UserError(f"no file or folder {path}; {ACCEPTED}, or a dataset of the Hugging Face hub by its name")
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise UserError(f"cannot read {path}: unknown suffix {path.suffix!r}; {ACCEPTED}")
@@ -389,7 +389,7 @@ def _load_hub(settings: TextSource) -> tuple[Dataset, Dataset | None]:
     name, train_rows, own_rows = _hub_splits(settings, streaming=False)
     train = _as_documents(train_rows, settings.text_column, name)
     if len(train) == 0:
-        raise UserError(f"data set {name} holds no text: every row of its split 'train' is empty")
+        raise UserError(f"dataset {name} holds no text: every row of its split 'train' is empty")
     validation = _as_documents(own_rows, settings.text_column, name) if own_rows is not None else None
     return train, validation if validation is not None and len(validation) else None
 
@@ -400,12 +400,12 @@ def _read_hub(settings: TextSource) -> tuple[Reader, Reader | None]:
 
 
 def _hub_splits(settings: TextSource, streaming: bool) -> tuple[str, Any, Any]:
-    """The data set's full name, its rows for training, and those for validation or None: tables, or streams."""
+    """The dataset's full name, its rows for training, and those for validation or None: tables, or streams."""
     is_wikitext = settings.dataset_name in ("wikitext", WIKITEXT)
     name = WIKITEXT if is_wikitext else settings.dataset_name
     splits = _fetch(name, settings.dataset_config_name or (WIKITEXT_CONFIG if is_wikitext else None), streaming)
     if "train" not in splits:
-        raise UserError(f"data set {name} has no split 'train'; it has {', '.join(map(repr, splits))}")
+        raise UserError(f"dataset {name} has no split 'train'; it has {', '.join(map(repr, splits))}")
     return name, splits["train"], next((splits[key] for key in VALIDATION_NAMES if key in splits), None)
 
 
@@ -421,27 +421,27 @@ def _hub_errors(name: str, config: str | None = None) -> Iterator[None]:
         yield
     except DatasetNotFoundError as error:
         raise UserError(
-            f"no data set {name} on the Hugging Face hub (or it is private), and no local file or folder of that name; "
+            f"no dataset {name} on the Hugging Face hub (or it is private), and no local file or folder of that name; "
             f"check the name, or give a path: {ACCEPTED}"
         ) from error
     except (ConnectionError, httpx.HTTPError) as error:
         raise UserError(
-            f"cannot reach the Hugging Face hub for data set {name}: {error}. Check the network; HF_HUB_OFFLINE=1 uses what is already in "
+            f"cannot reach the Hugging Face hub for dataset {name}: {error}. Check the network; HF_HUB_OFFLINE=1 uses what is already in "
             f"the cache, and a local path needs no hub: {ACCEPTED}"
         ) from error
     except ValueError as error:  # "BuilderConfig not found. Available: ..." and "Config name is missing. Please pick one among ..."
         raise UserError(
-            f"data set {label} cannot be loaded: {error}\n"
+            f"dataset {label} cannot be loaded: {error}\n"
             "Name the configuration with --dataset_config_name, which is for --dataset_name alone"
         ) from error
-    # a data set that runs its own script is a RuntimeError, one without data files a FileNotFoundError
+    # a dataset that runs its own script is a RuntimeError, one without data files a FileNotFoundError
     except (RuntimeError, OSError, DatasetsError) as error:
-        raise UserError(f"data set {label} cannot be loaded: {error.__cause__ or error}; a local path serves, too: {ACCEPTED}") from error
+        raise UserError(f"dataset {label} cannot be loaded: {error.__cause__ or error}; a local path serves, too: {ACCEPTED}") from error
 
 
 def _as_documents(rows: Dataset, column: str, name: str) -> Dataset:
-    _require_column(rows.column_names, column, f"data set {name}")
-    _require_text(_is_text(rows.features.arrow_schema.field(column).type), column, rows.features[column], f"data set {name}")
+    _require_column(rows.column_names, column, f"dataset {name}")
+    _require_text(_is_text(rows.features.arrow_schema.field(column).type), column, rows.features[column], f"dataset {name}")
     gen_kwargs = {"rows": rows.select_columns(column), "column": column, "is_wikitext": name == WIKITEXT}
     return make_table(_read_rows, gen_kwargs, DOCUMENT_FEATURES, [rows._fingerprint, column, name == WIKITEXT], DOCUMENTS_AT_ONCE)
 
@@ -450,7 +450,7 @@ def _reader(rows: IterableDataset, column: str, name: str) -> Reader:
     with _hub_errors(name):
         first = next(iter(rows), None)
     if first is not None:  # a stream may not know its columns before it is read
-        place = f"data set {name}"
+        place = f"dataset {name}"
         _require_column(list(first), column, place)
         _require_text(first[column] is None or isinstance(first[column], str), column, type(first[column]).__name__, place)
     return partial(_read_rows, rows.select_columns(column), column, name == WIKITEXT)

@@ -4,7 +4,7 @@
     blocks.train, blocks.validation                                 # column input_ids, 128 ids in every row
 
     documents = load_documents(DataSettings(dataset_name="wikitext"))
-    blocks = tokenize(documents.validation, tokenizer, seq_len=128)  # the same in two steps, for one data set
+    blocks = tokenize(documents.validation, tokenizer, seq_len=128)  # the same in two steps, for one dataset
 
 Two steps and two plain tables: ``load_documents`` (documents.py) gives one document per row in a column ``text``, whatever the source;
 ``tokenize`` gives rows of exactly ``seq_len`` ids. A question set (question_sets.py) gives rows, too, which also have labels.
@@ -67,17 +67,17 @@ class Blocks:
 def load_blocks(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> Blocks:
     """Load the datasets of the settings as blocks, mixed by weight.
 
-    Tables: with n blocks of ``dataset_name``, a data set of weight w adds exactly round(w n), so that one pass over the mixture is one pass
+    Tables: with n blocks of ``dataset_name``, a dataset of weight w adds exactly round(w n), so that one pass over the mixture is one pass
     over ``dataset_name``. A longer one gives a choice without repetition, a shorter one all its blocks as often as they fit and
-    a choice for the rest; ``seed`` decides. The mixture is in the order of the data sets: shuffle it.
+    a choice for the rest; ``seed`` decides. The mixture is in the order of the datasets: shuffle it.
 
-    Streams: the next block comes from a data set with a probability in proportion to its weight, through a shuffle buffer of 2,048 blocks.
-    The stream has no end; each data set begins anew after its last document. It is the same every time that it is iterated over, for one
+    Streams: the next block comes from a dataset with a probability in proportion to its weight, through a shuffle buffer of 2,048 blocks.
+    The stream has no end; each dataset begins anew after its last document. It is the same every time that it is iterated over, for one
     seed and one epoch (``set_epoch``). A data loader's second worker would get nothing to do.
 
     Validation is that of ``dataset_name``, as ``load_documents`` divides it; of a stream, its first 256 blocks, or, where it has no
     validation split, the first 256 blocks of the text, whose documents are not trained on. What would be the validation part of
-    a mixed data set is not trained on, either. (A stream without such a split sets other documents aside than tables of the same text do.)
+    a mixed dataset is not trained on, either. (A stream without such a split sets other documents aside than tables of the same text do.)
 
     With more than one process in `torch.distributed`, all must call this, and the first makes the tables while the others wait. It must be
     done before the process group's timeout.
@@ -201,7 +201,7 @@ def _make_streams(own: DataSettings, mixed: list[tuple[DataSettings, float]], to
         for stream, _ in opened
     ]  # fmt: skip
     weights = np.array([1.0, *(weight for _, weight in mixed)])
-    # one shuffle, after mixing: set_epoch then changes the draw of the data sets, too
+    # one shuffle, after mixing: set_epoch then changes the draw of the datasets, too
     train = datasets.interleave_datasets(streams, probabilities=list(weights / weights.sum()), seed=seed) if mixed else streams[0]
     validation = Dataset.from_dict({"input_ids": opened[0][1]}, features=_block_features(seq_len))
     return Blocks(train.shuffle(seed=seed, buffer_size=STREAM_BUFFER_BLOCKS), validation)
@@ -228,7 +228,7 @@ class TextStream:
                 yield document
             if document is None:
                 raise UserError(
-                    f"data set {self.name} has nothing left to train on: the first {STREAM_VALIDATION_BLOCKS} blocks of a stream, "
+                    f"dataset {self.name} has nothing left to train on: the first {STREAM_VALIDATION_BLOCKS} blocks of a stream, "
                     "in whole documents, are set aside for validation; leave out --streaming"
                 )
 
@@ -254,11 +254,11 @@ def _open_stream(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq
 
     validation = [block["input_ids"] for block in islice(cut_blocks(counted(), seq_len), STREAM_VALIDATION_BLOCKS)]
     if not lengths:
-        raise UserError(f"data set {name} holds no text: every document is empty")
+        raise UserError(f"dataset {name} holds no text: every document is empty")
     if not validation:
         raise too_short(sum(lengths), len(lengths), seq_len)
     stream = TextStream(name, train, 0 if own else len(lengths))
     if own is None:
-        logger.info("data set %r has no validation split: its first %d documents are set aside", name, len(lengths))
+        logger.info("dataset %r has no validation split: its first %d documents are set aside", name, len(lengths))
     next(stream.without_end())  # raises now rather than after the model is loaded if no document is left
     return stream, validation

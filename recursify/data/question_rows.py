@@ -2,7 +2,7 @@
 
     question_rows(items, tokenizer, seq_len=128)     a table with `input_ids` and `labels`
     question_columns(items, tokenizer, seq_len=128)  the same as lists, without the datasets library
-    label_tokens(items[0], tokenizer)                ids of its prompt, and where in it which state is to be told
+    label_tokens(items[0], tokenizer)                ids of its prompt, and the positions of its labels
 
 What is trained is the answer, and for state tracking the state at every word: nothing is learnt about the words of a question, which are
 random or given. A label stands at the place after the token that is to tell it, as everywhere: position t is scored against label t + 1.

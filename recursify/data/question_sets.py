@@ -2,7 +2,7 @@
 
     load_questions("permutations:difficulty=4-32/4,count=200", "test")       made, to any difficulty
     load_questions("babi:qa2_two-supporting-facts_test.txt", "test")         read from a file
-    load_questions("gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet", "test")   from a data set of the hub: one file of it is fetched
+    load_questions("gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet", "test")   from a dataset of the hub: one file of it is fetched
 
 A name is that of a task or a format of `recursify.data.tasks`; what follows the first colon are the options of a task, or the file.
 Options are `difficulty` (4, or 4-32, or 4-32/4 for every fourth, or 2+8 for several of these; 1-8 where not given), `count` (items of
@@ -123,6 +123,6 @@ def _file(written: str) -> Path:
     try:
         return Path(hf_hub_download(repository, path, repo_type="dataset"))
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        raise UserError(f"no file {written}, and the hub has no data set {repository} with a file {path}") from error
+        raise UserError(f"no file {written}, and the hub has no dataset {repository} with a file {path}") from error
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise UserError(f"no file {written}, and {path} of {repository} cannot be fetched from the hub: {error}") from error

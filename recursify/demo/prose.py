@@ -1,7 +1,7 @@
 """First half of the demo: a bundled language model, made recursive, fine-tuned on prose and measured at every depth beside its baselines.
 
 The text is the language reference that every CPython carries (`pydoc_data.topics`). The donor is also fine-tuned as it is, on the same
-tokens in the same order with the same settings: without that line nobody could tell what recursion did.
+tokens in the same order with the same settings: that line is the baseline.
 """
 
 from __future__ import annotations

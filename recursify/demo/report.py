@@ -54,7 +54,7 @@ CLEARLY = 2.0
 STANDING_LIMITS = (
     "One run with one seed: another seed moves the losses, and the standard errors given here are those of the validation text only.",
     "A small model, a small text and a short fine-tuning: differences at this size need not hold at a larger one.",
-    "Loss on held-out text is not skill at a task; the samples are for reading, not for counting. The one task here is made, and small.",
+    "Loss on held-out text is not skill at a task; the samples are for reading, not for counting. The one task is synthetic and small.",
     "Layer applications are a count, not a timing: speed also depends on caches, kernels and batch size.",
 )
 
@@ -274,13 +274,13 @@ def _across_cycles(report: DemoReport) -> str:
             f"The best depth is the shallowest one measured, {plural(first.H_cycles, 'cycle')}: further cycles do not lower the loss "
             f"({signed(last.loss - first.loss)} nats at {last.H_cycles})."
         )
-    gained = f"{number(first.loss - best.loss)} below {plural(first.H_cycles, 'cycle')}"
+    reduction = f"{number(first.loss - best.loss)} below {plural(first.H_cycles, 'cycle')}"
     trained = report.at_trained_depth
     if best is trained:
-        return f"The best depth is the trained one, {plural(best.H_cycles, 'cycle')} ({number(best.loss)} nats), {gained}."
+        return f"The best depth is the trained one, {plural(best.H_cycles, 'cycle')} ({number(best.loss)} nats), {reduction}."
     known = trained is not None and trained is not first and math.isfinite(trained.loss)
     also = f"{number(trained.loss - best.loss)} below the trained depth and " if trained is not None and known else ""
-    return f"The best depth is {plural(best.H_cycles, 'cycle')} ({number(best.loss)} nats), {also}{gained}."
+    return f"The best depth is {plural(best.H_cycles, 'cycle')} ({number(best.loss)} nats), {also}{reduction}."
 
 
 def _against_as_is(report: DemoReport) -> str:
@@ -359,9 +359,9 @@ def _plan(report: DemoReport) -> str:
         )
 
     dropped = sorted(set(range(report.donor.layers)) - {*plan.prelude, *plan.loop, *plan.coda})
-    fate = f"Left out: {', '.join(map(str, dropped))}." if dropped else "None is left out."
+    omitted = f"Left out: {', '.join(map(str, dropped))}." if dropped else "None is left out."
     caption = (
-        f"Numbers are the donor's own layers. {fate} One cycle applies the loop {plural(plan.L_cycles, 'time')} to the inner state z_L "
+        f"Numbers are the donor's own layers. {omitted} One cycle applies the loop {plural(plan.L_cycles, 'time')} to the inner state z_L "
         f"and once to z_H; {plural(plan.H_cycles, 'cycle')} make {plural(plan.passes, 'pass', 'passes')} with the same weights."
     )
     return section("The plan", figure(draw, caption))
@@ -386,7 +386,7 @@ def _loss_by_cycles(report: DemoReport) -> str:
     errors = [measured.standard_error for measured in points] + [base.standard_error for base in report.baselines]
     caption = (
         f"Validation loss of one and the same model, run with more or fewer cycles than it was trained for. "
-        f"Dashed: models without a loop, and their layers per token: {costs}. "
+        f"Dashed: plain models, and their layers per token: {costs}. "
         f"{'Bars and bands: plus and minus one standard error.' if any(errors) else ''}{undrawn(count_undrawable([line], levels))}"
     )
     return section("Loss by cycles", figure(lambda narrow: line_chart([line], levels, axes, NARROW if narrow else WIDE), caption))

@@ -142,10 +142,10 @@ def _across_cycles(tracking: Tracking) -> str:
     by_cycle = ", ".join(f"{H}: {_percent(mean)}" for H, mean, _ in found)
     (first, low, low_error), (best, high, high_error) = found[0], max(found, key=lambda depth: depth[1])
     opening = f"Accuracy by cycles at these lengths: {by_cycle}."
-    gained, error = high - low, math.hypot(low_error, high_error)
-    if gained < CLEARLY * error or best == first:
+    improvement, error = high - low, math.hypot(low_error, high_error)
+    if improvement < CLEARLY * error or best == first:
         return f"{opening} No depth is clearly better than {plural(first, 'cycle')}."
-    points = f"{signed(100 * gained, 1)} points {PLUS_MINUS}{number(100 * error, 1)}"
+    points = f"{signed(100 * improvement, 1)} points {PLUS_MINUS}{number(100 * error, 1)}"
     return f"{opening} The best, {plural(best, 'cycle')}, is {points} from {plural(first, 'cycle')}."
 
 

@@ -1,7 +1,7 @@
 """Second half of the demo: state tracking, with a base model that solves short sequences and fails on long ones.
 
-The task is made (`recursify.data.tasks`): each letter of a word rearranges three things, and after each the arrangement is asked for. The
-donor is fine-tuned as it is, too, for as long by the clock: it is faster, so it makes more steps.
+The task is synthetic (`recursify.data.tasks`): each letter of a sequence permutes three things, and the model predicts the product after
+each. The baseline is the donor fine-tuned for the same wall-clock time: it is faster, so it makes more steps.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:
     donor = open_donor(convert.qwen_model).load().float()
     for each in (model, donor):
         each.set_attn_implementation("eager")  # faster than sdpa at these lengths
-    with clock.stage("make words and ask the tracker as it is"):
+    with clock.stage("generate sequences and evaluate the tracker as it is"):
         words = load_blocks(DataSettings(dataset_name=train.dataset_name), tokenizer, train.seq_len, seed)
         held = words.validation.select(range(min(train.batch_size, len(words.validation))))
         items = load_questions(ASKED_SET, "test")
@@ -73,7 +73,7 @@ def run(out: Path, steps: int, seed: int, clock: Clock) -> Tracking:
         pace = seconds_per_step(copy.deepcopy(donor), tokenizer, words.train, held, train)
         longer = replace(train, **baseline_settings(max(1, round(fitted.seconds / pace))))
         tuned = raise_if_interrupted(fit(donor, tokenizer, words.train, held, longer))
-    with clock.stage("ask both about words of every length"):
+    with clock.stage("evaluate both on sequences of every length"):
         depths = accuracy_by_length(model, tokenizer, items, DEPTHS)
         (after,) = accuracy_by_length(donor, tokenizer, items, (None,))
     return Tracking(
@@ -105,7 +105,7 @@ def settings(out: Path, steps: int, seed: int) -> TrainSettings:
 
 
 def baseline_settings(steps: int) -> dict[str, Any]:
-    """Settings that differ for a model without a loop."""
+    """Settings that differ for a plain model."""
     return {
         "max_steps": steps, "warmup_steps": steps // 10, "start_gain": None, "gain_lr": None, "enable_deep_supervision": False,
         "cycle_choices": (), "cycle_weights": (),

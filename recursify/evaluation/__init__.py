@@ -6,6 +6,6 @@ Imports `inference`, `data`, `checkpoints`, `network` and `reports`. Start with 
 and tests; `page.py` and `token_view.py` show the result.
 """
 
-from .._moved import names_of_room
+from .._moved import names_of_package
 
-__getattr__ = names_of_room("evaluation")
+__getattr__ = names_of_package("evaluation")

@@ -40,7 +40,7 @@ class Measured(NamedTuple):
     @property
     def own(self) -> int:
         """Index of the row at its own cycle count."""
-        return self.paired.depths.index(self.report.trained_cycles)
+        return self.paired.depths.index(self.report.H_cycles)
 
     @property
     def name(self) -> str:
@@ -202,7 +202,7 @@ def _question_row(line: QuestionDifference) -> tuple[str, ...]:
 
 def _at(report: EvaluateReport) -> str:
     """A model and its own cycle count."""
-    return f"{report.checkpoint} ({'plain' if report.trained_cycles is None else f'H_cycles {report.trained_cycles}'})"
+    return f"{report.checkpoint} ({'plain' if report.H_cycles is None else f'H_cycles {report.H_cycles}'})"
 
 
 def _cycles(H_cycles: int | None) -> str:
@@ -290,7 +290,7 @@ def _text_difference(model: Measured, base: Measured) -> TextDifference:
 
 
 def _depths(model: Measured, base: Measured) -> tuple[int | None, int | None]:
-    return model.report.trained_cycles, base.report.trained_cycles
+    return model.report.H_cycles, base.report.H_cycles
 
 
 def _unpaired_reason(model: Measured, base: Measured) -> str:

@@ -1,11 +1,11 @@
-"""Statistics of the cycles on a text: loss gained, predictions corrected and broken, movement of the state, exit cycles.
+"""Statistics of the cycles on a text: loss reduction, predictions corrected and broken, movement of the state, exit cycles.
 
     sums_of_cycles    what a batch of windows says about the cycles, as sums over the scored tokens of each window
     sums_of_halting   the same for a pass in which tokens halt
     summarise         these sums over all windows, as the figures of a report
 
-Sums are `[rows, windows]` in float64, so whoever has read some of the windows can hand over what it found, and the figures are the same
-whoever read what. A guess is the token with the largest logit.
+Sums are `[rows, windows]` in float64, so several processes can divide the windows, and the figures do not depend on how. A guess
+is the token with the largest logit.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Step:
-    """The change from one cycle to a later one; shares of scored tokens, gains in nats per token.
+    """The change from one cycle to a later one; shares of scored tokens, loss in nats per token.
 
     Args:
-        gain: Loss before minus loss after.
-        gain_error: Standard error of that difference, paired by window.
+        loss_reduction: Loss before minus loss after.
+        loss_reduction_error: Standard error of that difference, paired by window.
         corrected: Share of tokens whose top-1 prediction was wrong before and is right after.
         broken: Share of tokens whose top-1 prediction was right before and is wrong after.
         distance: Mean of ||z_after - z_before|| / ||z_before|| over final hidden states that predict a scored token; None if the cycles are
@@ -47,17 +47,18 @@ class Step:
 
     before: int
     after: int
-    gain: float
-    gain_error: float | None
+    loss_reduction: float
+    loss_reduction_error: float | None
     corrected: float
     broken: float
     distance: float | None
 
     def cells(self, mark: str = "") -> tuple[str, ...]:
         """Cells of a table row."""
-        error = "-" if self.gain_error is None else f"{self.gain_error:.4f}"
+        error = "-" if self.loss_reduction_error is None else f"{self.loss_reduction_error:.4f}"
         moved = "" if self.distance is None else f"{self.distance:.4f}"
-        return f"{self.before} -> {self.after}", f"{self.gain:+.4f}", error, f"{self.corrected:.2%}", f"{self.broken:.2%}", moved, mark
+        cycles, reduction = f"{self.before} -> {self.after}", f"{self.loss_reduction:+.4f}"
+        return cycles, reduction, error, f"{self.corrected:.2%}", f"{self.broken:.2%}", moved, mark
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class CycleStats:
         H_cycles: The largest cycle count.
         losses: Loss of each cycle in nats per token.
         right: Top-1 accuracy of each cycle.
-        loop_gain, loop_gain_error: Loss at cycle 1 minus that at the last, and the standard error of that difference.
+        loss_reduction, loss_reduction_error: Loss at cycle 1 minus that at the last, and the standard error of that difference.
         corrected, broken: From cycle 1 to the last.
         steps: From each cycle to the next.
     """
@@ -112,8 +113,8 @@ class CycleStats:
     H_cycles: int
     losses: list[float]
     right: list[float]
-    loop_gain: float
-    loop_gain_error: float | None
+    loss_reduction: float
+    loss_reduction_error: float | None
     corrected: float
     broken: float
     steps: list[Step]
@@ -131,12 +132,12 @@ class CycleStats:
         """
         found: list[str] = []
         if self.steps:
-            whole = Step(1, self.H_cycles, self.loop_gain, self.loop_gain_error, self.corrected, self.broken, None)
+            whole = Step(1, self.H_cycles, self.loss_reduction, self.loss_reduction_error, self.corrected, self.broken, None)
             several = len(self.steps) > 1
             rows = [*(step.cells() for step in self.steps), *([whole.cells("<- all cycles")] if several else [])]
             found = [
                 "what the cycles do, in nats per token and shares of the scored tokens:",
-                *table(("cycles", "loss drop", "+-", "corrected", "broken", "state moved", ""), rows),
+                *table(("cycles", "loss reduction", "+-", "corrected", "broken", "state moved", ""), rows),
                 *(LEGEND if legend else ()),
             ]
         if self.halting is not None:
@@ -218,10 +219,10 @@ def summarise(sums: Sums, tokens: Tensor, per_piece: int, halting: Halting | Non
              share(sums["distance"][c]))
         for c in range(H - 1)
     ]  # fmt: skip
-    gain, error = mean_and_error(nats[0] - nats[-1], tokens, per_piece)
+    reduction, error = mean_and_error(nats[0] - nats[-1], tokens, per_piece)
     corrected, broken = (share(row) for row in sums["first_to_last"])
     losses, right = [share(row) for row in nats], [share(row) for row in sums["right"]]
-    return CycleStats(H, losses, right, gain, error if H > 1 else None, corrected, broken, steps, halting)
+    return CycleStats(H, losses, right, reduction, error if H > 1 else None, corrected, broken, steps, halting)
 
 
 def summarise_halting(

@@ -43,7 +43,7 @@ class EvaluateReport:
     """Results of one model.
 
     Args:
-        trained_cycles: H_cycles of the checkpoint; None for a plain donor.
+        H_cycles: Of the configuration, whether trained or not; None for a plain model.
         text: None if no text was measured.
         questions: Results of each question set.
         tasks: All metrics of all harness tasks.
@@ -51,7 +51,7 @@ class EvaluateReport:
     """
 
     checkpoint: str
-    trained_cycles: int | None
+    H_cycles: int | None
     text: TextReport | None = None
     questions: list[QuestionsReport] = field(default_factory=list)
     tasks: list[TaskScore] = field(default_factory=list)
@@ -61,11 +61,11 @@ class EvaluateReport:
         """JSON types. The results on text are repeated at the top level, where they are when nothing else is measured."""
         text = None if self.text is None else self.text.to_dict()
         parts = {name: [part.to_dict() for part in getattr(self, name)] for name in ("questions", "tasks", "passages")}
-        return {"checkpoint": self.checkpoint, "trained_cycles": self.trained_cycles, **(text or {}), "text": text, **parts}
+        return {"checkpoint": self.checkpoint, "H_cycles": self.H_cycles, **(text or {}), "text": text, **parts}
 
     def render(self, legend: bool = True) -> str:
         """As text; `legend` is whether the statistics of the cycles are explained."""
-        parts = [] if self.text is None else [self.text.lines(self.trained_cycles, legend)]
+        parts = [] if self.text is None else [self.text.lines(self.H_cycles, legend)]
         parts += [part.lines() for part in self.questions]
         parts += [lm_eval_harness.lines(self.tasks)] if self.tasks else []
         return "\n\n".join([self.checkpoint, *("\n".join(lines) for lines in parts)])

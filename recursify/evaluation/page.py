@@ -4,7 +4,7 @@
     write    the same into a file, whole or not at all
 
 Every number was measured by the caller, and sentences are worded from the numbers. Losses are in nats per token; accuracies are shown in
-percent. A model without a loop, such as a plain donor, is a horizontal line where cycles run across, and a dotted one elsewhere.
+percent. A plain model, such as the donor, is a horizontal line where cycles run across, and a dotted one elsewhere.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Model:
 
     @property
     def own(self) -> int | None:
-        """Its own cycle count; None without a loop."""
-        count: int | None = self.report["trained_cycles"]
+        """Its own cycle count; None for a plain model."""
+        count: int | None = self.report["H_cycles"]
         return count
 
     @property
@@ -122,7 +122,7 @@ def render(report: Report) -> str:
 def _coloured_models(reports: Iterable[Report]) -> list[Model]:
     """Plain models get grey first, to distinguish them from the lines of one model's depths."""
     looped, plain = iter(LOOPED_COLOURS), iter(PLAIN_COLOURS)
-    return [Model(one, next(plain if one["trained_cycles"] is None else looped, "s6")) for one in reports]
+    return [Model(one, next(plain if one["H_cycles"] is None else looped, "s6")) for one in reports]
 
 
 # The head of the page
@@ -156,7 +156,7 @@ def _tiles(model: Model) -> list[str]:
         stats = model.text["telemetry"]
         if stats is not None and stats["H_cycles"] > 1:
             words = f"nats less loss, from cycle 1 to cycle {stats['H_cycles']}"
-            found.append(tile("s2", signed(stats["loop_gain"]), words))
+            found.append(tile("s2", signed(stats["loss_reduction"]), words))
     for key in _question_sets([model])[:3]:
         line = _own_row(_together(model.questions(key)), model)
         found.append(tile("s4", _percent(line["accuracy"]), f"right, {_set_name(key)}, {_at(line['H_cycles'])}"))
@@ -270,7 +270,7 @@ def _loss_by_cycles(models: Sequence[Model], same_windows: bool) -> str:
 
 
 def _by_cycles(rows: Iterable[tuple[Model, Rows]], key: str, error: str, scale: float = 1.0) -> tuple[list[Line], list[Level]]:
-    """A line per model with a loop, a level per plain model; None is not drawn."""
+    """A line per recursive model, a level per plain model; None is not drawn."""
     rows, lines, levels = list(rows), [], []
     alone = len(rows) == 1  # more would cover each other's values
     for model, found in rows:
@@ -304,7 +304,7 @@ def _cycles_figure(title: str, y_label: str, models: Sequence[Model], lines: Seq
         mark="the checkpoint's own",
     )
     if levels:
-        caption += f"Dashed: {', '.join(level.name for level in levels)}, without a loop. "
+        caption += f"Dashed: {', '.join(level.name for level in levels)}, plain. "
     caption += undrawn(count_undrawable(lines, levels))
     return figure(lambda narrow: line_chart(lines, levels, axes, chart_size(narrow, len(lines) + len(levels))), caption.strip())
 
@@ -338,7 +338,7 @@ def _accuracy_by_cycles(models: Sequence[Model], key: tuple[str, str]) -> str:
 
 
 def _by_difficulty(models: Sequence[Model], key: tuple[str, str]) -> list[str]:
-    """All models at their own depth, if there are several; then each model with a loop, one line per cycle count."""
+    """All models at their own depth, if there are several; then each recursive model, one line per cycle count."""
     title = f"Accuracy by difficulty, {_set_name(key)}"
     looped, plain = [model for model in models if model.own is not None], [model for model in models if model.own is None]
     figures = []
@@ -387,8 +387,8 @@ def _passages(models: Sequence[Model]) -> str:
     found = [(model, passages) for model, passages in found if passages]
     if not found:
         return ""
-    gains = [abs(gain) for _, passages in found for one in passages for gain in _gains(one)]
-    full = sorted(gains)[math.ceil(0.95 * len(gains)) - 1] or 1.0
+    reductions = [abs(reduction) for _, passages in found for one in passages for reduction in _reductions(one)]
+    full = sorted(reductions)[math.ceil(0.95 * len(reductions)) - 1] or 1.0
     explained = (
         "Each token is coloured by its loss at cycle 1 minus its loss at the last cycle. Rest the pointer on a token to see its figures."
     )
@@ -396,18 +396,18 @@ def _passages(models: Sequence[Model]) -> str:
     return section("Where in a text later cycles help", paragraph(explained), _text().legend(number(full, 2)), *figures)
 
 
-def _gains(passage: Mapping[str, Any]) -> list[float]:
+def _reductions(passage: Mapping[str, Any]) -> list[float]:
     """Loss at cycle 1 minus that at the last, for every token but the first."""
     return [first - last for first, last in zip(passage["nats"][0], passage["nats"][-1], strict=True)]
 
 
 def _coloured(model: Model, passages: Rows, full: float) -> str:
     depth = len(passages[0]["nats"])
-    gains = [gain for one in passages for gain in _gains(one)]
-    share = sum(gain > 0 for gain in gains) / len(gains)
+    reductions = [reduction for one in passages for reduction in _reductions(one)]
+    share = sum(reduction > 0 for reduction in reductions) / len(reductions)
     caption = (
-        f"{model.name}: from cycle 1 to cycle {depth} the loss of these {plural(len(gains), 'token')} changes by "
-        f"{signed(-math.fsum(gains) / len(gains))} nats on average, and falls at {share:.0%} of them."
+        f"{model.name}: from cycle 1 to cycle {depth} the loss of these {plural(len(reductions), 'token')} changes by "
+        f"{signed(-math.fsum(reductions) / len(reductions))} nats on average, and falls at {share:.0%} of them."
     )
     shown = [{"first": one["tokens"][0], "tokens": list(_coloured_tokens(one, full))} for one in passages]
     return _text().coloured(shown, caption)
@@ -464,10 +464,15 @@ def _coloured_tokens(passage: Mapping[str, Any], full: float) -> Iterable[dict[s
 
 
 def _coloured_token(token: str, losses: Sequence[float], full: float) -> dict[str, str]:
-    gain = losses[0] - losses[-1]
+    reduction = losses[0] - losses[-1]
     by_cycle = ", ".join(f"{cycle}: {number(loss, 2)}" for cycle, loss in enumerate(losses, start=1))
-    title = f"{visible(token)}  loss by cycle {by_cycle} nats; {signed(gain, 2)} less"
-    return {"text": token, "class_": "helped" if gain >= 0 else "harmed", "strength": f"{min(1.0, abs(gain) / full):.2f}", "title": title}
+    title = f"{visible(token)}  loss by cycle {by_cycle} nats; {signed(reduction, 2)} less"
+    return {
+        "text": token,
+        "class_": "helped" if reduction >= 0 else "harmed",
+        "strength": f"{min(1.0, abs(reduction) / full):.2f}",
+        "title": title,
+    }
 
 
 # Tables
@@ -495,7 +500,7 @@ def _cycles(models: Sequence[Model]) -> str:
     tables = [_telemetry(model.name, model.text["telemetry"]) for model in models if model.text and model.text["telemetry"]]
     content: list[str] = [part for parts in tables for part in parts]
     explained = (
-        "Loss drop: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; broken: right, "
+        "Loss reduction: loss before minus loss after. Corrected: tokens whose top-1 prediction was wrong and became right; broken: right, "
         "became wrong. State moved: the distance between the two states that the head reads, over the length of the first."
     )
     return section("What the cycles do", paragraph(explained), *content) if content else ""
@@ -505,10 +510,10 @@ def _telemetry(name: str, stats: Mapping[str, Any]) -> list[str]:
     content: list[str] = []
     if stats["steps"]:
         whole = {
-            "before": 1, "after": stats["H_cycles"], "gain": stats["loop_gain"], "gain_error": stats["loop_gain_error"],
-            "corrected": stats["corrected"], "broken": stats["broken"], "distance": None,
+            "before": 1, "after": stats["H_cycles"], "distance": None,
+            **{name: stats[name] for name in ("loss_reduction", "loss_reduction_error", "corrected", "broken")},
         }  # fmt: skip
-        head = ("cycles", "loss drop, nats", "std. error", "corrected", "broken", "state moved")
+        head = ("cycles", "loss reduction, nats", "std. error", "corrected", "broken", "state moved")
         rows = [_step(step) for step in stats["steps"]] + ([_step(whole, "trained")] if len(stats["steps"]) > 1 else [])
         content.append(table(head, rows, f"{name}; the last line is all cycles together." if len(rows) > 1 else name))
     halting = stats["halting"]
@@ -529,7 +534,7 @@ def _telemetry(name: str, stats: Mapping[str, Any]) -> list[str]:
 
 def _step(step: Mapping[str, Any], class_: str | None = None) -> str:
     shares = [f"{step['corrected']:.2%}", f"{step['broken']:.2%}"]
-    cells = [signed(step["gain"]), number(step["gain_error"]), *shares, number(step["distance"])]
+    cells = [signed(step["loss_reduction"]), number(step["loss_reduction_error"]), *shares, number(step["distance"])]
     return row(f"{step['before']} to {step['after']}", cells, class_)
 
 
@@ -611,18 +616,18 @@ def _marked(model: Model, H_cycles: int | None) -> str | None:
 
 def _cycles_name(H_cycles: int | None, model: Model) -> str:
     if H_cycles is None:
-        return "no loop"
+        return "plain"
     return plural(H_cycles, "cycle") + (", its own" if H_cycles == model.own else "")
 
 
 def _at(H_cycles: int | None) -> str:
-    return "no loop" if H_cycles is None else f"at {plural(H_cycles, 'cycle')}"
+    return "plain model" if H_cycles is None else f"at {plural(H_cycles, 'cycle')}"
 
 
 def _count(H_cycles: int | None, halt: str | None = None) -> str:
     if halt is not None:
         return f"at most {H_cycles}, halting by {halt}"
-    return "no loop" if H_cycles is None else str(H_cycles)
+    return "plain" if H_cycles is None else str(H_cycles)
 
 
 def _percent(share: float) -> str:

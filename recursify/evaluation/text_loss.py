@@ -254,7 +254,7 @@ def open_text(
     Raises:
         UserError: Unusable text.
     """
-    from ..data.documents import measured_documents  # here: the losses of a model on blocks need no library for data sets
+    from ..data.documents import measured_documents  # here: the losses of a model on blocks need no library for datasets
     from ..data.loading import tokenize
 
     with one_process_first():

@@ -29,7 +29,7 @@ Halt = Literal["none", "q_head", "kl", "entropy"]
 
 @dataclass(kw_only=True)
 class EarlyExit(Options):
-    """Early exit: when a token leaves the loop before the last cycle."""
+    """Early exit: when a token stops before the last cycle."""
 
     halt: Halt = "none"
     """Early exit per token: by the trained halting head (q_head), by the KL divergence between successive cycles (kl), or by the entropy

@@ -281,7 +281,7 @@ class Recursion(nn.Module):
     def steps(
         self, e: torch.Tensor, block: Any, H_cycles: int, L_cycles: int, backprop: str = "full", plain: bool = False
     ) -> Iterator[torch.Tensor]:
-        """The loop. Yields `z_H` `[B, T, D]` after each cycle.
+        """The cycles. Yields `z_H` `[B, T, D]` after each cycle.
 
         Args:
             e: Output of the prelude, `[B, T, D]`.
@@ -588,9 +588,9 @@ class RecursiveModelMixin(PreTrainedModel):
         use_cache: bool | None,
         output_cycle_states: bool,
     ) -> RecursiveModelOutputWithPast:
-        """The loop with early exit. A halted token keeps its state, and its keys and values, in all deeper cycles.
+        """The cycles with early exit. A halted token keeps its state, and its keys and values, in all deeper cycles.
 
-        The loop ends when all tokens have halted; of an adapter, possibly before the first cycle. The decision about a token depends on
+        They end when all tokens have halted; of an adapter, possibly before the first cycle. The decision about a token depends on
         that token alone, so prefill and incremental decoding halt at the same cycles.
 
         Args:
@@ -617,7 +617,7 @@ class RecursiveModelMixin(PreTrainedModel):
             if cycle < H:
                 halts_now = rule.by_readout(last) if last is not None else rule.by_head(halts[-1])
                 active = active & ~halts_now.to(active.device)
-                one_pass.halted = tokens & ~active  # padding is computed as without halting, but does not keep the loop running
+                one_pass.halted = tokens & ~active  # padding is computed as without halting, but does not keep the cycles running
             if cycle == H or not active.any():
                 one_pass.fill_skipped_slots(cycle)
                 break
@@ -708,7 +708,7 @@ class RecursiveModelMixin(PreTrainedModel):
     def begin_pass(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-        """Start a pass without a cache, for training code that runs the loop itself.
+        """Start a pass without a cache, for training code that runs the cycles itself.
 
         Returns:
             e `[B, T, D]`; `block(x, n)` for `Recursion.steps`; `read(z_H)`, which returns the `[B, T, D]` input of `lm_head`.

@@ -2,7 +2,7 @@
 
     train(TrainSettings(checkpoint="qwen_recursive_init.pt"))     # a run that reads and writes files
     train(HybridSettings(model_name="Qwen/Qwen2-0.5B"))           # the same from a donor; also EmbeddingSettings
-    fit(model, tokenizer, train_blocks, eval_blocks, settings)    # the same loop on a model in memory, recursive or a plain donor
+    fit(model, tokenizer, train_blocks, eval_blocks, settings)    # the same training on a model in memory, recursive or a plain donor
     RecursiveTrainer(model=, args=, train_dataset=, ...).train()  # the same as a Trainer
 
 Imports `conversion`, `inference` (for samples), `data`, `checkpoints` and `network`. Start with `loss_module.py`: the loss of a batch over

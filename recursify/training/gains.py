@@ -1,7 +1,7 @@
-"""Initial gains of the loop: a sweep on validation text.
+"""The start gain, the value that all gains start from: a sweep on validation text.
 
 At gain 0 the model equals the donor, but only two of the four gains get a gradient and the rest of the loop is not trained; a large gain
-damages the donor before training begins. So the initial gain is chosen on held-out text: the largest of a few candidates that raises the
+damages the donor before training begins. So the start gain is chosen on held-out text: the largest of a few candidates that raises the
 loss at the trained depth by at most MAX_COST.
 """
 
@@ -83,7 +83,7 @@ def _starts_fresh(settings: RunSettings) -> bool:
 def start_gains(
     loss_module: LossModule, blocks: Any, collate: Callable[[Any], dict[str, Tensor]], settings: RunSettings, device: torch.device
 ) -> None:
-    """Set the initial gains: those of the settings; else, if all gains of the model are 0, those of the sweep."""
+    """Set the start gain: that of the settings; else, if all gains of the model are 0, that of the sweep."""
     model, count = loss_module.model, sweep_length(loss_module.model, blocks, settings)
     if is_recursive(model) and settings.start_gain is not None:
         set_gains(model, settings.start_gain)

@@ -195,7 +195,7 @@ class BatchLoss:
         """The summands of the loss: one per scored cycle where it must be available before the next cycle runs, else one for all.
 
         Args:
-            steps: Runs the loop from its start and yields z_H after each cycle.
+            steps: Runs the cycles from the first and yields z_H after each cycle.
             read: From z_H to the state that is scored (coda and final norm).
             plain: Whether the state of the plain pass comes first: an exit of the halting head, which is not scored.
         """

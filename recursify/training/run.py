@@ -63,10 +63,10 @@ class TrainResult:
 
 
 def train(settings: RunSettings) -> TrainResult:
-    """Train a checkpoint, or the initial model of an approach, on a data set; write checkpoints, the best model and metrics.jsonl.
+    """Train a checkpoint, or the initial model of an approach, on a dataset; write checkpoints, the best model and metrics.jsonl.
 
     Raises:
-        UserError: A setting out of range, an unusable checkpoint, donor or data set, a folder that cannot be written, or a resume with
+        UserError: A setting out of range, an unusable checkpoint, donor or dataset, a folder that cannot be written, or a resume with
             other settings.
     """
     settings.validate()

@@ -1,4 +1,4 @@
-"""Flags that commands of several rooms have: each stands here once, with one help text and one default, and is inherited."""
+"""Flags that commands of several subpackages have: each stands here once, with one help text and one default, and is inherited."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], left: int =
     Args:
         headings: Of the columns; the cells of a column without heading are left-aligned.
         rows: Cells by `str`; a row may be shorter than the headings.
-        left: So many columns at the left are left-aligned, the others right-aligned.
+        left: Number of columns at the left that are left-aligned, the others right-aligned.
     """
     from rich.console import Console  # here: what prints no table needs no rich
     from rich.table import Table

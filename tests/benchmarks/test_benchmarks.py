@@ -1,4 +1,4 @@
-"""The benchmarks and the recipe of the shipped donor: that they run, and that what they conclude follows from what they measured."""
+"""The benchmarks and the recipe of the shipped donor: they run, and their conclusions follow from their measurements."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ Use = Callable[..., None]
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
-    """Puts other cases in the place of the real ones."""
+    """Replaces the registered cases."""
 
     def put(*cases: Case, missing: dict[str, str] | None = None) -> None:
         known = Registry({one.name: one for one in cases}, missing or {})
@@ -96,7 +96,7 @@ KEPT = Check("what holds", 2, most=2)
 
 
 @pytest.mark.parametrize(
-    ("checks", "quick", "status", "said"),
+    ("checks", "quick", "status", "printed"),
     [
         ([KEPT], False, 0, ["| what holds | 2 | at most 2 | holds |"]),
         ([MISSED], False, 1, ["| seconds of a step | 2.50 | at most 2 | MISSED |"]),
@@ -107,12 +107,12 @@ KEPT = Check("what holds", 2, most=2)
     ],
 )
 def test_missed_bounds_are_reported_and_targets_are_not_bounds(
-    checks: list[Check], quick: bool, status: int, said: list[str], use: Use, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checks: list[Check], quick: bool, status: int, printed: list[str], use: Use, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use(named("first", one_row(1, *checks)), named("second", one_row(1)))
     assert runner.main(["first", "second", "--output", str(tmp_path), *(["--quick"] if quick else [])]) == status
     out = capsys.readouterr().out
-    assert all(text in out for text in said)
+    assert all(text in out for text in printed)
     assert [check["holds"] for check in stored(tmp_path, "quick" if quick else "cpu")["first"]["checks"]] == [one.holds for one in checks]
 
 
@@ -161,8 +161,8 @@ def test_an_unknown_case_is_refused_with_the_list(name: str, why: str, use: Use,
     use(named("first", one_row(1)), named("second", one_row(1)), missing={"served": "no httpx"})
     with pytest.raises(SystemExit) as ended:
         runner.main([name])
-    said = re.sub(r"\s+", " ", capsys.readouterr().err)
-    assert ended.value.code == 2 and why in said and "first, second" in said
+    printed = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert ended.value.code == 2 and why in printed and "first, second" in printed
 
 
 def test_a_case_of_a_gpu_alone_is_refused_and_its_command_named(use: Use, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +243,7 @@ def test_whole_and_large_numbers(value: float, written: str) -> None:
     assert page._number(value) == written
 
 
-# Clocks and scales
+# Time and memory
 
 
 def test_sides_alternate_after_a_warm_up_round() -> None:
@@ -273,7 +273,7 @@ def test_layer_applications_are_counted_as_the_work_is() -> None:
 
 
 def load_script(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script as a module; what lies beside it can be imported, as when it is run."""
+    """A script as a module; its folder is importable, as when it is run."""
     file = ROOT / path
     monkeypatch.syspath_prepend(str(file.parent))
     spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
@@ -325,6 +325,6 @@ def test_peak_is_the_maximum_of_its_measurements(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bounds, "_look", lambda device, dtype: next(looks))
     monkeypatch.setattr(bounds, "_seen", {})
     of = torch.device("cpu"), torch.float32
-    assert bounds.ceilings(*of) == bounds.ceilings(*of) == bounds.Ceilings(3.0, 2.0)  # the second time without another look
+    assert bounds.ceilings(*of) == bounds.ceilings(*of) == bounds.Ceilings(3.0, 2.0)  # the second time from memory
     monkeypatch.setattr(bounds, "AGE", -1.0)
     assert bounds.ceilings(*of) == bounds.Ceilings(3.0, 5.0)

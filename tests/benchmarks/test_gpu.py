@@ -1,4 +1,4 @@
-"""The queue for a GPU: that its jobs are what the pages ask for, that they run at toy size, and where their results go."""
+"""The queue for a GPU: its jobs are those of the pages, they run at toy size, and their results are merged."""
 
 from __future__ import annotations
 
@@ -207,8 +207,8 @@ def test_whole_results_are_merged_and_others_named(tmp_path: Path, capsys: pytes
     )  # fmt: skip
     (folder / "cut.json").write_text('{"job": "ceil')
     assert gpu_merge.merge(folder, tmp_path, tmp_path) == ["loss"]
-    said = capsys.readouterr().out
-    assert all(text in said for text in ("training: timeout", "decoding: ok, a rehearsal", "cut.json is no result", "published donor"))
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("training: timeout", "decoding: ok, a rehearsal", "cut.json is no result", "published donor"))
     merged = json.loads((tmp_path / "cuda.json").read_text())
     assert list(merged) == ["loss"]
     assert "| 1.50 |" in page.make("cuda", "loss", None, tmp_path) and "a GPU" in page.make("cuda", "loss", None, tmp_path)

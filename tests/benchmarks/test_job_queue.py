@@ -1,4 +1,4 @@
-"""The queue of jobs by itself, with jobs that hang, crash, leave processes behind, and leave results that are cut short."""
+"""The job queue, with jobs that hang, crash, leave processes behind, and write incomplete results."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_hang_is_stopped_with_all_that_it_started_and_what_it_had_is_kept(plac
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for yet has."""
+    """Whether a process has ended; an unreaped one has."""
     for _ in range(100):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -129,7 +129,7 @@ def test_a_verdict_on_what_was_found_is_said(place: Place) -> None:
     assert stored(one, place)["status"] == "ok"
 
 
-# What is there already
+# Existing results
 
 
 def test_what_is_there_is_skipped(place: Place) -> None:
@@ -159,15 +159,15 @@ def test_what_failed_runs_again(place: Place) -> None:
 @pytest.mark.parametrize("damage", ["cut short", "empty", "a list", "without fields"])
 def test_a_damaged_result_is_noticed_said_and_made_again(damage: str, place: Place) -> None:
     one = job("first")
-    said: list[str] = []
+    printed: list[str] = []
     run([one], place)
     file = one.file(place.results)
     text = file.read_text()
     file.write_text({"cut short": text[: len(text) // 2], "empty": "", "a list": "[1]", "without fields": '{"status": "ok"}'}[damage])
     assert isinstance(read_result(file), str)
-    ended = run([one], place, say=said.append)
+    ended = run([one], place, say=printed.append)
     assert statuses(ended) == {"first": "ok"}
-    assert any("is no result" in line and "it runs again" in line for line in said)
+    assert any("is no result" in line and "it runs again" in line for line in printed)
     assert stored(one, place)["data"] == {"name": "first"}
 
 

@@ -629,7 +629,7 @@ def test_identical_folder_is_not_replaced(model: RecursiveLLM, saved: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         *[(OSError(code, "x"), "the disk is full") for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)],
         (OSError(errno.EIO, "x"), "Input/output error"),
@@ -641,14 +641,14 @@ def test_identical_folder_is_not_replaced(model: RecursiveLLM, saved: Path) -> N
     ],
 )
 def test_reasons_of_write_errors(
-    error: Exception, said: str | None, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, message: str | None, model: RecursiveLLM, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise error
 
     before = listing(saved)
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(type(error) if said is None else UserError, match=said or "something else"):
+    with pytest.raises(type(error) if message is None else UserError, match=message or "something else"):
         checkpoint.save(saved / "model.pt", model, other_tokenizer())
 
     def broken_while_closing(*args: Any, **kwargs: Any) -> None:
@@ -658,8 +658,8 @@ def test_reasons_of_write_errors(
             raise RuntimeError("while closing")
 
     monkeypatch.setattr(torch, "save", broken_while_closing)
-    hidden = said is None or "container" in str(error)  # the message of torch's writer is only matched in the last error
-    with pytest.raises(RuntimeError if hidden else UserError, match="while closing" if hidden else said):
+    hidden = message is None or "container" in str(error)  # the message of torch's writer is only matched in the last error
+    with pytest.raises(RuntimeError if hidden else UserError, match="while closing" if hidden else message):
         checkpoint.save(saved / "model.pt", model, other_tokenizer())
     assert listing(saved) == before
     assert sorted(path.name for path in saved.iterdir()) == ["model", "model.pt", "model_tokenizer"]

@@ -69,7 +69,7 @@ def test_recursive_folder_has_the_old_rotary_fields(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokenizer_of_a_recursive_folder_loads_without_its_code(name: str, tmp_path: Path) -> None:
-    """In a process that does not know recursify, where nobody is there to agree to code; as transformers' own fallback reads it."""
+    """In a process without recursify and without a prompt to trust code; as transformers' own fallback reads it."""
     exported(name, tmp_path)
     look = "import sys; from transformers import PreTrainedConfig as P; P.from_pretrained(sys.argv[1]); print('read')"
     done = subprocess.run([sys.executable, "-c", look, str(tmp_path / "recursive")], capture_output=True, text=True)

@@ -50,7 +50,7 @@ def test_only_what_was_asked_for_is_opened(hub: HubStandIn, donor_folder: Path, 
     assert hub.opened("someone/sharded") == ["config.json"]
     assert [(r.method, r.file, r.status) for r in hub.requests] == [("HEAD", "config.json", 200), ("GET", "config.json", 200)]
     hub.clear()
-    # from the cache: metadata is asked for, contents are not sent again
+    # from the cache: metadata is requested, contents are not sent again
     hf_hub_download("someone/sharded", "config.json", cache_dir=tmp_path)
     assert hub.opened("someone/sharded") == []
 

@@ -178,12 +178,12 @@ FLAGS = ("--prompt", "The old lobster", "--max_new_tokens", "5", "--temperature"
 def test_generate_reads_a_hub_id_and_a_plain_model(
     on_hub: str, saved: Path, donor_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = {}
+    printed = {}
     for name in (on_hub, str(saved / "looped.pt"), str(donor_folder)):
         cli.main(["generate", "--checkpoint", name, *FLAGS])
-        said[name] = capsys.readouterr().out
-    assert said[on_hub] == said[str(saved / "looped.pt")] != said[str(donor_folder)]
-    assert all(text.startswith("The old lobster") and len(text) > len("The old lobster\n") for text in said.values())
+        printed[name] = capsys.readouterr().out
+    assert printed[on_hub] == printed[str(saved / "looped.pt")] != printed[str(donor_folder)]
+    assert all(text.startswith("The old lobster") and len(text) > len("The old lobster\n") for text in printed.values())
 
 
 def test_generate_refuses_depth_of_a_plain_model(donor_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

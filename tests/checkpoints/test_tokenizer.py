@@ -1,4 +1,4 @@
-"""A tokenizer with more tokens than the model has rows is refused at every door, with one message."""
+"""A tokenizer with more tokens than the model has rows is refused by every entry point, with one message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tiny import VOCAB_SIZE, make_tiny_tokenizer, sentences, tiny_
 
 
 @pytest.fixture(scope="module")
-def corner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A donor with its own tokenizer, the same with a larger one, a checkpoint, and a text."""
     folder = tmp_path_factory.mktemp("vocabulary")
     larger = make_tiny_tokenizer()
@@ -57,18 +57,18 @@ def make_larger() -> Any:
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door(door: str, corner: Path) -> None:
+def test_every_door(door: str, workdir: Path) -> None:
     most = max(make_larger().get_vocab().values())
     with pytest.raises(UserError, match=rf"the tokenizer has tokens up to id {most}, the model only {VOCAB_SIZE} rows.*resize_token_emb"):
-        DOORS[door](corner)
+        DOORS[door](workdir)
 
 
-def test_a_much_smaller_tokenizer_is_pointed_out(corner: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_much_smaller_tokenizer_is_pointed_out(workdir: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING"):
-        load_model(str(corner / "m.pt"))
+        load_model(str(workdir / "m.pt"))
         assert "makes no sense" not in caplog.text
-        make_small(corner / "small")
-        load_model(str(corner / "m.pt"), str(corner / "small"))
+        make_small(workdir / "small")
+        load_model(str(workdir / "m.pt"), str(workdir / "small"))
     assert "tokens, the model 384 rows" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""The command line itself: jobs, flags, exit statuses, and what goes to stdout and what to stderr."""
+"""The command line itself: commands, flags, exit statuses, stdout and stderr."""
 
 from __future__ import annotations
 

@@ -390,14 +390,14 @@ def test_a_model_without_cycles_cannot_be_trained_next(donor: str, tmp_path: Pat
 @pytest.mark.parametrize("name", ["out.pt", "out"])
 def test_a_replaced_model_is_named_once_it_is_replaced(name: str, donor: str, tmp_path: Path) -> None:
     path = str(tmp_path / name)
-    said = f"! {path} existed and was replaced"
-    assert said not in lines_of(qwen_model=donor, output_path=path)
+    warning = f"! {path} existed and was replaced"
+    assert warning not in lines_of(qwen_model=donor, output_path=path)
     refused: list[str] = []
     with pytest.raises(UserError, match="--L_layers"):
         run(ConvertSettings(qwen_model=donor, output_path=path, L_layers=99), say=refused.append)
     assert refused == []
     lines = lines_of(qwen_model=donor, output_path=path)
-    assert lines[lines.index(said) + 1] == f"✓ Saved to {path}"
+    assert lines[lines.index(warning) + 1] == f"✓ Saved to {path}"
 
 
 def test_printed_lines_of_other_plans(donors: dict[str, Path], tmp_path: Path) -> None:
@@ -612,7 +612,7 @@ def test_a_dry_run_of_auto_says_what_it_would_cost(donor: str, tmp_path: Path) -
 
 
 def test_default_seq_len_is_clamped_to_the_donors_positions(tmp_path: Path) -> None:
-    """Nobody gave the flag, so nobody is told off for it; the value is printed."""
+    """Without the flag there is no warning; the value is printed."""
     tiny_donor("qwen2", tmp_path / "short", num_hidden_layers=4, max_position_embeddings=256)
     lines = lines_of(qwen_model=str(tmp_path / "short"), L_layers=2, seq_len=None, output_path=str(tmp_path / "m.pt"))
     assert checkpoint.load(tmp_path / "m.pt").notes["seq_len"] == 256

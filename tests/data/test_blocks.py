@@ -1,4 +1,4 @@
-"""Documents as token ids, in blocks, and told apart again."""
+"""Documents as token ids, packed into blocks, and separated again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents from every source, their split, and the words of every error."""
+"""Documents from every source, their split, and every error message."""
 
 from __future__ import annotations
 
@@ -418,7 +418,7 @@ class TestErrors:
             load(tmp_path / "a.txt", dataset_config_name="other")
 
     def test_unknown_on_the_hub(self, hub: HubStandIn) -> None:
-        with says("no data set no/such", "hub", "path", ".txt"):
+        with says("no dataset no/such", "hub", "path", ".txt"):
             load("no/such")
 
     def test_hub_unreachable(self, hub: HubStandIn) -> None:

@@ -1,4 +1,4 @@
-"""Blocks of a data set, or of several mixed, as tables and as streams; several processes; the words of every error."""
+"""Blocks of a dataset, or of several mixed, as tables and as streams; several processes; the words of every error."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ SEQ_LEN = 8
 
 
 def corpus(path: Path, seed: int, documents: int) -> Path:
-    """A data set of documents of ten words. Each seed has three letters of its own, so no block is also in another data set."""
+    """A dataset of documents of ten words. Each seed has three letters of its own, so no block is also in another dataset."""
     rng = random.Random(seed)
     letters = string.ascii_letters[3 * seed : 3 * seed + 3]
     return write_jsonl(path, [{"text": " ".join("".join(rng.choices(letters, k=4)) for _ in range(10))} for _ in range(documents)])
@@ -147,7 +147,7 @@ def rows_of(blocks: Iterable[Any], count: int | None = None) -> list[tuple[int, 
 
 
 def alone(name: object) -> list[tuple[int, ...]]:
-    """The training blocks of a data set by itself."""
+    """The training blocks of a dataset by itself."""
     return rows_of(tokenize(load(name).train, tiny.make_tiny_tokenizer(), SEQ_LEN))
 
 
@@ -161,7 +161,7 @@ def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestMix:
     @pytest.fixture
     def names(self, tmp_path: Path) -> tuple[Path, Path, Path]:
-        """Data sets of some 40, 12 and 150 documents."""
+        """Datasets of some 40, 12 and 150 documents."""
         return corpus(tmp_path / "own.jsonl", 1, 40), corpus(tmp_path / "short.jsonl", 2, 12), corpus(tmp_path / "long.jsonl", 3, 150)
 
     def test_nothing_to_mix(self, names: tuple[Path, Path, Path]) -> None:
@@ -505,7 +505,7 @@ class TestStream:
             self.stream(corpus(tmp_path / "a.jsonl", 1, 30), text_column="body")
         with says("Salesforce/wikitext", "no column 'body'", "'text'", "--text_column"):
             self.stream("wikitext", text_column="body")
-        with says("no data set no/such", "hub"):
+        with says("no dataset no/such", "hub"):
             self.stream("no/such")
         hub.down = True
         with says("cannot reach", "some/dataset"):

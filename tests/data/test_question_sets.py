@@ -1,4 +1,4 @@
-"""Question sets by name, and what of their questions is trained."""
+"""Question sets by name, and which tokens of their questions are trained on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_file_of_a_data_set_on_the_hub(hub: HubStandIn, tmp_path: Path) -> Non
     hub.add_dataset("your/sums", tmp_path)
     (item,) = load_questions("gsm8k:your/sums/main/test.jsonl", "test")
     assert (item.question, item.answer) == ("1 + 1?", "2")
-    with pytest.raises(UserError, match=r"no file your/sums/dev\.jsonl, and the hub has no data set your/sums with a file dev\.jsonl"):
+    with pytest.raises(UserError, match=r"no file your/sums/dev\.jsonl, and the hub has no dataset your/sums with a file dev\.jsonl"):
         load_questions("gsm8k:your/sums/dev.jsonl", "test")
     hub.down = True
     with pytest.raises(UserError, match=r"no file your/sums/x\.jsonl, and x\.jsonl of your/sums cannot be fetched from the hub: "):
@@ -116,7 +116,7 @@ def test_held_out_items(babi: Path) -> None:
 
 @pytest.mark.parametrize(("count", "share"), [(1, 1), (14, 1), (16, 2), (24, 2), (26, 3)])
 def test_one_in_twenty_is_set_aside(count: int, share: int, tmp_path: Path) -> None:
-    """Of twice so many questions; the last ones of a file, and by a fixed seed of those that are made."""
+    """The last questions of a file; of generated ones by a fixed seed."""
     name = f"addition:difficulty=3+5,count={count}"
     items = load_questions(name, "train")
     shuffled = list(items)
@@ -134,11 +134,11 @@ def test_default_task_options() -> None:
     assert divide("addition:difficulty=3,count=4")[0][0] in load_questions("addition:difficulty=3,count=4", "train")
 
 
-# What is trained
+# Trained parameters
 
 
 def ending(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same, but that it writes an end-of-text token behind every text by itself."""
+    """The same, but it appends an end-of-text token to every text."""
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {tiny.END_OF_TEXT}", special_tokens=[(tiny.END_OF_TEXT, tokenizer.eos_token_id)]
     )
@@ -165,9 +165,9 @@ def test_state_token_has_a_leading_space_if_the_vocabulary_has_it() -> None:
     both = [letter for letter, (spaced, bare) in ids.items() if len(spaced) == len(bare) == 1]
     alone = [letter for letter, (spaced, bare) in ids.items() if len(spaced) == 2 and len(bare) == 1]
     assert both and alone
-    told = label_tokens(replace(item, labels=(both[0], alone[0]) * 2 + (both[0],)), TOKENIZER)
-    assert told is not None
-    assert told[2] == [ids[both[0]][0][0], ids[alone[0]][1][0]] * 2 + [ids[both[0]][0][0]]
+    labelled = label_tokens(replace(item, labels=(both[0], alone[0]) * 2 + (both[0],)), TOKENIZER)
+    assert labelled is not None
+    assert labelled[2] == [ids[both[0]][0][0], ids[alone[0]][1][0]] * 2 + [ids[both[0]][0][0]]
 
 
 def test_rows_that_are_full_to_the_last_token() -> None:
@@ -216,9 +216,9 @@ def test_states_are_scored_where_they_are_determined() -> None:
     item = generate("permutations", 5, 1, 0)[0]
     document = documents(list(question_rows([item], TOKENIZER, 60)))[0]
     ids, labels = zip(*document, strict=True)
-    told = label_tokens(item, TOKENIZER)
-    assert told is not None
-    asked, places, targets = told
+    labelled = label_tokens(item, TOKENIZER)
+    assert labelled is not None
+    asked, places, targets = labelled
     assert [TOKENIZER.decode(target).strip() for target in targets] == list(item.labels)
     assert list(ids[: len(asked)]) == asked == TOKENIZER(prompt(item))["input_ids"]
     assert [labels[place + 1] for place in places] == targets  # scored at the token of the letter itself

@@ -1,4 +1,4 @@
-"""The demo, shortened: everything it makes is made, and every number in its page was measured."""
+"""The demo, shortened: all outputs are written, and every number in its page was measured."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_tracker_results_equal_evaluate(out: Path) -> None:
     ("folder", "size", "words"),
     [
         (prose.donor_folder(), 8_000_000, ("held-out loss", "recipes/demo_donor.py")),
-        (state_tracking.tracker_folder(), 2_000_000, ("right at letter", "recipes.demo_tracker")),
+        (state_tracking.tracker_folder(), 2_000_000, ("accuracy at letter", "recipes.demo_tracker")),
     ],
 )
 def test_bundled_donors_are_small_and_documented(folder: Path, size: int, words: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The section on keeping track of a state: every figure is there, and the sentences follow the figures."""
+"""The section on state tracking: every figure is there, and the sentences follow the figures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LETTERS = range(1, 11)
 
 
 def tracker(name: str, *accuracies: float, H_cycles: int | None = None, error: float | None = 0.01, **training: float) -> Tracker:
-    """Accuracies of the first letters; the last one goes on to the end."""
+    """Accuracies of the first positions; the last one holds to the end."""
     filled = [*accuracies, *[accuracies[-1]] * (len(LETTERS) - len(accuracies))]
     shares = tuple(Share(letters=n, accuracy=share, standard_error=error) for n, share in zip(LETTERS, filled, strict=True))
     return Tracker(name=name, shares=shares, H_cycles=H_cycles, **training)  # type: ignore[arg-type]
 
 
 def example(*at_depths: float, tuned: float = 0.4, **changes: float) -> Tracking:
-    """A donor that is lost from the fifth letter on; all others know four letters, and of the rest as much as is said."""
+    """A donor that fails from the fifth position on; all others are right at four, and at the rest as given."""
     known = 1.0, 0.99, 0.98, 0.97
     return Tracking(
         states=6, words=321, example=("a b <c>", "A B C"), pretrained=4, trained=8, H_cycles=2,
@@ -61,8 +61,8 @@ def test_short_table_exceeds_the_trained_length() -> None:
     ],
 )
 def test_the_finding_follows_the_figures(ours: float, tuned: float, words: str) -> None:
-    said = finding(example(0.4, ours, tuned=tuned))
-    assert said.endswith(words) and "over lengths 5 to 8" in said
+    sentence = finding(example(0.4, ours, tuned=tuned))
+    assert sentence.endswith(words) and "over lengths 5 to 8" in sentence
 
 
 def test_without_errors_any_difference_counts() -> None:
@@ -77,8 +77,8 @@ def test_donor_that_never_fails() -> None:
 
 
 def test_donor_reach_follows_the_numbers() -> None:
-    said = sentences(example(0.4, 0.8))[0]
-    assert "up to length 4" in said and "from length 5 on" in said and "has 21.3\N{NO-BREAK SPACE}% at length 8" in said
+    sentence = sentences(example(0.4, 0.8))[0]
+    assert "up to length 4" in sentence and "from length 5 on" in sentence and "has 21.3\N{NO-BREAK SPACE}% at length 8" in sentence
     blind = replace(example(0.4, 0.8), donor_as_is=tracker("as is", 0.1))
     assert "at no measured length" in sentences(blind)[0]
 

@@ -1,4 +1,4 @@
-"""The demo's second half: a tracker that ships, told apart by length of the word, and its commands."""
+"""The demo's second half: the bundled tracker, accuracy by sequence length, and its commands."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The two guides of docs/: every command and snippet is run, every message that they quote is provoked, every figure is computed again.
+"""The two guides of docs/: every command and snippet is run, every quoted message is triggered, every figure is recomputed.
 
-What would take long is made small by one table; no command is left out. The guides of the specification are the subject of test_guides.py.
+One table shrinks what would take long; no command is left out. The guides of the specification are the subject of test_guides.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCRIPTS: dict[str, Callable[[list[str]], None]] = {
     "train_qwen_trm_hybrid.py": cli.train_trm_hybrid, "inference_qwen_recursive.py": cli.generate,
 }  # fmt: skip
 
-# What a guide says, and what stands for it here. Its wikitext is the stand-in hub's, tiny anyhow.
+# What a guide names -> its small replacement here. Wikitext is the stand-in hub's, which is tiny.
 SMALL = {
     "Qwen/Qwen2-0.5B": "shallow", "--prelude_layers 4 --L_layers 8 --coda_layers 4": "--prelude_layers 1 --L_layers 2 --coda_layers 1",
     "count=500": "count=2", "count=200": "count=2", "--max_new_tokens 100": "--max_new_tokens 3", "--prompt": "--max_new_tokens 3 --prompt",
@@ -76,11 +76,11 @@ def table(guide: str, first: str) -> list[list[str]]:
 
 
 def quoted(guide: str) -> list[str]:
-    """The messages of the troubleshooting: what stands behind `>`."""
+    """The messages of the troubleshooting section, quoted by `>`."""
     return re.findall(r"^> (.*)$", GUIDES[guide], re.MULTILINE)
 
 
-# Following it
+# Running its commands
 
 
 def small(text: str) -> str:
@@ -104,12 +104,12 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 
 def shape(line: str) -> str:
-    """What two lines have in common that differ in figures and in how full a bar is."""
+    """A line without its numbers and progress bars, for comparison."""
     return re.sub(r"[ █▉▊▋▌▍▎▏]+", " ", re.sub(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?", "#", line)).strip(" ,")
 
 
 def tiny_inputs() -> None:
-    """The donor and the text that the commands read, in the current folder. It bears a gain of 0.2."""
+    """The donor and the text that the commands read, in the current folder. It tolerates a start gain of 0.2."""
     tiny.tiny_donor("qwen2", Path("shallow"), num_hidden_layers=6, initializer_range=0.05)
     write("my_text.txt", "\n".join(tiny.sentences(3, 200)))
 
@@ -165,7 +165,7 @@ def test_every_field_of_the_metrics_is_explained(
 
 @dataclass
 class Case:
-    """How a message is provoked: commands before the one that says it, which have to succeed."""
+    """How a message is triggered: the commands before, which have to succeed."""
 
     command: str
     before: tuple[str, ...] = ()

@@ -33,9 +33,9 @@ def command(line: str, folder: Path, typed: str = "") -> subprocess.CompletedPro
 
 
 @pytest.fixture(scope="module")
-def desk(full_hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workdir(full_hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which the quick start's three steps have been run."""
-    folder = tmp_path_factory.mktemp("desk")
+    folder = tmp_path_factory.mktemp("workdir")
     converted = command(
         """python convert_qwen_to_recursive.py \\
     --qwen_model "Qwen/Qwen2-0.5B" \\
@@ -58,54 +58,54 @@ def desk(full_hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> Iter
     yield folder
 
 
-def test_step_1_prints_what_it_did(desk: Path) -> None:
-    out = (desk / "convert.out").read_text()
+def test_step_1_prints_what_it_did(workdir: Path) -> None:
+    out = (workdir / "convert.out").read_text()
     assert "num_layers=24" in out and "✓ Copied 4 transformer layers from indices [0, 8, 16, 23]" in out
-    assert (desk / "qwen_recursive_init_tokenizer" / "tokenizer_config.json").is_file()
+    assert (workdir / "qwen_recursive_init_tokenizer" / "tokenizer_config.json").is_file()
 
 
-def test_step_2_prints_its_summaries_and_keeps_the_best(desk: Path) -> None:
-    out = (desk / "train.out").read_text()
+def test_step_2_prints_its_summaries_and_keeps_the_best(workdir: Path) -> None:
+    out = (workdir / "train.out").read_text()
     for epoch in (1, 2, 3):
         assert f"Epoch {epoch} Summary:" in out
     for word in ("Train Loss: ", "Val Loss: ", "Perplexity: ", "✓ New best model saved: qwen_recursive_finetuned_best.pt"):
         assert word in out
-    assert (desk / "qwen_recursive_finetuned_best.pt").is_file()
-    assert (desk / "qwen_recursive_finetuned_best_tokenizer" / "tokenizer.json").is_file()
+    assert (workdir / "qwen_recursive_finetuned_best.pt").is_file()
+    assert (workdir / "qwen_recursive_finetuned_best_tokenizer" / "tokenizer.json").is_file()
 
 
-def test_step_3_writes(desk: Path) -> None:
+def test_step_3_writes(workdir: Path) -> None:
     done = command(
         """python inference_qwen_recursive.py \\
     --checkpoint qwen_recursive_finetuned_best.pt \\
     --prompt "Once upon a time"
 """,
-        desk,
+        workdir,
     )
     assert done.stdout.startswith("Once upon a time") and len(done.stdout) > len("Once upon a time") + 2
 
 
-def test_step_3_in_full_and_interactive(desk: Path) -> None:
+def test_step_3_in_full_and_interactive(workdir: Path) -> None:
     done = command(
         """python inference_qwen_recursive.py \\
     --checkpoint qwen_recursive_finetuned_best.pt \\
     --prompt "Once upon a time in a land far away" \\
     --max_new_tokens 100 \\
     --temperature 0.8""",
-        desk,
+        workdir,
     )
     assert done.stdout.startswith("Once upon a time in a land far away")
     interactive = command(
         """python inference_qwen_recursive.py \\
     --checkpoint qwen_recursive_finetuned_best.pt""",
-        desk,
+        workdir,
         typed="Once upon a time\nThe meaning of life is\n/quit\n",
     )
     assert interactive.stdout.count("Generating...") == 2
     assert interactive.stdout.rstrip().endswith("Goodbye!")
 
 
-def test_steps_1_and_2_in_full(desk: Path) -> None:
+def test_steps_1_and_2_in_full(workdir: Path) -> None:
     command(
         """python convert_qwen_to_recursive.py \\
     --qwen_model "Qwen/Qwen2-0.5B" \\
@@ -113,12 +113,12 @@ def test_steps_1_and_2_in_full(desk: Path) -> None:
     --H_cycles 3 \\
     --L_cycles 3 \\
     --seq_len 512 \\
-    --output_path full/qwen_recursive_init.pt""".replace("full/", f"{desk}/again_"),
-        desk,
+    --output_path full/qwen_recursive_init.pt""".replace("full/", f"{workdir}/again_"),
+        workdir,
     )
     done = command(
         f"""python train_qwen_recursive.py \\
-    --checkpoint {desk}/again_qwen_recursive_init.pt \\
+    --checkpoint {workdir}/again_qwen_recursive_init.pt \\
     --dataset_name wikitext \\
     --dataset_config_name wikitext-2-raw-v1 \\
     --batch_size 4 \\
@@ -127,8 +127,8 @@ def test_steps_1_and_2_in_full(desk: Path) -> None:
     --seq_len 128 \\
     --enable_deep_supervision \\
     --deep_supervision_weight 0.5 \\
-    --generate_every 500 --output_dir {desk}/again""",
-        desk,
+    --generate_every 500 --output_dir {workdir}/again""",
+        workdir,
     )
     assert "Epoch 3 Summary:" in done.stdout
 
@@ -158,8 +158,8 @@ OTHER_TRAININGS = [
 
 
 @pytest.mark.parametrize("flags", OTHER_TRAININGS)
-def test_other_trainings(flags: str, desk: Path, hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The options that the quick start shows; here with two steps of the run, the whole of which the steps above have made."""
+def test_other_trainings(flags: str, workdir: Path, hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options that the quick start shows, for two steps."""
     from recursify.cli import main as cli
     from tests.support import tiny
 
@@ -169,7 +169,7 @@ def test_other_trainings(flags: str, desk: Path, hub: HubStandIn, tmp_path: Path
         card = (folder / "README.md").read_text().replace("wikitext-2-raw-v1", "config_name")
         (folder / "README.md").write_text(card)
         hub.add_dataset("your/dataset", folder)
-    monkeypatch.chdir(desk)
+    monkeypatch.chdir(workdir)
     cli.train([*shlex.split(flags), "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "qwen_recursive_finetuned_best.pt").is_file()
 
@@ -178,11 +178,11 @@ OTHER_INFERENCES = ["--temperature 0.6", "--tokenizer_path qwen_recursive_init_t
 
 
 @pytest.mark.parametrize("flags", OTHER_INFERENCES)
-def test_other_inferences(flags: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_inferences(flags: str, workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from recursify.cli import main as cli
 
-    monkeypatch.chdir(desk)
-    (desk / "model.pt").write_bytes((desk / "qwen_recursive_finetuned_best.pt").read_bytes())
+    monkeypatch.chdir(workdir)
+    (workdir / "model.pt").write_bytes((workdir / "qwen_recursive_finetuned_best.pt").read_bytes())
     if "tokenizer_path" not in flags:
         flags += " --tokenizer_path qwen_recursive_finetuned_best_tokenizer"
     cli.generate([*shlex.split(f"--checkpoint model.pt {flags}"), "--prompt", "The river", "--max_new_tokens", "6"])
@@ -229,10 +229,10 @@ def test_approach_3(full_hub: HubStandIn, tmp_path: Path) -> None:
     assert written.stdout.startswith("Once upon a time") and len(written.stdout) > len("Once upon a time") + 2
 
 
-def test_edit_the_checkpoints_config_before_loading(desk: Path, tmp_path: Path) -> None:
+def test_edit_the_checkpoints_config_before_loading(workdir: Path, tmp_path: Path) -> None:
     from recursify.checkpoints import checkpoint
 
-    content = torch.load(desk / "qwen_recursive_finetuned_best.pt", weights_only=True)
+    content = torch.load(workdir / "qwen_recursive_finetuned_best.pt", weights_only=True)
     config = content["config"]
     config["H_cycles"] = 5  # More reasoning steps
     torch.save(content, tmp_path / "deeper.pt")

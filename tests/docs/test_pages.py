@@ -25,7 +25,7 @@ from tests.support.runs import blocks
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ("QWEN_TO_RECURSIVE_GUIDE.md", "DEEP_SUPERVISION_GUIDE.md")
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in GUIDES)]
-# How a command begins that is not run here, and why.
+# Start of a command that is not run here -> why.
 NOT_RUN = {
     "make ": "builds, tests or measures for minutes",
     "pip ": "installs",
@@ -34,10 +34,10 @@ NOT_RUN = {
     "python - <<": "measures the memory of a process of its own",
     "torchrun": "several processes: tests/training/test_torchrun.py",
     "recursify serve": "does not end; run in tests/serving",
-    "recursify evaluate --checkpoint model.pt --tasks hellaswag": "reads data sets of the hub",
+    "recursify evaluate --checkpoint model.pt --tasks hellaswag": "reads datasets of the hub",
     "recursify train --config recipes": "a donor of full size; tests/recipes checks every recipe",
 }
-# What a page says, and what stands for it here.
+# What a page names -> its replacement here.
 SMALL = {
     "count=200": "count=2", "difficulty=4-32/4": "difficulty=4-5", "difficulty=32": "difficulty=4", "--cycles 0 1 2 3 6": "--cycles 0 1",
     "--prompt": "--max_new_tokens 3 --prompt", "--compute_budget 0.6": "--compute_budget 1.0", "--L_layers 4": "--L_layers 2",
@@ -56,8 +56,8 @@ def snippets(page: Path) -> list[str]:
 
 
 def small(line: str) -> str:
-    for said, instead in SMALL.items():
-        line = line.replace(said, instead)
+    for printed, instead in SMALL.items():
+        line = line.replace(printed, instead)
     return line
 
 
@@ -66,7 +66,7 @@ def reason(line: str) -> str | None:
 
 
 @pytest.fixture
-def desk(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the pages' commands read: a model whose q_head is trained, a tuned donor, texts, questions, a task."""
     monkeypatch.chdir(tmp_path)
     model, tokenizer = convert("Qwen/Qwen2-0.5B", L_layers=2, H_cycles=3, L_cycles=1), tiny.make_tiny_tokenizer()
@@ -91,7 +91,7 @@ def desk(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
-def test_every_command_runs_or_a_reason_says_why_not(page: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_runs_or_a_reason_says_why_not(page: Path, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in commands(page):
         program, *words = shlex.split(small(line), comments=True)
         if reason(line):
@@ -108,7 +108,7 @@ def test_every_reason_is_needed() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
 def test_flags_of_commands_that_are_not_run_are_flags(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever starts recursify is parsed; what would be done with it is left out."""
+    """All recursify commands are parsed, not run."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli, "_command", lambda name, settings_class, job, argv: cli.parse(name, settings_class, argv))
     for line in commands(page):
@@ -120,7 +120,7 @@ def test_flags_of_commands_that_are_not_run_are_flags(page: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if snippets(page) and page.name not in ("serving.md", "api.md")], ids=lambda page: page.name
 )
-def test_every_snippet_runs(page: Path, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_snippet_runs(page: Path, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoint.load("model.pt", H_cycles=3).model
     names: dict[str, Any] = {"model": model, "input_ids": torch.tensor([[5, 6, 7]])}
     for snippet in snippets(page):

@@ -1,4 +1,4 @@
-"""Nothing that README, docs, docstrings and comments point at is gone: files, links, dotted names of Python, flags' recipes."""
+"""All references in README, docs, docstrings and comments exist: files, links, dotted names of Python, recipes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from recursify._moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[2]
-# The log and the changelog tell what was, under the names that it had.
+# The log and the changelog use the names of their time.
 PAGES = sorted(
     path
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/**/README.md")]
     if not {".venv", ".venv-oldest"} & set(path.parts)
 )
 FOLDERS = ("recursify", "recipes", "benchmarks", "models", "mutants")
-SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.name != "_moved.py")  # which tells old names
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.name != "_moved.py")  # which lists old names
 FILE = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)*[\w-]+\.(?:py|md|css))\b(?!\()")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 DOTTED = re.compile(r"(?<![\w./-])((?:recursify|recipes|benchmarks)(?:\.[A-Za-z_]\w*)+)")
@@ -48,10 +48,10 @@ def prose(path: Path) -> str:
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    said = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
     with tokenize.open(path) as lines:
-        said += [token.string for token in tokenize.generate_tokens(lines.readline) if token.type == tokenize.COMMENT]
-    return "\n".join(said)
+        docstrings += [token.string for token in tokenize.generate_tokens(lines.readline) if token.type == tokenize.COMMENT]
+    return "\n".join(docstrings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -25,7 +25,7 @@ TOKENIZER = make_tiny_tokenizer()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> RecursiveLLM:
-    """Keep-donor, gains and states well away from 0, so that every depth says something else."""
+    """Keep-donor, gains and states well away from 0, so that the depths differ."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("donor")
     tiny_donor("llama", folder, num_hidden_layers=3)
@@ -49,7 +49,7 @@ def rows_of(report: QuestionsReport, difficulty: int | None) -> list[Accuracy]:
 
 
 def test_batched_accuracy_equals_single_items(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a judge whom the noise of a random model can please."""
+    """With a scoring rule that random output can satisfy."""
     monkeypatch.setattr(accuracy, "is_right", lambda item, text: sum(text.encode()) % 2 == 0)
     items = [Item(f"{'the ship ' * (number % 3)}crosses {number}", "a river", 1 + number % 2) for number in range(7)]
     runs = [*RUNS, HALTED]
@@ -75,7 +75,7 @@ def test_a_plain_donor_has_one_run() -> None:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *texts: str) -> list[Sampling]:
-    """Let a model write these texts, and keep how it was asked to."""
+    """Make a model generate these texts, and record its arguments."""
     asked: list[Sampling] = []
 
     def write(model: Any, tokenizer: Any, prompts: list[str], sampling: Sampling) -> list[Any]:
@@ -170,14 +170,14 @@ def states(model: RecursiveLLM, monkeypatch: pytest.MonkeyPatch) -> list[Item]:
     """Questions of 2 to 4 labels, every other of which is what the model guesses at one cycle."""
     items = [Item(" ".join(["ship", "river", "song", "a"][:count]), "x", count, labels=("x",) * count) for count in (4, 2, 3, 4)]
 
-    def told(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    def scripted_labels(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
         ids = list(tokenizer(prompt(item)).input_ids)
         places = [2 + 2 * number for number in range(len(item.labels))]
         with torch.no_grad():
             guessed = model(torch.tensor([ids]), H_cycles=1).logits[0, places].argmax(dim=-1).tolist()
         return ids, places, [guess ^ number % 2 for number, guess in enumerate(guessed)]
 
-    monkeypatch.setattr(accuracy, "label_tokens", told)
+    monkeypatch.setattr(accuracy, "label_tokens", scripted_labels)
     return items
 
 
@@ -215,12 +215,12 @@ def test_label_predictions_with_halting(states: list[Item], model: RecursiveLLM,
     )
     real = accuracy.label_tokens
 
-    def told(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    def scripted_labels(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
         ids, places, _ = real(item, tokenizer)  # type: ignore[misc]
         with torch.no_grad():
             return ids, places, model(torch.tensor([ids]), H_cycles=3).logits[0, places].argmax(dim=-1).tolist()
 
-    monkeypatch.setattr(accuracy, "label_tokens", told)
+    monkeypatch.setattr(accuracy, "label_tokens", scripted_labels)
     runs = [never, DecodingOptions(H_cycles=3), DecodingOptions(H_cycles=2), always, DecodingOptions(H_cycles=1)]
     right = [row.right for row in evaluate_questions(model, TOKENIZER, "states", states, runs, "labels")[0].rows if row.difficulty is None]
     assert right[0] == right[1] == 13 > right[2] and right[3] == right[4] < 13
@@ -230,13 +230,13 @@ def test_dropout_is_off_for_labels(states: list[Item], monkeypatch: pytest.Monke
     donor = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5)
     real = accuracy.label_tokens
 
-    def told(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    def scripted_labels(item: Item, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
         ids, places, _ = real(item, tokenizer)  # type: ignore[misc]
         with torch.no_grad():
             return ids, places, donor.eval()(torch.tensor([ids])).logits[0, places].argmax(dim=-1).tolist()
 
-    monkeypatch.setattr(accuracy, "label_tokens", told)
-    tokens = [told(item, TOKENIZER) for item in states]
+    monkeypatch.setattr(accuracy, "label_tokens", scripted_labels)
+    tokens = [scripted_labels(item, TOKENIZER) for item in states]
     monkeypatch.setattr(accuracy, "label_tokens", lambda item, tokenizer: tokens[states.index(item)])
     donor.train()
     assert evaluate_questions(donor, TOKENIZER, "states", states, [DecodingOptions()], "labels")[0].rows[0].right == 13 and donor.training

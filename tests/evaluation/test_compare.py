@@ -1,4 +1,4 @@
-"""Models on the same items: differences and how sure they are against sums by hand, and the command from end to end."""
+"""Models on the same items: differences and their significance against sums by hand, and the command end to end."""
 
 from __future__ import annotations
 
@@ -219,13 +219,13 @@ def test_windows_that_overlap_count_in_pieces() -> None:
 
 def test_terminal_and_json_output() -> None:
     found = both(OURS, BASE)
-    text, told = found.render(), json.loads(json.dumps(found.to_dict()))
+    text, reported = found.render(), json.loads(json.dumps(found.to_dict()))
     for words in ("Against base", "-0.0750", "+33.3", "66.7", "only base", "t.txt"):
         assert words in text
-    assert told["baseline"] == "base" and told["same_windows"] is True
-    assert [(model["checkpoint"], model["path"]) for model in told["models"]] == [("base", "a/base"), ("ours", "b/ours")]
-    assert told["text_differences"][0]["difference"] == pytest.approx(-0.075)
-    assert told["question_differences"][2]["model_only"] == 2
+    assert reported["baseline"] == "base" and reported["same_windows"] is True
+    assert [(model["checkpoint"], model["path"]) for model in reported["models"]] == [("base", "a/base"), ("ours", "b/ours")]
+    assert reported["text_differences"][0]["difference"] == pytest.approx(-0.075)
+    assert reported["question_differences"][2]["model_only"] == 2
 
 
 @pytest.mark.parametrize(
@@ -283,13 +283,13 @@ def test_compare_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     questions = ["--questions", "permutations:difficulty=2-3,count=3", "--device", "cpu", "--halt", "kl"]
     cli.main(["compare", "--config", str(folder / "recipe.yaml"), "--cycles", "1", "--json", "--report", str(page), *questions])
     captured = capsys.readouterr()
-    told = json.loads(captured.out)
-    assert [model["trained_cycles"] for model in told["models"]] == [None, 2]
-    assert [line["H_cycles"] for line in told["models"][1]["text"]["rows"]] == [1, 2]  # its own is measured, too
-    [line] = told["text_differences"]
-    losses = [model["text"]["rows"][-1]["loss"] for model in told["models"]]
+    reported = json.loads(captured.out)
+    assert [model["H_cycles"] for model in reported["models"]] == [None, 2]
+    assert [line["H_cycles"] for line in reported["models"][1]["text"]["rows"]] == [1, 2]  # its own is measured, too
+    [line] = reported["text_differences"]
+    losses = [model["text"]["rows"][-1]["loss"] for model in reported["models"]]
     assert line["difference"] == pytest.approx(losses[1] - losses[0], abs=1e-9) and 0 <= line["p"] <= 1
-    assert [line["count"] for line in told["question_differences"]] == [6, 3, 3]
+    assert [line["count"] for line in reported["question_differences"]] == [6, 3, 3]
     html = page.read_text(encoding="utf-8")
     assert "donor and ours.pt, compared" in html and 'class="passage"' in html and str(page) in captured.err
 

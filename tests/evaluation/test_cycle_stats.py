@@ -86,7 +86,7 @@ def test_cycle_sums_equal_runs_at_each_depth(model: Any, x: torch.Tensor) -> Non
 
 
 def test_corrected_and_broken_predictions() -> None:
-    """On a head that reads two numbers as the logits of two tokens: of six guesses the second and fifth are mended, the third is broken."""
+    """A head that reads two numbers as the logits of two tokens: of six guesses the second and fifth are corrected, the third is broken."""
     head = torch.nn.Linear(2, 2, bias=False)
     head.weight.data = torch.eye(2)
     x = torch.tensor([[0, 1, 1, 1, 0, 0, 0]])
@@ -117,7 +117,7 @@ def test_summary_is_independent_of_batching(model: Any, x: torch.Tensor) -> None
     whole, parts = found(model, x), [found(model, x[:2], SCORED[:2]), found(model, x[2:], SCORED[2:])]
     together = {name: torch.cat([part[name] for part in parts], dim=1) for name in whole}
     one, two = summarise(whole, SCORED, 1).to_dict(), summarise(together, SCORED, 1).to_dict()
-    assert one["losses"] == pytest.approx(two["losses"]) and one["loop_gain"] == pytest.approx(two["loop_gain"], abs=1e-6)
+    assert one["losses"] == pytest.approx(two["losses"]) and one["loss_reduction"] == pytest.approx(two["loss_reduction"], abs=1e-6)
 
 
 def test_figures_are_means_over_tokens_and_errors_those_of_pairs(model: Any, x: torch.Tensor) -> None:
@@ -125,12 +125,12 @@ def test_figures_are_means_over_tokens_and_errors_those_of_pairs(model: Any, x: 
     report, tokens = summarise(sums, SCORED, 1), int(SCORED.sum())
     assert report.losses == pytest.approx((sums["nats"].sum(dim=1) / tokens).tolist())
     assert report.right == pytest.approx((sums["right"].sum(dim=1) / tokens).tolist())
-    assert report.loop_gain == pytest.approx(report.losses[0] - report.losses[-1])
-    assert sum(step.gain for step in report.steps) == pytest.approx(report.loop_gain)
+    assert report.loss_reduction == pytest.approx(report.losses[0] - report.losses[-1])
+    assert sum(step.loss_reduction for step in report.steps) == pytest.approx(report.loss_reduction)
     for c, step in enumerate(report.steps):
         assert (step.before, step.after) == (c + 1, c + 2)
-        gain = (sums["nats"][c] - sums["nats"][c + 1]) - step.gain * SCORED
-        assert step.gain_error == pytest.approx((5 / 4 * gain.square().sum()).sqrt().item() / tokens)
+        reduction = (sums["nats"][c] - sums["nats"][c + 1]) - step.loss_reduction * SCORED
+        assert step.loss_reduction_error == pytest.approx((5 / 4 * reduction.square().sum()).sqrt().item() / tokens)
         assert step.corrected - step.broken == pytest.approx(report.right[c + 1] - report.right[c])
     assert report.corrected - report.broken == pytest.approx(report.right[-1] - report.right[0])
 
@@ -169,34 +169,38 @@ def test_one_cycle_has_no_steps(model: Any, x: torch.Tensor) -> None:
     with torch.no_grad():
         sums = sums_of_cycles(model.lm_head, states_of(model, x)[:1], x, scored_places(x, SCORED))
     report = summarise(sums, SCORED, 1)
-    assert (report.steps, report.loop_gain, report.loop_gain_error, report.lines()) == ([], 0.0, None, [])
+    assert (report.steps, report.loss_reduction, report.loss_reduction_error, report.lines()) == ([], 0.0, None, [])
 
 
 def test_table_has_every_step_and_the_total(model: Any, x: torch.Tensor) -> None:
     sums = found(model, x) | sums_of_halting(model, x, scored_places(x, SCORED), "kl", 0.5, H)
     report = summarise(sums, SCORED, 1, summarise_halting(sums, SCORED, 1, model.config, "kl", 0.5, H))
-    said = "\n".join(report.lines())
+    printed = "\n".join(report.lines())
     for step in report.steps:
-        assert f"{step.before} -> {step.after}" in said and f"{step.gain:+.4f}" in said and f"{step.distance:.4f}" in said
+        assert (
+            f"{step.before} -> {step.after}" in printed and f"{step.loss_reduction:+.4f}" in printed and f"{step.distance:.4f}" in printed
+        )
     [whole] = [line for line in report.lines() if "all cycles" in line]
-    assert f"1 -> {H}" in whole and f"{report.loop_gain:+.4f}" in whole
+    assert f"1 -> {H}" in whole and f"{report.loss_reduction:+.4f}" in whole
     assert report.halting is not None
-    assert f"halting by kl, threshold 0.5, after at most {H} cycles" in said and f"loss {report.halting.loss:.4f}" in said
-    assert all(f"{cycle}: {share:.1%}" in said for cycle, share in report.halting.cycles.items())
+    assert f"halting by kl, threshold 0.5, after at most {H} cycles" in printed and f"loss {report.halting.loss:.4f}" in printed
+    assert all(f"{cycle}: {share:.1%}" in printed for cycle, share in report.halting.cycles.items())
 
 
 def test_two_cycles_are_one_line(model: Any, x: torch.Tensor) -> None:
     with torch.no_grad():
         sums = sums_of_cycles(model.lm_head, states_of(model, x)[:2], x, scored_places(x, SCORED))
-    said = summarise(sums, SCORED, 1).lines()
-    assert sum("1 -> 2" in line for line in said) == 1
+    printed = summarise(sums, SCORED, 1).lines()
+    assert sum("1 -> 2" in line for line in printed) == 1
 
 
 def test_to_dict_is_complete(model: Any, x: torch.Tensor) -> None:
     sums = found(model, x) | sums_of_halting(model, x, scored_places(x, SCORED), "q_head", None, H)
     report: CycleStats = summarise(sums, SCORED, 1, summarise_halting(sums, SCORED, 1, model.config, "q_head", None, H))
     read = json.loads(json.dumps(report.to_dict()))
-    assert read["loop_gain"] == report.loop_gain and [step["gain"] for step in read["steps"]] == [step.gain for step in report.steps]
+    assert read["loss_reduction"] == report.loss_reduction and [step["loss_reduction"] for step in read["steps"]] == [
+        step.loss_reduction for step in report.steps
+    ]
     assert read["halting"]["cycles"].keys() == {"1", "2", "3", "4"}
     assert summarise(found(model, x), SCORED, 1).to_dict()["halting"] is None
 
@@ -216,7 +220,7 @@ def test_state_distance_is_relative() -> None:
 
 
 def test_guesses_of_three_cycles_in_two_windows() -> None:
-    """A head that says the sign of a number; rows are what each cycle guesses, of which the last three, or two, are scored."""
+    """A head that predicts the sign of a number; rows are predictions by cycle, of which the last three, or two, are scored."""
     head = torch.nn.Linear(1, 2, bias=False)
     head.weight.data = torch.tensor([[-1.0], [1.0]])
     x = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 1]])
@@ -266,11 +270,11 @@ def error_by_hand(values: torch.Tensor, per_piece: int) -> float:
 def test_a_summary_by_hand(per_piece: int) -> None:
     report, nats = summarise(SUMS, TOKENS, per_piece), SUMS["nats"]
     assert report.H_cycles == 3 and report.losses == pytest.approx([32 / 27, 25.5 / 27, 21.5 / 27])
-    assert report.loop_gain == pytest.approx(10.5 / 27)
-    assert report.loop_gain_error == pytest.approx(error_by_hand(nats[0] - nats[2], per_piece))
+    assert report.loss_reduction == pytest.approx(10.5 / 27)
+    assert report.loss_reduction_error == pytest.approx(error_by_hand(nats[0] - nats[2], per_piece))
     for c, step in enumerate(report.steps):
-        assert (step.before, step.after, step.gain) == (c + 1, c + 2, pytest.approx(report.losses[c] - report.losses[c + 1]))
-        assert step.gain_error == pytest.approx(error_by_hand(nats[c] - nats[c + 1], per_piece))
+        assert (step.before, step.after, step.loss_reduction) == (c + 1, c + 2, pytest.approx(report.losses[c] - report.losses[c + 1]))
+        assert step.loss_reduction_error == pytest.approx(error_by_hand(nats[c] - nats[c + 1], per_piece))
     assert [(step.corrected, step.broken, step.distance) for step in report.steps] == [
         pytest.approx((3 / 27, 0.0, 9 / 27)), pytest.approx((4 / 27, 2 / 27, 4.5 / 27)),
     ]  # fmt: skip

@@ -33,7 +33,7 @@ MADE = "pointers:difficulty=1-2,count=3"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> RecursiveLLM:
-    """Keep-donor, gains and states well away from 0, so that every depth says something else."""
+    """Keep-donor, gains and states well away from 0, so that the depths differ."""
     folder = tmp_path_factory.mktemp("small")
     tiny_donor("llama", folder, num_hidden_layers=3)
     torch.manual_seed(1)
@@ -67,7 +67,7 @@ def measure(model: Any, **changes: Any) -> Any:
 def test_the_command_reads_both_forms(form: str, model: RecursiveLLM, text: Path, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / form, model, make_tiny_tokenizer())
     report = run(settings(checkpoint=str(tmp_path / form), dataset_name=str(text), max_windows=5))
-    assert report.text is not None and report.trained_cycles == 2
+    assert report.text is not None and report.H_cycles == 2
     assert [row.H_cycles for row in report.text.rows] == [1, 2, 3, 4]  # to twice the checkpoint's own
     assert report.text.windows == 5
     assert f"{report.text.rows[1].loss:.4f}" in report.render() and "own" in report.render()
@@ -76,7 +76,7 @@ def test_the_command_reads_both_forms(form: str, model: RecursiveLLM, text: Path
 def test_text_results_are_repeated_at_the_top_level(model: RecursiveLLM, text: Path) -> None:
     """There others read it, such as recursify export."""
     found = measure(model, dataset_name=str(text), stride=8).to_dict()
-    assert {"checkpoint", "dataset", "windows", "seq_len", "trained_cycles", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
+    assert {"checkpoint", "dataset", "windows", "seq_len", "H_cycles", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
     assert (
         found["text"] == {name: found[name] for name in found["text"]} and found["questions"] == found["tasks"] == found["passages"] == []
     )
@@ -334,7 +334,7 @@ def command(folder: Path, name: str) -> list[str]:
 
 def work(folder: Path) -> None:
     """What each process prints goes to a file of its own."""
-    with (folder / f"said_{os.environ['RANK']}").open("w") as said, redirect_stdout(said):
+    with (folder / f"said_{os.environ['RANK']}").open("w") as printed, redirect_stdout(printed):
         for name in LAUNCHES:
             cli.main(command(folder, name))
     (folder / f"first_{distributed.get_rank()}").write_text(str(is_first()))

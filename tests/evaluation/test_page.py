@@ -25,8 +25,8 @@ def loss_row(H: int | None, loss: float, error: float | None = 0.0123) -> dict[s
 
 def telemetry(losses: list[float]) -> dict[str, Any]:
     steps = [
-        {"before": c, "after": c + 1, "gain": losses[c - 1] - losses[c], "gain_error": 0.0011, "corrected": 0.0321, "broken": 0.0123,
-         "distance": 0.4567}
+        {"before": c, "after": c + 1, "loss_reduction": losses[c - 1] - losses[c], "loss_reduction_error": 0.0011,
+         "corrected": 0.0321, "broken": 0.0123, "distance": 0.4567}
         for c in range(1, len(losses))
     ]  # fmt: skip
     halting = {
@@ -34,8 +34,8 @@ def telemetry(losses: list[float]) -> dict[str, Any]:
         "extra_loss_error": 0.0002, "cycles": {1: 0.25, 2: 0.35, 3: 0.4}, "layer_applications": 31.4, "share": 0.81,
     }  # fmt: skip
     return {
-        "H_cycles": len(losses), "losses": losses, "right": [0.4] * len(losses), "loop_gain": losses[0] - losses[-1],
-        "loop_gain_error": 0.0021, "corrected": 0.0543, "broken": 0.0234, "steps": steps, "halting": halting,
+        "H_cycles": len(losses), "losses": losses, "right": [0.4] * len(losses), "loss_reduction": losses[0] - losses[-1],
+        "loss_reduction_error": 0.0021, "corrected": 0.0543, "broken": 0.0234, "steps": steps, "halting": halting,
     }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def evaluation(name: str = "runs/ours/model.pt", own: int | None = 3, **changes:
         {"task": "hellaswag", "metric": "acc_norm", "H_cycles": H, "halt": None, "value": 0.3456, "standard_error": 0.0047} for H in depths
     ]
     passages = [{"tokens": list(PIECES), "nats": nats}] * 2
-    whole = {"checkpoint": name, "trained_cycles": own, "text": text, "questions": [made, read], "tasks": tasks, "passages": passages}
+    whole = {"checkpoint": name, "H_cycles": own, "text": text, "questions": [made, read], "tasks": tasks, "passages": passages}
     return whole | changes
 
 
@@ -193,7 +193,7 @@ def test_one_difficulty_is_drawn_by_cycles() -> None:
 def test_a_donor_alone_has_tables_and_one_line_by_difficulty() -> None:
     html = render(evaluation("donor", None))
     [words] = titled(html, "Accuracy by difficulty")
-    assert "donor" in words and "no loop" in Page(html).text and "later cycles" not in Page(html).text
+    assert "donor" in words and "nats per token, plain model" in Page(html).text and "later cycles" not in Page(html).text
 
 
 def test_a_run_with_halting_has_a_column_and_no_line() -> None:
@@ -219,11 +219,11 @@ def spans(html: str) -> list[tuple[str, float, str, str]]:
     return [(kind, float(strength), title, words) for kind, strength, title, words in found]
 
 
-def test_tokens_are_coloured_by_what_later_cycles_gain() -> None:
+def test_tokens_are_coloured_by_the_loss_reduction_of_later_cycles() -> None:
     passage = {"tokens": ["A", " b", " c\n", "", "d"], "nats": [[2.0, 1.0, 0.25, 0.5], [1.0, 2.5, 0.25, 0.5], [0.5, 3.0, 0.0, 0.25]]}
     found = spans(render(evaluation(passages=[passage])))
     assert [(kind, words) for kind, _, _, words in found] == [("helped", " b"), ("harmed", " c\n"), ("helped", "d")]
-    assert [strength for _, strength, _, _ in found] == pytest.approx([0.75, 1.0, 0.25])  # gains of 1.5, -2 and 0.5 together, of 2
+    assert [strength for _, strength, _, _ in found] == pytest.approx([0.75, 1.0, 0.25])  # reductions of 1.5, -2 and 0.5 together, of 2
     assert found[0][2].startswith("·b") and "1: 2.00, 2: 1.00, 3: 0.50" in found[0][2] and "+1.50" in found[0][2]
 
 

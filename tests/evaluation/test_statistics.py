@@ -1,4 +1,4 @@
-"""Two tests of pairs, against tables of textbooks and sums by hand."""
+"""Two paired tests, against tables of textbooks and sums by hand."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_mcnemar_equals_scipys_binomial_test(ours: int, theirs: int) -> None:
 
 @pytest.mark.parametrize(("ours", "theirs"), product(range(5), range(5)))
 def test_mcnemar_by_hand(ours: int, theirs: int) -> None:
-    """All ways in which so many coins fall, of which those count that are at least as uneven."""
+    """All outcomes of n coin flips, of which those count that are at least as uneven."""
     falls = [sum(coins) for coins in product((0, 1), repeat=ours + theirs)]
     uneven = [heads for heads in falls if abs(2 * heads - len(range(ours + theirs))) >= abs(ours - theirs)]
     assert mcnemar_p(ours, theirs) == pytest.approx(len(uneven) / len(falls))

@@ -24,7 +24,7 @@ from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_model
 
 @pytest.fixture(scope="module")
 def model(donor_folder: Path) -> RecursiveLLM:
-    """Keep-donor, gains and states well away from 0, so that every depth says something else."""
+    """Keep-donor, gains and states well away from 0, so that the depths differ."""
     torch.manual_seed(1)
     model = convert(str(donor_folder), L_layers=2, keep_donor=True, H_cycles=2, L_cycles=1)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_telemetry_covers_every_cycle(model: RecursiveLLM, text: Path) -> None:
     for report in (deep, all_cycles):
         assert report.telemetry is not None and report.telemetry.H_cycles == 3
         assert report.telemetry.losses == pytest.approx([row.loss for row in all_cycles.rows], abs=1e-5)
-        assert report.telemetry.loop_gain == pytest.approx(all_cycles.rows[0].loss - all_cycles.rows[2].loss, abs=1e-5)
+        assert report.telemetry.loss_reduction == pytest.approx(all_cycles.rows[0].loss - all_cycles.rows[2].loss, abs=1e-5)
     shown = "\n".join(deep.lines(own=3))
     assert "1 -> 2" in shown and "all cycles" in shown and "own" in shown
 
@@ -199,7 +199,7 @@ def test_the_report_as_json(model: RecursiveLLM, text: Path) -> None:
     found = json.loads(json.dumps(report.to_dict()))
     assert {"dataset", "windows", "seq_len", "rows", "stride", "scored_tokens", "scored_bytes"} < set(found)
     assert found["rows"][0].keys() == {"H_cycles", "loss", "standard_error", "layer_applications", "bits_per_byte", "perplexity"}
-    assert {"loop_gain", "corrected", "broken", "steps", "halting"} < found["telemetry"].keys()
+    assert {"loss_reduction", "corrected", "broken", "steps", "halting"} < found["telemetry"].keys()
     assert found["telemetry"]["halting"]["criterion"] == "kl"
 
 
@@ -222,12 +222,12 @@ def test_standard_errors_with_overlapping_windows(model: RecursiveLLM, text: Pat
     report, found = measure_text(model, opened(text, stride=5), [1, 2], halting)
     assert report.telemetry is not None and report.telemetry.halting is not None
     wanted = [mean_and_error(row, found.tokens, 4)[1] for row in found.nats]
-    gain = mean_and_error(found.nats[0] - found.nats[1], found.tokens, 4)[1]
+    reduction_error = mean_and_error(found.nats[0] - found.nats[1], found.tokens, 4)[1]
     assert [row.standard_error for row in report.rows] == pytest.approx(wanted)
-    assert report.telemetry.loop_gain_error == pytest.approx(gain) == report.telemetry.steps[0].gain_error
+    assert report.telemetry.loss_reduction_error == pytest.approx(reduction_error) == report.telemetry.steps[0].loss_reduction_error
     assert report.telemetry.halting.standard_error == pytest.approx(wanted[1], abs=1e-6)
     alone = [mean_and_error(row, found.tokens)[1] for row in (*found.nats, found.nats[0] - found.nats[1])]
-    assert all(abs(one - other) > 1e-5 for one, other in zip(alone, [*wanted, gain], strict=True))  # type: ignore[operator]
+    assert all(abs(one - other) > 1e-5 for one, other in zip(alone, [*wanted, reduction_error], strict=True))  # type: ignore[operator]
 
 
 def test_table_marks_the_own_depth_and_the_stride(model: RecursiveLLM, text: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which tokens are scored, from how much context, and the bytes of text that they stand for, with tokenizers of both great kinds."""
+"""Which tokens are scored, from how much context, and their bytes of text, with byte-level BPE and SentencePiece tokenizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXTS = (ENGLISH, CHINESE, EMOJI, " the = Heading = ", f"the {CHINESE} the {EMOJ
 
 
 def sentencepiece(prepend: bool = True) -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space before every text unless told otherwise, spaces as ▁, bytes where there is no letter, `<s>` before a text."""
+    """As Llama 2's: a space before every text by default, spaces as ▁, bytes where there is no letter, `<s>` before a text."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁t", "he", "▁the"]
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
     bpe = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges, unk_token="<unk>", byte_fallback=True))
@@ -91,7 +91,7 @@ def test_standard_error_of_equal_windows() -> None:
 
 
 def test_overlapping_windows_form_one_piece() -> None:
-    """Cut finer, the same tokens are not more evidence."""
+    """A smaller stride does not shrink the error."""
     sums, counts = torch.tensor([3.0, 1.0, 6.0, 2.0, 2.0]), torch.tensor([7, 2, 2, 2, 2])
     mean, error = mean_and_error(sums, counts, 2)
     assert mean == pytest.approx(14 / 15)

@@ -91,9 +91,9 @@ def settings(**changes: Any) -> ExportSettings:
 
 def run(**changes: Any) -> tuple[export.ExportReport, str]:
     """The report and the printed lines."""
-    said: list[str] = []
-    report = export.run(settings(**changes), say=said.append)
-    return report, "\n".join(said)
+    printed: list[str] = []
+    report = export.run(settings(**changes), say=printed.append)
+    return report, "\n".join(printed)
 
 
 def evaluation(name: str, *rows: tuple[int | None, float, int], **changes: Any) -> str:
@@ -105,7 +105,7 @@ def evaluation(name: str, *rows: tuple[int | None, float, int], **changes: Any) 
         "windows": 40,
         "seq_len": 16,
         "stride": 16,
-        "trained_cycles": 2,
+        "H_cycles": 2,
         "rows": found,
     }
     Path(name).write_text(json.dumps(content | changes))
@@ -117,7 +117,7 @@ def evaluation(name: str, *rows: tuple[int | None, float, int], **changes: Any) 
 
 @pytest.mark.parametrize("form", ["model.pt", "model"])
 def test_either_form_is_exported_as_a_complete_folder(form: str, place: Path, model: RecursiveLLM) -> None:
-    report, said = run(checkpoint=form)
+    report, printed = run(checkpoint=form)
     files = listing(place / "out")
     assert {name: len(content) for name, content in files.items()} == report.files
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= set(
@@ -128,13 +128,13 @@ def test_either_form_is_exported_as_a_complete_folder(form: str, place: Path, mo
     assert torch.equal(logits(found.model), logits(model)) and found.plan == PLAN and found.notes == NOTES
     assert found.model.generation_config.top_k == 7
     assert json.loads(files["config.json"])["auto_map"]["AutoModelForCausalLM"].startswith("modeling_recursive_llm.")
-    assert f"✓ Wrote out: {len(files)} files" in said and "model.safetensors" in said
+    assert f"✓ Wrote out: {len(files)} files" in printed and "model.safetensors" in printed
 
 
 def test_sharded_export_in_another_dtype(place: Path, model: RecursiveLLM) -> None:
-    report, said = run(dtype="bfloat16", max_shard_size="20KB")
+    report, printed = run(dtype="bfloat16", max_shard_size="20KB")
     shards = [name for name in report.files if name.endswith(".safetensors")]
-    assert len(shards) > 1 and "model.safetensors.index.json" in report.files and "bfloat16" in said
+    assert len(shards) > 1 and "model.safetensors.index.json" in report.files and "bfloat16" in printed
     found = checkpoint.load(place / "out").model
     assert found.dtype == torch.bfloat16 and found.config.dtype == torch.bfloat16
     assert all(torch.equal(tensor, model.state_dict()[name].to(torch.bfloat16)) for name, tensor in found.state_dict().items())
@@ -216,8 +216,8 @@ def test_card_states_missing_information(place: Path, model: RecursiveLLM) -> No
 
 
 def test_evaluation_during_export(place: Path) -> None:
-    _, said = run(dataset_name="text.txt", seq_len=16, max_windows=3, cycles=(0, 2), dtype="bfloat16")
-    assert "✓ Measured on 3 windows of 16 tokens of text.txt" in said
+    _, printed = run(dataset_name="text.txt", seq_len=16, max_windows=3, cycles=(0, 2), dtype="bfloat16")
+    assert "✓ Measured on 3 windows of 16 tokens of text.txt" in printed
     card = (place / "out" / "README.md").read_text()
     assert "text.txt, 3 windows of 16 tokens." in card and "| 2 (the model's own) |" in card and "](loss_by_cycles.svg)" in card
     found, tokenizer = checkpoint.load(place / "out").model, AutoTokenizer.from_pretrained(place / "out", trust_remote_code=True)
@@ -255,7 +255,7 @@ def test_a_model_of_the_embedding_approach(place: Path, model: RecursiveLLM) -> 
 def test_the_plain_donor_of_every_family(family: str, tmp_path: Path) -> None:
     model = make_model(family)
     checkpoint.save(tmp_path / "m.pt", model, tiny.make_tiny_tokenizer(), PLAN, NOTES)
-    report, said = run(out=str(tmp_path / "plain"), checkpoint=str(tmp_path / "m.pt"), donor=True)
+    report, printed = run(out=str(tmp_path / "plain"), checkpoint=str(tmp_path / "m.pt"), donor=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert type(plain).__module__.startswith("transformers.models.") and plain.config.model_type == family
     assert torch.equal(logits(plain), logits(model, H_cycles=0)) and not torch.equal(logits(plain), logits(model))
@@ -271,8 +271,8 @@ def test_the_plain_donor_of_every_family(family: str, tmp_path: Path) -> None:
     assert not any("recursion" in name for name in stored)
     assert stored == {name for name in tiny.tiny_model(family, num_hidden_layers=6).state_dict() if not (tied and name == "lm_head.weight")}
     lost = {name: p.numel() for name, p in model.named_parameters() if "recursion" in name}
-    assert report.left_out == lost and f"{len(lost)} tensors, {sum(lost.values()):,} parameters" in said
-    assert all(name in said for name in lost)
+    assert report.left_out == lost and f"{len(lost)} tensors, {sum(lost.values()):,} parameters" in printed
+    assert all(name in printed for name in lost)
     assert not any(name.endswith((".py", ".svg")) or name == checkpoint.RECORD for name in report.files)
     card = (tmp_path / "plain" / "README.md").read_text()
     assert type(plain).__name__ in card and f"{sum(lost.values()):,} parameters" in card and "trust_remote_code" not in card
@@ -416,8 +416,8 @@ def writer(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStan
 
 def test_pushed_and_loaded_back(writer: HubStandIn, place: Path, model: RecursiveLLM) -> None:
     measured = (evaluation("e.json", (1, 2.5, 9), (2, 2.4, 15)),)
-    report, said = run(push="someone/looped", max_shard_size="20KB", evaluation=measured, license="mit", commit_message="first")
-    assert report.address == f"{writer.url}/someone/looped" and f"✓ Uploaded to {report.address}" in said
+    report, printed = run(push="someone/looped", max_shard_size="20KB", evaluation=measured, license="mit", commit_message="first")
+    assert report.address == f"{writer.url}/someone/looped" and f"✓ Uploaded to {report.address}" in printed
     pushed = writer.repos["models", "someone/looped"]
     assert listing(pushed.folder) == listing(place / "out") and not pushed.private
     found = AutoModelForCausalLM.from_pretrained("someone/looped", trust_remote_code=True).eval()

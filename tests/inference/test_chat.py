@@ -1,4 +1,4 @@
-"""Talking turn by turn: what is said, kept, forgotten, and read again only where it must be."""
+"""Chat: output, history, truncation of the history, and which tokens are prefilled again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 class Talk:
-    """Turns in, what was shown out."""
+    """Runs turns and returns the output."""
 
     def __init__(self, model: Any, tokenizer: Any, settings: ChatSettings = SETTINGS, input_prompt: str = "You: "):
         self.out, self.err = io.StringIO(), io.StringIO()
@@ -56,7 +56,7 @@ class Talk:
         return str(line)
 
     def __call__(self, *lines: Any) -> tuple[str, str]:
-        """What these lines bring up on stdout and stderr."""
+        """Output of these lines on stdout and stderr."""
         for stream in (self.out, self.err):
             stream.seek(0)
             stream.truncate()
@@ -71,7 +71,7 @@ def talk(model: Any, tokenizer: Any) -> Talk:
 
 
 def expected(model: Any, tokenizer: Any, messages: list[dict[str, str]], **changes: Any) -> str:
-    """The answer without any memory."""
+    """The answer without a prefix cache."""
     dialogue = Dialogue(tokenizer)
     sampling = replace(SETTINGS.sampling, stop=dialogue.stop, **changes)
     return dialogue.answer_text(generate_text(model, tokenizer, dialogue.prompt(messages), sampling, ends=dialogue.ends).text)
@@ -80,8 +80,8 @@ def expected(model: Any, tokenizer: Any, messages: list[dict[str, str]], **chang
 def test_each_answer_is_conditioned_on_the_whole_conversation(talk: Talk, model: Any, tokenizer: Any) -> None:
     out, _ = talk("The old lobster", "A castle?", "Why")
     messages: list[dict[str, str]] = []
-    for said in ("The old lobster", "A castle?", "Why"):
-        messages.append({"role": "user", "content": said})
+    for line in ("The old lobster", "A castle?", "Why"):
+        messages.append({"role": "user", "content": line})
         answer = expected(model, tokenizer, messages)
         assert answer.strip() in out
         messages.append({"role": "assistant", "content": answer})
@@ -129,7 +129,7 @@ def test_reset_forgets(talk: Talk, model: Any, tokenizer: Any) -> None:
 
 
 def test_depth_change_drops_the_cache(talk: Talk, model: Any, tokenizer: Any) -> None:
-    assert "read again" not in talk("/cycles 1", "/cycles 2")[0]  # nothing was said yet
+    assert "read again" not in talk("/cycles 1", "/cycles 2")[0]  # no turn yet
     out, _ = talk("The old lobster follows the river", "/cycles", "/cycles 2", "/cycles 1")
     assert out.count("H_cycles 2\n") == 2
     assert "H_cycles 1; the conversation is read again at this depth\n" in out
@@ -192,8 +192,8 @@ def test_early_exit_statistics_are_printed(talk: Talk) -> None:
 
 def test_slashes_and_several_lines(talk: Talk) -> None:
     talk("//usr/bin", '"""', "/one", "two", '"""', "three\\", "four", "  ")
-    said = [message["content"] for message in talk.chat.messages if message["role"] == "user"]
-    assert said == ["/usr/bin", "/one\ntwo", "three\nfour"]
+    messages = [message["content"] for message in talk.chat.messages if message["role"] == "user"]
+    assert messages == ["/usr/bin", "/one\ntwo", "three\nfour"]
 
 
 def test_help_lists_every_command(talk: Talk) -> None:
@@ -206,7 +206,7 @@ def test_help_lists_every_command(talk: Talk) -> None:
 
 
 class PressesCtrlC(io.StringIO):
-    """An output at which somebody presses Ctrl-C so many times when the first text comes."""
+    """An output stream that sends Ctrl-C a number of times at the first text."""
 
     def __init__(self, times: int):
         super().__init__()
@@ -222,7 +222,7 @@ class PressesCtrlC(io.StringIO):
 
 @pytest.fixture
 def listens() -> Iterator[None]:
-    """Python's own answer to Ctrl-C, which a suite that was started in the background has not got."""
+    """Python's default SIGINT handler, which is missing in a suite started in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -278,11 +278,11 @@ def test_conversation_longer_than_the_context(small: Any, tokenizer: Any) -> Non
 def test_forget_oldest_drops_old_turns(small: Any, tokenizer: Any) -> None:
     settings = replace(SETTINGS, max_new_tokens=10, forget_oldest=True, system="Be brief.")
     talk = Talk(small, tokenizer, settings)
-    said = [f"The old lobster {number}" for number in range(8)]
-    _, err = talk(*said)
+    lines = [f"The old lobster {number}" for number in range(8)]
+    _, err = talk(*lines)
     assert "error" not in err
     kept = [message["content"] for message in talk.chat.messages if message["role"] == "user"]
-    assert kept == said[-len(kept) :] and 0 < len(kept) < 8
+    assert kept == lines[-len(kept) :] and 0 < len(kept) < 8
     assert talk.chat.messages[0]["role"] == "system"
     assert len(talk.chat.dialogue.prompt(talk.chat.messages[:-1])) + 10 <= 64
 
@@ -298,9 +298,9 @@ def test_run_from_a_pipe(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.stdin", io.StringIO("The old\n"))
     chat.run(replace(SETTINGS, checkpoint=path, device="cpu"))
     answer = expected(model, tokenizer, [{"role": "user", "content": "The old"}])
-    said = capsys.readouterr()
-    assert said.out.strip() == answer
-    assert HELLO in said.err and said.err.endswith("Goodbye!\n")
+    printed = capsys.readouterr()
+    assert printed.out.strip() == answer
+    assert HELLO in printed.err and printed.err.endswith("Goodbye!\n")
 
 
 def test_an_answer_that_was_cut_says_so(model: Any, tokenizer: Any) -> None:

@@ -60,7 +60,7 @@ def test_prompt_with_a_surrogate_is_refused(tokenizer: Any) -> None:
 
 
 def test_a_tokenizer_of_qwen2s_kind(tmp_path: Path) -> None:
-    """From a folder, with the special tokens and the template that lie there; the template speaks first where nobody else does."""
+    """From a folder, with its special tokens and template, which adds a default system message."""
     make_qwen_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     dialogue = Dialogue(tokenizer)

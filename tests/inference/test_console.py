@@ -22,7 +22,7 @@ LOBSTER = '"""'
 
 
 def reading(*lines: str | type[BaseException]) -> tuple[Callable[[str], str], list[str]]:
-    """A keyboard that types these lines and then ends, and what it was asked with."""
+    """An input of these lines and then end of file, and the prompts shown."""
     left: Iterator[str | type[BaseException]] = iter(lines)
     asked: list[str] = []
 
@@ -84,7 +84,7 @@ def test_history_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert history_file() == tmp_path / "home" / ".local" / "state" / "recursify" / "history"
 
 
-# An answer repeats what was said, or, to "slow", goes on until Ctrl-C. Three sessions one after the other, the last of which cannot keep
+# An answer repeats the input, or, to "slow", continues until Ctrl-C. Three sessions one after the other, the last of which cannot keep
 # its lines.
 SESSIONS = """
 import os, time
@@ -121,7 +121,7 @@ class Terminal:
         self.shown = ""
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
-        """What is shown up to this text, which is taken from it."""
+        """The output up to this text, which is consumed."""
         limit = time.monotonic() + seconds
         while text not in self.shown:
             assert time.monotonic() < limit, f"waited for {text!r}, got {self.shown!r}"
@@ -145,7 +145,7 @@ def test_at_a_real_terminal(tmp_path: Path) -> None:
     environment = {
         "XDG_STATE_HOME": str(tmp_path / "state"),
         "TERM": "xterm",
-        "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers questions about the cursor here
+        "PROMPT_TOOLKIT_NO_CPR": "1",  # no terminal answers cursor queries here
         "LC_ALL": "C.UTF-8",
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
@@ -159,7 +159,7 @@ def test_at_a_real_terminal(tmp_path: Path) -> None:
     terminal.wait_for("heard 'slow'")
     terminal.type(ctrl_c)
     terminal.wait_for("(stopped)")
-    for _ in range(2):  # at the prompt it tells how to quit, as often as one likes
+    for _ in range(2):  # at the prompt it prints how to quit, each time
         terminal.wait_for("Say:")
         terminal.type("unfinished")
         terminal.wait_for("unfinished")
@@ -188,7 +188,7 @@ def test_at_a_real_terminal(tmp_path: Path) -> None:
     terminal.wait_for("Say:")
     terminal.type("\x04")
     terminal.wait_for("Goodbye!")
-    # and where none can be kept, nobody is told
+    # and no message where none can be kept
     terminal.wait_for("Say:")
     terminal.type("/quit\r")
     assert "rror" not in terminal.wait_for("Goodbye!")

@@ -1,4 +1,4 @@
-"""What every cycle would have said: equal to runs at each depth, and a table that fits a terminal."""
+"""Predictions of every cycle: equal to runs at each depth, and a table that fits a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GREEDY = Sampling(temperature=0, max_new_tokens=8)
 
 
 def seeded(donor_folder: Path, **shape: int) -> Any:
-    """Always the same model: where tokens halt depends on its random start."""
+    """Always the same model: where tokens halt depends on its random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return convert(str(donor_folder), L_layers=2, H_cycles=3, L_cycles=1, prelude_layers=1, gain=0.3, **shape)
@@ -39,7 +39,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model(donor_folder: Path) -> Any:
-    """Prelude, loop and coda, and gains that make every cycle say something else."""
+    """Prelude, loop and coda, and gains that make the cycles differ."""
     return seeded(donor_folder, coda_layers=1)
 
 
@@ -67,7 +67,7 @@ def test_cycle_predictions_equal_runs_at_each_depth(model: Any, tokenizer: Any, 
             assert guess.token_probability == pytest.approx(float(written), abs=1e-6)
             assert guess.token_rank == 1 + int((probabilities > written).sum())
             differ.add((position, guess.token))
-    assert len(differ) > len(steps)  # cycles do disagree, or this test shows nothing
+    assert len(differ) > len(steps)  # cycles disagree, or this test is vacuous
 
 
 def test_last_cycle_prediction_is_the_greedy_token(model: Any, tokenizer: Any) -> None:
@@ -153,7 +153,7 @@ def test_steps_of_a_run_that_halts(model: Any, tokenizer: Any, halt: Any) -> Non
     assert got.cycles is not None
     assert [step.halted or 3 for step in steps] == list(got.cycles)
     assert [len(step.cycles) for step in steps] == list(got.cycles)
-    assert all(step.cycles[-1].token == step.token for step in steps)  # greedy: what it said when it halted was written
+    assert all(step.cycles[-1].token == step.token for step in steps)  # greedy: its prediction when it halted was generated
     assert {step.halted for step in steps} >= {None} and len({step.halted for step in steps}) > 1
 
 

@@ -1,4 +1,4 @@
-"""Writing text: equal to transformers' own, whole characters as they come, and what each cycle would have said."""
+"""Text generation: equal to transformers' own, streamed by whole characters, and the predictions of each cycle."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PROMPTS = ["The old lobster", " leading space", "trailing space ", "two\nlines\n
 
 
 def seeded(donor_folder: Path, **shape: int) -> Any:
-    """Always the same model: where tokens halt depends on its random start."""
+    """Always the same model: where tokens halt depends on its random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return convert(str(donor_folder), L_layers=2, H_cycles=3, L_cycles=1, prelude_layers=1, gain=0.3, **shape)
@@ -50,7 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model(donor_folder: Path) -> Any:
-    """Prelude, loop and coda, and gains that make every cycle say something else."""
+    """Prelude, loop and coda, and gains that make the cycles differ."""
     return seeded(donor_folder, coda_layers=1)
 
 
@@ -60,7 +60,7 @@ def donor() -> Any:
 
 
 class Script(nn.Module):
-    """A head that says given tokens, one per call."""
+    """A head that predicts given tokens, one per call."""
 
     def __init__(self, tokens: list[int], vocabulary: int):
         super().__init__()
@@ -161,7 +161,7 @@ def test_donor_penalties_are_ignored_and_its_end_tokens_kept(donor: Any, tokeniz
     assert got.finish_reason == "stop"
 
 
-# what a donor's generation_config.json may say -> what it would do to a text of 24 tokens
+# a donor's generation_config.json -> its effect on a text of 24 tokens
 OF_A_DONOR: dict[str, Any] = {
     "repetition_penalty": 9.0, "encoder_repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 3, "do_sample": True,
     "max_new_tokens": 3,
@@ -403,7 +403,7 @@ def test_an_empty_batch(model: Any, tokenizer: Any) -> None:
     assert generate_batch(model, tokenizer, [], GREEDY) == []
 
 
-# --- depth where it pays
+# --- early exit
 
 
 @pytest.mark.parametrize("halt", ["kl", "entropy"])
@@ -416,7 +416,7 @@ def test_exit_cycles_of_generated_tokens(donor_folder: Path, tokenizer: Any, hal
     with torch.no_grad():
         at = model(ids, use_cache=False, halt=halt, halt_threshold=threshold).halt_cycles[0]
     assert got.cycles == tuple(at[len(got.prompt_ids) - 1 : -1].tolist())
-    assert len(set(got.cycles)) > 1  # or this test shows nothing
+    assert len(set(got.cycles)) > 1  # or this test is vacuous
     assert got.applications == sum(1 + cycle * 4 for cycle in got.cycles)  # a prelude of one layer, a loop of two applied twice
     assert got.plain_applications == 12 * 13
     assert decoding_stats(got).startswith(f"halting: {sum(got.cycles) / 12:.1f} of 3 cycles per token, ")
@@ -432,7 +432,7 @@ def test_exit_cycles_per_row_of_a_batch(model: Any, tokenizer: Any) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=6, halt="entropy", halt_threshold=5.6)
     batch = generate_batch(model, tokenizer, LONG_AND_SHORT, sampling)
     singles = [generate_text(model, tokenizer, prompt, sampling) for prompt in LONG_AND_SHORT]
-    assert len({cycle for one in batch for cycle in one.cycles or ()}) > 1  # or this test shows nothing
+    assert len({cycle for one in batch for cycle in one.cycles or ()}) > 1  # or this test is vacuous
     assert [replace(one, applications=None) for one in batch] == [replace(one, applications=None) for one in singles]
     # a row that has halted waits for the slowest: what it costs is what was computed
     slowest = [max(cycles) for cycles in zip(*(one.cycles or () for one in batch), strict=True)]
@@ -479,17 +479,20 @@ def test_self_speculation_in_a_batch_counts_once(model: Any, tokenizer: Any) -> 
     assert f" of {batch[0].drafted} drafted" in decoding_stats(*batch)
 
 
-def told(cycles: tuple[int, ...], applications: int, plain: int) -> Generated:
+def generated_with(cycles: tuple[int, ...], applications: int, plain: int) -> Generated:
     return Generated("", "", [1], [1] * len(cycles), "length", cycles, 4, applications, plain)
 
 
 def test_statistics_of_several_texts() -> None:
     assert (
-        decoding_stats(told((1, 2), 6, 20), told((4, 4, 4), 24, 30))
+        decoding_stats(generated_with((1, 2), 6, 20), generated_with((4, 4, 4), 24, 30))
         == "halting: 3.0 of 4 cycles per token, 40% of layer applications saved"
     )
-    assert decoding_stats(told((4,), 10, 10)) == "halting: 4.0 of 4 cycles per token, 0% of layer applications saved"
-    assert decoding_stats(told((4,), 15, 10)) == "halting: 4.0 of 4 cycles per token, 50% more layer applications than without halting"
+    assert decoding_stats(generated_with((4,), 10, 10)) == "halting: 4.0 of 4 cycles per token, 0% of layer applications saved"
+    assert (
+        decoding_stats(generated_with((4,), 15, 10))
+        == "halting: 4.0 of 4 cycles per token, 50% more layer applications than without halting"
+    )
     drafts = [Generated("", "", [1], [1], "length", drafted=drafted, accepted=accepted) for drafted, accepted in ((8, 4), (2, 2), (0, 0))]
     assert decoding_stats(*drafts) == "self-speculation: 6 of 10 drafted tokens accepted (60%)"
     off = replace(drafts[0], undrafted=3)

@@ -1,4 +1,4 @@
-"""The prompt loop: every command, every mishap, and Ctrl-C."""
+"""The interactive prompt: every command, every error, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line(talk: Any) -> None:
 
 
 class PressesCtrlC(io.StringIO):
-    """An output at which somebody presses Ctrl-C `times` times after the prompt is shown."""
+    """An output stream that sends Ctrl-C `times` times after the prompt is shown."""
 
     def __init__(self, times: int):
         super().__init__()
@@ -231,7 +231,7 @@ class PressesCtrlC(io.StringIO):
 
 @pytest.fixture
 def listens() -> Iterator[None]:
-    """Python's own answer to Ctrl-C, which a suite that was started in the background has not got."""
+    """Python's default SIGINT handler, which is missing in a suite started in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

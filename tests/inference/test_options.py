@@ -1,4 +1,4 @@
-"""What a run may spend: refused where it makes no sense, and otherwise in the model's own words."""
+"""Decoding options: invalid ones are refused, valid ones become arguments of the model."""
 
 from __future__ import annotations
 

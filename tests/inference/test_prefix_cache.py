@@ -1,4 +1,4 @@
-"""The memory of a conversation: the same text, and only what is new is read."""
+"""The prefix cache of a conversation: the same text, and only new tokens are prefilled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GREEDY = Sampling(temperature=0, max_new_tokens=6)
 
 
 def seeded(donor_folder: Path, **shape: int) -> Any:
-    """Always the same model: where tokens halt depends on its random start."""
+    """Always the same model: where tokens halt depends on its random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return convert(str(donor_folder), L_layers=2, H_cycles=3, L_cycles=1, prelude_layers=1, gain=0.3, **shape)
@@ -44,7 +44,7 @@ def sliding() -> Any:
 
 
 def turn(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, memory: PrefixCache) -> list[int]:
-    """Continue, check against a run without memory, and return the whole."""
+    """Continue, check against a run without the cache, and return all tokens."""
     expected = generate_text(model, tokenizer, ids, sampling)
     got = generate_text(model, tokenizer, ids, sampling, memory=memory)
     assert (got.token_ids, got.text, got.cycles) == (expected.token_ids, expected.text, expected.cycles)
@@ -52,7 +52,7 @@ def turn(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, memory:
 
 
 class Length:
-    """A cache of which only the length matters; from `least` on it cannot be cut back, as a window that has slid."""
+    """A cache with a length only; from `least` on it cannot be cropped, as with a sliding window."""
 
     def __init__(self, length: int, least: int = 0):
         self.length, self.least, self.cuts = length, least, 0
@@ -144,7 +144,7 @@ def test_other_options_drop_the_cache(model: Any, tokenizer: Any, other: dict[st
     expected = generate_text(model, tokenizer, whole, changed)
     with reading(model) as counts:
         got = generate_text(model, tokenizer, whole, changed, memory=memory)
-    assert counts[0] >= len(whole) - 1 and got.token_ids == expected.token_ids  # a draft begins at the last token
+    assert counts[0] >= len(whole) - 1 and got.token_ids == expected.token_ids  # a draft starts at the last token
 
 
 @pytest.mark.parametrize("options", [{"draft_cycles": 1}, {"draft_cycles": 0}, {"H_cycles": 0}])
@@ -162,7 +162,7 @@ def test_prefix_cache_works_with_halting(donor_folder: Path, tokenizer: Any) -> 
     model = seeded(donor_folder)
     sampling, memory = Sampling(temperature=0, max_new_tokens=12, halt="entropy", halt_threshold=5.6), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
-    assert len(set(memory.cache.cycles_used.flatten().tolist())) > 1  # or this test shows nothing
+    assert len(set(memory.cache.cycles_used.flatten().tolist())) > 1  # or this test is vacuous
     whole = turn(model, tokenizer, [*whole, 70, 71, 72], sampling, memory)
     whole = turn(model, tokenizer, [*whole[:-4], 75], sampling, memory)
     with reading(model) as counts:
@@ -171,7 +171,7 @@ def test_prefix_cache_works_with_halting(donor_folder: Path, tokenizer: Any) -> 
 
 
 def test_prefix_cache_works_with_the_last_policy(model: Any, tokenizer: Any) -> None:
-    """What is read at once sees each other at every cycle and what was read before at its last, so here the turns make the text."""
+    """Tokens of one prefill attend to each other at every cycle, and to earlier ones at their last, so here the turns matter."""
     sampling, memory = Sampling(temperature=0, max_new_tokens=6, cache_policy="last"), PrefixCache()
     whole = turn(model, tokenizer, tokenizer("The old lobster").input_ids, sampling, memory)
     with reading(model) as counts:

@@ -1,4 +1,4 @@
-"""Files of prompts: read as they stand, continued as alone, and gone on with after whatever interrupted them."""
+"""Prompt files: parsed, completed as single prompts are, and resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def test_prompt_file_results_equal_single_prompts(settings: GenerateSettings, mo
         alone = generate_text(model, make_tiny_tokenizer(), entry["prompt"], settings.sampling)
         assert (entry["text"], entry["finish_reason"], entry["tokens"]) == (alone.text, alone.finish_reason, len(alone.token_ids))
         assert "cycles" not in entry
-    said = capsys.readouterr()
-    assert said.out == f"✓ 7 prompts continued, in {prompt_file.output_path(settings)}\n"
-    assert "7/7" in said.err  # the bar
+    printed = capsys.readouterr()
+    assert printed.out == f"✓ 7 prompts continued, in {prompt_file.output_path(settings)}\n"
+    assert "7/7" in printed.err  # the bar
 
 
 def test_results_contain_exit_cycles(settings: GenerateSettings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +126,7 @@ def test_output_file(settings: GenerateSettings, tmp_path: Path) -> None:
 
 
 def test_every_batch_has_its_own_seed(settings: GenerateSettings, tmp_path: Path) -> None:
-    """The same prompt again and again: batches are unlike each other, and unlike those of another seed."""
+    """The same prompt repeated: batches differ from each other, and from those of another seed."""
     (tmp_path / "same.txt").write_text("The old lobster\n" * 6)
     same = replace(settings, prompt_file=str(tmp_path / "same.txt"), max_new_tokens=8)
     prompt_file.run(same)
@@ -153,11 +153,11 @@ def test_budget_is_calibrated_before_generation(settings: GenerateSettings, tmp_
     assert record["halt_threshold"] is not None and record["halt"] == "entropy"
 
 
-# --- and gone on with
+# --- resumed
 
 
 class Breaks:
-    """`generate_batch`, interrupted at its so manieth call."""
+    """`generate_batch`, interrupted at its n-th call."""
 
     def __init__(self, call: int):
         self.left, self.batches = call, 0
@@ -173,7 +173,7 @@ class Breaks:
 
 @pytest.fixture
 def whole(settings: GenerateSettings, tmp_path: Path) -> bytes:
-    """Results of a run that nothing interrupts."""
+    """Results of an uninterrupted run."""
     elsewhere = replace(settings, output_file=str(tmp_path / "whole.jsonl"))
     prompt_file.run(elsewhere)
     return prompt_file.output_path(elsewhere).read_bytes()

@@ -1,4 +1,4 @@
-"""Text while it is written: whole characters, stop strings however the text is cut, end tokens, every row by itself."""
+"""Streamed text: whole characters, stop strings across chunks, end tokens, each row independently."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 
 def before_stop(text: str, stop: list[str]) -> str:
-    """The slow way: letter by letter, until any of the strings is whole."""
+    """Reference: character by character, until any of the strings is complete."""
     for length in range(len(text) + 1):
         for ending in sorted(stop, key=len, reverse=True):
             if text[:length].endswith(ending):
@@ -42,9 +42,9 @@ def before_stop(text: str, stop: list[str]) -> str:
     return text
 
 
-@example(text="abcd", stop=["abcd", "bc"], places=[])  # the one that is whole first begins later
+@example(text="abcd", stop=["abcd", "bc"], places=[])  # the one that is complete first starts later
 @example(text="bcabc", stop=["abc", "bc"], places=[2])
-@example(text="xaab", stop=["aab"], places=[3])  # both letters may be the beginning
+@example(text="xaab", stop=["aab"], places=[3])  # both characters may be the start
 @example(text="xaab", stop=["b", "aab"], places=[3])
 @example(text="xaac", stop=["c", "aab"], places=[3])
 @given(text=st.text("ab\n"), stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), places=st.lists(st.integers(0, 40)))
@@ -148,7 +148,7 @@ def test_a_character_that_ends_with_the_text_may_complete_a_stop_string() -> Non
 
 
 def test_pending_text_is_flushed_in_order() -> None:
-    """The half character first, which may be the beginning of a stop string, then what was held back for that."""
+    """The incomplete character first, which may start a stop string, then the held-back text."""
     tokenizer = make_tiny_tokenizer()
     half = tokenizer("a🦞").input_ids[:-1]
     row = Row(tokenizer, [1], stop=["\ufffd!"])

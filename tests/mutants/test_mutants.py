@@ -1,4 +1,4 @@
-"""The tool that plants faults: what it finds to plant, what it draws, and a run on a toy whose tests see one fault and not another."""
+"""Mutation testing: the possible faults, the sample, and a run on a toy whose tests detect one fault and miss another."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_caught_survived_and_excused_on_a_toy(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "toy.py").write_text(TOY, encoding="utf-8")
     (tmp_path / "tests" / "test_toy.py").write_text(TOY_TEST, encoding="utf-8")
-    room = {"files": ["toy.py"], "tests": ["tests/test_toy.py"]}
+    area = {"files": ["toy.py"], "tests": ["tests/test_toy.py"]}
 
-    record = judge(tmp_path, "toy", room, {("toy.py", "clipped", *EXCUSED): "adds nothing"}, sample=0)
+    record = judge(tmp_path, "toy", area, {("toy.py", "clipped", *EXCUSED): "adds nothing"}, sample=0)
 
     outcomes = {(one["before"], one["after"]): one["outcome"] for one in record["mutants"]}
     assert outcomes == {SMALL_GREATER: "survived", EXCUSED: "excused"}
@@ -96,10 +96,10 @@ def test_a_draw_is_spread_over_the_functions() -> None:
 
 
 def test_the_tables_name_what_there_is() -> None:
-    rooms = tomllib.loads((HERE / "rooms.toml").read_text(encoding="utf-8"))
-    paths = [path for room in rooms.values() for path in room["files"] + room["tests"]]
+    areas = tomllib.loads((HERE / "areas.toml").read_text(encoding="utf-8"))
+    paths = [path for area in areas.values() for path in area["files"] + area["tests"]]
     assert not [path for path in paths if not (ROOT / path).exists()]
-    files = {file for room in rooms.values() for file in room["files"]}
+    files = {file for area in areas.values() for file in area["files"]}
     for file, function, before, new in excuses():
         source = (ROOT / file).read_text(encoding="utf-8")
         assert file in files and {line.strip() for line in before.splitlines()} <= {line.strip() for line in source.splitlines()}, before

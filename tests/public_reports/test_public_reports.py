@@ -1,6 +1,6 @@
-"""Faults that people reported of other tools, tried here: one small case each, with its source. CONTRIBUTING.md says how to add one.
+"""Bugs reported in other tools, reproduced here: one small case each, with its source. CONTRIBUTING.md says how to add one.
 
-The rooms' own tests cover the kinds of fault more widely; this list is by report, so that it can grow.
+The subpackages' own tests cover the kinds of fault more widely; this list is by report, so that it can grow.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @reported("vllm-project/vllm#42624", "Open-Athena/MarinFold#184")
 def test_a_rotary_base_that_older_readers_do_not_find(source: str, tmp_path: Path) -> None:
-    """They look for it at the top of config.json, and take 10,000 in silence where it is not."""
+    """They read it at the top of config.json, and silently take 10,000 where it is missing."""
     old_donors.old_donor("qwen2", tmp_path / "donor")
     run(ConvertSettings(qwen_model=str(tmp_path / "donor"), output_path=str(tmp_path / "folder"), L_layers=2), say=lambda _: None)
     export.run(ExportSettings(checkpoint=str(tmp_path / "folder"), out=str(tmp_path / "plain"), donor=True), say=lambda _: None)
@@ -137,7 +137,7 @@ def test_parameters_that_are_read_outside_of_a_call(source: str, donor: Path, tm
 
 @reported("huggingface/transformers#12763", "huggingface/transformers#1062")
 def test_a_tokenizer_with_more_tokens_than_the_model(source: str, donor: Path, tmp_path: Path) -> None:
-    """An IndexError somewhere in the embedding, or a message at the door."""
+    """An error message at loading instead of an IndexError in the embedding."""
     larger = make_tiny_tokenizer()
     larger.add_tokens([f"<extra_{i}>" for i in range(400)])
     larger.save_pretrained(tmp_path / "tokenizer")

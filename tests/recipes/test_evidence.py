@@ -1,4 +1,4 @@
-"""The evidence: its page says what its results say, its rivals loop as they should, and a study runs from nothing to a table."""
+"""The evidence: its page matches its results, its baselines loop as published, and a study runs from scratch to a table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     assert tables.render(PAGE, tmp_path) != PAGE
 
 
-# Rivals
+# Baselines
 
 
 def looped(rival: str) -> Any:
@@ -57,7 +57,7 @@ def looped(rival: str) -> Any:
 
 
 def states(model: Any, monkey: dict[int, Tensor]) -> list[Tensor]:
-    """Of a loop around a block that adds a number of its own at every application."""
+    """Of a recursion whose block adds another number at every application."""
 
     def block(z: Tensor, n: int) -> Tensor:
         monkey[n] = z

@@ -1,4 +1,4 @@
-"""The server at its limits: full queues, small caches, clients that go, requests that take too long, and its own end."""
+"""The server at its limits: full queues, small KV caches, disconnecting clients, timeouts, and shutdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.tiny import sentences
 
 @pytest.fixture
 def held(model: Any, tokenizer: Any) -> Iterator[Running]:
-    """A server that lets in one text at a time, two wait, and its manager writes nothing: until the test says `go`."""
+    """A server that admits one request, queues two, and generates nothing until the test calls `go`."""
     with running(model, tokenizer, max_running=1, max_queue=2) as server, contextlib.ExitStack() as pause:
         pause.enter_context(server.batcher.manager.pause())
         server.go = pause.close  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def connected(server: Running) -> socket.socket:
 
 
 def caller(server: Running, body: dict[str, Any]) -> socket.socket:
-    """A completion that has been asked for, and whose answer nobody reads."""
+    """A completion request whose response is not read."""
     raw = connected(server)
     content = json.dumps(body).encode()
     raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))

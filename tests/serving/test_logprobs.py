@@ -54,12 +54,12 @@ def test_completion_logprobs_are_those_of_a_forward_pass(server: Running, model:
     [{}, {"temperature": 0.3, "top_k": 4, "top_p": 0.9}, {"temperature": 0, "repetition_penalty": 2.0, "presence_penalty": 2.0}],
 )
 def test_sampling_and_penalties_do_not_change_logprobs(extra: dict[str, Any], server: Running, model: Any, tokenizer: Any) -> None:
-    """They are read back from the tokens that came, which are not the most likely ones."""
+    """They are those of the sampled tokens, which are not the most likely ones."""
     read = tokenizer(PROMPTS[0]).input_ids
-    said = {"prompt": read, "temperature": 1.0, "seed": 3, "max_tokens": 15, "logprobs": 0, **extra}
+    request_body = {"prompt": read, "temperature": 1.0, "seed": 3, "max_tokens": 15, "logprobs": 0, **extra}
     with ThreadPoolExecutor(4) as pool:
         crowd = [pool.submit(server.write, prompt, temperature=2.0, max_tokens=20) for prompt in PROMPTS[1:4]]
-        found = server.post(**said).json()["choices"][0]
+        found = server.post(**request_body).json()["choices"][0]
         for other in crowd:
             other.result()
     spelling = Spelling(tokenizer)
@@ -75,11 +75,11 @@ def test_sampling_and_penalties_do_not_change_logprobs(extra: dict[str, Any], se
 
 
 def test_chat_logprobs_are_those_of_the_completion(server: Running, tokenizer: Any) -> None:
-    said = {"temperature": 1.2, "seed": 8, "max_tokens": 20}
+    request_body = {"temperature": 1.2, "seed": 8, "max_tokens": 20}
     chat = server.openai.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "Who"}], logprobs=True, top_logprobs=3, **said
+        model="tiny", messages=[{"role": "user", "content": "Who"}], logprobs=True, top_logprobs=3, **request_body
     ).choices[0]
-    plain = server.openai.completions.create(model="tiny", prompt="<user>Who<assistant>", logprobs=3, **said).choices[0]
+    plain = server.openai.completions.create(model="tiny", prompt="<user>Who<assistant>", logprobs=3, **request_body).choices[0]
     content = chat.logprobs.content
     assert [entry.token for entry in content] == plain.logprobs.tokens
     assert [entry.logprob for entry in content] == pytest.approx(plain.logprobs.token_logprobs, **CLOSE)
@@ -104,17 +104,17 @@ def test_without_alternatives_and_without_logprobs(server: Running) -> None:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_streamed_logprobs_are_those_of_the_whole_answer(chat: bool, server: Running) -> None:
-    said: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 60, "n": 2}
+    request_body: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 60, "n": 2}
     path = "/v1/chat/completions" if chat else "/v1/completions"
-    said |= (
+    request_body |= (
         {"messages": [{"role": "user", "content": "龙虾"}], "logprobs": True, "top_logprobs": 2}
         if chat
         else {"prompt": "龙虾", "logprobs": 2}
     )
-    whole = server.post(path, **said).json()["choices"]
+    whole = server.post(path, **request_body).json()["choices"]
     create: Any = server.openai.chat.completions.create if chat else server.openai.completions.create
     texts, logs = ["", ""], [[], []]  # type: ignore[var-annotated]
-    for chunk in create(model="tiny", stream=True, **said):
+    for chunk in create(model="tiny", stream=True, **request_body):
         choice = chunk.choices[0]
         text = (choice.delta.content or "") if chat else choice.text
         if choice.logprobs is not None and not chat:
@@ -136,8 +136,8 @@ NAMES = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 def test_bytes_of_a_hot_text_are_its_own(server: Running) -> None:
     """At this temperature there are parts of characters among the tokens, and ids without a token."""
-    said = {"messages": [{"role": "user", "content": "Who"}], "temperature": 2.0, "max_tokens": 200, "seed": 1, "logprobs": True}
-    choice = server.post("/v1/chat/completions", **said).json()["choices"][0]
+    request_body = {"messages": [{"role": "user", "content": "Who"}], "temperature": 2.0, "max_tokens": 200, "seed": 1, "logprobs": True}
+    choice = server.post("/v1/chat/completions", **request_body).json()["choices"][0]
     content = choice["logprobs"]["content"]
     kinds = {entry["token"].split(":")[0] for entry in content if entry["token"].startswith(("bytes:\\x", "token_id:"))}
     assert kinds == {"bytes", "token_id"}
@@ -151,13 +151,13 @@ def test_tokens_of_a_stop_string_and_end_tokens_are_left_out(server: Running, mo
     text, before = tokenizer.decode(ids), tokenizer.decode(ids[:19])
     stop = text[len(before) : len(before) + 3]
     cut = text.index(stop)
-    said: dict[str, Any] = {"prompt": PROMPTS[2], "temperature": 0, "max_tokens": 30, "logprobs": 1}
-    found = server.post(**said, stop=stop).json()["choices"][0]
+    request_body: dict[str, Any] = {"prompt": PROMPTS[2], "temperature": 0, "max_tokens": 30, "logprobs": 1}
+    found = server.post(**request_body, stop=stop).json()["choices"][0]
     assert found["text"] == text[:cut] and max(found["logprobs"]["text_offset"]) < cut <= len("".join(found["logprobs"]["tokens"]))
     before_end, model.generation_config.eos_token_id = model.generation_config.eos_token_id, ids[10]
     try:
         with running(model, tokenizer) as ending:
-            found = ending.post(**said).json()["choices"][0]
+            found = ending.post(**request_body).json()["choices"][0]
     finally:
         model.generation_config.eos_token_id = before_end
     assert (found["finish_reason"], found["logprobs"]["tokens"]) == ("stop", [tokenizer.decode([i]) for i in ids[: ids.index(ids[10])]])

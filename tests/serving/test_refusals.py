@@ -1,4 +1,4 @@
-"""What the server refuses, and with which words: always OpenAI's shape of an error, never a 500."""
+"""What the server refuses, and with which message: always OpenAI's error format, never a 500."""
 
 from __future__ import annotations
 

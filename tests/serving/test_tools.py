@@ -85,7 +85,7 @@ def test_calls_and_results_reach_the_template(server: Running, model: Any) -> No
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the model write a given text, and then its end token."""
+    """Makes the model generate a given text, and then its end token."""
 
     def write(text: str) -> None:
         ids = [*make_tiny_tokenizer()(text).input_ids, 0]
@@ -103,21 +103,21 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_calls_are_read_whole_and_streamed(server: Running, written: Any) -> None:
     written(f"I look it up.\n{CALL}\n{CALL.replace('Köln', 'Bonn')}\n")
-    said: dict[str, Any] = {"model": "tiny", "messages": ASKED, "tools": [WEATHER], "max_tokens": 400}
-    (choice,) = server.openai.chat.completions.create(**said).choices
+    request_body: dict[str, Any] = {"model": "tiny", "messages": ASKED, "tools": [WEATHER], "max_tokens": 400}
+    (choice,) = server.openai.chat.completions.create(**request_body).choices
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look it up.")
     calls = choice.message.tool_calls
     assert [(call.type, call.function.name, json.loads(call.function.arguments)) for call in calls] == [
         ("function", "weather", {"place": place, "days": 2}) for place in ("Köln", "Bonn")
     ]
     assert len({call.id for call in calls}) == 2
-    with server.openai.chat.completions.stream(**said) as stream:  # the client puts the chunks together
+    with server.openai.chat.completions.stream(**request_body) as stream:  # the client puts the chunks together
         final = stream.get_final_completion().choices[0]
     assert (final.finish_reason, final.message.content) == ("tool_calls", "I look it up.")
     assert [call.function.arguments for call in final.message.tool_calls] == [call.function.arguments for call in calls]
     # and the answer can be sent back
     results = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in calls]
-    again = server.openai.chat.completions.create(**{**said, "messages": [*ASKED, choice.message.model_dump(), *results]})
+    again = server.openai.chat.completions.create(**{**request_body, "messages": [*ASKED, choice.message.model_dump(), *results]})
     assert again.usage.prompt_tokens > 0
 
 
@@ -166,12 +166,12 @@ TEXTS: list[tuple[str, str, list[tuple[str, str]]]] = [
 @pytest.mark.parametrize(("text", "content", "calls"), TEXTS, ids=range(len(TEXTS)))
 def test_calls_do_not_depend_on_the_pieces(text: str, content: str, calls: list[tuple[str, str]]) -> None:
     for seed in range(20):
-        rng, reader, found, said, at = random.Random(seed), CallReader(), [], "", 0
+        rng, reader, found, plain, at = random.Random(seed), CallReader(), [], "", 0
         while at < len(text):
             size = len(text) if seed == 0 else rng.randint(1, 1 + seed)
             more, new = reader.put(text[at : at + size])
-            said, found, at = said + more, [*found, *new], at + size
-        assert said + reader.end() == content
+            plain, found, at = plain + more, [*found, *new], at + size
+        assert plain + reader.end() == content
         assert [(call.name, call.arguments) for call in found] == calls
         assert [call.number for call in found] == list(range(len(calls)))
 

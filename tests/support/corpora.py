@@ -1,4 +1,4 @@
-"""Small corpora for tests of what is read from them, and how errors are expected."""
+"""Small corpora for tests of reading, and the expected errors."""
 
 from __future__ import annotations
 

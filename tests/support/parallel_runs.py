@@ -1,4 +1,4 @@
-"""A run that several processes make together, or one alone: the same model, text and settings."""
+"""A run of several processes, or of one: the same model, text and settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_config
 SEQ_LEN, SEQUENCES, STEPS, SAVED = 16, 24, 6, 3
 
 
-PATIENCE = 240.0  # seconds for a launch; processes that wait for each other in vain wait half an hour
+PATIENCE = 240.0  # seconds for a launch; a deadlock of the processes lasts half an hour
 
 
 def launch(arguments: Sequence[str | Path], processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +83,7 @@ class TakeWeights(TrainerCallback):
 
 
 def run(folder: Path | None = None, resume_from: Path | None = None, model: Any = None, **changes: Any) -> dict[str, Any]:
-    """Train, and say what came of it. With a folder, a checkpoint is left there after step 3."""
+    """Train, and return the results. With a folder, a checkpoint is saved there after step 3."""
     model, taken = model or recursive(), TakeWeights()
     saver = None if folder is None else Saver(folder, make_tiny_tokenizer(), torch.float32)
     result = fit(

@@ -107,15 +107,15 @@ def write_babi(path: Path, kind: str, divider: str = "\t", count: int = 300) -> 
     rng, lines, items = random.Random(kind), [], []
     while len(items) < count:
         story = _paths(rng) if kind == "path" else _moves(rng, kind)
-        told: list[str] = []
+        story_lines: list[str] = []
         for number, line in enumerate(story, start=1):
             if isinstance(line, str):
-                told.append(line)
+                story_lines.append(line)
                 lines.append(f"{number} {line}")
             else:
                 question, answer, facts = line
                 lines.append(f"{number} {question}{divider}{answer}{divider}{' '.join(map(str, facts))}")
-                items.append(Item(" ".join([*told, question.strip()]), answer, len(facts)))
+                items.append(Item(" ".join([*story_lines, question.strip()]), answer, len(facts)))
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     return items
 
@@ -174,7 +174,7 @@ def _moves(rng: random.Random, kind: str) -> list[str | Asked]:
 
 
 def write_scan(path: Path, count: int = 300, longest: int = 48) -> list[Item]:
-    """Commands and what they mean, worked out from their grammar; no more than so many actions."""
+    """Commands and their actions, from their grammar, with a maximum number of actions."""
     rng, lines, items = random.Random(longest), [], []
     while len(items) < count:
         parts = [_phrase(rng) for _ in range(rng.randint(1, 2))]

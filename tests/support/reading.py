@@ -1,4 +1,4 @@
-"""How much of a text a model reads."""
+"""The tokens that a model processes."""
 
 from __future__ import annotations
 

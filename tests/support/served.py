@@ -50,8 +50,8 @@ class Running:
 
     def write(self, prompt: Any, **options: Any) -> str:
         """Text of a greedy completion."""
-        said = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 12, **options}
-        return self.openai.completions.create(**said).choices[0].text
+        request_body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 12, **options}
+        return self.openai.completions.create(**request_body).choices[0].text
 
     @property
     def batcher(self) -> Any:

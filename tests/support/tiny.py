@@ -83,7 +83,7 @@ SCRIPTS = (
     " 🦐 🦀 🐙 🐟",
     "🇫🇷🇯🇵 👨\u200d👩\u200d👧 🏴\u200d☠\ufe0f",
 )
-# Of what Qwen2's vocabulary has as one token, with the space before it: what the generated tasks are made of.
+# Single tokens of Qwen2's vocabulary, with the space before them, that the synthetic tasks use.
 QWEN_WORDS = ("(", ")", "+", ",", ";", ">", "next", "and", "or", "not", "True", "False", *string.ascii_letters)
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

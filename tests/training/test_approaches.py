@@ -1,4 +1,4 @@
-"""The table of approaches, row by row: only what it says is trained moves, everything else stays as it is in the donor, bit by bit."""
+"""The table of approaches, row by row: only what it trains changes, everything else equals the donor, bit by bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS: dict[str, type[DonorSettings]] = {"embedding": EmbeddingSettings, "hyb
 
 
 @pytest.fixture(scope="module")
-def corner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied donor, an untied one, and text: 12 sequences of 32 tokens, 2 for validation."""
     folder = tmp_path_factory.mktemp("approaches")
     tiny_donor("qwen2", folder / "tied", num_hidden_layers=3)
@@ -47,11 +47,11 @@ def corner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(approach: str, corner: Path, out: Path | None = None, donor: str = "tied", **changes: Any) -> Any:
+def settings(approach: str, workdir: Path, out: Path | None = None, donor: str = "tied", **changes: Any) -> Any:
     """Of a run of 3 steps per epoch, one epoch."""
     common: dict[str, Any] = {
-        "model_name": str(corner / donor), "L_layers": 2, "H_cycles": 2, "L_cycles": 1, "dataset_name": str(corner / "text"), "seq_len": 32,
-        "num_epochs": 1, "lr": 3e-3, "warmup_steps": 0, "generate_every": 0, "device": "cpu", "output_dir": str(out or "."),
+        "model_name": str(workdir / donor), "L_layers": 2, "H_cycles": 2, "L_cycles": 1, "dataset_name": str(workdir / "text"),
+        "seq_len": 32, "num_epochs": 1, "lr": 3e-3, "warmup_steps": 0, "generate_every": 0, "device": "cpu", "output_dir": str(out or "."),
         "enable_deep_supervision": True,
     }  # fmt: skip
     return SETTINGS[approach](**(common | changes))
@@ -72,13 +72,13 @@ def trainable(model: Any) -> set[str]:
 
 
 def loop_of(model: Any) -> set[str]:
-    """Names of what is called the loop: the looped layers, gains and start states."""
+    """Names of what is called the loop: the looped layers, gains and initial states."""
     own = {"H_init", "L_init", *(f"inject_{state}.theta_{gain}" for state in "HL" for gain in "AB")}
     layers = {name for name, _ in model.named_parameters() if name.startswith("model.layers.")}
     return layers | {f"model.recursion.{name}" for name in own}
 
 
-# What starts as what
+# Initialisation
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,27 +97,27 @@ def test_parts_taken_from_the_donor(approach: str, family: str, tmp_path: Path) 
     assert found.notes == {"donor": str(tmp_path), "donor_folder": str(tmp_path), "seq_len": 128, "loop": loop}
 
 
-def test_fresh_loop_uses_the_donor_class_initialisation(corner: Path) -> None:
+def test_fresh_loop_uses_the_donor_class_initialisation(workdir: Path) -> None:
     """Weights of the width that its configuration asks for, norms of ones, no biases; the same for the same seed."""
-    model: Any = from_donor(settings("hybrid", corner, fresh_loop=True)).model
+    model: Any = from_donor(settings("hybrid", workdir, fresh_loop=True)).model
     layer = model.model.layers[0]
     assert layer.mlp.up_proj.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
     assert torch.equal(layer.input_layernorm.weight, torch.ones(32)) and layer.self_attn.q_proj.bias.abs().max() == 0
     assert not torch.equal(layer.mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
-    assert not differing(model, from_donor(settings("hybrid", corner, fresh_loop=True)).model)
-    other = differing(model, from_donor(settings("hybrid", corner, fresh_loop=True, seed=7)).model)
+    assert not differing(model, from_donor(settings("hybrid", workdir, fresh_loop=True)).model)
+    other = differing(model, from_donor(settings("hybrid", workdir, fresh_loop=True, seed=7)).model)
     assert {"model.layers.0.mlp.up_proj.weight", "model.recursion.H_init"} <= other and EMBEDDINGS not in other and NORM not in other
 
 
-def test_a_donor_loop_for_the_embedding_approach(corner: Path) -> None:
-    donor: Any = AutoModelForCausalLM.from_pretrained(corner / "tied")
-    found = from_donor(settings("embedding", corner, donor_loop=True, L_layers=3))
+def test_a_donor_loop_for_the_embedding_approach(workdir: Path) -> None:
+    donor: Any = AutoModelForCausalLM.from_pretrained(workdir / "tied")
+    found = from_donor(settings("embedding", workdir, donor_loop=True, L_layers=3))
     assert differing(donor, found.model) == {NORM} and found.plan is not None and found.notes["loop"] == "donor"
     assert torch.equal(found.model.state_dict()[NORM], torch.ones(32))
 
 
-def test_untied(corner: Path) -> None:
-    tied: Any = from_donor(settings("hybrid", corner)).model
+def test_untied(workdir: Path) -> None:
+    tied: Any = from_donor(settings("hybrid", workdir)).model
     own: Any = untied(tied)
     ids = torch.arange(12).unsqueeze(0)
     assert not differing(tied, own) and torch.equal(tied(ids).logits, own(ids).logits)
@@ -127,16 +127,16 @@ def test_untied(corner: Path) -> None:
     assert untied(tied.bfloat16()).dtype == torch.bfloat16
 
 
-def test_another_tokenizer_and_length(corner: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_and_length(workdir: Path, tmp_path: Path) -> None:
     other = make_tiny_tokenizer()
     other.add_tokens(["<extra>"])
     other.save_pretrained(tmp_path)
-    found = from_donor(settings("hybrid", corner, tokenizer_path=str(tmp_path), seq_len=24))
-    assert len(found.tokenizer) == len(other) == len(from_donor(settings("hybrid", corner)).tokenizer) + 1
+    found = from_donor(settings("hybrid", workdir, tokenizer_path=str(tmp_path), seq_len=24))
+    assert len(found.tokenizer) == len(other) == len(from_donor(settings("hybrid", workdir)).tokenizer) + 1
     assert found.notes["seq_len"] == 24
 
 
-# What is trained
+# Trained parameters
 
 
 @pytest.mark.parametrize(
@@ -151,10 +151,10 @@ def test_another_tokenizer_and_length(corner: Path, tmp_path: Path) -> None:
     ],
 )
 def test_only_trained_parts_change(
-    approach: str, donor: str, flags: dict[str, Any], more: set[str], corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    approach: str, donor: str, flags: dict[str, Any], more: set[str], workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Measured between the model that a run begins with and the file that it leaves."""
-    wanted = settings(approach, corner, tmp_path, donor, **flags)
+    """Compared between the initial model and the saved one."""
+    wanted = settings(approach, workdir, tmp_path, donor, **flags)
     before = from_donor(wanted).model
     result = train(wanted)
     assert result.best is not None and result.best == tmp_path / best_name(before.config)
@@ -162,26 +162,26 @@ def test_only_trained_parts_change(
     found = checkpoint.load(result.best)
     assert differing(before, found.model) == loop_of(found.model) | more
     assert found.plan == from_donor(wanted).plan and (found.plan is None) == wanted.starts_fresh
-    assert found.notes["approach"] == approach and found.notes["donor"] == str(corner / donor) and "eval_loss" in found.notes["training"]
+    assert found.notes["approach"] == approach and found.notes["donor"] == str(workdir / donor) and "eval_loss" in found.notes["training"]
     err = capsys.readouterr().err
     start = "randomly initialised" if wanted.starts_fresh else "layers [0, 2]"
-    assert f"{approach} approach: 2 looped layers ({start}) are trained on the frozen embeddings of {corner / donor}" in err
+    assert f"{approach} approach: 2 looped layers ({start}) are trained on the frozen embeddings of {workdir / donor}" in err
     assert ("the head was tied to the embeddings and is now a separate matrix of 12,288 parameters" in err) == (
         donor == "tied" and bool(more)
     )
 
 
-def test_without_L_cycles_their_injection_is_untrained(corner: Path) -> None:
-    wanted = settings("hybrid", corner, L_cycles=0)
+def test_without_L_cycles_their_injection_is_untrained(workdir: Path) -> None:
+    wanted = settings("hybrid", workdir, L_cycles=0)
     model = from_donor(wanted).model
     freeze_rest(model, wanted)
     assert trainable(model) == {name for name in loop_of(model) if "inject_L" not in name}
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.01, 2.0])
-def test_halting_head_is_trained_only_with_halting_weight(weight: float, corner: Path) -> None:
-    model: Any = from_donor(settings("hybrid", corner)).model
-    freeze_rest(model, settings("hybrid", corner, halting_weight=weight))
+def test_halting_head_is_trained_only_with_halting_weight(weight: float, workdir: Path) -> None:
+    model: Any = from_donor(settings("hybrid", workdir)).model
+    freeze_rest(model, settings("hybrid", workdir, halting_weight=weight))
     heads = {"model.recursion.q_head.weight", "model.recursion.q_head.bias"}
     assert trainable(model) == loop_of(model) | (heads if weight else set())
 
@@ -190,11 +190,11 @@ def test_halting_head_is_trained_only_with_halting_weight(weight: float, corner:
     ("H_cycles", "choices", "trained"), [(2, (), False), (1, (), True), (2, (1,), True), (1, (1, 2), False), (2, (1, 3), False)]
 )
 def test_initial_states_are_trained_if_the_only_cycle_has_gradients(
-    H_cycles: int, choices: tuple[int, ...], trained: bool, corner: Path
+    H_cycles: int, choices: tuple[int, ...], trained: bool, workdir: Path
 ) -> None:
     """The last of several cycles starts from states that have none."""
     for backprop in ("last", "full"):
-        wanted = settings("hybrid", corner, H_cycles=H_cycles, cycle_choices=choices, backprop=backprop, enable_deep_supervision=False)
+        wanted = settings("hybrid", workdir, H_cycles=H_cycles, cycle_choices=choices, backprop=backprop, enable_deep_supervision=False)
         model: Any = from_donor(wanted).model
         freeze_rest(model, wanted)
         states = {"model.recursion.H_init", "model.recursion.L_init"}
@@ -203,7 +203,7 @@ def test_initial_states_are_trained_if_the_only_cycle_has_gradients(
 
 @pytest.mark.parametrize(("approach", "flags"), [("hybrid", {}), ("embedding", {"donor_loop": True})])
 def test_pretrained_loop_starts_from_the_calibrated_gain(
-    approach: str, flags: dict[str, Any], corner: Path, monkeypatch: pytest.MonkeyPatch
+    approach: str, flags: dict[str, Any], workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the loss that the approach trains; a fresh loop, which has nothing to lose, starts from the largest."""
     seen: list[float] = []
@@ -213,11 +213,11 @@ def test_pretrained_loop_starts_from_the_calibrated_gain(
         return 0.2, [(0.2, 0.0)]
 
     monkeypatch.setattr(gains_module, "calibrate", calibrated)
-    held = blocks(corner, "validation")
+    held = blocks(workdir, "validation")
     ids = torch.tensor([row["input_ids"] for row in held])
     for fresh in (False, True):
         own = {"fresh_loop": fresh} if approach == "hybrid" else {"donor_loop": not fresh}
-        wanted = settings(approach, corner, lr=1e-12, gain_lr=1e-12, max_steps=1, enable_deep_supervision=False, **(flags | own))
+        wanted = settings(approach, workdir, lr=1e-12, gain_lr=1e-12, max_steps=1, enable_deep_supervision=False, **(flags | own))
         found: Any = from_donor(wanted)
         objective = APPROACHES[approach].objective
         expected = LossModule(found.model, objective=objective)(ids, ids)["loss"].item()
@@ -228,11 +228,11 @@ def test_pretrained_loop_starts_from_the_calibrated_gain(
     assert len(seen) == 1
 
 
-def test_the_full_approach_trains_everything(corner: Path, tmp_path: Path) -> None:
+def test_the_full_approach_trains_everything(workdir: Path, tmp_path: Path) -> None:
     """Also what another approach has begun: its model is an ordinary checkpoint, and writes once head and loop were trained together."""
-    first = train(settings("embedding", corner, tmp_path)).best
+    first = train(settings("embedding", workdir, tmp_path)).best
     assert first is not None
-    shared = {name: value for name, value in vars(settings("hybrid", corner, tmp_path / "full")).items() if hasattr(TrainSettings, name)}
+    shared = {name: value for name, value in vars(settings("hybrid", workdir, tmp_path / "full")).items() if hasattr(TrainSettings, name)}
     wanted = TrainSettings(checkpoint=str(first), **shared)
     before, best = load(first), train(wanted).best
     assert best is not None
@@ -242,19 +242,19 @@ def test_the_full_approach_trains_everything(corner: Path, tmp_path: Path) -> No
     load_to_write(GenerateSettings(checkpoint=str(best)))
 
 
-# What for
+# Objectives
 
 
-def blocks(corner: Path, name: str) -> list[dict[str, Any]]:
-    ids = make_tiny_tokenizer()((corner / "text" / f"{name}.txt").read_text()).input_ids
+def blocks(workdir: Path, name: str) -> list[dict[str, Any]]:
+    ids = make_tiny_tokenizer()((workdir / "text" / f"{name}.txt").read_text()).input_ids
     return [{"input_ids": ids[i : i + 32]} for i in range(0, len(ids) - 31, 32)]
 
 
-def test_the_embedding_loss_is_the_cosine_of_the_state_itself(corner: Path) -> None:
+def test_the_embedding_loss_is_the_cosine_of_the_state_itself(workdir: Path) -> None:
     """Of `z_H` as the loop leaves it, taken here before the final norm, at every cycle."""
-    wanted = settings("embedding", corner)
+    wanted = settings("embedding", workdir)
     model: Any = from_donor(wanted).model
-    batch, seen = torch.tensor([row["input_ids"] for row in blocks(corner, "train")[:3]]), []
+    batch, seen = torch.tensor([row["input_ids"] for row in blocks(workdir, "train")[:3]]), []
     model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     outputs = LossModule(model, Supervision(every_cycle=True, schedule="constant"), APPROACHES["embedding"].objective)(batch, batch)
     targets = model.model.embed_tokens(batch[:, 1:])
@@ -264,11 +264,11 @@ def test_the_embedding_loss_is_the_cosine_of_the_state_itself(corner: Path) -> N
 
 
 @pytest.mark.parametrize("approach", SETTINGS)
-def test_loss_falls_at_every_cycle(approach: str, corner: Path) -> None:
+def test_loss_falls_at_every_cycle(approach: str, workdir: Path) -> None:
     """As far as it can: the frozen matrices are random, so even a state that points straight at a token is not sure of it."""
-    wanted = settings(approach, corner, num_epochs=10, log_every=1, **({"fresh_loop": True} if approach == "hybrid" else {}))
+    wanted = settings(approach, workdir, num_epochs=10, log_every=1, **({"fresh_loop": True} if approach == "hybrid" else {}))
     found: Any = from_donor(wanted)
-    result = fit(found.model, found.tokenizer, blocks(corner, "train"), blocks(corner, "validation"), wanted, console=False)
+    result = fit(found.model, found.tokenizer, blocks(workdir, "train"), blocks(workdir, "validation"), wanted, console=False)
     steps, validations = ([entry for entry in result.history if name in entry] for name in ("loss", "eval_loss"))
     for cycle in (1, 2):
         assert steps[-1][f"loss_cycle_{cycle}"] < 0.9 * steps[0][f"loss_cycle_{cycle}"]
@@ -280,12 +280,12 @@ def test_loss_falls_at_every_cycle(approach: str, corner: Path) -> None:
         assert "eval_nearest_right" not in validations[-1]
 
 
-def test_nearest_embedding_accuracy(corner: Path) -> None:
+def test_nearest_embedding_accuracy(workdir: Path) -> None:
     """Against the plain search through the vocabulary, over batches of unequal size."""
-    wanted = settings("embedding", corner, lr=1e-12, eval_batch_size=2, num_epochs=1)
+    wanted = settings("embedding", workdir, lr=1e-12, eval_batch_size=2, num_epochs=1)
     found: Any = from_donor(wanted)
     model = found.model
-    held = blocks(corner, "train")[:5]
+    held = blocks(workdir, "train")[:5]
     # an embedding that is made to be found: the most frequent token, in the direction of the first state
     ids = torch.tensor([row["input_ids"] for row in held])
     frequent = ids.flatten().mode().values
@@ -300,46 +300,46 @@ def test_nearest_embedding_accuracy(corner: Path) -> None:
     assert share == pytest.approx(expected, abs=1e-6) and 0 < share < 1
 
 
-def test_summary_lists_the_metrics(corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_lists_the_metrics(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No perplexity of a cosine, and no samples of a model that cannot write."""
-    result = train(settings("embedding", corner, tmp_path, generate_every=1))
+    result = train(settings("embedding", workdir, tmp_path, generate_every=1))
     captured = capsys.readouterr()
     entry = result.fit.history[-1]
     expected = f"  Train Loss: {entry['train_loss']:.4f}\n  Val Loss: {entry['eval_loss']:.4f}\n"
     assert f"{expected}  Nearest Embedding Right: {entry['eval_nearest_right']:.2%}\n  ✓ New best model saved" in captured.out
     assert "Perplexity" not in captured.out and "Generating sample" not in captured.out
     assert "It predicts embeddings and has no head, so it cannot generate" in captured.err
-    again = train(settings("hybrid", corner, tmp_path, generate_every=1))
+    again = train(settings("hybrid", workdir, tmp_path, generate_every=1))
     captured = capsys.readouterr()
     assert f"  Perplexity: {again.fit.history[-1]['eval_perplexity']:.2f}\n" in captured.out and "Generating sample" in captured.out
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_best_model_of_an_earlier_run_is_kept(corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], resume: bool) -> None:
+def test_best_model_of_an_earlier_run_is_kept(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], resume: bool) -> None:
     """Also by a run with --resume that finds no checkpoint. Of several runs, that of the last one before."""
     previous = tmp_path / "qwen_recursive_finetuned_best_previous.pt"
-    train(settings("hybrid", corner, tmp_path, seed=1))
+    train(settings("hybrid", workdir, tmp_path, seed=1))
     assert not previous.exists()
     for seed in (2, 3):
         before = (tmp_path / BEST).read_bytes()
-        train(settings("hybrid", corner, tmp_path, seed=seed, lr=1e-3 * seed, resume=resume))
+        train(settings("hybrid", workdir, tmp_path, seed=seed, lr=1e-3 * seed, resume=resume))
         assert previous.read_bytes() == before != (tmp_path / BEST).read_bytes()
         assert checkpoint.load(previous).tokenizer is not None and checkpoint.load(tmp_path / BEST).tokenizer is not None
     assert f"{tmp_path / BEST} is of an earlier run; it is kept as {previous.name}" in capsys.readouterr().err
 
 
-def test_resumed_run_replaces_its_own_best_model(corner: Path, tmp_path: Path) -> None:
-    train(settings("hybrid", corner, tmp_path, save_every=1, max_steps=2))
-    train(settings("hybrid", corner, tmp_path, save_every=1, max_steps=4, resume=True))
+def test_resumed_run_replaces_its_own_best_model(workdir: Path, tmp_path: Path) -> None:
+    train(settings("hybrid", workdir, tmp_path, save_every=1, max_steps=2))
+    train(settings("hybrid", workdir, tmp_path, save_every=1, max_steps=4, resume=True))
     assert not list(tmp_path.glob("*previous*"))
 
 
-# What the model can do then
+# Abilities of the trained model
 
 
-def test_embedding_models_refuse_to_generate(corner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embedding_models_refuse_to_generate(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In both forms; and to be measured by the loss of a head that was not trained with them."""
-    path = train(settings("embedding", corner, tmp_path)).best
+    path = train(settings("embedding", workdir, tmp_path)).best
     assert path is not None
     message = r"was trained in embedding space.*has no head.*recursify train and recursify train --approach hybrid make models that do"
     found = checkpoint.load(path)
@@ -358,20 +358,20 @@ def test_embedding_models_refuse_to_generate(corner: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("tune", [False, True])
-def test_hybrid_models_generate(tune: bool, corner: Path, tmp_path: Path) -> None:
-    best = train(settings("hybrid", corner, tmp_path, tune_lm_head=tune)).best
+def test_hybrid_models_generate(tune: bool, workdir: Path, tmp_path: Path) -> None:
+    best = train(settings("hybrid", workdir, tmp_path, tune_lm_head=tune)).best
     model, tokenizer = load_to_write(GenerateSettings(checkpoint=str(best), device="cpu"))
     assert generate_text(model, tokenizer, "The old ship", seed=0).text
     assert model.config.tie_word_embeddings is not tune
     assert load_model(str(best))[0].config.H_cycles == 2
 
 
-# Going on
+# Resuming
 
 
-def test_resumed_equals_uninterrupted(corner: Path, tmp_path: Path) -> None:
+def test_resumed_equals_uninterrupted(workdir: Path, tmp_path: Path) -> None:
     """From the head that was untied and the layers that were frozen: neither is done again, nor forgotten."""
-    wanted = settings("hybrid", corner, tmp_path / "whole", tune_lm_head=True, fresh_loop=True, save_every=2)
+    wanted = settings("hybrid", workdir, tmp_path / "whole", tune_lm_head=True, fresh_loop=True, save_every=2)
     whole = train(wanted).best
     cut = replace(wanted, output_dir=str(tmp_path / "cut"))
     train(replace(cut, max_steps=2))
@@ -380,16 +380,16 @@ def test_resumed_equals_uninterrupted(corner: Path, tmp_path: Path) -> None:
     before = from_donor(wanted).model
     assert differing(before, load(resumed.best)) == differing(before, load(whole))
     notes = checkpoint.load(resumed.best).notes
-    assert (notes["approach"], notes["loop"], notes["donor"]) == ("hybrid", "fresh", str(corner / "tied"))
+    assert (notes["approach"], notes["loop"], notes["donor"]) == ("hybrid", "fresh", str(workdir / "tied"))
 
 
-def test_resume_refuses_another_approach(corner: Path, tmp_path: Path) -> None:
-    wanted = settings("hybrid", corner, tmp_path, save_every=2)
+def test_resume_refuses_another_approach(workdir: Path, tmp_path: Path) -> None:
+    wanted = settings("hybrid", workdir, tmp_path, save_every=2)
     train(wanted)
     with pytest.raises(UserError, match=r"step_2.pt comes from another run: --H_cycles was 2, is 3; --fresh_loop was False, is True"):
         train(replace(wanted, resume=True, H_cycles=3, fresh_loop=True))
     with pytest.raises(UserError, match=r"step_2.pt comes from a run of the hybrid approach, this is one of the embedding approach"):
-        train(settings("embedding", corner, tmp_path, resume=True))
+        train(settings("embedding", workdir, tmp_path, resume=True))
     assert json.loads((tmp_path / "checkpoint_step_2_state" / "run.json").read_text())["approach"] == "hybrid"
 
 
@@ -411,14 +411,14 @@ def test_resume_refuses_another_approach(corner: Path, tmp_path: Path) -> None:
         ({"dataset_name": "/nowhere/text.txt"}, r"/nowhere/text.txt"),
     ],
 )
-def test_bad_flags(approach: str, changes: dict[str, Any], message: str, corner: Path, tmp_path: Path) -> None:
+def test_bad_flags(approach: str, changes: dict[str, Any], message: str, workdir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        train(settings(approach, corner, tmp_path, **changes))
+        train(settings(approach, workdir, tmp_path, **changes))
     assert not any(tmp_path.glob("*.pt"))
 
 
-def test_tied_head_cannot_be_tuned_alone(corner: Path) -> None:
-    wanted = settings("hybrid", corner)
+def test_tied_head_cannot_be_tuned_alone(workdir: Path) -> None:
+    wanted = settings("hybrid", workdir)
     found: Any = from_donor(wanted)
     with pytest.raises(UserError, match=r"--tune_lm_head: the head is tied to the embeddings, which this approach freezes; untie them"):
         fit(found.model, found.tokenizer, [], [], replace(wanted, tune_lm_head=True))
@@ -435,11 +435,11 @@ def test_the_flags_of_both_scripts() -> None:
 
 
 @pytest.mark.parametrize("approach", ["hybrid", "embedding"])
-def test_one_command_has_the_approaches_of_the_scripts(approach: str, corner: Path, tmp_path: Path) -> None:
+def test_one_command_has_the_approaches_of_the_scripts(approach: str, workdir: Path, tmp_path: Path) -> None:
     """`train --approach`, a recipe that names it, and the guides' script write the same weights, bit for bit."""
     flags = (
-        f"--model_name {corner / 'tied'} --L_layers 1 --H_cycles 2 --L_cycles 1 --dataset_name {corner / 'text'} --seq_len 32 --device cpu "
-        "--max_steps 2 --generate_every 0 --save_every 0 --output_dir"
+        f"--model_name {workdir / 'tied'} --L_layers 1 --H_cycles 2 --L_cycles 1 --dataset_name {workdir / 'text'} --seq_len 32 "
+        "--device cpu --max_steps 2 --generate_every 0 --save_every 0 --output_dir"
     )
     script = {"hybrid": cli.train_trm_hybrid, "embedding": cli.train_trm}[approach]
     (tmp_path / "recipe.yaml").write_text(f"train: {{approach: {approach}, lr: 1e-3}}", encoding="utf-8")
@@ -459,14 +459,14 @@ def test_one_command_has_the_approaches_of_the_scripts(approach: str, corner: Pa
 
 
 def test_flags_of_another_approach_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    def said(*words: str) -> str:
+    def printed(*words: str) -> str:
         with pytest.raises(SystemExit) as stop:
             cli.train(list(words))
         assert stop.value.code == 2
         return " ".join(capsys.readouterr().err.split())
 
-    assert "--tune_lm_head" in said("--checkpoint", "x.pt", "--tune_lm_head")
-    assert "--checkpoint" in said("--approach", "hybrid", "--checkpoint", "x.pt")
-    assert "--approach: expected one of full, hybrid, embedding, got 'half'" in said("--approach", "half")
+    assert "--tune_lm_head" in printed("--checkpoint", "x.pt", "--tune_lm_head")
+    assert "--checkpoint" in printed("--approach", "hybrid", "--checkpoint", "x.pt")
+    assert "--approach: expected one of full, hybrid, embedding, got 'half'" in printed("--approach", "half")
     (tmp_path / "recipe.yaml").write_text("train: {approach: half}", encoding="utf-8")
-    assert "train: approach: expected one of full, hybrid, embedding, got 'half'" in said("--config", str(tmp_path / "recipe.yaml"))
+    assert "train: approach: expected one of full, hybrid, embedding, got 'half'" in printed("--config", str(tmp_path / "recipe.yaml"))

@@ -1,4 +1,4 @@
-"""What a run says at its end: losses by cycle, the best model, and commands that can be given as they stand."""
+"""The summary at the end of a run: losses by cycle, the best model, and commands to run next."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def summary(settings: Any, **losses: float) -> str:
 
 
 def test_losses_by_cycle_and_the_lowest() -> None:
-    said = summary(TrainSettings(checkpoint="x"), eval_loss_cycle_1=2.5, eval_loss_cycle_2=1.75, eval_loss_cycle_3=2.0)
-    assert "Validation loss by cycle at the end: 1: 2.5000, 2: 1.7500, 3: 2.0000; lowest at cycle 2" in said
-    assert "Best validation loss 1.5000: my runs/best.pt" in said
+    printed = summary(TrainSettings(checkpoint="x"), eval_loss_cycle_1=2.5, eval_loss_cycle_2=1.75, eval_loss_cycle_3=2.0)
+    assert "Validation loss by cycle at the end: 1: 2.5000, 2: 1.7500, 3: 2.0000; lowest at cycle 2" in printed
+    assert "Best validation loss 1.5000: my runs/best.pt" in printed
     assert "by cycle" not in summary(TrainSettings(checkpoint="x"), eval_loss_cycle_1=2.5)
 
 
@@ -48,8 +48,8 @@ def test_the_folder_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [("wikitext", "wikitext", ()), ("my text.txt", "my text.txt", ()), ("permutations:difficulty=2-4,count=20", None, None)],
 )
 def test_the_commands_can_be_given(name: str, text: str | None, questions: Any, tmp_path: Path) -> None:
-    said = summary(TrainSettings(checkpoint="x", dataset_name=name))
-    commands = [shlex.split(line.removeprefix("Next: ")) for line in said.splitlines() if "recursify " in line]
+    printed = summary(TrainSettings(checkpoint="x", dataset_name=name))
+    commands = [shlex.split(line.removeprefix("Next: ")) for line in printed.splitlines() if "recursify " in line]
     generated, evaluated = (words[words.index("recursify") + 1 :] for words in commands)
     assert cli.parse("generate", GenerateSettings, generated[1:]).checkpoint == "my runs/best.pt"
     asked = cli.parse("evaluate", EvaluateSettings, evaluated[1:])

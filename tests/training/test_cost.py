@@ -50,7 +50,7 @@ def build(config: Any, checkpointing: bool = False, frozen: set[str] = frozenset
 
 
 def learn(model: Any, supervised: int, backprop: str = "full", loss: Callable[..., Any] | None = None) -> None:
-    """One forward and backward pass that reads out the last `supervised` cycles."""
+    """One forward and backward pass with a readout of the last `supervised` cycles."""
     ids = torch.randint(0, 100, (B, T))
     e, block, read = model.model.begin_pass(ids)
     cycles = list(model.model.recursion.steps(e, block, model.config.H_cycles, model.config.L_cycles, backprop))

@@ -1,4 +1,4 @@
-"""Which depth a step trains at: a fixed function of seed and step, whose shares are those asked for."""
+"""Which depth a step trains at: a deterministic function of seed and step, with the requested weights."""
 
 from __future__ import annotations
 

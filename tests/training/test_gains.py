@@ -1,4 +1,4 @@
-"""The start gain: the largest that costs next to nothing on held-out text, and when it is looked for at all."""
+"""The start gain: the largest that costs next to nothing on held-out text, and when the sweep runs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_largest_gain_within_the_bound_is_chosen(slope: float, chosen: float, tr
 
 
 def start_of(model: Any, capsys: pytest.CaptureFixture[str], **changes: Any) -> tuple[set[float], str]:
-    """The gains that a run begins with, and what it said."""
+    """The initial gains of a run, and its output."""
     run(model, lr=1e-12, gain_lr=1e-12, max_steps=1, **changes)
     return gains(model), capsys.readouterr().err
 
@@ -95,7 +95,7 @@ def knowing() -> Any:
 def test_a_converted_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> None:
     """And the choice is right: re-measured at the chosen gain and at the next larger one."""
     model, reference = knowing(), knowing()
-    found, said = start_of(model, capsys)
+    found, printed = start_of(model, capsys)
     held = torch.tensor([row["input_ids"] for row in blocks(5, seed=2)])
 
     def cost(gain: float) -> float:
@@ -110,7 +110,7 @@ def test_a_converted_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> 
     assert gain in CANDIDATES and gain < CANDIDATES[0]
     assert gain == CANDIDATES[-1] or cost(gain) <= MAX_COST
     assert cost(CANDIDATES[CANDIDATES.index(gain) - 1]) > MAX_COST
-    assert f"Start gain {gain:g}" in said and "--start_gain" in said and held.shape == (5, SEQ_LEN)
+    assert f"Start gain {gain:g}" in printed and "--start_gain" in printed and held.shape == (5, SEQ_LEN)
 
 
 @pytest.mark.parametrize(
@@ -124,25 +124,25 @@ def test_calibration_is_logged(
     sweep: list[tuple[float, float]], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gains_module, "calibrate", lambda model, loss: (sweep[-1][0], sweep))
-    _, said = start_of(recursive(gain_init=0.0), capsys)
+    _, printed = start_of(recursive(gain_init=0.0), capsys)
     tried = ", ".join(f"{gain:g}: {cost:+.4f}" for gain, cost in sweep)
-    said = " ".join(said.split())
-    assert f"Start gain 0.2, {why}" in said and f"(tried: {tried}); with a larger one the loop learns more: --start_gain" in said
+    printed = " ".join(printed.split())
+    assert f"Start gain 0.2, {why}" in printed and f"(tried: {tried}); with a larger one the loop learns more: --start_gain" in printed
 
 
 def test_trained_gains_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    found, said = start_of(recursive(gain_init=0.3), capsys)
-    assert found == {0.3} and "gain" not in said
+    found, printed = start_of(recursive(gain_init=0.3), capsys)
+    assert found == {0.3} and "gain" not in printed
 
 
 def test_start_gain_flag_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     for init, named in ((0.0, 0.1), (0.3, 0.0), (0.3, -0.2)):
-        found, said = start_of(recursive(gain_init=init), capsys, start_gain=named)
-        assert found == {named} and "gain" not in said
+        found, printed = start_of(recursive(gain_init=init), capsys, start_gain=named)
+        assert found == {named} and "gain" not in printed
 
 
 class Rows(list[Any]):
-    """A table that remembers which rows were asked for one by one."""
+    """A table that records the rows that are read."""
 
     asked: list[int]
 
@@ -177,7 +177,7 @@ def test_sweep_uses_a_fixed_number_of_held_out_tokens(tokens: int, rows: int, mo
 
 
 def test_a_candidate_that_costs_far_too_much_is_given_up_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After some tokens, and only then; what it cost so far stands for its cost."""
+    """After some tokens, and only then; its cost so far is reported."""
     monkeypatch.setattr(gains_module, "CERTAIN_TOKENS", 2 * (SEQ_LEN - 1))
     model, batches = recursive(gain_init=0.0), [{"input_ids": ids, "labels": ids} for ids in torch.arange(6 * SEQ_LEN).view(6, 1, -1) % 90]
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""The objective on a model: what each cycle's loss reaches, in the three ways back through the cycles, against plain autograd."""
+"""The objective on a model: which parameters each cycle's loss reaches, in the three modes of --backprop, against plain autograd."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def by_hand(model: Any, ids: torch.Tensor, shares: list[float], detach: Callable[[int], bool] = lambda cycle: False) -> torch.Tensor:
-    """The loop written out, with transformers' own loss; `detach(c)` cuts the graph before cycle c."""
+    """The cycles written out, with transformers' own loss; `detach(c)` cuts the graph before cycle c."""
     base, config = model.model, model.config
     e, block, read = base.begin_pass(ids)
     recursion = base.recursion
@@ -286,7 +286,7 @@ def unequal(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def about_to_halt(model: Any) -> Any:
-    """With a halting head that is sure of nothing, and not the same everywhere."""
+    """With an undecided halting head that differs between tokens."""
     with torch.no_grad():
         model.model.recursion.q_head.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
         model.model.recursion.q_head.bias.fill_(0.2)
@@ -307,7 +307,7 @@ EACH_TERM: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("backprop", ["full", "cycle"])
 @pytest.mark.parametrize("terms", EACH_TERM)
 def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
-    """Asked for by the flags; what is minimised, and what is logged of each: a mean over counted tokens and, by shares, cycles."""
+    """By the flags; what is minimised, and what is logged of each: a mean over counted tokens and, by shares, cycles."""
     model, teacher, (ids, labels) = about_to_halt(recursive()), tiny_donor("qwen2", num_hidden_layers=2), unequal()
     want = settings(
         enable_deep_supervision=True, deep_supervision_schedule="early_decay", deep_supervision_weight=0.6, distill_temperature=2.0,
@@ -396,7 +396,7 @@ def test_hits_are_counted_at_H_cycles() -> None:
 
 @pytest.mark.parametrize("kind", ["recursive", "plain"])
 def test_position_ids_reach_teacher_and_plain_models(kind: str) -> None:
-    """Two documents in a row, told apart by their positions, score as each of them does alone: against the donor, too."""
+    """Two packed documents, separated by their position ids, score as each of them does alone: against the donor, too."""
     model, teacher, ids = (
         recursive() if kind == "recursive" else tiny_donor("qwen2", num_hidden_layers=3),
         tiny_donor("qwen2", num_hidden_layers=2),
@@ -481,7 +481,7 @@ def test_frozen_prelude_gets_no_gradient_and_keeps_no_activations() -> None:
 
 
 def test_position_ids_reach_the_model() -> None:
-    """Two documents in a row, told apart by their positions: the second one's losses are those that it has alone."""
+    """Two packed documents, separated by their position ids: the losses of the second are those that it has alone."""
     model, ids = recursive(), batch(1)
     positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
     labels = ids.clone()
@@ -510,6 +510,6 @@ def test_chunked_divergence_equals_unchunked() -> None:
 
 
 def test_first_label_and_ignored_labels_are_not_scored() -> None:
-    """All but the first of a row: nothing stands before it. The second is predicted by the first."""
+    """All but the first of a row, which has no context. The second is predicted by the first."""
     labels = torch.tensor([[5, 6, 7, 8], [5, -100, -100, 8], [5, 6, -100, -100], [5, -100, -100, -100]])
     assert scored_tokens(labels).tolist() == [3, 1, 1, 0]

@@ -1,4 +1,4 @@
-"""Several processes on tiny models: started by torchrun, they meet over gloo, and come to what one process comes to.
+"""Several processes on tiny models: started by torchrun, they communicate over gloo, and give the results of one process.
 
 This file is a test and, started by `launch`, the program that the processes run: `work` writes down what it finds, the tests judge it.
 """
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 ROWS = 12  # half of them have more than 64 tokens, the smallest chunk
 
 
-# What the processes run, and the tests with them
+# The program of the processes
 
 
 def batch() -> torch.Tensor:
@@ -56,7 +56,7 @@ def share(rows: torch.Tensor) -> torch.Tensor:
 
 
 class Communication(TorchDispatchMode):
-    """Counts what is sent around."""
+    """Counts the communication."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def states_there_and_back() -> dict[str, Any]:
 
 
 def work(folder: Path) -> None:
-    """What each process does; each writes down what it found."""
+    """What each process runs; each saves its results."""
     found: dict[str, Any] = {}
     for name, changes in RUNS.items():
         (folder / name).mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes leave what they find; the run of one process is in it already."""
+    """Folder of the results, with those of one process."""
     folder = tmp_path_factory.mktemp("parallel")
     (folder / "one").mkdir()
     torch.save(run(folder / "one", save_every=SAVED), folder / "one.pt")
@@ -199,7 +199,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    """What two processes found, the first one first."""
+    """Results of two processes, by rank."""
     done = launch([__file__, folder])
     assert done.returncode == 0, done.stdout[-8000:]
     return [torch.load(folder / f"found_{rank}.pt", weights_only=False) for rank in range(2)]
@@ -214,7 +214,7 @@ def logged(run: dict[str, Any], key: str) -> list[float]:
     return [entry[key] for entry in run["history"] if key in entry]
 
 
-# Two processes come to what one comes to
+# Two processes equal one
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder that two processes have worked in, and what they wrote on the terminal."""
+    """The output folder of two processes, and their terminal output."""
     folder = tmp_path_factory.mktemp("torchrun")
     checkpoint.save(folder / "init.pt", recursive(), make_tiny_tokenizer())
     (folder / "text").mkdir()
@@ -133,7 +133,7 @@ def test_every_way_of_training_in_two_processes(name: str, done: tuple[Path, str
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_distributed_command_writes_the_files_of_one_process(name: str, done: tuple[Path, str], tmp_path: Path) -> None:
     """Also where the second half was resumed; and one process loads it and goes on."""
-    folder, said = done
+    folder, printed = done
     flags = {"ddp": {"backprop": "cycle", "ema_decay": 0.5}, "fsdp": {}}[name]
     wanted = replace(
         settings(**flags), checkpoint=str(folder / "init.pt"), dataset_name=str(folder / "text"), num_epochs=2, max_grad_norm=1.0,
@@ -152,12 +152,12 @@ def test_distributed_command_writes_the_files_of_one_process(name: str, done: tu
     assert {path.name for path in (folder / name / "checkpoint_step_6_state").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     further = train(replace(wanted, output_dir=str(folder / name), resume=True, num_epochs=3, batch_size=2, grad_accum_steps=1))
     assert further.fit is not None and further.fit.steps > 6
-    assert "cpu, 2 processes (DDP over gloo)" in said and "cpu, 2 processes (FSDP2 over gloo)" in said
+    assert "cpu, 2 processes (DDP over gloo)" in printed and "cpu, 2 processes (FSDP2 over gloo)" in printed
 
 
 @pytest.mark.slow
 def test_launch_commands_of_the_docs_are_valid(done: tuple[Path, str]) -> None:
-    """Each ran dry in two processes, and said what it would cost, once."""
+    """Each is a dry run in two processes, which prints its cost once."""
     count = sum("--deepspeed" not in flags for flags in documented())
     assert count >= 3 and len(documented()) == count + 1
     assert len(re.findall(r"^steps +\d", done[1], re.MULTILINE)) == count and not (done[0] / "dry").exists()
@@ -165,6 +165,6 @@ def test_launch_commands_of_the_docs_are_valid(done: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_only_rank_0_prints(done: tuple[Path, str]) -> None:
-    _, said = done
-    assert said.count("Epoch 1 Summary") == 2 and said.count("Step 3 - Generating sample") == 2
-    assert said.count("Resuming from") == 1
+    _, printed = done
+    assert printed.count("Epoch 1 Summary") == 2 and printed.count("Step 3 - Generating sample") == 2
+    assert printed.count("Resuming from") == 1

@@ -633,7 +633,7 @@ def test_token_budgets(files: TrainSettings) -> None:
 
 
 def test_mixed_and_streamed_text(files: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A stream of two data sets trains, and goes on where it was as if it had never stopped."""
+    """A stream of two datasets trains, and goes on where it was as if it had never stopped."""
     other = tmp_path / "other"
     other.mkdir()
     for name in ("train", "validation"):

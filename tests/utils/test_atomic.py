@@ -1,4 +1,4 @@
-"""Writing all or nothing as Windows has it. (What a kill or a full disk leaves is tested with checkpoints and trainings.)"""
+"""Atomic writing on Windows. (What a kill or a full disk leaves is tested with checkpoints and trainings.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process does all jobs, in order; what several do is seen in test_evaluation.py."""
+"""One process does all jobs, in order; several are tested in test_evaluation.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_every_process_gets_all_results_in_the_order_of_the_jobs(count: int, mon
     done: list[list[int]] = []
 
     def gather(parts: list[Any], mine: list[int]) -> None:
-        """What the other processes would have sent."""
+        """Simulated results of the other processes."""
         done.append(mine)
         parts[:] = [[job * job for job in range(5)[rank::count]] for rank in range(count)]
         assert parts[1] == mine

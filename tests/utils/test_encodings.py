@@ -28,9 +28,9 @@ def refusal(path: Path) -> str:
 def test_utf16_and_utf32_are_named_and_the_remedy_works(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(TEXT.encode(encoding))
-    said = refusal(path)
-    assert f"got {encoding[:6].upper()}" in said and "latin" not in said
-    command = re.search(r"iconv -f (\S+) -t UTF-8 (\S+) > NEW_FILE", said)
+    message = refusal(path)
+    assert f"got {encoding[:6].upper()}" in message and "latin" not in message
+    command = re.search(r"iconv -f (\S+) -t UTF-8 (\S+) > NEW_FILE", message)
     assert command is not None
     if shutil.which("iconv"):
         made = subprocess.run(["iconv", "-f", command[1], "-t", "UTF-8", command[2]], capture_output=True, check=True).stdout
@@ -60,17 +60,17 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (("a café " * 9).encode("cp1252"), "got the byte 0xe9 .*iconv -f WINDOWS-1252 -t UTF-8"),
         ("桃花源记，晋太元中，武陵人捕鱼为业。".encode("gbk"), "got the byte .*iconv -f ITS_ENCODING -t UTF-8"),
         (b"PK\x03\x04\x14\x00\x00\x00\x08 binary", "got a NUL at byte 5, as binary files have them; name a text file"),
     ],
 )
-def test_other_bytes(data: bytes, said: str, tmp_path: Path) -> None:
+def test_other_bytes(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(data)
-    assert re.search(said, refusal(path))
+    assert re.search(message, refusal(path))
 
 
 def test_half_characters() -> None:

@@ -10,7 +10,7 @@
             and its facts divided by tabs, or by |
     scan    .txt: IN: command OUT: actions                   actions
 
-Records are a .json list of objects, a .jsonl with one on each line, or a .parquet table, as data sets of the hub have them.
+Records are a .json list of objects, a .jsonl with one on each line, or a .parquet table, as datasets of the hub have them.
 
 What a file holds is kept as it is written there, mistakes of the set included; only what the format itself puts around it is taken off,
 GSM8K's <<48/2=24>> among it.
@@ -189,7 +189,7 @@ def _numbered(path: Path, kind: str, records: list[Any]) -> Iterator[tuple[str, 
 
 
 def _table(path: Path) -> list[Any]:
-    import pyarrow as pa  # here: only files of this one kind need it, and whoever trains asks this package which names are questions
+    import pyarrow as pa  # here: only files of this one kind need it, and training imports this package for the names of question sets
     import pyarrow.parquet as pq
 
     try:

@@ -4,7 +4,7 @@
     Answer: kitchen
 
 The white space before an answer belongs to the answer: tokenizers join it to the word behind it, so the ids of a prompt are the first ids
-of the whole text. An item is one document; what divides documents (an end-of-text token, a row of a table) is for whoever joins them.
+of the whole text. An item is one document; what divides documents (an end-of-text token, a row of a table) is for the caller to join.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published reasoning sets: small files in each format, what is wrong in a file, and whole files with the oddities of the real ones."""
+"""Published reasoning datasets: small files in each format, malformed files, and whole files with the irregularities of the real ones."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def walked(question: str) -> list[str]:
 
 
 def slow_labels(name: str, item: Item, options: dict[str, Any]) -> list[str]:
-    """The answers due at the last words of the question; of tasks without labels, the one answer."""
+    """The labels at the last tokens of the question; of tasks without labels, the answer."""
     if name == "permutations":
         return products(item.question, 5 if options.get("group") == "S5" else 3)
     if name == "pointers":
@@ -122,7 +122,7 @@ def digest(name: str, difficulty: int, options: dict[str, Any]) -> str:
 
 
 def test_items_are_stable_across_versions() -> None:
-    """Figures of other days are only comparable on the same items: a change here makes all of them void."""
+    """Recorded results are only comparable on the same items: a change here invalidates them."""
     found = {f"{name} {difficulty} {options}": digest(name, difficulty, options) for name, difficulty, options in TASKS}
     assert found == PINNED
 

@@ -1,4 +1,4 @@
-"""Items as text, where their labels are due, what tokenizers make of them, and which answers count as right."""
+"""Items as text, the positions of their labels, their tokenization, and which answers count as right."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_label_positions() -> None:
 
 @pytest.mark.parametrize("which", ["tiny", "qwen"])
 def test_tokens(which: str) -> None:
-    """Ids of a prompt begin those of the text; no token reaches over two symbols, or over the point where a label is due."""
+    """Ids of a prompt begin those of the text; no token spans two symbols, or the position of a label."""
     tokenizer = tokenizer_of(which)
     for item in items_of_all_tasks():
         text = as_text(item)
