@@ -11,6 +11,7 @@ import datasets
 from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 
@@ -28,6 +29,12 @@ def make_table(generator: Callable[..., Iterator[Any]], gen_kwargs: dict[str, An
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+
+
+def identity_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A cache key of the tokenizer. The pickle of a fast tokenizer changes at its first use, so it cannot serve as one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return tokenizer if backend is None else [backend.to_str(), tokenizer.eos_token_id]
 
 
 @contextmanager

@@ -4,18 +4,18 @@
     train, own = open_documents(TextSource(dataset_name="book.txt"))    # the same to be read again and again, and no table
 
 Whatever the source, generators (`read_files`, `join_articles`) see one document at a time, so they serve tables as well as streams.
+Rows of conversations (conversations.py) are documents, too: their tables have the column `conversation` in place of `text`, and `place`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +27,13 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from ..errors import UserError, short
-from ..utils.encodings import check_characters, not_utf8, open_text, read_text
+from ..utils.encodings import check_characters, open_text, read_text
 from ..utils.http import httpx
 from .cached_dataset import bars_on_terminals_only, make_table
+from .conversation_tables import as_conversations, conversation_files, form_of_file, not_streamed
+from .conversations import COLUMN, form_of
 from .question_sets import file_wanted, is_questions
+from .records import RECORDS, file_errors
 from .settings import HELD_OUT_SEED, HELD_OUT_SHARE, TextSource
 from .tasks import FORMATS
 
@@ -49,13 +52,15 @@ DOCUMENTS_AT_ONCE = 64
 # 64-bit offsets: a batch of books may pass the 2 GiB that plain strings can hold.
 DOCUMENT_FEATURES = Features({"text": Value("large_string")})
 
+TEXT_COLUMN = "text"  # where none is named
+
 # Starts reading documents from the first one.
 Reader = Callable[[], Iterator[dict[str, str]]]
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Training and validation text: tables with one document per row in the column ``text``."""
+    """Training and validation text: tables with one document per row in the column ``text``, or ``conversation``."""
 
     train: Dataset
     validation: Dataset
@@ -70,11 +75,12 @@ def load_documents(settings: TextSource) -> Documents:
     A test split is never used.
 
     A local ``.txt`` file is one document, or several that lines ``<|endoftext|>`` divide. In the other formats a row is a
-    document; blank ones are dropped. Only WikiText's rows, which are single lines, are joined: one document per
-    article, from one level-1 heading to the next.
+    document; blank ones are dropped. Rows of conversations are recognised by their columns, unless ``text_column`` names one, and are
+    tables with the columns ``conversation`` (the row as JSON) and ``place`` (file and line). Only WikiText's rows, which are single lines,
+    are joined: one document per article, from one level-1 heading to the next.
 
     Raises:
-        UserError: If the dataset is missing, unreadable, empty, has no such text column, or is a question set.
+        UserError: If the dataset is missing, unreadable, empty, has no such text column, or is a question set; a malformed conversation.
     """
     if settings.dataset_name in FORMATS and not Path(settings.dataset_name).exists():
         raise UserError(f"--dataset_name: {file_wanted(settings.dataset_name)}")
@@ -99,6 +105,7 @@ def measured_documents(settings: TextSource, split: str | None = None) -> tuple[
         UserError: As `load_documents`; a split that is not there.
     """
     name = settings.dataset_name
+    settings = replace(settings, text_column=settings.text_column or TEXT_COLUMN)  # conversations are not measured
     if split == "validation" or (split is None and not _is_local(name)) or is_questions(name):
         return load_documents(settings).validation, "validation split"
     if not _is_local(name):
@@ -109,7 +116,7 @@ def measured_documents(settings: TextSource, split: str | None = None) -> tuple[
     if part is not None and part not in splits:
         raise UserError(f"--split {split}: {name} has no file with {part} in its name; it has files for {', '.join(splits)}")
     files = splits[part] if part else [file for each in splits.values() for file in each]
-    table = _read_table(files, settings.text_column)
+    table = _read_table(files, settings.text_column or TEXT_COLUMN, None)
     if len(table) == 0:
         raise UserError(f"{name} holds no text: every document in {', '.join(file.name for file in files[:3])} is empty")
     return table, f"{part} files" if part else "all of it"
@@ -127,6 +134,8 @@ def open_documents(settings: TextSource) -> tuple[Reader, Reader | None]:
 def hold_out(documents: Dataset, name: str) -> Documents:
     """Hold out documents for validation, with a fixed seed; a single document is split in two. ``name`` is for error messages."""
     count = len(documents)
+    if count == 1 and COLUMN in documents.column_names:
+        raise UserError(f"{name}: expected at least 2 conversations, one of them to validate on, found 1; add more")
     if count == 1:
         train, validation = split_text(documents[0]["text"])
         logger.warning(
@@ -172,7 +181,9 @@ def _is_local(name: str) -> bool:
 
 def _load_local(settings: TextSource) -> tuple[Dataset, Dataset | None]:
     splits = _local_splits(settings)
-    tables = {split: _read_table(files, settings.text_column) for split, files in splits.items() if split != "test"}
+    form = None if settings.text_column else form_of_file(splits["train"][0])
+    column = settings.text_column or TEXT_COLUMN
+    tables = {split: _read_table(files, column, form) for split, files in splits.items() if split != "test"}
     if len(tables["train"]) == 0:
         named = ", ".join(file.name for file in splits["train"][:3])
         raise UserError(f"{settings.dataset_name} holds no text: every document in {named} is empty")
@@ -182,7 +193,10 @@ def _load_local(settings: TextSource) -> tuple[Dataset, Dataset | None]:
 
 def _read_local(settings: TextSource) -> tuple[Reader, Reader | None]:
     splits = _local_splits(settings)
-    train, own = (partial(read_files, splits.get(split, []), settings.text_column) for split in ("train", "validation"))
+    if not settings.text_column and (form := form_of_file(splits["train"][0])):
+        raise not_streamed(settings.dataset_name, form)
+    column = settings.text_column or TEXT_COLUMN
+    train, own = (partial(read_files, splits.get(split, []), column) for split in ("train", "validation"))
     return train, own if "validation" in splits else None
 
 
@@ -205,7 +219,7 @@ def _text_splits(settings: TextSource) -> dict[str, list[Path]]:
     path = Path(settings.dataset_name).expanduser()
     splits = find_files(path)
     if sum(map(len, splits.values())) > 1:
-        splits = {split: kept for split, files in splits.items() if (kept := _without_metadata(files, settings.text_column))}
+        splits = {split: kept for split, files in splits.items() if (kept := _without_metadata(files, settings.text_column or TEXT_COLUMN))}
     return splits
 
 
@@ -237,20 +251,19 @@ def split_of(inside: Path) -> str:
     return "train"
 
 
-def _read_table(files: list[Path], column: str) -> Dataset:
+def _read_table(files: list[Path], column: str, form: tuple[str, ...] | None) -> Dataset:
+    """The documents of files: the texts of a column, or conversations of a form."""
     state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    if form is not None:
+        return conversation_files(files, form, state)
     return make_table(read_files, {"files": files, "column": column}, DOCUMENT_FEATURES, [state, column], DOCUMENTS_AT_ONCE)
 
 
 def read_files(files: list[Path], column: str) -> Iterator[dict[str, str]]:
     """The documents of local files, in order, blank ones dropped. The suffix tells the format."""
     for path in files:
-        try:
+        with file_errors(path):
             yield from _without_blanks(READERS[path.suffix.lower()](path, column))
-        except UnicodeDecodeError as error:
-            raise not_utf8(path, error) from error
-        except (OSError, pa.ArrowException, csv.Error) as error:
-            raise UserError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
 
 def _without_blanks(texts: Iterable[str | None]) -> Iterator[dict[str, str]]:
@@ -273,30 +286,8 @@ def _read_txt(path: Path, column: str) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str | None]:
-    with open_text(path) as file:
-        places = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
-        yield from _fields(((place, _parse_json(line, place)) for place, line in places), column, path)
-
-
-def _read_json(path: Path, column: str) -> Iterator[str | None]:
-    """A list of objects, or one object per line as in ``.jsonl``."""
-    with open_text(path) as file:
-        if not file.read(1024).lstrip().startswith("["):
-            yield from _read_jsonl(path, column)
-            return
-    records = _parse_json(read_text(path), str(path))
-    yield from _fields(((f"{path}, element {number}", record) for number, record in enumerate(records)), column, path)
-
-
-def _read_csv(path: Path, column: str) -> Iterator[str | None]:
-    csv.field_size_limit(2**31 - 1)  # the default allows no document beyond 128 KiB
-    with open_text(path, newline="") as file:
-        rows = csv.DictReader(file)
-        if list(rows.fieldnames or ()).count(column) > 1:
-            raise UserError(f"{path}: expected one column {column!r}, got {list(rows.fieldnames or ()).count(column)}; rename the others")
-        records = ((f"{path}, row {number}", {name: row[name] for name in row if name}) for number, row in enumerate(rows, 1))
-        yield from _fields(records, column, path)
+def _read_records(path: Path, column: str) -> Iterator[str | None]:
+    yield from _fields(RECORDS[path.suffix.lower()](path, (column,)), column, path)
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
@@ -310,10 +301,10 @@ def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
 
 READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
     ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
+    ".jsonl": _read_records,
     ".parquet": _read_parquet,
-    ".json": _read_json,
-    ".csv": _read_csv,
+    ".json": _read_records,
+    ".csv": _read_records,
 }
 
 
@@ -333,20 +324,13 @@ def _is_metadata(path: Path, column: str) -> bool:
         fields = json.loads(read_text(path))
     except (ValueError, OSError):  # one object per line, or nothing that can be read: an error of its own
         return False
-    return isinstance(fields, dict) and column not in fields
+    return isinstance(fields, dict) and column not in fields and form_of(fields) is None
 
 
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _parse_json(content: str, place: str) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not valid JSON ({error}); expected an object with the text column") from error
 
 
 def _fields(records: Iterable[tuple[str, Any]], column: str, path: Path) -> Iterator[str | None]:
@@ -373,6 +357,11 @@ def _fields(records: Iterable[tuple[str, Any]], column: str, path: Path) -> Iter
 
 
 def _require_column(columns: list[str], column: str, place: str) -> None:
+    if column not in columns and (form := form_of(columns)):
+        raise UserError(
+            f"{place} has no column {column!r}; its rows are conversations ({', '.join(form)}), which are trained on, not measured: "
+            "expected text; name a column that holds it with --text_column"
+        )
     if column not in columns:
         raise UserError(f"{place} has no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}: name one with --text_column")
 
@@ -387,16 +376,21 @@ def _require_text(is_text: bool, column: str, kind: object, place: str) -> None:
 
 def _load_hub(settings: TextSource) -> tuple[Dataset, Dataset | None]:
     name, train_rows, own_rows = _hub_splits(settings, streaming=False)
-    train = _as_documents(train_rows, settings.text_column, name)
+    form = None if settings.text_column else form_of(train_rows.column_names)
+    as_documents = partial(as_conversations, form=form) if form else partial(_as_documents, column=settings.text_column or TEXT_COLUMN)
+    train = as_documents(train_rows, name=name)
     if len(train) == 0:
         raise UserError(f"dataset {name} holds no text: every row of its split 'train' is empty")
-    validation = _as_documents(own_rows, settings.text_column, name) if own_rows is not None else None
+    validation = as_documents(own_rows, name=name) if own_rows is not None else None
     return train, validation if validation is not None and len(validation) else None
 
 
 def _read_hub(settings: TextSource) -> tuple[Reader, Reader | None]:
     name, train, own = _hub_splits(settings, streaming=True)
-    return _reader(train, settings.text_column, name), None if own is None else _reader(own, settings.text_column, name)
+    column = settings.text_column or TEXT_COLUMN
+    if not settings.text_column and (form := form_of(_first_row(train, name) or ())):
+        raise not_streamed(name, form)
+    return _reader(train, column, name), None if own is None else _reader(own, column, name)
 
 
 def _hub_splits(settings: TextSource, streaming: bool) -> tuple[str, Any, Any]:
@@ -446,9 +440,13 @@ def _as_documents(rows: Dataset, column: str, name: str) -> Dataset:
     return make_table(_read_rows, gen_kwargs, DOCUMENT_FEATURES, [rows._fingerprint, column, name == WIKITEXT], DOCUMENTS_AT_ONCE)
 
 
-def _reader(rows: IterableDataset, column: str, name: str) -> Reader:
+def _first_row(rows: IterableDataset, name: str) -> dict[str, Any] | None:
     with _hub_errors(name):
-        first = next(iter(rows), None)
+        return next(iter(rows), None)
+
+
+def _reader(rows: IterableDataset, column: str, name: str) -> Reader:
+    first = _first_row(rows, name)
     if first is not None:  # a stream may not know its columns before it is read
         place = f"dataset {name}"
         _require_column(list(first), column, place)

@@ -20,23 +20,26 @@ Units: lengths are token ids, except where characters are named; weights of a mi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..utils.distributed import one_process_first
-from .blocks import TEXT_AT_ONCE, check_blocks, cut_blocks, encode, encode_each, too_short
-from .cached_dataset import bars_on_terminals_only, make_table
+from .blocks import TEXT_AT_ONCE, check_blocks, cut_blocks, encode, encode_each, separate, too_short
+from .cached_dataset import bars_on_terminals_only, identity_of, make_table
+from .conversation_blocks import COLUMNS, block_features, conversation_blocks
+from .conversations import COLUMN
 from .documents import Reader, load_documents, open_documents
-from .question_rows import question_rows, row_features
+from .question_rows import question_rows
 from .question_sets import divide, is_questions
 from .settings import DataSettings, parse_mix
 
@@ -122,9 +125,9 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: in
         encoded = documents.map(
             encode, batched=True, batch_size=_batch_size(documents), remove_columns=documents.column_names, desc="Tokenizing",
             fn_kwargs={"tokenizer": tokenizer}, features=Features({"input_ids": List(Value("int32"))}),
-            new_fingerprint=Hasher.hash([encode.__name__, documents._fingerprint, _identity(tokenizer)]),
+            new_fingerprint=Hasher.hash([encode.__name__, documents._fingerprint, identity_of(tokenizer)]),
         )  # fmt: skip
-        features = _block_features(seq_len)
+        features = block_features(seq_len, ["input_ids"])
         rows = encoded.with_format("numpy")
         blocks = make_table(cut_blocks, {"encoded": rows, "seq_len": seq_len}, features, [encoded._fingerprint, seq_len], BLOCKS_AT_ONCE)
     if len(blocks) == 0:
@@ -136,16 +139,6 @@ def _batch_size(documents: Dataset) -> int:
     """Documents to tokenize at once: a tokenizer needs some hundred bytes per token, and a document may be a book."""
     average = documents.data.nbytes / max(1, documents.data.num_rows)
     return max(1, min(BLOCKS_AT_ONCE, int(TEXT_AT_ONCE / max(1.0, average))))
-
-
-def _identity(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A cache key of the tokenizer. The pickle of a fast tokenizer changes at its first use, so it cannot serve as one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return tokenizer if backend is None else [backend.to_str(), tokenizer.eos_token_id]
-
-
-def _block_features(seq_len: int) -> Features:
-    return Features({"input_ids": List(Value("int32"), length=seq_len)})
 
 
 def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tokenizer: Any, seq_len: int, seed: int) -> Blocks:
@@ -161,25 +154,35 @@ def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tok
                 )
             blocks = _tables_of(settings, tokenizer, seq_len)[0]
             parts += choose_blocks(blocks, wanted, np.random.default_rng([seed, number]))
-        if any("labels" in part.column_names for part in parts):
-            parts = [_with_labels(part, seq_len) for part in parts]
-    return Blocks(datasets.concatenate_datasets(parts), validation)
+        columns = [name for name in COLUMNS if any(name in part.column_names for part in parts)]
+        parts = [_completed(part, columns, tokenizer.eos_token_id, seq_len) for part in parts]
+    return Blocks(datasets.concatenate_datasets(parts), _completed(validation, columns, tokenizer.eos_token_id, seq_len))
 
 
 def _tables_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[Dataset, Dataset]:
-    """Training and validation rows of one dataset: blocks of text, or questions."""
+    """Training and validation rows of one dataset: blocks of text or of conversations, or questions."""
     if is_questions(settings.dataset_name):
         train, held_out = divide(settings.dataset_name)
         return question_rows(train, tokenizer, seq_len), question_rows(held_out, tokenizer, seq_len)
     documents = load_documents(settings)
+    if COLUMN in documents.train.column_names:
+        name, train_on = settings.dataset_name, settings.train_on
+        train = conversation_blocks(documents.train, tokenizer, seq_len, train_on, name)
+        return train, conversation_blocks(documents.validation, tokenizer, seq_len, train_on, f"{name}, validation")
     return tokenize(documents.train, tokenizer, seq_len), tokenize(documents.validation, tokenizer, seq_len)
 
 
-def _with_labels(blocks: Dataset, seq_len: int) -> Dataset:
-    """Add labels to text that is mixed with questions: every token is scored."""
-    if "labels" in blocks.column_names:
+def _completed(blocks: Dataset, columns: Sequence[str], eos_token_id: int, seq_len: int) -> Dataset:
+    """Blocks with the columns of those that they are mixed with: of text every token is scored, and a document ends in its token."""
+    if set(columns) <= set(blocks.column_names):
         return blocks
-    return blocks.map(lambda rows: {"labels": rows["input_ids"]}, batched=True, features=row_features(seq_len))
+
+    def added(rows: dict[str, list[list[int]]]) -> dict[str, Any]:
+        positions = separate(torch.tensor(rows["input_ids"]), eos_token_id)[0]
+        every = {"input_ids": rows["input_ids"], "labels": rows.get("labels", rows["input_ids"]), "position_ids": positions.numpy()}
+        return {name: every[name] for name in columns}
+
+    return blocks.map(added, batched=True, features=block_features(seq_len, columns))
 
 
 def choose_blocks(blocks: Dataset, wanted: int, rng: np.random.Generator) -> list[Dataset]:
@@ -196,14 +199,14 @@ def _make_streams(own: DataSettings, mixed: list[tuple[DataSettings, float]], to
     opened = [_open_stream(settings, tokenizer, seq_len) for settings in (own, *(settings for settings, _ in mixed))]
     streams = [
         IterableDataset.from_generator(
-            stream_blocks, _block_features(seq_len), {"stream": stream, "tokenizer": tokenizer, "seq_len": seq_len}
+            stream_blocks, block_features(seq_len, ["input_ids"]), {"stream": stream, "tokenizer": tokenizer, "seq_len": seq_len}
         )
         for stream, _ in opened
     ]  # fmt: skip
     weights = np.array([1.0, *(weight for _, weight in mixed)])
     # one shuffle, after mixing: set_epoch then changes the draw of the datasets, too
     train = datasets.interleave_datasets(streams, probabilities=list(weights / weights.sum()), seed=seed) if mixed else streams[0]
-    validation = Dataset.from_dict({"input_ids": opened[0][1]}, features=_block_features(seq_len))
+    validation = Dataset.from_dict({"input_ids": opened[0][1]}, features=block_features(seq_len, ["input_ids"]))
     return Blocks(train.shuffle(seed=seed, buffer_size=STREAM_BUFFER_BLOCKS), validation)
 
 

@@ -6,14 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..data.chat_template import ends_of_turn, render, template_of
 from ..errors import UserError
 from .prompt import prompt_ids
-
-_PROBE = "recursify asks where this ends"
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)  # templates are programs and may raise anything
 
 
 class Dialogue:
@@ -26,9 +23,9 @@ class Dialogue:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.template = _plain_template(tokenizer)
+        self.template = template_of(tokenizer)
         self.has_template = self.template is not None
-        self.ends = self._template_ends() if self.has_template else ()
+        self.ends = ends_of_turn(tokenizer, self.template) if self.template is not None else ()
         self.stop: tuple[str, ...] = () if self.has_template else ("\nUser:",)
 
     @property
@@ -51,13 +48,11 @@ class Dialogue:
                 message["content"].encode("utf-8")
             except UnicodeEncodeError as error:
                 raise UserError(f"expected UTF-8 text, got {message['content']!r}, which has a stray byte at {error.start}") from error
-        if not self.has_template:
+        if self.template is None:
             return prompt_ids(self.tokenizer, _plain(messages))
-        try:
-            offered = {"tools": list(tools)} if tools else {}
-            encoded: Any = self._render(list(messages), tokenize=True, return_dict=True, add_generation_prompt=True, **offered)
-        except _TEMPLATE_FAULTS as error:
-            raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+        offered = {"tools": list(tools)} if tools else {}
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, **offered}
+        encoded = render(self.tokenizer, self.template, messages, **options)
         if not encoded["input_ids"]:
             raise UserError("the tokenizer's chat template makes nothing of this conversation")
         return list(encoded["input_ids"])
@@ -65,35 +60,6 @@ class Dialogue:
     def answer_text(self, answer: str) -> str:
         """The content of an answer as it goes into the conversation: stripped in the plain format."""
         return answer if self.has_template else answer.strip()
-
-    def _template_ends(self) -> tuple[int, ...]:
-        """The special token right behind an answer, such as <|im_end|>; empty if the template puts anything else there."""
-        conversation = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-        try:
-            text = self._render(conversation, tokenize=False)
-        except _TEMPLATE_FAULTS:
-            return ()
-        behind = str(text).rpartition(_PROBE)[2].lstrip()
-        ids = self.tokenizer(behind, add_special_tokens=False).input_ids if behind else []
-        return (ids[0],) if ids and ids[0] in self.tokenizer.added_tokens_decoder else ()
-
-    def _render(self, messages: Any, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
-
-
-def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template of a tokenizer. Of several named ones, `default`, or the first that renders a plain conversation."""
-    found = getattr(tokenizer, "chat_template", None) or None
-    if not isinstance(found, dict):
-        return found
-    probe = [{"role": "user", "content": _PROBE}]
-    for template in (found[name] for name in sorted(found, key=lambda name: name != "default")):
-        try:
-            if _PROBE in str(tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)):
-                return str(template)
-        except _TEMPLATE_FAULTS:
-            continue
-    return None
 
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import has_length
 
 from ..checkpoints import checkpoint
 from ..checkpoints.tokenizer import check_vocabulary
+from ..data.conversations import FORMS, form_of
 from ..errors import UserError
 from ..utils.device import choose_device
 from .approaches import APPROACHES, cast_for_training, freeze_rest
@@ -32,6 +33,8 @@ from .parallel import check_launch, shard
 from .saving import METRICS, Saver, best_name, make_folder, resume_points, state_folder
 from .settings import RunSettings
 from .trainer import CycleTrainer
+
+_ROWS = "train_dataset or eval_dataset"  # a table of rows has no name
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ class RecursiveTrainer(CycleTrainer):
             approach trains.
         args: `FitSettings`, or those of another approach; their fields are the flags of `recursify train`. Or transformers'
             TrainingArguments; arguments without counterpart here raise an error.
-        train_dataset: Rows with `input_ids`, all of one length, and optionally `labels`; or with a column `text`, which is tokenized and
-            packed into blocks of `seq_len`. A stream of rows with `input_ids` is supported as well.
+        train_dataset: Rows with `input_ids`, all of one length, and optionally `labels` and `position_ids`; or with a column `text`, or
+            conversations (`messages`; `prompt` and `completion`; `instruction` and `output`), which are tokenized and packed into
+            blocks of `seq_len`. A stream of rows with `input_ids` is supported as well.
         eval_dataset: Likewise; None disables validation, so no best checkpoint is kept.
         processing_class: The tokenizer.
         data_collator: Rows to a batch of `input_ids`, `labels` and, for a block-diagonal mask, `position_ids`.
@@ -223,21 +227,27 @@ def fit(
 
 
 def tokenized_rows(dataset: Any, settings: RunSettings, tokenizer: Any) -> Any:
-    """A dataset with `input_ids`; rows of text are tokenized and packed into blocks.
+    """A dataset with `input_ids`; rows of text or of conversations are tokenized and packed into blocks.
 
     Raises:
-        UserError: Neither `input_ids` nor `text`, or text without a tokenizer.
+        UserError: Neither `input_ids`, `text` nor a conversation; rows without a tokenizer; malformed conversations.
     """
     columns = getattr(dataset, "column_names", None)
     if dataset is None or not columns or "input_ids" in columns:
         return dataset
-    if "text" not in columns:
-        raise UserError(f"train_dataset: expected rows with input_ids, or with text, got the columns {', '.join(columns)}")
+    form = None if settings.text_column else form_of(columns)
+    if "text" not in columns and form is None:
+        forms = "; ".join(" and ".join(each) for each in FORMS)
+        raise UserError(f"train_dataset: expected rows with input_ids, with text, or with {forms}; got the columns {', '.join(columns)}")
     if tokenizer is None:
         raise UserError("processing_class: expected the tokenizer of the model, which rows of text need, got None")
-    from ..data.loading import tokenize  # here: the datasets library is only needed for text
+    from ..data.conversation_blocks import conversation_blocks  # here: the datasets library is only needed for text
+    from ..data.conversation_tables import as_conversations
+    from ..data.loading import tokenize
 
-    return tokenize(dataset, tokenizer, settings.seq_len)
+    if form is None:
+        return tokenize(dataset, tokenizer, settings.seq_len)
+    return conversation_blocks(as_conversations(dataset, form, _ROWS), tokenizer, settings.seq_len, settings.train_on, _ROWS)
 
 
 def _resume_point(given: Any, settings: RunSettings) -> Path | None:

@@ -116,12 +116,16 @@ def train(settings: RunSettings) -> TrainResult:
     if result.interrupted:
         announce(f"Interrupted and saved at step {result.steps}; the same command with --resume continues from there")
     elif result.best_eval_loss is not None:
-        announce(closing_summary(result, best, settings))
+        announce(closing_summary(result, best, settings, converses="position_ids" in blocks.validation.column_names))
     return TrainResult(best if result.best_eval_loss is not None else None, result)
 
 
-def closing_summary(result: FitResult, best: Path, settings: RunSettings) -> str:
-    """What matters at the end of a run: validation loss by cycle beside the donor's, the best model, the folder, and the next commands."""
+def closing_summary(result: FitResult, best: Path, settings: RunSettings, converses: bool = False) -> str:
+    """What matters at the end of a run: validation loss by cycle beside the donor's, the best model, the folder, and the next commands.
+
+    Args:
+        converses: Whether the model was trained on conversations.
+    """
     last = next(entry for entry in reversed(result.history) if "eval_loss" in entry)
     losses = {int(name.rpartition("_")[2]): loss for name, loss in last.items() if name.startswith("eval_loss_cycle_")}
     lines = [f"Best validation loss {result.best_eval_loss:.4f}: {best}", f"All files of this run are in {settings.folder.absolute()}"]
@@ -131,6 +135,8 @@ def closing_summary(result: FitResult, best: Path, settings: RunSettings) -> str
         lines.insert(0, f"Validation loss by cycle at the end: {shown}; lowest at cycle {min(losses, key=losses.__getitem__)}{donor}")
     if settings.approach != checkpoint.EMBEDDING:
         model, data = shlex.quote(str(best)), shlex.quote(settings.dataset_name)
+        if converses:
+            return "\n".join([*lines, f"Next: recursify chat --checkpoint {model}"])
         held_out = f"--questions {data}" if is_questions(settings.dataset_name) else f"--dataset_name {data} --split validation"
         lines.append(f'Next: recursify generate --checkpoint {model} --prompt "..."')
         lines.append(f"      recursify evaluate --checkpoint {model} {held_out}")

@@ -32,7 +32,7 @@ NOT_NEGATIVE = (
 
 # Settings that determine the tokens of each step. They must not change on resume.
 DATA_FIELDS = (
-    "dataset_name", "dataset_config_name", "text_column", "mix", "streaming", "separate_documents", "seq_len", "batch_size",
+    "dataset_name", "dataset_config_name", "text_column", "mix", "train_on", "streaming", "separate_documents", "seq_len", "batch_size",
     "grad_accum_steps", "seed",
 )  # fmt: skip
 # Settings that determine the contents of the saved state, or which parameters have one. They must not change on resume.
@@ -64,7 +64,8 @@ class Packing(Options):
     seq_len: int = 128
     """Tokens per training sequence. Documents are concatenated, each followed by an end-of-text token, and cut to this length."""
     separate_documents: bool = False
-    """Block-diagonal attention: packed documents do not attend to each other, and positions restart. Always on for questions."""
+    """Block-diagonal attention: packed documents do not attend to each other, and positions restart. Always on for questions and
+    conversations."""
 
 
 @dataclass(kw_only=True)

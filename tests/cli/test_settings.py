@@ -456,6 +456,13 @@ class Training(Cases):
         assert len(mixed) == len(alone) + round(0.5 * len(alone))
         assert self._text(mixed.select([len(alone)])).split(END_OF_TEXT)[0] in Path(other).read_text()
 
+    def train_on(self) -> None:
+        rows = self._tmp / "chats.jsonl"
+        rows.write_text("".join(json.dumps({"prompt": f"The {i}", "completion": f" ship {i}"}) + "\n" for i in range(4)))
+        found = {name: self._launched(dataset_name=str(rows), train_on=name).train[0] for name in ("assistant", "all")}
+        text = {name: self._world.tokenizer.decode([i for i in row["labels"] if i != -100]) for name, row in found.items()}
+        assert "The" in text["all"] and "The" not in text["assistant"] and "ship" in text["assistant"]
+
     def streaming(self) -> None:
         found = self._launched(streaming=True, max_steps=2, dataset_name=self._world.path("text"))
         assert isinstance(found.train, IterableDataset) and len(next(iter(found.train))["input_ids"]) == SEQ_LEN

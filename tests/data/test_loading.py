@@ -441,7 +441,7 @@ class TestStream:
 
     def test_streaming_writes_nothing_and_reads_lazily(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path, read = corpus(tmp_path / "a.jsonl", 1, 2000), 0
-        original = documents._read_jsonl
+        original = documents.READERS[".jsonl"]
 
         def counting(*args: Any) -> Any:
             nonlocal read

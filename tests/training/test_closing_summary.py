@@ -58,6 +58,13 @@ def test_the_commands_can_be_given(name: str, text: str | None, questions: Any, 
     assert asked.split == ("validation" if text else None)
 
 
+def test_after_conversations_comes_a_chat() -> None:
+    result = FitResult(history=[{"eval_loss": 2.0}], steps=4, tokens=9, seconds=1.0, eval_loss=2.0, best_eval_loss=1.5)
+    said = closing_summary(result, Path("my runs/best.pt"), TrainSettings(checkpoint="x", dataset_name="a.jsonl"), converses=True)
+    (command,) = [line.removeprefix("Next: ") for line in said.splitlines() if "recursify " in line]
+    assert shlex.split(command)[1:] == ["chat", "--checkpoint", "my runs/best.pt"]
+
+
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [("recursive_qwen2", "qwen"), ("recursive_qwen3", "qwen"), ("qwen2", "qwen"), ("recursive_llama", "llama"), ("phi3", "phi3")],
