@@ -25,11 +25,11 @@ from recursify.conversion.convert import convert
 from recursify.data.settings import DataSettings
 from recursify.errors import UserError
 from recursify.network.losses import SCHEDULES
-from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train, trainer
+from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, fitting, train, trainer
 from recursify.training import arguments as training_arguments_module
 from recursify.training import run as training_run
 from recursify.training.approaches import freeze_rest
-from recursify.training.arguments import choose_autocast, total_steps, training_arguments
+from recursify.training.arguments import check_tf32, choose_autocast, total_steps, training_arguments
 from recursify.training.collate import Collate
 from recursify.training.cost import pass_flops
 from recursify.training.depth import DepthSchedule
@@ -943,6 +943,39 @@ def test_a_resumed_run_keeps_the_type_that_was_chosen(files: TrainSettings, monk
     assert json.loads((Path(files.output_dir) / "checkpoint_step_2_state" / "run.json").read_text())["settings"]["bf16"] is True
     monkeypatch.setattr(training_arguments_module, "_bf16_pays", lambda tokens, config: pytest.fail("probed again"))
     train(replace(files, max_steps=3, save_every=1, resume=True))
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_tf32_is_on_inside_a_run_alone(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was set before holds afterwards; without the flag nothing is changed."""
+    seen: list[str] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(torch.get_float32_matmul_precision())
+
+    torch.set_float32_matmul_precision(before)
+    try:
+        run(recursive(), callbacks=[Watch()])
+        monkeypatch.setattr(fitting, "check_tf32", lambda *args: None)  # as on a GPU that has it
+        run(recursive(), callbacks=[Watch()], tf32=True)
+        assert seen == [before] * 2 + ["high"] * 2 and torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_is_refused_where_there_is_none(files: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, device in ((True, "cpu"), (False, "cuda")):
+        monkeypatch.setattr(training_arguments_module, "is_torch_tf32_available", lambda there=there: there)
+        with pytest.raises(UserError, match=f"--tf32: expected an NVIDIA GPU .*, got {device}; leave the flag out"):
+            check_tf32(settings(tf32=True), torch.device(device))
+        check_tf32(settings(), torch.device(device))
+    monkeypatch.setattr(training_arguments_module, "is_torch_tf32_available", lambda: True)
+    check_tf32(settings(tf32=True), torch.device("cuda"))
+    monkeypatch.setattr(training_run, "_starting_model", lambda *args: pytest.fail("a model was read first"))
+    for call in (lambda: train(replace(files, tf32=True)), lambda: run(recursive(), tf32=True)):
+        with pytest.raises(UserError, match="--tf32"):
+            call()
 
 
 def test_the_second_gpu_is_refused() -> None:
