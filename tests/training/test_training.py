@@ -1104,12 +1104,33 @@ def test_second_signal_stops_immediately(number: signal.Signals, capsys: pytest.
     assert capsys.readouterr().err.count("Stopping after this step") == 1
 
 
+def test_several_processes_stop_after_the_same_step() -> None:
+    """A step after the signal, whichever of them got it, and without waiting for the device to know."""
+    asked, stops = [False, True, False, False, False], []  # of the other process, step by step
+
+    def reduce(own: torch.Tensor, kind: str) -> torch.Tensor:
+        return own + float(asked[len(stops)])
+
+    several: Any = SimpleNamespace(
+        flags=None, args=SimpleNamespace(device=torch.device("cpu")), accelerator=SimpleNamespace(num_processes=2, reduce=reduce)
+    )
+    stop = callbacks.StopOnSignal(None, lambda flag: trainer.CycleTrainer.any_rank(several, flag))
+    for step, own in enumerate((False, False, True, True)):
+        stop.requested |= own
+        control = TrainerControl()
+        stop.on_step_end(None, TrainerState(global_step=step, max_steps=9, epoch=0.1 * step), control)
+        stops.append(control.should_training_stop)
+    assert stops == [False, False, True, True] and stop.requested
+    one: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    assert [trainer.CycleTrainer.any_rank(one, flag) for flag in (True, False)] == [True, False]
+
+
 @pytest.mark.parametrize(("epoch", "validated"), [(0.5, False), (1.0, True), (2.0, True)])
 def test_stopped_run_is_validated_at_an_epoch_end_only(epoch: float, validated: bool) -> None:
     """A signal in the last step of an epoch takes its validation from nobody."""
     for asked in (False, True):
         stop, control = callbacks.StopOnSignal(None, lambda asked: asked), TrainerControl(should_evaluate=True)
-        stop.requested = asked
+        stop.requested = stop.stopped = asked
         stop.on_epoch_end(None, TrainerState(global_step=3, max_steps=9, epoch=epoch), control)
         assert control.should_evaluate is (validated or not asked)
 
