@@ -56,6 +56,7 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
         ddp_find_unused_parameters=False,  # freeze_rest freezes unused parameters
         deepspeed=settings.deepspeed,
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
         remove_unused_columns=False,
         seed=settings.seed,
         report_to=list(settings.report_to) or "none",

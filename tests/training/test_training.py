@@ -538,6 +538,29 @@ def test_packed_documents_equal_single_documents(backprop: str) -> None:
         torch.testing.assert_close(gradients[0][1][name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("backprop", "graphs"), [("full", 2), ("cycle", 2), ("last", 3)])
+def test_further_depths_compile_nothing_further(backprop: str, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run at three depths, validated at a fourth, compiles what a run at one depth does: the layer, in training and in validation, and
+    with the last cycle alone once more, for those before, without gradients."""
+    compiled, own = [], torch.nn.Module.compile
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: own(self, backend=counted, dynamic=False))
+    common: dict[str, Any] = {"enable_deep_supervision": backprop != "last", "backprop": backprop, "batch_size": 5, "compile": True}
+    found: dict[tuple[int, ...], int] = {}
+    for depths in ((2,), (1, 2, 3)):
+        torch._dynamo.reset()
+        compiled.clear()
+        result = run(recursive(H_cycles=4), train_blocks=blocks(30), cycle_choices=depths, log_every=1, **common)
+        assert {DepthSchedule(depths, [1.0] * len(depths), seed=42).at(step) for step in range(6)} == set(depths)
+        assert "eval_loss_cycle_4" in result.history[-1]
+        found[depths] = len(compiled)
+    assert found == {(2,): graphs, (1, 2, 3): graphs}
+
+
 @pytest.mark.parametrize("backprop", ["full", "cycle"])
 def test_the_layers_are_compiled_once(backprop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all applications and depths of a run, with the same result; samples and later use are not compiled."""
@@ -976,6 +999,13 @@ def test_tf32_is_refused_where_there_is_none(files: TrainSettings, monkeypatch: 
     for call in (lambda: train(replace(files, tf32=True)), lambda: run(recursive(), tf32=True)):
         with pytest.raises(UserError, match="--tf32"):
             call()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_batches_go_to_a_gpu_from_pinned_memory_while_it_works(device: str) -> None:
+    arguments = training_arguments(settings(), torch.device(device), None)
+    on_gpu = device == "cuda"
+    assert (arguments.dataloader_pin_memory, arguments.accelerator_config.non_blocking) == (on_gpu, on_gpu)
 
 
 def test_the_second_gpu_is_refused() -> None:
