@@ -19,7 +19,6 @@ from .measure import alternate, ratio, say
 from .models import tokens
 
 WARM = 3  # passes: CUDA graphs are recorded at the second
-PIECE = 512  # tokens of a prompt that are read at once
 
 
 class Graph:
@@ -27,15 +26,16 @@ class Graph:
 
     Args:
         room: Tokens that it will write at most.
+        piece: Tokens of its prompt that are read at once.
     """
 
-    def __init__(self, one: Writer, rows: int, context: int, room: int):
+    def __init__(self, one: Writer, rows: int, context: int, room: int, piece: int):
         model = one.model
         config = model.config.at_depth() if isinstance(model, RecursiveLLM) else model.config
         self.cache, self.token = StaticCache(config=config, max_cache_len=context + room), tokens(model.config, rows, 1, model.device)
         prompt = tokens(model.config, rows, context, model.device)
-        for piece in prompt.split(PIECE, dim=1):
-            model(piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        for part in prompt.split(piece, dim=1):
+            model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.run = compiled(model)
 
     def step(self) -> None:
@@ -53,8 +53,8 @@ def one_token(all_of_them: list[Writer], rows: int, context: int, bench: Bench) 
     """A pass of one token of each row, eager and as one graph, in turn."""
     say(f"decoding_static: {rows} rows at context {context}")
     torch._dynamo.reset()
-    rounds = bench.pick(2, None, 20)
-    graphs = {one.name: Graph(one, rows, context, WARM + rounds) for one in all_of_them}
+    rounds, piece = bench.pick((2, 5), None, (20, 512))
+    graphs = {one.name: Graph(one, rows, context, WARM + rounds, piece) for one in all_of_them}
     token = tokens(all_of_them[0].config, rows, 1, bench.device)
     sides: dict[str, Callable[[], Any]] = {}
     for one in all_of_them:

@@ -16,7 +16,7 @@ from .page import RESULTS
 # Case -> seconds on one large GPU, which are guesses until a result says how long it took; seconds at toy size on two cores, measured.
 FIRST = {
     "works": (60, 15),
-    "works_training": (100, 35),
+    "works_training": (100, 40),
     "ceilings": (10, 5),
     "training": (90, 30),
     "training_sizes": (80, 5),
@@ -27,7 +27,7 @@ FIRST = {
     "speculation_and_early_exit": (90, 8),
 }
 LAST = {
-    "loss": (40, 10),
+    "loss": (40, 12),
     "training_growth": (40, 4),
     "supervision": (15, 1),
     "conversion": (120, 7),

@@ -93,6 +93,7 @@ def _train(line: Connection, shape: Shape, rows: list[Any], batch: tuple[int, in
             learning_rate=1e-5, weight_decay=0.01,
             optim="adamw_torch_fused", bf16=bf16, use_cpu=device.type == "cpu", logging_steps=10**6, save_strategy="no",
             report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=device.type == "cuda",
+            accelerator_config={"non_blocking": device.type == "cuda"},
         )  # fmt: skip
         trainer = Trainer(build(shape.config(), device), args, train_dataset=rows, data_collator=Collate(None), callbacks=[turn])
         trainer.remove_callback(PrinterCallback)

@@ -87,7 +87,7 @@ def _speculate(model: Any, batches: Any, new: int, k: int, choice: dict[str, Any
         "choice": "sampled" if choice else "greedy",
         "draft cycles": k,
         "speed / plain": ratio(plain, fast),
-        "accepted": accepted / drafted,
+        "accepted": accepted / max(1, drafted),  # none where the clock was against it
         "equal tokens": None if choice else sum(same) / len(same),
         "limit": "drafts that are wrong, and one pass of all cycles per draft",
     }
@@ -103,7 +103,7 @@ def halting(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, 
     new = bench.pick(4, 48, 48)
     for criterion in HALT_CRITERIA:
         say(f"speculation_and_early_exit: halting by {criterion}")
-        threshold = affordable(model, first, criterion, full_points=bench.size != "quick")
+        threshold = affordable(model, first, criterion)
         found = asdict(measure_halting(model, second, criterion, threshold))
         plain: list[float] = []
         halted: list[float] = []
@@ -124,10 +124,9 @@ def halting(model: Any, held: torch.Tensor, bench: Bench) -> Iterator[dict[str, 
         }
 
 
-def affordable(model: Any, blocks: torch.Tensor, criterion: str, full_points: bool) -> float:
+def affordable(model: Any, blocks: torch.Tensor, criterion: str) -> float:
     """The threshold that saves most at no more than HALTING_NATS, of a range of them."""
     points = [i / 10 for i in range(11)] if criterion == "q_head" else [0.0, *(10.0**i for i in range(-4, 2)), float("inf")]
-    points = points if full_points else [points[0], points[-1]]
     full = measure_halting(model, blocks, criterion)
     found = [measure_halting(model, blocks, criterion, threshold) for threshold in points]
     fit_in = [one for one in found if one.loss - full.loss <= HALTING_NATS]

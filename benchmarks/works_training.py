@@ -6,6 +6,7 @@ import importlib.util
 import math
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from recursify.training.saving import Saver
 from .case import Bench, Check, Table, case
 from .models import HALF_B, SHIPPED, TOY, recursive_config
 from .named_checks import Named, Skip, outcomes
+from .synchronisations import ARRIVED, Steps, counted
 from .training import CHECKPOINTED, CYCLE, EVERY, FULL, KEEP, MAIN, Batch, Way, settings_of, weigh_step
 from .works import shipped
 
@@ -45,16 +47,16 @@ def settings(bench: Bench, **flags: Any) -> TrainSettings:
     return TrainSettings(**common | flags)
 
 
-def blocks(vocabulary: int) -> list[dict[str, list[int]]]:
+def blocks(vocabulary: int, count: int = 8) -> list[dict[str, list[int]]]:
     """Few, so that a few steps learn them by heart."""
-    return Batch(8, 32).blocks(vocabulary, 8)
+    return Batch(8, 32).blocks(vocabulary, count)
 
 
 def train(
-    bench: Bench, flags: dict[str, Any], callbacks: tuple[TrainerCallback, ...] = (), dtype: torch.dtype = torch.float32
+    bench: Bench, flags: dict[str, Any], callbacks: tuple[TrainerCallback, ...] = (), dtype: torch.dtype = torch.float32, count: int = 8
 ) -> list[float]:
-    """The losses of a run, step by step."""
-    model, rows = shipped(bench, dtype=dtype), blocks(4096)
+    """The losses of a run over so many blocks, step by step."""
+    model, rows = shipped(bench, dtype=dtype), blocks(4096, count)
     found = fit(model, load_tokenizer(SHIPPED), rows, rows[:2], settings(bench, **flags), console=False, callbacks=callbacks)
     return [entry["loss"] for entry in found.history if "loss" in entry]
 
@@ -147,6 +149,17 @@ class StopAt(TrainerCallback):
         control.should_training_stop |= state.global_step >= self.step
 
 
+def waits(bench: Bench) -> str:
+    """Steps that are not logged: the host is ahead of the device, and nothing makes it wait."""
+    flags = {**EVERY, "backprop": "cycle", "ema_decay": 0.9, "log_every": 10**6, "max_steps": 6}
+    with counted(bench.device) as found:
+        steps = Steps(found)
+        train(bench, flags, (steps,), count=6 * 4)
+    expected = Counter() if bench.on_gpu else Counter([ARRIVED])
+    assert all(each == expected for each in steps.between()), f"the host waits: {dict(sum(steps.between(), Counter()))}"
+    return f"in none of {len(steps.between())} steps"
+
+
 def memory(bench: Bench, way: Way, batch: Batch) -> str:
     """The allocator's peak of a step beside the estimate of `--dry_run`."""
     shape = bench.pick(TOY, None, HALF_B)
@@ -165,6 +178,7 @@ LOSSES: Named = {
     "backprop last": partial(falls, backprop="last"),
     "gradient checkpointing": partial(supervised, gradient_checkpointing=True),
     "compile": partial(supervised, compile=True),
+    "no step waits for the device": waits,
     "muon": partial(falls, optimizer="muon"),
     "adamw_8bit": eight_bit,
     "master weights are float32": masters,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from ..errors import UserError
 from ..utils.device import product_seconds
@@ -54,6 +56,7 @@ def training_arguments(settings: RunSettings, device: torch.device, saver: Saver
         ddp_find_unused_parameters=False,  # freeze_rest freezes unused parameters
         deepspeed=settings.deepspeed,
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
         remove_unused_columns=False,
         seed=settings.seed,
         report_to=list(settings.report_to) or "none",
@@ -123,6 +126,30 @@ def choose_autocast(settings: RunSettings, config: Any, device: torch.device) ->
     if faster:
         announce("Training in bfloat16 autocast, which is faster on this CPU; the weights stay float32 (--bf16 False sets float32)")
     return replace(settings, bf16=on_gpu or faster)
+
+
+def check_tf32(settings: RunSettings, device: torch.device) -> None:
+    """Raise a UserError for `tf32` on a device that has none."""
+    if settings.tf32 and not (device.type == "cuda" and is_torch_tf32_available()):
+        raise UserError(f"--tf32: expected an NVIDIA GPU of the Ampere generation or newer, got {device}; leave the flag out")
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Inside, a GPU may round the factors of float32 matrix products to TF32. Without the flag the setting of the program holds.
+
+    It is set by torch's oldest way: after the newer ones `torch.compile` cannot read it, and transformers' `enable_tf32` has an effect only
+    once in a process.
+    """
+    if not tf32:
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("high" if before == "tf32" else "highest")
 
 
 def _bf16_pays(tokens: int, config: Any) -> bool:

@@ -219,7 +219,8 @@ class SaveSteps(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM stops the run after the current optimizer step, with a checkpoint; a second signal stops it immediately, without.
+    """Ctrl-C or SIGTERM stops the run after the current optimizer step, or of several processes after the next one, with a checkpoint; a
+    second signal stops it immediately, without.
 
     Args:
         save: The callback that requests the checkpoint; None if nothing is saved.
@@ -250,14 +251,13 @@ class StopOnSignal(TrainerCallback):
         logger.info("\nStopping after this step; Ctrl-C again stops at once and saves nothing.")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.requested = self.any_rank(self.requested)
-        if self.requested:
-            self.stopped = control.should_training_stop = True
+        if self.any_rank(self.requested):
+            self.requested = self.stopped = control.should_training_stop = True
             if self.save is not None:
                 self.save.request_save(state, control)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.requested and not at_epoch_end(state):
+        if self.stopped and not at_epoch_end(state):
             control.should_evaluate = False
 
 

@@ -23,7 +23,7 @@ from ..data.conversations import FORMS, form_of
 from ..errors import UserError
 from ..utils.device import choose_device
 from .approaches import APPROACHES, cast_for_training, freeze_rest
-from .arguments import choose_autocast, from_training_arguments, total_steps, training_arguments
+from .arguments import check_tf32, choose_autocast, float32_products, from_training_arguments, total_steps, training_arguments
 from .callbacks import AfterOptimizer, AtStart, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
 from .collate import Collate
 from .depth import DepthSchedule
@@ -119,6 +119,7 @@ class RecursiveTrainer(CycleTrainer):
         settings.validate_model(model.config)
         device = choose_device(settings.device)
         check_launch(settings, device)
+        check_tf32(settings, device)
         settings = choose_autocast(settings, model.config, device)
         if saver == "output_dir":
             saver = _default_saver(model, settings, processing_class)
@@ -175,7 +176,7 @@ class RecursiveTrainer(CycleTrainer):
             model.load_state_dict(checkpoint.load(point).model.state_dict())
         state = None if point is None else str(state_folder(point))
         try:
-            with self.stop.listening():
+            with self.stop.listening(), float32_products(self.settings.tf32):
                 return super().train(state, trial, ignore_keys_for_eval)
         finally:
             self.bar.close()

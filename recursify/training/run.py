@@ -34,7 +34,7 @@ from ..errors import UserError
 from ..utils.device import choose_device
 from ..utils.files import read_json
 from .approaches import from_donor
-from .arguments import choose_autocast, total_steps
+from .arguments import check_tf32, choose_autocast, total_steps
 from .cost import estimate
 from .fitting import FitResult, fit, result_of
 from .gains import sweep_length
@@ -72,6 +72,7 @@ def train(settings: RunSettings) -> TrainResult:
     settings.validate()
     device = choose_device(settings.device)
     check_launch(settings, device)
+    check_tf32(settings, device)
     PartialState(cpu=device.type == "cpu")  # initialises the process group before the first collective
     point = _point_to_resume(settings) if settings.resume else None
     if point is not None and settings.bf16 is None:  # what a probe chose then holds: another choice would not be the same run

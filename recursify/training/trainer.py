@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import sys
 import tempfile
 import time
@@ -26,10 +25,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from ..checkpoints.adapter import PREFIX as ADAPTER_PREFIX
 from ..errors import UserError
 from ..network.losses import counted, perplexity
-from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from .cost import pass_flops
 from .depth import DepthSchedule
+from .finite import GradientCheck, HostCopy, Step
 from .loss_module import LossModule, scored_tokens
 from .optimizers import EMA, build_optimizer, learning_rate_factor, warmup_of
 from .parallel import (
@@ -110,6 +109,8 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         self.epoch_loss, self.epoch_tokens = 0.0, 0.0
         self.started = time.perf_counter()
         self.throughput = Throughput()
+        self.gradients = GradientCheck(saver.folder if saver else None, args.process_index)
+        self.flags: HostCopy | None = None  # of `any_rank`
         self.batches: list[dict[str, Any]] = []  # micro-batches of the current optimizer step
         self.cycle_losses: Tensor | None = None
         self.flops: dict[tuple[int, int], int] = {}  # of a micro-batch, by tokens and depth
@@ -143,32 +144,17 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
         return self.flops[key]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Checks the gradient norm after the backward pass, before a non-finite one would reach the weights."""
+        """Has the gradient norm checked, after the backward pass and before the weights are updated."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not math.isfinite(float(norm)):
-            raise self._non_finite_gradient(float(norm))
+        self.gradients.watch(Step(self.state.global_step + 1, self.depth, self.batches, self.cycle_losses), norm, self.optimizer)
         self.batches = []
         return norm
 
-    def _non_finite_gradient(self, norm: float) -> UserError:
-        """The error of a non-finite gradient; saves the batches of the step."""
-        step = self.state.global_step + 1
-        losses = [] if self.cycle_losses is None else self.cycle_losses.tolist()
-        first = next((f"; the loss of cycle {i} is {loss}" for i, loss in enumerate(losses, start=1) if not math.isfinite(loss)), "")
-        where = ""
-        if self.saver is not None:
-            file = self.saver.folder / f"nan_step_{step}_rank_{self.args.process_index}.pt"
-            batches = [{name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)} for batch in self.batches]
-            content = {"step": step, "H_cycles": self.depth, "batches": batches, "cycle_losses": losses}
-            try:
-                write_atomic({file: lambda target: torch.save(content, target)})
-                where = f"; the batches of the step are in {file}"
-            except UserError as error:
-                where = f"; the batches of the step could not be saved ({error})"
-        return UserError(
-            f"step {step}: expected a finite gradient norm, got {norm}{first}. The weights were not updated{where}. Continue from the last "
-            "checkpoint with --resume and a lower --lr or --max_grad_norm, or without --bf16"
-        )
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.gradients.settle()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # The optimizer
 
@@ -219,10 +205,12 @@ class CycleTrainer(ShardedTrainerMixin, Trainer):
             yield
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Collective."""
+        """Whether the flag is set on any rank; of several as of the call before, so that none waits for its device. Collective."""
         if self.accelerator.num_processes == 1:
             return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum").item())
+        before, own = self.flags, torch.full((), float(flag), device=self.args.device)
+        self.flags = HostCopy(self.accelerator.reduce(own, "sum"))
+        return before is not None and before.read() > 0
 
     # Validation and logging
 

@@ -735,6 +735,14 @@ class Training(Cases):
         trainer = self._trainer(bf16=True)
         assert trainer.args.bf16 and trainer.accelerator.mixed_precision == "bf16" and not self._trainer().args.bf16
 
+    def tf32(self) -> None:
+        with pytest.raises(UserError, match="--tf32: expected an NVIDIA GPU"):
+            self._fitted(tf32=True)
+        self._patch.setattr(fitting, "check_tf32", lambda *args: None)
+        asked = self._spy(torch, "set_float32_matmul_precision", answer=0)
+        self._fitted(max_steps=1, tf32=True)
+        assert [args for args, *_ in asked] == [("high",), ("highest",)]
+
     def gradient_checkpointing(self) -> None:
         assert all(self._trainer(gradient_checkpointing=True).recomputes) and not any(self._trainer().recomputes)
 

@@ -667,12 +667,20 @@ def test_non_finite_loss_stops_before_the_optimizer_step(
     assert_same_results(tmp_path, whole)
 
 
-def test_non_finite_step_is_not_applied(corner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("optimizer", "log_every", "reported_in"), [("adamw", 10, 4), ("adamw", 1, 3), ("muon", 10, 3)])
+def test_non_finite_step_is_not_applied(
+    optimizer: str, log_every: int, reported_in: int, corner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the device skips it, it is reported in the next step; but before anything of it is logged."""
     model, seen = checkpoint.load(corner / "init.pt").model, []
     ids = make_tiny_tokenizer()(" ".join(sentences(1, 40))).input_ids
-    blocks = [{"input_ids": ids[i * SEQ_LEN : (i + 1) * SEQ_LEN]} for i in range(12)]
+    blocks = [{"input_ids": ids[i * SEQ_LEN : (i + 1) * SEQ_LEN]} for i in range(20)]
+    begun: list[int] = []
 
     class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begun.append(state.global_step + 1)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
@@ -683,8 +691,11 @@ def test_non_finite_step_is_not_applied(corner: Path, tmp_path: Path, monkeypatc
         return outputs | ({"loss": outputs["loss"] * torch.inf} if len(seen) == 2 else {})
 
     monkeypatch.setattr(LossModule, "forward", forward)
-    saver = Saver(tmp_path, make_tiny_tokenizer(), torch.float32)
-    settings = TrainSettings(checkpoint="in memory", seq_len=SEQ_LEN, lr=1e-3, warmup_steps=0, generate_every=0, device="cpu")
+    saver, log = Saver(tmp_path, make_tiny_tokenizer(), torch.float32), tmp_path / "metrics.jsonl"
+    settings = TrainSettings(
+        checkpoint="in memory", seq_len=SEQ_LEN, lr=1e-3, warmup_steps=0, generate_every=0, device="cpu", optimizer=optimizer,  # type: ignore[arg-type]
+        log_every=log_every, ema_decay=0.9,
+    )  # fmt: skip
     with pytest.raises(
         UserError,
         match=r"step 3: expected a finite gradient norm, got (nan|inf).*The weights were not updated; the batches of the step are in",
@@ -692,6 +703,7 @@ def test_non_finite_step_is_not_applied(corner: Path, tmp_path: Path, monkeypatc
         fit(model, make_tiny_tokenizer(), blocks, blocks[:2], settings, saver=saver, console=False, callbacks=[Watch()])
     assert not torch.equal(seen[0]["lm_head.weight"], seen[1]["lm_head.weight"])
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
+    assert begun[-1] == reported_in and {json.loads(line)["step"] for line in log.read_text().splitlines()} <= {1, 2}
 
 
 def test_non_finite_step_is_reported_even_if_its_batch_cannot_be_dumped(server: Server, corner: Path, tmp_path: Path) -> None:

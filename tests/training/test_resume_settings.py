@@ -28,7 +28,7 @@ OBEYED: dict[str, Any] = {
 # Other values that need others beside them, or an effect other than on the weights: shown elsewhere (tests/cli/test_settings.py).
 ELSEWHERE = {
     "output_dir", "resume", "device", "eval_batch_size", "eval_every", "early_stopping_patience", "save_every", "keep_last", "log_every",
-    "generate_every", "generation_prompt", "report_to", "dry_run", "compile", "gradient_checkpointing", "bf16", "fsdp", "deepspeed",
+    "generate_every", "generation_prompt", "report_to", "dry_run", "compile", "gradient_checkpointing", "bf16", "tf32", "fsdp", "deepspeed",
     "distill_temperature", "teacher", "cycle_weights", "depth_curriculum", "decay_share", "tokenizer_path", "donor",
 }  # fmt: skip
 

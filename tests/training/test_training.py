@@ -25,11 +25,11 @@ from recursify.conversion.convert import convert
 from recursify.data.settings import DataSettings
 from recursify.errors import UserError
 from recursify.network.losses import SCHEDULES
-from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, train, trainer
+from recursify.training import EmbeddingSettings, FitResult, HybridSettings, TrainSettings, callbacks, fit, fitting, train, trainer
 from recursify.training import arguments as training_arguments_module
 from recursify.training import run as training_run
 from recursify.training.approaches import freeze_rest
-from recursify.training.arguments import choose_autocast, total_steps, training_arguments
+from recursify.training.arguments import check_tf32, choose_autocast, total_steps, training_arguments
 from recursify.training.collate import Collate
 from recursify.training.cost import pass_flops
 from recursify.training.depth import DepthSchedule
@@ -538,6 +538,29 @@ def test_packed_documents_equal_single_documents(backprop: str) -> None:
         torch.testing.assert_close(gradients[0][1][name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("backprop", "graphs"), [("full", 2), ("cycle", 2), ("last", 3)])
+def test_further_depths_compile_nothing_further(backprop: str, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run at three depths, validated at a fourth, compiles what a run at one depth does: the layer, in training and in validation, and
+    with the last cycle alone once more, for those before, without gradients."""
+    compiled, own = [], torch.nn.Module.compile
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: own(self, backend=counted, dynamic=False))
+    common: dict[str, Any] = {"enable_deep_supervision": backprop != "last", "backprop": backprop, "batch_size": 5, "compile": True}
+    found: dict[tuple[int, ...], int] = {}
+    for depths in ((2,), (1, 2, 3)):
+        torch._dynamo.reset()
+        compiled.clear()
+        result = run(recursive(H_cycles=4), train_blocks=blocks(30), cycle_choices=depths, log_every=1, **common)
+        assert {DepthSchedule(depths, [1.0] * len(depths), seed=42).at(step) for step in range(6)} == set(depths)
+        assert "eval_loss_cycle_4" in result.history[-1]
+        found[depths] = len(compiled)
+    assert found == {(2,): graphs, (1, 2, 3): graphs}
+
+
 @pytest.mark.parametrize("backprop", ["full", "cycle"])
 def test_the_layers_are_compiled_once(backprop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For all applications and depths of a run, with the same result; samples and later use are not compiled."""
@@ -946,6 +969,46 @@ def test_a_resumed_run_keeps_the_type_that_was_chosen(files: TrainSettings, monk
     train(replace(files, max_steps=3, save_every=1, resume=True))
 
 
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_tf32_is_on_inside_a_run_alone(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was set before holds afterwards; without the flag nothing is changed."""
+    seen: list[str] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(torch.get_float32_matmul_precision())
+
+    torch.set_float32_matmul_precision(before)
+    try:
+        run(recursive(), callbacks=[Watch()])
+        monkeypatch.setattr(fitting, "check_tf32", lambda *args: None)  # as on a GPU that has it
+        run(recursive(), callbacks=[Watch()], tf32=True)
+        assert seen == [before] * 2 + ["high"] * 2 and torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_is_refused_where_there_is_none(files: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, device in ((True, "cpu"), (False, "cuda")):
+        monkeypatch.setattr(training_arguments_module, "is_torch_tf32_available", lambda there=there: there)
+        with pytest.raises(UserError, match=f"--tf32: expected an NVIDIA GPU .*, got {device}; leave the flag out"):
+            check_tf32(settings(tf32=True), torch.device(device))
+        check_tf32(settings(), torch.device(device))
+    monkeypatch.setattr(training_arguments_module, "is_torch_tf32_available", lambda: True)
+    check_tf32(settings(tf32=True), torch.device("cuda"))
+    monkeypatch.setattr(training_run, "_starting_model", lambda *args: pytest.fail("a model was read first"))
+    for call in (lambda: train(replace(files, tf32=True)), lambda: run(recursive(), tf32=True)):
+        with pytest.raises(UserError, match="--tf32"):
+            call()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_batches_go_to_a_gpu_from_pinned_memory_while_it_works(device: str) -> None:
+    arguments = training_arguments(settings(), torch.device(device), None)
+    on_gpu = device == "cuda"
+    assert (arguments.dataloader_pin_memory, arguments.accelerator_config.non_blocking) == (on_gpu, on_gpu)
+
+
 def test_the_second_gpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"--device: training uses the first visible GPU, got cuda:1; .*CUDA_VISIBLE_DEVICES=1"):
         training_arguments(settings(), torch.device("cuda:1"), None)
@@ -1085,12 +1148,33 @@ def test_second_signal_stops_immediately(number: signal.Signals, capsys: pytest.
     assert capsys.readouterr().err.count("Stopping after this step") == 1
 
 
+def test_several_processes_stop_after_the_same_step() -> None:
+    """A step after the signal, whichever of them got it, and without waiting for the device to know."""
+    asked, stops = [False, True, False, False, False], []  # of the other process, step by step
+
+    def reduce(own: torch.Tensor, kind: str) -> torch.Tensor:
+        return own + float(asked[len(stops)])
+
+    several: Any = SimpleNamespace(
+        flags=None, args=SimpleNamespace(device=torch.device("cpu")), accelerator=SimpleNamespace(num_processes=2, reduce=reduce)
+    )
+    stop = callbacks.StopOnSignal(None, lambda flag: trainer.CycleTrainer.any_rank(several, flag))
+    for step, own in enumerate((False, False, True, True)):
+        stop.requested |= own
+        control = TrainerControl()
+        stop.on_step_end(None, TrainerState(global_step=step, max_steps=9, epoch=0.1 * step), control)
+        stops.append(control.should_training_stop)
+    assert stops == [False, False, True, True] and stop.requested
+    one: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    assert [trainer.CycleTrainer.any_rank(one, flag) for flag in (True, False)] == [True, False]
+
+
 @pytest.mark.parametrize(("epoch", "validated"), [(0.5, False), (1.0, True), (2.0, True)])
 def test_stopped_run_is_validated_at_an_epoch_end_only(epoch: float, validated: bool) -> None:
     """A signal in the last step of an epoch takes its validation from nobody."""
     for asked in (False, True):
         stop, control = callbacks.StopOnSignal(None, lambda asked: asked), TrainerControl(should_evaluate=True)
-        stop.requested = asked
+        stop.requested = stop.stopped = asked
         stop.on_epoch_end(None, TrainerState(global_step=3, max_steps=9, epoch=epoch), control)
         assert control.should_evaluate is (validated or not asked)
 
