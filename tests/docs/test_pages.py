@@ -6,6 +6,7 @@ signatures of api.md (test_api.py).
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -19,8 +20,11 @@ from recursify import FitSettings, convert, fit
 from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
 from tests.support import tiny
+from tests.support.corpora import write_jsonl
 from tests.support.hub_stand_in import HubStandIn
 from tests.support.runs import blocks
+from tests.support.tokenizers import with_template
+from tests.support.trl_rows import say
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ("QWEN_TO_RECURSIVE_GUIDE.md", "DEEP_SUPERVISION_GUIDE.md")
@@ -75,6 +79,11 @@ def workdir(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("model.pt", "m.pt"):
         checkpoint.save(name, model, tokenizer)
     tiny.tiny_donor("qwen2", Path("tuned-donor"), num_hidden_layers=2)
+    tiny.tiny_donor("llama", Path("chatting"), num_hidden_layers=4)
+    with_template().save_pretrained("chatting")
+    hub.add_model("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path / "chatting")
+    write_jsonl(Path("chats.jsonl"), [{"messages": say("Hello", f"Ship {number}.")} for number in range(40)])
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     Path("my_text.txt").write_text("\n".join(tiny.sentences(3, 300)), encoding="utf-8")
     babi = "1 Mary went to the hall.\n2 John went to the garden.\n3 Where is Mary? \thall\t1\n"
     Path("qa2_two-supporting-facts_test.txt").write_text(babi, encoding="utf-8")
