@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from recursify import RecursiveLLM
 from recursify.data.conversation_blocks import OPEN_BLOCKS, pack
@@ -244,6 +245,9 @@ class TestLabels:
     def test_special_tokens_are_not_doubled(self) -> None:
         tokenizer = with_template("{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
         tokenizer.bos_token = "<|im_start|>"
+        begin = ("<|im_start|>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[begin])
+        assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
         ids, _ = Encoder(tokenizer, "assistant")({"messages": say("a", "b")})
         assert tokenizer.decode(ids) == "<|im_start|>a<|im_end|>b<|im_end|>"
 
