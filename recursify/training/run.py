@@ -242,7 +242,7 @@ def _point_to_resume(settings: RunSettings) -> Path | None:
         )
     before = run["settings"]
     known = [name for name in settings.resume_fields if name in before and name in now]  # earlier versions had fewer fields
-    changed = [f"--{name} was {before[name]}, is {now[name]}" for name in known if _plain(before[name]) != _plain(now[name])]
+    changed = [f"--{name} was {before[name]}, is {now[name]}" for name in known if _plain(name, before[name]) != _plain(name, now[name])]
     if changed:
         raise UserError(f"--resume: {point} comes from another run: {'; '.join(changed)}; give the same flags, or no --resume")
     announce(f"Resuming from {point}")
@@ -259,6 +259,8 @@ def _check_data(point: Path, data: str | None) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
-    """The value after a round trip through JSON."""
+def _plain(name: str, value: Any) -> Any:
+    """The value of a setting after a round trip through JSON. The default of text_column was "text" before conversations were read."""
+    if name == "text_column" and value is None:
+        return "text"
     return list(value) if isinstance(value, tuple) else value

@@ -76,6 +76,19 @@ def test_obeyed(name: str, started: TrainSettings, tmp_path: Path) -> None:
     assert before[:2] == after[:2] and before[2:] != after[2:]
 
 
+def test_run_of_an_earlier_default_text_column_is_resumed(started: TrainSettings, tmp_path: Path) -> None:
+    """It was "text" before there were conversations."""
+    import shutil
+
+    shutil.copytree(started.output_dir, tmp_path / "old")
+    (run,) = (tmp_path / "old").glob("checkpoint_step_2_state/run.json")
+    content = json.loads(run.read_text())
+    assert content["settings"]["text_column"] is None
+    content["settings"]["text_column"] = "text"
+    run.write_text(json.dumps(content))
+    assert resumed(replace(started, output_dir=str(tmp_path / "old")), tmp_path / "new").steps == 4
+
+
 TIMES = ("seconds", "tokens_per_second", "memory", "epoch")
 
 
