@@ -230,13 +230,13 @@ def worsening(losses: Tensor, before: Tensor) -> Tensor:
 def halting_loss(
     halt_logits: Sequence[Tensor], losses: Sequence[Tensor], labels: Tensor, num_items: Tensor | float | None = None
 ) -> Tensor:
-    """Binary cross-entropy of the halting head, a weighted mean over counted tokens and over all cycles but the last, in nats.
+    """Binary cross-entropy of the halting head, weighted, a mean over counted tokens and over all cycles but the last.
 
     The target of cycle c at position t is 1 where no later cycle improves the loss of the token at t + 1 by more than HALT_MARGIN nats.
     The sigmoid of the logit thus estimates the probability that further cycles do not help. (Ouro, arXiv 2510.25741, trains its gate on
     the improvement of the loss. With TRM's target, correctness of the answer, a token that is never correct would never halt.) The last
     cycle has no target. A token's weight in a cycle is what its decision is worth: the nats by which the best later cycle lowers or raises
-    its loss, at least HALT_MARGIN, relative to their mean. (Uniform weights cost TaH2, arXiv 2609.35748, 3.6 points.)
+    its loss, at least HALT_MARGIN. (Uniform weights cost TaH2, arXiv 2609.35748, 3.6 points.)
 
     Args:
         halt_logits: One `[B, T]` per exit: cycles, of an adapter with the plain pass before them; from detached states.
@@ -249,7 +249,7 @@ def halting_loss(
         lowered = stacked[cycle] - stacked[cycle + 1 :].amin(dim=0)
         target, worth = (lowered <= HALT_MARGIN).float(), lowered.abs().clamp(min=HALT_MARGIN).masked_fill(~counts, 0.0)
         each = F.binary_cross_entropy_with_logits(logits[:, :-1].float(), target, reduction="none")
-        total = total + (each * worth).sum() * counts.sum() / worth.sum().clamp(min=HALT_MARGIN)
+        total = total + (each * worth).sum()
     return _per_item(total / max(1, len(halt_logits) - 1), labels, num_items)
 
 

@@ -253,7 +253,7 @@ TOKENS = torch.tensor([11, 4, 4, 4, 4])
 class Costs:
     """A configuration whose own cycles are others than those measured."""
 
-    H_cycles = 5
+    H_cycles, first_exit = 5, 1
 
     def depth(self, H_cycles: int) -> int:
         return 2 + 4 * H_cycles

@@ -160,7 +160,7 @@ def test_tasks_are_run_at_every_depth(model: RecursiveLLM, monkeypatch: pytest.M
 
     monkeypatch.setattr("recursify.evaluation.evaluate.run_tasks", run_tasks)
     monkeypatch.setattr("recursify.evaluation.lm_eval_harness.check", lambda tasks, folder: None)
-    measure(model, tasks=("a,b", "c"), tasks_folder="here", cycles=(1, 3), halt="kl", batch_size=5, max_items=7)
+    measure(model, tasks=("a", "b", "c"), tasks_folder="here", cycles=(1, 3), halt="kl", batch_size=5, max_items=7)
     assert asked == {
         "names": ("a", "b", "c"), "runs": [(1, "none"), (3, "none"), (2, "kl")], "folder": "here", "batch_size": 5, "max_items": 7,
     }  # fmt: skip
@@ -183,7 +183,7 @@ def test_boundary_values_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     for edge in ({"cycles": (0,)}, {"seq_len": 2, "stride": 2, "batch_size": 1}, {"stride": 1, "max_windows": 1}, {"stride": 128}):
         settings(**({"seq_len": 128} | edge)).validate()
     assert known == []
-    settings(tasks=("a,b",), tasks_folder="here", max_items=1).validate()
+    settings(tasks=("a", "b"), tasks_folder="here", max_items=1).validate()
     assert known == [(("a", "b"), "here")]
 
 

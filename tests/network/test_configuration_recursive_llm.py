@@ -44,7 +44,7 @@ def test_layer_types_follow_the_slots() -> None:
 def test_defaults_are_those_of_the_documentation() -> None:
     documented = re.findall(r"^(\w+) \(`.*?`, \*optional\*(?:, defaults to `?(.*?)`?)?\):", FIELDS, re.MULTILINE)
     defaults = {name: getattr(RecursiveLLMConfig, name) for name, _ in documented}
-    assert len(documented) == 12
+    assert len(documented) == 16
     assert {name: value.strip('"') or None for name, value in documented} == {
         name: None if default is None else str(default) for name, default in defaults.items()
     }

@@ -444,8 +444,9 @@ def test_halting_loss_by_hand() -> None:
     logits = [torch.tensor([[sure, 0.0, -sure, 7.0]]), torch.tensor([[-sure, 0.0, -sure, 7.0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])]
     assert halting_loss(logits, losses, labels).item() == pytest.approx(0.0, abs=1e-6)
     wrong = [torch.zeros(1, 4), -logits[1], logits[2]]
-    assert halting_loss(wrong, losses, labels).item() == pytest.approx((2 * math.log(2) + 2 * sure) / 2 / 2)
-    assert halting_loss(wrong, losses, labels, num_items=8).item() == pytest.approx((2 * math.log(2) + 2 * sure) / 2 / 8)
+    nats = (HALT_MARGIN + 0.5) * math.log(2) + (0.2 + HALT_MARGIN / 2 + 0.5) * sure  # each weighted by what its decision is worth
+    assert halting_loss(wrong, losses, labels).item() == pytest.approx(nats / 2 / 2)
+    assert halting_loss(wrong, losses, labels, num_items=8).item() == pytest.approx(nats / 2 / 8)
     assert halting_loss(logits[:1], losses[:1], labels).item() == 0.0
 
 
@@ -459,7 +460,7 @@ def test_halting_loss_weighs_tokens_by_what_their_decision_is_worth() -> None:
         logits = [-value for value in sure]
         logits[token] = sure[token]
         of_right, of_wrong = math.log1p(math.exp(-wrong)), math.log1p(math.exp(wrong))
-        expected = sum(w * (of_wrong if i == token else of_right) for i, w in enumerate(worth)) / sum(worth)
+        expected = sum(w * (of_wrong if i == token else of_right) for i, w in enumerate(worth)) / 3
         found = halting_loss([torch.tensor([[*logits, 0.0]]), torch.zeros(1, 4)], losses, labels)
         assert found.item() == pytest.approx(expected, rel=1e-5)
 
@@ -476,8 +477,10 @@ def test_halting_target_has_a_margin_of_0_05_nats(gain_of_later: tuple[float, fl
     labels, sure = torch.tensor([[5, 5]]), 40.0
     losses = [torch.tensor([[2.0]]), *(torch.tensor([[2.0 - gain]]) for gain in gain_of_later)]
     logits = [torch.tensor([[sure, 0.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
-    of_the_second = math.log(2)
-    assert halting_loss(logits, losses, labels).item() == pytest.approx(((1 - target) * sure + of_the_second) / 2, rel=1e-5)
+    first, second = gain_of_later
+    of_the_first = (1 - target) * sure * max(abs(max(first, second)), HALT_MARGIN)
+    of_the_second = math.log(2) * max(abs(second - first), HALT_MARGIN)
+    assert halting_loss(logits, losses, labels).item() == pytest.approx((of_the_first + of_the_second) / 2, rel=1e-4)
 
 
 def test_improvement_equal_to_the_margin_counts_as_halted() -> None:

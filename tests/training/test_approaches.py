@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from recursify.training.approaches import APPROACHES, freeze_rest, from_donor, u
 from recursify.training.gains import injections
 from recursify.training.loss_module import LossModule, Supervision
 from recursify.training.saving import BEST, best_name
-from recursify.training.settings import DonorSettings
+from recursify.training.settings import Adapter, DonorSettings
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_donor
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -428,7 +428,8 @@ def test_the_flags_of_both_scripts() -> None:
     for kind in SETTINGS.values():
         made = kind()
         assert (made.model_name, made.L_layers, made.H_cycles, made.L_cycles) == ("Qwen/Qwen2-0.5B", 4, 3, 3)
-        shared = set(vars(TrainSettings(checkpoint="x"))) - {"checkpoint"}
+        adapter = {field.name for field in fields(Adapter)} | {"donor"}
+        shared = set(vars(TrainSettings(checkpoint="x"))) - {"checkpoint"} - adapter
         assert shared <= set(vars(made)) and all(vars(made)[name] == vars(TrainSettings(checkpoint="x"))[name] for name in shared)
     assert EmbeddingSettings().starts_fresh and not HybridSettings().starts_fresh
     assert not HybridSettings().tune_lm_head

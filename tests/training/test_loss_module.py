@@ -209,7 +209,7 @@ def test_every_term_by_hand() -> None:
             part = part + 0.2 * torch.relu(losses[c] - losses[c - 1]).mean()
         total = total + share * part
     bars = [torch.minimum(losses[1], losses[2]) + HALT_MARGIN, losses[2] + HALT_MARGIN]
-    halting = [F.binary_cross_entropy_with_logits(outputs.halt_logits[c][:, :-1], (losses[c] <= bars[c]).float()).item() for c in range(2)]
+    halting = [weighted_halting(outputs.halt_logits[c][:, :-1], losses[c], bars[c] - HALT_MARGIN) for c in range(2)]
     assert found["terms"]["halting"].item() == pytest.approx(sum(halting) / 2, rel=1e-5)
     assert found["loss"].item() == pytest.approx(total.item() + 0.1 * sum(halting) / 2, rel=1e-5)
     assert set(found["terms"]) == {"distill", "self_distill", "monotone", "halting"}
@@ -255,10 +255,9 @@ def naive(
     logits, last = outputs.cycle_logits, outputs.cycle_logits[-1]
     cycles = [loss[counts].mean().item() for loss in losses]
     halting = [
-        F.binary_cross_entropy_with_logits(
-            outputs.halt_logits[c][:, :-1][counts],
-            (losses[c] <= torch.stack(losses[c + 1 :]).amin(0) + 0.05)[counts].float(),
-        ).item()
+        weighted_halting(
+            outputs.halt_logits[c][:, :-1][counts], losses[c][counts], torch.stack(losses[c + 1 :]).amin(0)[counts]
+        )
         for c in range(H - 1)
     ]  # fmt: skip
     found = {
@@ -283,6 +282,12 @@ def unequal(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     labels = ids.clone()
     labels[0, 3:9] = labels[-1, 12:] = -100
     return ids, labels
+
+
+def weighted_halting(logits: torch.Tensor, now: torch.Tensor, later: torch.Tensor) -> float:
+    """The halting loss of a cycle, from the token losses of this and of the best later one."""
+    each = F.binary_cross_entropy_with_logits(logits, (now <= later + 0.05).float(), reduction="none")
+    return (each * (now - later).abs().clamp(min=0.05)).mean().item()
 
 
 def about_to_halt(model: Any) -> Any:

@@ -1305,7 +1305,7 @@ def test_generation_prompt_longer_than_the_context() -> None:
 
 def test_flags_of_the_guides_exist() -> None:
     expected = {
-        "tokenizer_path": None, "dataset_name": "wikitext", "dataset_config_name": None, "text_column": "text", "seq_len": 128,
+        "tokenizer_path": None, "dataset_name": "wikitext", "dataset_config_name": None, "text_column": None, "seq_len": 128,
         "batch_size": 4, "lr": 1e-5, "num_epochs": 3, "max_steps": None, "grad_accum_steps": 1, "warmup_steps": 100,
         "enable_deep_supervision": False, "deep_supervision_weight": 0.5, "deep_supervision_schedule": "linear_decay",
         "generate_every": 500, "generation_prompt": "The quick brown fox", "save_every": 1000, "output_dir": ".", "resume": False,
