@@ -4,7 +4,7 @@
     {"prompt": "The capital of Peru is", "completion": " Lima."}                                      TRL's; or both as messages
     {"instruction": "Translate into French.", "input": "A ship", "output": "Un navire"}               Alpaca's
 
-`conversation_rows.py` makes token ids of them. A row travels as JSON (`row_json`), since what is in messages and tools has no fixed columns.
+`conversation_rows.py` makes token ids of them. A row travels as JSON (`row_json`): what is in messages and tools has no fixed columns.
 """
 
 from __future__ import annotations
