@@ -81,7 +81,7 @@ def test_trained_adapter_is_the_donor_at_0_cycles(family: str, tmp_path: Path) -
     donor, model = donor_and_adapter(tmp_path / "donor", family)
     before, ids = files(tmp_path / "donor"), torch.randint(0, 300, (2, 9))
     assert donor.dtype == model.dtype
-    fit(model, make_tiny_tokenizer(), blocks(8), blocks(2), settings(max_steps=200), console=False)
+    fit(model, make_tiny_tokenizer(), blocks(8), blocks(2), settings(max_steps=200 if family == "qwen2" else 50), console=False)
     with torch.no_grad():
         expected = donor(ids).logits
         assert torch.equal(model(ids, H_cycles=0).logits, expected)
