@@ -455,6 +455,7 @@ class RecursiveModelMixin(PreTrainedModel):
         """Restore what `PreTrainedModel.from_pretrained` undoes. It makes every parameter trainable: freeze those that get no gradient from
         a next-token loss (DDP fails on them), and those that the configuration freezes. It may replace linear layers by quantised ones:
         hook the low-rank updates into these."""
+        # CODEPATH: checkpoints of `recursify train --adapter` (lora_rank above 0); all others train the donor, too
         if self.config.is_adapter:
             self.requires_grad_(False)
             self.recursion.requires_grad_(True)
@@ -688,6 +689,7 @@ class RecursiveModelMixin(PreTrainedModel):
         cache: Any = one_pass.cache
         P, K, C, own = one_pass.P, one_pass.K, one_pass.C, self.config.depth(one_pass.cycles, one_pass.steps - 1)
         inner = drafted.z_H
+        # CODEPATH: checkpoints of `recursify train --adapter`, whose first application is the plain pass; all others run it for the draft
         if cache.draft_cycles == 0 and self.config.is_adapter:
             inner = drafted.z_L
         elif cache.draft_cycles == 0:
