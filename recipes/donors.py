@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import importlib.util
 import json
 import subprocess
@@ -27,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recursify.errors import UserError
+from recursify.utils.files import sha256
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,6 @@ def convert(file: Path, out: Path) -> None:
     model.generation_config = read.generation_config
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(file.parent, **place).save_pretrained(out)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:

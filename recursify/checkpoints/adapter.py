@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..errors import UserError, first_line
-from ..utils.files import read_json
-from .donor import Donor, open_donor
+from ..utils.files import read_json, sha256
+from .donor import Donor, open_donor, recorded_donor
 
 CONFIG, WEIGHTS, FORMAT = "adapter_config.json", "adapter_model.safetensors", "recursify-adapter/1"
 HASH = "donor_sha256"  # in the conversion record
@@ -48,16 +47,14 @@ def donor_hash(donor: Donor) -> str:
     """SHA-256 over the names and SHA-256s of the files with the donor's weights."""
     digest = hashlib.sha256()
     for name, path in sorted(donor.weight_files().items()):
-        digest.update(f"{name} {_sha256(Path(path))}\n".encode())
+        digest.update(f"{name} {_file_hash(Path(path))}\n".encode())
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _file_hash(path: Path) -> str:
+    """The SHA-256 of a file; of one in the hub's cache, which names large files by it, without reading it."""
     real = path.resolve()
-    if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):  # the hub's cache names files by their SHA-256
-        return real.name
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return real.name if real.parent.name == "blobs" and _BLOB.fullmatch(real.name) else sha256(path)
 
 
 def donor_tensors(record: Mapping[str, Any], wanted: set[str], where: str, donor: str | None = None) -> dict[str, torch.Tensor]:
@@ -83,25 +80,30 @@ def donor_tensors(record: Mapping[str, Any], wanted: set[str], where: str, donor
 
 
 def donor_place(record: Mapping[str, Any], where: str) -> tuple[str, str | None]:
-    """Name and revision of the donor in a conversion record; a folder by its absolute path.
+    """Name and revision of the donor of an adapter.
 
     Raises:
         UserError: The record names none, or a folder that is not there.
     """
-    folder = record.get("donor_folder")
-    if folder is not None and not os.path.isdir(folder):
-        raise UserError(f"{where}: its donor was the folder {folder}, which is not there; name another place with --donor")
-    name = folder or record.get("donor")
+    name, revision, missing = recorded_donor(record)
+    if missing:
+        raise UserError(f"{where}: its donor was the folder {name}, which is not there; name another place with --donor")
     if name is None:
         raise UserError(f"{where}: does not say which donor it belongs to; name it with --donor")
-    return name, record.get("revision")
+    return name, revision
 
 
 def write(folder: Path, state: dict[str, torch.Tensor], config: Any, record: Mapping[str, Any]) -> None:
     """Write the two files of an adapter into a folder."""
     (folder / WEIGHTS).write_bytes(save({name: tensor.contiguous() for name, tensor in state.items()}, metadata={"format": "pt"}))
-    place = {"base_model_name_or_path": record.get("donor_folder") or record.get("donor"), "revision": record.get("revision")}
-    fields = {"format": FORMAT, **place, HASH: record.get(HASH), **{name: getattr(config, name) for name in _SHAPE}}
+    name, revision, _ = recorded_donor(record)
+    fields = {
+        "format": FORMAT,
+        "base_model_name_or_path": name,
+        "revision": revision,
+        HASH: record.get(HASH),
+        **{name: getattr(config, name) for name in _SHAPE},
+    }
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 

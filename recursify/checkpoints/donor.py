@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,13 @@ class Donor:
             except (SafetensorError, OSError) as error:
                 raise _corrupt(self.name, file, error) from error
         return self._open[file]
+
+
+def recorded_donor(record: Mapping[str, Any]) -> tuple[str | None, str | None, bool]:
+    """The donor in a conversion record: its name, of a folder the absolute path; its revision; and whether it is a folder that is not
+    there any more. The name is None where the record has none."""
+    folder = record.get("donor_folder")
+    return folder or record.get("donor"), record.get("revision"), folder is not None and not os.path.isdir(folder)
 
 
 def open_donor(name: str, *, revision: str | None = None, token: str | None = None) -> Donor:

@@ -43,7 +43,7 @@ def as_adapter(
     Raises:
         UserError: A value out of range, a model that lacks layers of its donor, or a donor that is not there or has other weights.
     """
-    plan, name = plan_of(model.config), "adapter"
+    plan, name = plan_of(model.config), "--adapter"
     if plan is None or not plan.keeps_donor:
         raise UserError(f"{name}: expected a model with all layers of its donor; convert it with --keep_donor")
     record = dict(model.config.conversion or {})

@@ -913,6 +913,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        _restored(self)
         if donor is not None:
             self._load_outside_layers(donor)
 
@@ -1076,7 +1077,7 @@ class RecursiveLLM(PreTrainedModel, GenerationMixin):
 
 
 def _restored(loaded: Any) -> Any:
-    """The result of `from_pretrained`, a model or a pair of it and its loading information, after `restore`."""
+    """A model, or the pair of it and its loading information of `from_pretrained`, after `restore`; an adapter's head is frozen, too."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.base_model.restore()
     if model.config.is_adapter and (head := model.get_output_embeddings()) is not None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import shlex
 from array import array
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..checkpoints import checkpoint
-from ..checkpoints.donor import open_donor
+from ..checkpoints.donor import open_donor, recorded_donor
 from ..checkpoints.repository import split_revision
 from ..conversion.adapter import as_adapter
 from ..data.question_sets import is_questions
@@ -212,16 +211,15 @@ def _load_teacher(settings: RunSettings, loaded: checkpoint.Checkpoint, device: 
 
 
 def _recorded_donor(notes: dict[str, Any], settings: RunSettings) -> tuple[str, str | None]:
-    """Name and revision of the donor that a checkpoint was converted from; a folder by its absolute path."""
-    folder = notes.get("donor_folder")
-    if folder is not None and not os.path.isdir(folder):
+    """Name and revision of the donor that a checkpoint was converted from."""
+    name, revision, missing = recorded_donor(notes)
+    if missing:
         raise UserError(
-            f"--distill_weight: {settings.source} was converted from the folder {folder}, which is not there; name it with --teacher"
+            f"--distill_weight: {settings.source} was converted from the folder {name}, which is not there; name it with --teacher"
         )
-    name = folder or notes.get("donor")
     if name is None:
         raise UserError(f"--distill_weight: {settings.source} does not say which donor it comes from; name one with --teacher")
-    return name, notes.get("revision")
+    return name, revision
 
 
 # Resuming, and checks

@@ -1,7 +1,8 @@
-"""Read small files."""
+"""Read small files, and hash large ones."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,3 +23,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{path}: expected a JSON object, got {short(fields)}; download or copy it again")
     return fields
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import recursify
 from recursify import RecursiveLLM, as_adapter, convert
+from recursify.checkpoints import adapter as adapter_files
 from recursify.checkpoints import checkpoint
+from recursify.checkpoints.donor import open_donor
 from recursify.cli import main as cli
 from recursify.errors import UserError
 from recursify.hub import export
@@ -32,6 +34,11 @@ from tests.support.tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_do
 
 SEQ_LEN = 16
 SHAPE: dict[str, Any] = {"keep_donor": True, "L_layers": 2, "H_cycles": 3, "L_cycles": 1}
+
+LINEAR = {
+    "qwen2": {"attention": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}},
+    "phi3": {"attention": {"qkv_proj", "o_proj"}, "mlp": {"gate_up_proj", "down_proj"}},
+}
 
 
 def blocks(count: int) -> list[dict[str, list[int]]]:
@@ -142,9 +149,17 @@ def test_every_trained_parameter_gets_a_gradient_within_the_first_steps(tmp_path
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moved == trained and {name.split(".")[1] for name in trained} == {"recursion"}
     assert {"model.recursion.L_init", "model.recursion.q_head.weight"}.isdisjoint(trained)
-    kinds = {"attention": "proj" if family == "phi3" else "q_proj", "mlp": "down_proj"}
-    for part, kind in kinds.items():
-        assert any(kind in name for name in trained) == (lora.get("lora_targets", "all") in ("all", part)) or family == "phi3"
+    updated = {name.split(".")[-2] for name in trained if ".lora." in name}
+    parts = LINEAR[family]
+    assert updated == parts.get(lora.get("lora_targets", "all"), parts["attention"] | parts["mlp"])
+
+
+def test_adapter_made_from_its_configuration_trains_the_recursion_alone(tmp_path: Path) -> None:
+    """Not the head of its own, either, which llama's tiny donor has."""
+    _, model = donor_and_adapter(tmp_path / "donor", "llama")
+    made: Any = RecursiveLLM(model.config)
+    assert made.lm_head.weight is not made.model.embed_tokens.weight
+    assert {name.split(".")[1] for name, p in made.named_parameters() if p.requires_grad} == {"recursion"}
 
 
 def test_pairs_per_cycle(tmp_path: Path) -> None:
@@ -299,23 +314,12 @@ def test_training_writes_adapters(desk: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.5}, {"backprop": "cycle", "lora_per": "cycle"}])
-def test_resumed_run_equals_an_uninterrupted_one(desk: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_interrupted_run_resumes_bit_for_bit(desk: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     train(flags(desk, tmp_path / "whole", **changes))
-    train(flags(desk, tmp_path / "parts", max_steps=2, lr_schedule="wsd", **changes))
-    train(flags(desk, tmp_path / "parts", resume=True, **changes))
-    train(flags(desk, tmp_path / "other", max_steps=2, **changes))
-    whole, parts = (checkpoint.load(tmp_path / name / "checkpoint_step_4.pt").model.state_dict() for name in ("whole", "parts"))
-    first = checkpoint.load(tmp_path / "parts" / "checkpoint_step_2.pt").model.state_dict()
-    assert not torch.equal(first["model.recursion.H_init"], parts["model.recursion.H_init"])
-    assert whole.keys() == parts.keys()
-
-
-def test_interrupted_run_resumes_bit_for_bit(desk: Path, tmp_path: Path) -> None:
-    train(flags(desk, tmp_path / "whole"))
-    train(flags(desk, tmp_path / "parts"))
+    train(flags(desk, tmp_path / "parts", **changes))
     for path in (tmp_path / "parts").glob("checkpoint_step_4*"):
         path.rename(tmp_path / f"aside_{path.name}")
-    train(flags(desk, tmp_path / "parts", resume=True))
+    train(flags(desk, tmp_path / "parts", resume=True, **changes))
     whole, parts = (checkpoint.load(tmp_path / name / "checkpoint_step_4.pt").model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
@@ -431,6 +435,25 @@ def test_other_weights_are_refused(desk: Path, tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "adapter", donor=str(other))
     with pytest.raises(UserError, match=r"adapter: expected the weights of .*other, but 1 tensors differ"):
         as_adapter(checkpoint.load(desk / "init.pt").model, donor=str(other))
+
+
+def test_files_of_the_hubs_cache_are_known_without_reading_them(desk: Path, tmp_path: Path) -> None:
+    """The cache names them by their SHA-256; the same donor in a plain folder has the same hash."""
+    (tmp_path / "blobs").mkdir()
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in (desk / "donor").iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    weights = snapshot / "model.safetensors"
+    blob = tmp_path / "blobs" / hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    expected = adapter_files.donor_hash(open_donor(str(desk / "donor")))
+    assert adapter_files.donor_hash(open_donor(str(snapshot))) == expected
+    renamed = blob.rename(blob.with_name("0" * 64))  # so it is the name that is taken
+    weights.unlink()
+    weights.symlink_to(renamed)
+    assert adapter_files.donor_hash(open_donor(str(snapshot))) != expected
 
 
 def test_missing_donor_and_damaged_adapter_are_named(desk: Path, tmp_path: Path) -> None:
