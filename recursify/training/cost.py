@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from ..network.configuration_recursive_llm import RecursiveLLMConfig, applications
 from ..network.losses import CHUNK_ELEMENTS
 from ..network.size import Shape, parameters_by_part, shape_of
+from . import quantize
 
 LOOP = frozenset({"L_level", "recursion"})
 READOUT = frozenset({"norm", "lm_head"})
@@ -201,6 +202,7 @@ def memory_by_part(
     optimizer: str = "adamw",
     ema: bool = False,
     bf16: bool = True,
+    load_in_4bit: bool = False,
     parallelism: Parallelism = Parallelism(),
     teacher_config: PreTrainedConfig | None = None,
 ) -> dict[str, float]:
@@ -223,14 +225,16 @@ def memory_by_part(
     total = sum(shape.parameters.values())
     stored_bf16 = bf16 and getattr(config, "is_adapter", False) and config.dtype == torch.bfloat16
     frozen_bf16 = total - trained_count if stored_bf16 else 0  # see `approaches.cast_for_training`
+    in_4bit = sum(shape.matrices[part] for part in shape.layers) if load_in_4bit else 0
+    saved_by_4bit = in_4bit * ((2 if frozen_bf16 else 4) - quantize.BYTES)
     kept = _applications_kept(config, shape, trained, H_cycles, L_cycles, supervised, backprop)
     parts = {
-        "weights": (4 * (total - frozen_bf16) + 2 * frozen_bf16) / share,
+        "weights": (4 * (total - frozen_bf16) + 2 * frozen_bf16 - saved_by_4bit) / share,
         # "cycle" accumulates those of its cycles separately from the sum over the micro-batches
         "gradients": 4 * trained_count * (2 if backprop == "cycle" and parallelism.accumulates else 1) / share,
         "optimizer": (STATE_BYTES[optimizer] * trained_count - (MUON_BYTES * in_layers if optimizer == "muon" else 0)) / share,
         "ema": 4 * trained_count / share if ema else 0,
-        "autocast": 2 * matrices if bf16 and not frozen_bf16 else 0,
+        "autocast": 2 * (matrices - in_4bit) if bf16 and not frozen_bf16 else 0,
         "exchange": _communication_bytes(shape, trained, parallelism, supervised),
         "activations": tokens * _activations(config, shape, kept, bf16, gradient_checkpointing),
         "logits": _logit_bytes(tokens * shape.vocabulary, kept["lm_head"], by_token) if reads_logits else 0,
@@ -367,6 +371,7 @@ def estimate(
         optimizer=settings.optimizer,
         ema=settings.ema_decay > 0,
         bf16=bf16,
+        load_in_4bit=getattr(settings, "load_in_4bit", False),
         parallelism=Parallelism(devices=world_size, fsdp=settings.fsdp, accumulates=settings.grad_accum_steps > 1),
         teacher_config=teacher_config,
     )

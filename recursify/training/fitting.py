@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import has_length
 
-from ..checkpoints import checkpoint
+from ..checkpoints import adapter, checkpoint
 from ..checkpoints.tokenizer import check_vocabulary
 from ..data.conversations import FORMS, form_of
 from ..errors import UserError
+from ..network.plan import notes_of, plan_of
 from ..utils.device import choose_device
+from ..utils.models import is_recursive
 from .approaches import APPROACHES, cast_for_training, freeze_rest
 from .arguments import check_tf32, choose_autocast, float32_products, from_training_arguments, total_steps, training_arguments
 from .callbacks import AfterOptimizer, AtStart, EarlyStopping, MetricsFile, ProgressBar, Samples, SaveSteps, StopOnSignal, Summary, Validate
@@ -30,6 +32,7 @@ from .depth import DepthSchedule
 from .gains import start_gains
 from .loss_module import LossModule, Supervision
 from .parallel import check_launch, shard
+from .quantize import check_4bit, quantize_layers
 from .saving import METRICS, Saver, best_name, make_folder, resume_points, state_folder
 from .settings import RunSettings
 from .trainer import CycleTrainer
@@ -120,6 +123,7 @@ class RecursiveTrainer(CycleTrainer):
         device = choose_device(settings.device)
         check_launch(settings, device)
         check_tf32(settings, device)
+        check_4bit(settings, device)
         settings = choose_autocast(settings, model.config, device)
         if saver == "output_dir":
             saver = _default_saver(model, settings, processing_class)
@@ -130,6 +134,8 @@ class RecursiveTrainer(CycleTrainer):
         arguments = training_arguments(settings, device, saver, validates=eval_dataset is not None)  # initialises the process group
         freeze_rest(model, settings)
         cast_for_training(model, settings)
+        if getattr(settings, "load_in_4bit", False):
+            quantize_layers(model, device, torch.bfloat16 if settings.bf16 else torch.float32)
         depths = depth_schedule(model.config, settings, total)
         deepest = None if depths is None else max(depths.deepest, model.config.H_cycles)
         module = LossModule(
@@ -173,7 +179,7 @@ class RecursiveTrainer(CycleTrainer):
         """
         model, point = self.model.model, _resume_point(resume_from_checkpoint, self.settings)
         if point is not None and not self.resuming:
-            model.load_state_dict(checkpoint.load(point).model.state_dict())
+            _load_weights(model, point)
         state = None if point is None else str(state_folder(point))
         try:
             with self.stop.listening(), float32_products(self.settings.tf32):
@@ -270,9 +276,19 @@ def _separator_token(settings: RunSettings, tokenizer: Any) -> int | None:
     return int(tokenizer.eos_token_id)
 
 
+def _load_weights(model: Any, point: Path) -> None:
+    """Load a checkpoint's weights; of an adapter, those that are trained."""
+    alone = getattr(model.config, "is_adapter", False)
+    state = checkpoint.load(point).model.state_dict()
+    wanted = {name: tensor for name, tensor in state.items() if name.startswith(adapter.PREFIX)} if alone else state
+    model.load_state_dict(wanted, strict=not alone)
+
+
 def _default_saver(model: Any, settings: RunSettings, tokenizer: Any) -> Saver:
     make_folder(settings.folder)
-    return Saver(settings.folder, tokenizer, model.dtype, None, {"approach": settings.approach}, settings.keep_last)
+    plan, notes = (plan_of(model.config), notes_of(model.config)) if is_recursive(model) else (None, {})
+    stored = torch.float32 if getattr(model.config, "is_adapter", False) else model.dtype
+    return Saver(settings.folder, tokenizer, stored, plan, {**notes, "approach": settings.approach}, settings.keep_last)
 
 
 def _console_callbacks(trainer: CycleTrainer, tokenizer: PreTrainedTokenizerBase | None, bar: ProgressBar) -> list[TrainerCallback]:

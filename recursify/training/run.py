@@ -39,6 +39,7 @@ from .fitting import FitResult, fit, result_of
 from .gains import sweep_length
 from .optimizers import warmup_of
 from .parallel import announce, check_launch, describe_launch, processes
+from .quantize import check_4bit
 from .saving import RUN, STATE, Saver, best_name, keep_previous, make_folder, resume_points, state_folder, step_of
 from .settings import DonorSettings, RunSettings, TrainSettings
 
@@ -72,6 +73,7 @@ def train(settings: RunSettings) -> TrainResult:
     device = choose_device(settings.device)
     check_launch(settings, device)
     check_tf32(settings, device)
+    check_4bit(settings, device)
     PartialState(cpu=device.type == "cpu")  # initialises the process group before the first collective
     point = _point_to_resume(settings) if settings.resume else None
     if point is not None and settings.bf16 is None:  # what a probe chose then holds: another choice would not be the same run

@@ -123,6 +123,9 @@ class Adapter(Options):
     """Linear layers of the loop with low-rank updates: those of attention, of the feed-forward (mlp), or all."""
     lora_per: Literal["model", "cycle"] = "model"
     """Low-rank updates shared by all cycles (model), or for each cycle its own (cycle); deeper cycles than H_cycles have the last."""
+    load_in_4bit: bool = False
+    """Train the adapter beside a donor whose linear layers are quantised to 4 bits (NF4, as in QLoRA): a quarter of the memory of bfloat16
+    weights, at some loss of precision. Checkpoints hold the adapter alone, as without. Needs bitsandbytes."""
 
     def validate_adapter(self, config: Any) -> None:
         """Check the adapter's flags against the model that a run starts from.
@@ -136,6 +139,8 @@ class Adapter(Options):
                 raise UserError(f"--{name}: expected --adapter with it, got {value}; add --adapter, or leave --{name} out")
             if isinstance(value, int | float) and value <= 0:
                 raise UserError(f"--{name}: expected a number above 0, got {value}")
+        if self.load_in_4bit and not (self.adapter or getattr(config, "is_adapter", False)):
+            raise UserError("--load_in_4bit: quantised weights cannot be trained, only frozen; add --adapter, or leave it out")
         if self.adapter and getattr(config, "is_adapter", False):
             of_model = {name: getattr(config, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
             of_model["lora_per"] = "cycle" if config.lora_pairs > 1 else "model"

@@ -815,6 +815,12 @@ class FineTuning(Training):
     def lora_per(self) -> None:
         assert self._adapted(lora_per="cycle").model.recursion.lora[0]["q_proj"].A.shape == (2, 16, 32)
 
+    def load_in_4bit(self) -> None:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+        model = self._adapted(load_in_4bit=True)
+        RecursiveTrainer(model, self._make(load_in_4bit=True, output_dir=str(self._tmp / "run")), self._world.blocks(4), console=False)
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
 
 class FromDonor(Training):
     required: ClassVar = {"model_name": "donor"}
