@@ -268,7 +268,7 @@ def measure(bench: Bench) -> Iterator[Table | Check]:
     that the client alone got. At each depth 6 texts are written at once and 4 may wait: what the full queue turns away (429) is counted.
     Memory is that of the server's process: after the texts for the client alone and a first tenth of the load, and at the end, when all is
     answered."""
-    sizes = bench.pick(Sizes(seconds=3.0, tokens=8), Sizes(), Sizes())
+    sizes = bench.pick(Sizes(seconds=1.0, tokens=8), Sizes(), Sizes())
     found = put_under_load(sizes)
     kinds = found.tally.to_dict()
     came = [{"what clients did": kind.replace("_", " "), "what came of it": _ends(ends)} for kind, ends in kinds.items()]

@@ -36,7 +36,7 @@ NOISE = 10.0  # a resumed run may differ by so many times as much as two uninter
 
 
 def steps_of(bench: Bench) -> int:
-    return int(bench.pick(10, None, 24))
+    return int(bench.pick(2 * FEW, None, 24))
 
 
 def settings(bench: Bench, **flags: Any) -> TrainSettings:

@@ -67,7 +67,7 @@ class Blocks:
     validation: Dataset
 
 
-def load_blocks(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int) -> Blocks:
+def load_blocks(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int, with_steps: bool = False) -> Blocks:
     """Load the datasets of the settings as blocks, mixed by weight.
 
     Tables: with n blocks of ``dataset_name``, a dataset of weight w adds exactly round(w n), so that one pass over the mixture is one pass
@@ -89,16 +89,24 @@ def load_blocks(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_
         tokenizer: Any with an ``eos_token``.
         seq_len: Ids per block.
         seed: 0 to 2^32 - 1.
+        with_steps: Whether training rows say what is known after how many steps (question_rows.py).
 
     Raises:
-        UserError: A bad entry of ``mix``, and all that ``load_documents`` and ``tokenize`` raise.
+        UserError: A bad entry of ``mix``, text where steps are wanted, and all that ``load_documents`` and ``tokenize`` raise.
     """
     mixed = parse_mix(settings.mix)
     check_blocks(tokenizer, seq_len)
+    for name in (settings.dataset_name, *(name for name, _ in mixed)) if with_steps else ():
+        if not is_questions(name):
+            raise UserError(
+                f"--cycle_targets steps: expected question sets, whose steps are known, such as permutations:difficulty=16, got {name}, "
+                "which is text; leave it out, or give --cycle_targets answer"
+            )
     others = [(replace(settings, dataset_name=name, dataset_config_name=None), weight) for name, weight in mixed]
     with bars_on_terminals_only():
-        make = _make_streams if settings.streaming else _make_tables
-        return make(settings, others, tokenizer, seq_len, seed)
+        if settings.streaming:
+            return _make_streams(settings, others, tokenizer, seq_len, seed)
+        return _make_tables(settings, others, tokenizer, seq_len, seed, with_steps)
 
 
 # Tables
@@ -141,9 +149,11 @@ def _batch_size(documents: Dataset) -> int:
     return max(1, min(BLOCKS_AT_ONCE, int(TEXT_AT_ONCE / max(1.0, average))))
 
 
-def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tokenizer: Any, seq_len: int, seed: int) -> Blocks:
+def _make_tables(
+    own: DataSettings, mixed: list[tuple[DataSettings, float]], tokenizer: Any, seq_len: int, seed: int, with_steps: bool
+) -> Blocks:
     with one_process_first():
-        train, validation = _tables_of(own, tokenizer, seq_len)
+        train, validation = _tables_of(own, tokenizer, seq_len, with_steps)
         parts = [train]
         for number, (settings, weight) in enumerate(mixed):
             wanted = round(weight * len(train))
@@ -152,18 +162,20 @@ def _make_tables(own: DataSettings, mixed: list[tuple[DataSettings, float]], tok
                     f"--mix {settings.dataset_name}={weight:g} adds nothing: {weight:g} times the {len(train)} blocks of "
                     f"{own.dataset_name} is less than half a block; give a larger weight"
                 )
-            blocks = _tables_of(settings, tokenizer, seq_len)[0]
+            blocks = _tables_of(settings, tokenizer, seq_len, with_steps)[0]
             parts += choose_blocks(blocks, wanted, np.random.default_rng([seed, number]))
         columns = [name for name in COLUMNS if any(name in part.column_names for part in parts)]
         parts = [_completed(part, columns, tokenizer.eos_token_id, seq_len) for part in parts]
     return Blocks(datasets.concatenate_datasets(parts), _completed(validation, columns, tokenizer.eos_token_id, seq_len))
 
 
-def _tables_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[Dataset, Dataset]:
+def _tables_of(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seq_len: int, with_steps: bool = False
+) -> tuple[Dataset, Dataset]:
     """Training and validation rows of one dataset: blocks of text or of conversations, or questions."""
     if is_questions(settings.dataset_name):
         train, held_out = divide(settings.dataset_name)
-        return question_rows(train, tokenizer, seq_len), question_rows(held_out, tokenizer, seq_len)
+        return question_rows(train, tokenizer, seq_len, with_steps), question_rows(held_out, tokenizer, seq_len)
     documents = load_documents(settings)
     if COLUMN in documents.train.column_names:
         name, train_on = settings.dataset_name, settings.train_on

@@ -141,7 +141,8 @@ class RecursiveTrainer(CycleTrainer):
         module = LossModule(
             model, Supervision.of(settings), APPROACHES[settings.approach].objective, deepest, _frozen_teacher(teacher, settings, device)
         )
-        collate = data_collator or Collate(_separator_token(settings, processing_class))
+        steps = (module.deepest, settings.steps_per_cycle) if settings.cycle_targets == "steps" else (0, 1)
+        collate = data_collator or Collate(_separator_token(settings, processing_class), *steps)
         if not resuming:
             start_gains(module, train_dataset if eval_dataset is None else eval_dataset, collate, settings, device)
         if settings.gradient_checkpointing:

@@ -103,6 +103,7 @@ class LossModule(nn.Module):
         position_ids: Tensor | None = None,
         H_cycles: int | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        cycle_labels: Tensor | None = None,
     ) -> dict[str, Any]:
         """The loss of a batch, and its parts for the log.
 
@@ -111,13 +112,16 @@ class LossModule(nn.Module):
             position_ids: `[B, T]`, restarting at each document of a packed sequence (block-diagonal mask).
             H_cycles: Cycles of this pass; those of the configuration where None.
             num_items_in_batch: Number of scored tokens to divide by: that of all accumulated batches. That of this batch where None.
+            cycle_labels: `[B, C, T]`: labels of each cycle, the last also of all later ones; `labels` for all where None.
 
         Returns:
-            `loss`, with gradients; detached, `cycle_losses` `[deepest]`, `scored` `[deepest]` (1 for scored cycles, else 0), and `terms`,
-            the value of each additional loss term; all per scored token.
+            `loss`, with gradients; detached, `cycle_losses` `[deepest]`, `scored` `[deepest]` (1 for scored cycles, else 0; with labels of
+            its own, the share of tokens that a cycle is scored on), and `terms`, the value of each additional loss term; all per scored
+            token.
         """
         H = H_cycles or (self.model.config.H_cycles if is_recursive(self.model) else 1)
-        batch_loss = BatchLoss(self, labels, num_items_in_batch, H, self._teacher_reference(input_ids, position_ids))
+        references = self._teacher_reference(input_ids, position_ids)
+        batch_loss = BatchLoss(self, labels, num_items_in_batch, H, references, cycle_labels)
         if not is_recursive(self.model):
             state = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
             return batch_loss.outputs(batch_loss.cycle_loss(0, state, None))
@@ -136,9 +140,11 @@ class LossModule(nn.Module):
         return batch_loss.outputs(backpropagate_each(losses, e, self.model) if per_cycle else torch.stack(list(losses(e))).sum())
 
     @torch.no_grad()
-    def row_sums(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def row_sums(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, cycle_labels: Tensor | None = None
+    ) -> Tensor:
         """`[B, cycles]`: the summed loss of each sequence at every cycle up to `deepest`; if the objective has `token_hits`, one more
-        column with the number of correct predictions at `main_cycle`."""
+        column with the number of correct predictions at `main_cycle`. What is measured are the final labels, whatever cycles learn."""
         states = self._states(input_ids, position_ids)
         columns = [self.objective.token_losses(state, labels, self.reader) for state in states]
         if self.objective.token_hits is not None:
@@ -179,9 +185,17 @@ class LossModule(nn.Module):
 class BatchLoss:
     """The loss of one batch, computed cycle by cycle. Cycles are counted from 0."""
 
-    def __init__(self, loss_module: LossModule, labels: Tensor, num_items: Any, H: int, references: list[Reference]):
+    def __init__(
+        self,
+        loss_module: LossModule,
+        labels: Tensor,
+        num_items: Any,
+        H: int,
+        references: list[Reference],
+        cycle_labels: Tensor | None = None,
+    ):
         self.loss_module, self.supervision, self.objective = loss_module, loss_module.supervision, loss_module.objective
-        self.labels = labels
+        self.labels, self.cycle_labels = labels, cycle_labels
         self.items = torch.as_tensor(counted(labels) if num_items is None else num_items, device=labels.device).clamp(min=1)
         self.H, self.shares, self.references = H, self.supervision.shares(H), references
         self.cycle_losses = torch.zeros(loss_module.deepest, device=labels.device)
@@ -217,7 +231,7 @@ class BatchLoss:
                 self.halting_states.append(z.detach())
             if state is None:
                 continue
-            if self.supervision.by_token or self.supervision.backprop == "cycle":
+            if self.supervision.by_token or self.supervision.backprop == "cycle" or self.cycle_labels is not None:
                 yield self.cycle_loss(c, state, last)
             else:
                 deferred[c] = state
@@ -230,6 +244,14 @@ class BatchLoss:
         self.halting_states.append(z.detach())
         self.plain_losses.append(losses_and_divergences(read(z), self.labels, self.loss_module.reader, [])[0])
 
+    def _labels_of(self, c: int) -> Tensor:
+        return self.labels if self.cycle_labels is None else self.cycle_labels[:, min(c, self.cycle_labels.shape[1] - 1)]
+
+    def _keep(self, c: int, loss: Tensor) -> None:
+        """Record the loss of a cycle, per token of `labels`, and the share of these that it is scored on."""
+        share = 1.0 if self.cycle_labels is None else counted(self._labels_of(c)) / counted(self.labels).clamp(min=1)
+        self.cycle_losses[c], self.scored[c] = loss.detach(), share
+
     def _is_scored(self, c: int) -> bool:
         return self.supervision.every_cycle or c == self.H - 1
 
@@ -238,11 +260,11 @@ class BatchLoss:
         return self._loss_with_terms(c, state, last) if self.supervision.by_token else self._objective_loss({c: state})
 
     def _objective_loss(self, states: dict[int, Tensor]) -> Tensor:
-        """The weighted loss of these cycles without further terms."""
-        shares = [self.shares[c] for c in states]
-        total, losses = self.objective.loss(list(states.values()), self.labels, self.loss_module.reader, shares, self.items)
+        """The weighted loss of these cycles, which have the same labels, without further terms."""
+        shares, labels = [self.shares[c] for c in states], self._labels_of(next(iter(states)))
+        total, losses = self.objective.loss(list(states.values()), labels, self.loss_module.reader, shares, self.items)
         for c, loss in zip(states, losses, strict=True):
-            self.cycle_losses[c], self.scored[c] = loss, 1.0
+            self._keep(c, loss)
         return total
 
     def _loss_with_terms(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
@@ -250,7 +272,7 @@ class BatchLoss:
         references = list(self.references)
         if last is not None and c < self.H - 1:
             references.append(Reference(last, head, supervision.temperature))
-        tokens, *divergences = losses_and_divergences(state, self.labels, head, references)
+        tokens, *divergences = losses_and_divergences(state, self._labels_of(c), head, references)
         own = total = tokens.sum() / self.items
         weights = [("distill", supervision.distill)] * len(self.references) + [("self_distill", supervision.self_distill)]
         for (name, weight), divergence in zip(weights, divergences, strict=False):
@@ -258,7 +280,7 @@ class BatchLoss:
         if supervision.monotone and self.token_losses:
             total = total + supervision.monotone * self._record("monotone", c, worsening(tokens, self.token_losses[-1]))
         self.token_losses.append(tokens.detach())
-        self.cycle_losses[c], self.scored[c] = own.detach(), 1.0
+        self._keep(c, own)
         return self.shares[c] * total
 
     def _record(self, name: str, c: int, tokens: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def _local_files(path: Path) -> list[Path]:
 def _load_text(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     from ..data.loading import load_blocks  # here: `fit` does not need the datasets library
 
-    return load_blocks(settings, tokenizer, settings.seq_len, settings.seed)
+    return load_blocks(settings, tokenizer, settings.seq_len, settings.seed, with_steps=settings.cycle_targets == "steps")
 
 
 def _load_teacher(settings: RunSettings, loaded: checkpoint.Checkpoint, device: torch.device) -> Any:

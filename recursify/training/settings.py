@@ -30,10 +30,10 @@ NOT_NEGATIVE = (
     "halting_weight", "generate_every", "save_every", "keep_last", "early_stopping_patience",
 )  # fmt: skip
 
-# Settings that determine the tokens of each step. They must not change on resume.
+# Settings that determine the tokens and labels of each step. They must not change on resume.
 DATA_FIELDS = (
     "dataset_name", "dataset_config_name", "text_column", "mix", "train_on", "streaming", "separate_documents", "seq_len", "batch_size",
-    "grad_accum_steps", "seed",
+    "grad_accum_steps", "seed", "cycle_targets", "steps_per_cycle",
 )  # fmt: skip
 # Settings that determine the contents of the saved state, or which parameters have one. They must not change on resume.
 STATE_FIELDS = ("optimizer", "ema_decay", "backprop", "halting_weight")
@@ -183,6 +183,11 @@ class LossTerms(Options):
     """Loss weight of the cycles before the last, whose weight is 1."""
     deep_supervision_schedule: Literal["linear_decay", "constant", "exponential_decay", "early_decay"] = "linear_decay"
     """Shape of the loss weights over earlier cycles: linear_decay and exponential_decay weight early cycles less, early_decay late ones."""
+    cycle_targets: Literal["answer", "steps"] = "answer"
+    """What cycles learn to predict: all of them the answer, or each what is known after its steps (steps): after c * steps_per_cycle of
+    them in cycle c, the answer when they suffice. For question sets with known steps. Needs enable_deep_supervision."""
+    steps_per_cycle: int = 1
+    """Steps that each cycle makes, with --cycle_targets steps."""
     distill_weight: float = 0.0
     """Weight of knowledge distillation: forward KL from the teacher at every scored cycle."""
     distill_temperature: float = 1.0
@@ -314,8 +319,21 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
         for name in ("self_distill_weight", "monotone_weight", "halting_weight"):
             if getattr(self, name) and not self.enable_deep_supervision:
                 raise UserError(f"--{name}: compares cycles, but only the last one is scored; add --enable_deep_supervision")
+        if self.steps_per_cycle < 1:
+            raise UserError(f"--steps_per_cycle: expected at least 1, got {self.steps_per_cycle}")
+        if self.cycle_targets == "steps":
+            self._validate_steps()
+        elif self.steps_per_cycle != 1:
+            raise UserError(f"--steps_per_cycle: {self.steps_per_cycle} has no effect without --cycle_targets steps; add it")
         if self.teacher is not None and not self.distill_weight:
             raise UserError(f"--teacher: {self.teacher} has no effect without --distill_weight; set its weight")
+
+    def _validate_steps(self) -> None:
+        if not self.enable_deep_supervision:
+            raise UserError("--cycle_targets steps: gives every cycle a target, but only the last is scored; add --enable_deep_supervision")
+        for name in ("self_distill_weight", "monotone_weight", "halting_weight"):
+            if getattr(self, name):
+                raise UserError(f"--{name}: compares the losses of cycles, whose targets differ with --cycle_targets steps; leave one out")
 
     def validate_model(self, config: Any) -> None:
         """Check the settings that depend on the model.

@@ -6,7 +6,7 @@
     as_text(items[0])                     # the same with the answer, to train on
     is_right(items[0], " kitchen\\n")     # what a model wrote
 
-item.py says what an item is and how it is written as text; generated.py makes them, random_items.py draws what it makes them from;
+item.py says what an item is and how it is written as text; generated.py and in_words.py make them, of what random_items.py draws;
 formats.py reads GSM8K, SVAMP, ProsQA, bAbI and SCAN from files; scoring.py judges. No model, no tokenizer and no torch is needed.
 """
 

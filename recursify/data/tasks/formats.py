@@ -31,6 +31,7 @@ from ...utils.encodings import check_characters, not_utf8, open_text, read_text
 from .item import FINAL, Item
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
+_RESULT = re.compile(r"<<[^<>=]*=([^<>]*)>>")
 _WHOLE = re.compile(r"-?\$?[\d,]*\.?\d+", re.ASCII)
 _COMMAND = re.compile(r"IN: (\S.*?) OUT: (\S.*)")
 _NUMBERED = re.compile(r"(\d+) (.*\S)", re.ASCII)
@@ -74,7 +75,9 @@ def _gsm8k(path: Path) -> Iterator[Item]:
         if not mark or not _WHOLE.fullmatch(answer.strip()):
             raise _fault(place, f"an answer that ends in '{FINAL}NUMBER'", worked[-40:])
         written = [line.strip() for line in _ANNOTATION.sub("", steps).split("\n") if line.strip()]
-        yield Item(question, answer.strip(), max(1, len(written)), "number", "\n".join(written))
+        results = [found[-1] if (found := _RESULT.findall(line)) else "" for line in steps.split("\n") if line.strip()]
+        reached = (*results[:-1], answer.strip())
+        yield Item(question, answer.strip(), max(1, len(written)), "number", "\n".join(written), reached=reached)
 
 
 def _svamp(path: Path) -> Iterator[Item]:
@@ -110,7 +113,8 @@ def _prosqa(path: Path) -> Iterator[Item]:
         question, answer = _text(record, "question", place), _text(record, "answer", place)
         if "\n" in answer:
             raise _fault(place, "one line as answer", answer)
-        yield Item(question, answer, len(steps), steps="\n".join(step.strip() for step in steps))
+        reached = (*(f"{answer.rpartition(' ')[0]} {step.split()[-1]}".strip() for step in steps[:-1]), answer)
+        yield Item(question, answer, len(steps), steps="\n".join(step.strip() for step in steps), reached=reached)
 
 
 def _babi(path: Path) -> Iterator[Item]:

@@ -3,10 +3,14 @@
     name          question                               answer  difficulty
     permutations  c a b a                                D       letters in a word, whose product in S3 or S5 is the answer
     pointers      a > c , c > b , b > a ; a next next    b       hops of a walk along the arrows, whose end is the answer
+    chains        sun = ice ; cat = sun ; cat ?          ice     hops along the names, whose end is the answer
+    facts         Ann's boss is Tim. Tim lives in Rome.  Rome    relations from the first name to the answer
+                  Where does the boss of Ann live?
     addition      4 7 + 8 5                              1 3 2   digits of each number
     booleans      ( not ( True or False ) )              False   nesting depth
 
-Everything is plain ASCII, and every symbol stands between spaces: no tokenizer can join two digits, two letters or a bracket and a word.
+Everything is plain ASCII, and every symbol stands between spaces (but in facts, which is plain sentences): no tokenizer can join two digits,
+two letters or a bracket and a word. chains and facts, whose questions are words, are in in_words.py.
 Nothing is explained in the question; what letters and arrows mean is for training to teach.
 
 Of each task one item in five is for test and can be in no training set, whatever the seed, see random_items.py. What decides is the item
@@ -24,8 +28,9 @@ import string
 from collections.abc import Callable
 
 from ...errors import UserError
+from .in_words import chains, facts
 from .item import Item
-from .random_items import Draw, check, distinct
+from .random_items import Draw, check, some
 
 Permutation = tuple[int, ...]  # who is at place 0, 1, ...
 
@@ -35,7 +40,7 @@ NODES = 16
 DEEPEST = 12  # an expression has (5/3)^depth literals on average
 
 
-def permutations(difficulty: int, count: int, seed: int, *, split: str = "train", group: str = "S3") -> list[Item]:
+def permutations(difficulty: int, count: int, seed: int, *, split: str = "train", group: str = "S3", unscored: int = 0) -> list[Item]:
     """Running products in a permutation group: the state tracking task.
 
     A letter of the question moves what lies in n places: the first ones, from "a", exchange two places each, in the order (0 1),
@@ -48,6 +53,8 @@ def permutations(difficulty: int, count: int, seed: int, *, split: str = "train"
     Args:
         difficulty: Letters in the word.
         group: "S3", which a model of fixed depth can track in theory, or "S5", which as far as is known it cannot.
+        unscored: Letters behind the word that are read and have no label. A model that is trained with them has read words longer than
+            those that it was scored on.
 
     Returns:
         Items with the product so far as the label of each letter.
@@ -58,19 +65,22 @@ def permutations(difficulty: int, count: int, seed: int, *, split: str = "train"
     check("permutations", difficulty, count, split)
     if group not in GROUPS:
         raise UserError(f"permutations: expected the group {' or '.join(GROUPS)}, got {group!r}")
+    if unscored < 0:
+        raise UserError(f"permutations: expected 0 or more letters as unscored, got {unscored}")
     places = GROUPS[group]
     moves, names = _moves(places), _names(places)
 
     def make(draw: Draw) -> tuple[Item, str]:
-        word = [draw.one(moves) for _ in range(difficulty)]
+        word = [draw.one(moves) for _ in range(difficulty + unscored)]
         state, labels = tuple(range(places)), []
         for _, move in word:
             state = tuple(state[place] for place in move)
             labels.append(names[state])
-        letters = [letter for letter, _ in word]
-        return Item(" ".join(letters), labels[-1], difficulty, labels=tuple(labels)), f"{group} {' '.join(letters[:DECIDING])}"
+        letters, scored = [letter for letter, _ in word], tuple(labels[:difficulty])
+        item = Item(" ".join(letters), labels[-1], difficulty, labels=scored, unscored=unscored)
+        return item, f"{group} {' '.join(letters[:DECIDING])}"
 
-    return _some("permutations", make, difficulty, count, seed, split, group)
+    return some("permutations", make, difficulty, count, seed, split, group)
 
 
 def pointers(difficulty: int, count: int, seed: int, *, split: str = "train", nodes: int = NODES) -> list[Item]:
@@ -105,7 +115,7 @@ def pointers(difficulty: int, count: int, seed: int, *, split: str = "train", no
         question = f"{shown} ; {walk[0]}{' next' * difficulty}"
         return Item(question, walk[-1], difficulty, labels=tuple(walk[1:])), "pointers " + "".join(arrows[node] for node in letters)
 
-    return _some("pointers", make, difficulty, count, seed, split, nodes)
+    return some("pointers", make, difficulty, count, seed, split, nodes)
 
 
 def addition(difficulty: int, count: int, seed: int, *, split: str = "train") -> list[Item]:
@@ -133,7 +143,7 @@ def addition(difficulty: int, count: int, seed: int, *, split: str = "train") ->
         answer = " ".join(str(int(one) + int(other)))
         return Item(question, answer, difficulty, "digits"), f"addition {'+'.join(sorted((one, other)))}"
 
-    return _some("addition", make, difficulty, count, seed, split)
+    return some("addition", make, difficulty, count, seed, split)
 
 
 def booleans(difficulty: int, count: int, seed: int, *, split: str = "train") -> list[Item]:
@@ -166,7 +176,7 @@ def booleans(difficulty: int, count: int, seed: int, *, split: str = "train") ->
         question = expression(draw, difficulty, value)
         return Item(question, str(value), difficulty), f"booleans {question}"
 
-    return _some("booleans", make, difficulty, count, seed, split)
+    return some("booleans", make, difficulty, count, seed, split)
 
 
 COMMON = ("difficulty", "count", "seed", "split")
@@ -175,6 +185,8 @@ GENERATED: dict[str, Callable[..., list[Item]]] = {
     "pointers": pointers,
     "addition": addition,
     "booleans": booleans,
+    "chains": chains,
+    "facts": facts,
 }
 
 
@@ -186,7 +198,8 @@ def generate(name: str, difficulty: int, count: int, seed: int, *, split: str = 
         count: At least 1. Fewer items of the same seed are the first of more. No question comes twice, unless there are fewer questions.
         seed: Any whole number.
         split: "train" or "test".
-        options: What the task has besides: ``group`` for permutations, ``nodes`` for pointers.
+        options: What the task has besides: ``group`` and ``unscored`` for permutations, ``nodes`` for pointers, ``chains`` for chains,
+            ``people`` for facts.
 
     Raises:
         UserError: An unknown task or option, and all that the task itself raises.
@@ -200,15 +213,6 @@ def generate(name: str, difficulty: int, count: int, seed: int, *, split: str = 
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{name}: unknown option {unknown[0]!r}; {hint}it has {', '.join(every)}")
     return GENERATED[name](difficulty, count, seed, split=split, **options)
-
-
-def _some(
-    name: str, make: Callable[[Draw], tuple[Item, str]], difficulty: int, count: int, seed: int, split: str, option: object = ""
-) -> list[Item]:
-    items = distinct(make, count, Draw(name, option, difficulty, seed, split), split)
-    if not items:
-        raise UserError(f"{name}: no item of difficulty {difficulty} falls to the split {split}; expected a higher difficulty")
-    return items
 
 
 def _moves(places: int) -> list[tuple[str, Permutation]]:

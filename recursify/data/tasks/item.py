@@ -32,6 +32,9 @@ class Item:
         steps: A worked way to the answer, for the sets that come with one; else empty.
         labels: The answer so far at each of the last len(labels) words of the question, for state tracking: the last of them is
             ``answer``. Else empty.
+        reached: The answer after each step, in the same form, the last of them ``answer``; "" where a step has none. Else empty.
+        unscored: Words at the end of the question that are read and have no label: these are of the words before them, and ``answer``
+            is not trained.
     """
 
     question: str
@@ -40,6 +43,8 @@ class Item:
     match: Match = "words"
     steps: str = ""
     labels: tuple[str, ...] = ()
+    reached: tuple[str, ...] = ()
+    unscored: int = 0
 
 
 def prompt(item: Item) -> str:
@@ -65,4 +70,5 @@ def label_ends(item: Item) -> list[int]:
     """
     if not item.labels:
         return []
-    return [len(QUESTION) + word.end() for word in re.finditer(r"\S+", item.question)][-len(item.labels) :]
+    ends = [len(QUESTION) + word.end() for word in re.finditer(r"\S+", item.question)]
+    return ends[-len(item.labels) - item.unscored : len(ends) - item.unscored]

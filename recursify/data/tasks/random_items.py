@@ -76,6 +76,23 @@ def distinct(make: Callable[[Draw], tuple[Item, str]], count: int, draw: Draw, s
     return items[:count]
 
 
+def some(
+    name: str, make: Callable[[Draw], tuple[Item, str]], difficulty: int, count: int, seed: int, split: str, option: object = ""
+) -> list[Item]:
+    """`distinct` items of a task.
+
+    Args:
+        option: What the choices depend on besides.
+
+    Raises:
+        UserError: The split has none.
+    """
+    items = distinct(make, count, Draw(name, option, difficulty, seed, split), split)
+    if not items:
+        raise UserError(f"{name}: no item of difficulty {difficulty} falls to the split {split}; expected a higher difficulty")
+    return items
+
+
 def check(name: str, difficulty: int, count: int, split: str, hardest: int | None = None) -> None:
     """What all tasks ask of their arguments.
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def test_gsm8k(tmp_path: Path) -> None:
     one_step = {"question": "1 + 1?", "answer": "#### -2"}
     first, second = read("gsm8k", file(tmp_path, f"\ufeff{json.dumps(GSM8K)}\n\n{json.dumps(one_step)}\n", ".jsonl"))
     steps = "In boxes 2*1,000 = 2,000.\nThat is 2,000+80 = $2,080."
-    assert first == Item(GSM8K["question"], "2,080", 2, "number", steps)
-    assert second == Item("1 + 1?", "-2", 1, "number")
+    assert first == Item(GSM8K["question"], "2,080", 2, "number", steps, reached=("2000", "2,080"))
+    assert second == Item("1 + 1?", "-2", 1, "number", reached=("-2",))
     assert as_text(first, with_steps=True).endswith("$2,080.\n#### 2,080")
     assert is_right(first, "2080") and not is_right(first, "2000")
 
@@ -113,7 +114,7 @@ def test_the_training_files_of_svamp(tmp_path: Path) -> None:
 
 def test_prosqa(tmp_path: Path) -> None:
     (item,) = read("prosqa", file(tmp_path, [PROSQA], ".json"))
-    assert item == Item(PROSQA["question"], "Tom is a lem.", 2, steps="Tom is a zor.\nEvery zor is a lem.")
+    assert item == Item(PROSQA["question"], "Tom is a lem.", 2, steps="Tom is a zor.\nEvery zor is a lem.", reached=("Tom is a zor.", "Tom is a lem."))
 
 
 def test_babi(tmp_path: Path) -> None:
@@ -227,7 +228,10 @@ def wrote(folder: Path) -> list[tuple[str, Path, list[Item]]]:
 def test_files_as_they_are_published(tmp_path: Path) -> None:
     for name, path, expected in wrote(tmp_path):
         items = read(name, path)
-        assert items == expected and len(items) >= 300
+        assert [replace(item, reached=()) for item in items] == expected and len(items) >= 300
+        stepped = [item for item in items if item.reached]
+        assert len(stepped) == (len(items) if name in ("gsm8k", "prosqa") else 0)
+        assert all(item.reached[-1] == item.answer and len(item.reached) == item.difficulty for item in stepped)
         assert all(is_right(item, f" {item.answer}\n") for item in items)
         assert all(item.question == item.question.strip() and item.answer and "\n" not in item.answer for item in items)
         others = [items[index - 1].answer for index in range(len(items))]

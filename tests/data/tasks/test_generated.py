@@ -261,7 +261,7 @@ def outer(expression: str) -> str:
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("sorting", {}, "no generated task 'sorting'; there are permutations, pointers, addition, booleans"),
+    ("sorting", {}, "no generated task 'sorting'; there are permutations, pointers, addition, booleans, chains, facts"),
     ("addition", {"difficulty": 0}, "addition: expected a difficulty of at least 1, got 0"),
     ("booleans", {"difficulty": 13}, "booleans: expected a difficulty from 1 to 12, got 13"),
     ("pointers", {"count": 0}, "pointers: expected a count of at least 1, got 0"),
@@ -270,7 +270,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("pointers", {"nodes": 27}, "pointers: expected 2 to 26 nodes, got 27"),
     ("pointers", {"nodes": 1}, "pointers: expected 2 to 26 nodes, got 1"),
     ("pointers", {"nodes": 3}, "pointers: expected fewer hops than nodes, got 3 hops with 3 nodes"),
-    ("permutations", {"nodes": 3}, "permutations: unknown option 'nodes'; it has difficulty, count, seed, group"),
+    ("permutations", {"nodes": 3}, "permutations: unknown option 'nodes'; it has difficulty, count, seed, group, unscored"),
     ("addition", {"group": "S3"}, "addition: unknown option 'group'; it has difficulty, count, seed"),
 ]
 
@@ -298,7 +298,7 @@ def test_split_without_items() -> None:
 
 def test_match_rules_and_maximum_difficulties() -> None:
     assert {name: generate(name, 2, 1, 0)[0].match for name in GENERATED} == {
-        "permutations": "words", "pointers": "words", "addition": "digits", "booleans": "words",
+        "permutations": "words", "pointers": "words", "addition": "digits", "booleans": "words", "chains": "words", "facts": "words",
     }  # fmt: skip
     assert generate("booleans", 12, 1, 0)[0].difficulty == 12 and len(generate("pointers", 1, 1, 0, nodes=26)) == 1
 
