@@ -21,11 +21,11 @@ from recipes.evidence.study import Row, Size, Study, about, donor_folder, is_mad
 from .job_queue import Job, Keep, Place
 
 SIZES = {"cuda": "gpu", "quick": "test"}  # of a place, by the names that the studies have for them
-ORDER = ("state_tracking", "prose", "scan")
+ORDER = ("state_tracking", "hops", "length", "prose", "scan")
 PREFIX = "evidence: "
 # Guesses: seconds of a layer application in training, of the rest of a step, of loading and measuring a row.
 APPLICATION, STEP, ROW = 1.2e-3, 6e-3, 20.0
-TOY = {"state_tracking": 1.0, "prose": 3.0, "scan": 2.0}  # seconds of a row at toy size on two cores
+TOY = {"state_tracking": 1.0, "hops": 4.0, "length": 2.0, "prose": 3.0, "scan": 2.0}  # seconds of a row at toy size on two cores
 BACK_TOO = 3  # times the work of a forward pass
 
 
@@ -70,8 +70,10 @@ def _applications(row: Row, layers: int) -> float:
 
 
 def _obstacle(name: str, place: Place, needs_donor: bool = False) -> str | None:
-    if name == "prose" and importlib.util.find_spec("datasets") is None:
+    if name in ("prose", "hops") and importlib.util.find_spec("datasets") is None:
         return "needs the datasets library, which is not installed here"
+    if name == "hops" and place.size == "cuda" and "RECURSIFY_DONOR" not in os.environ:
+        return "needs a pretrained donor; RECURSIFY_DONOR names its folder (`python -m recipes.donors smollm2 FOLDER` makes one)"
     if name == "scan" and place.size == "cuda" and not _scan_is_here():
         return "needs the files of SCAN's length split, which RECURSIFY_SCAN names the folder of"
     if needs_donor and not is_made(_folder(name, place)):

@@ -15,12 +15,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes.evidence import prose, scan, state_tracking, tables
+from recipes.evidence import hops, length, prose, scan, state_tracking, tables
 from recipes.evidence.study import RESULTS, Size, Study, run
 from recursify.errors import UserError
 from recursify.utils.device import choose_device
 
 STUDIES: dict[str, tuple[Callable[[Size], Study], dict[str, Size]]] = {
+    "hops": (hops.study, hops.SIZES),
+    "length": (length.study, length.SIZES),
     "prose": (prose.study, prose.SIZES),
     "scan": (scan.study, scan.SIZES),
     "state_tracking": (state_tracking.study, state_tracking.SIZES),

@@ -46,6 +46,15 @@ def rows() -> list[Row]:
         ),
         Row("compact, H 3, L 1", "shape", COMPACT),
         Row("compact, H 3, L 1, distilled", "shape", COMPACT, changes={"distill_weight": 1.0}),
+        Row("compact, H 3, L 1, matched", "shape", COMPACT, changes={"match_hidden_weight": 1.0}),
+        Row("compact, H 3, L 1, matched and distilled", "shape", COMPACT, changes={"match_hidden_weight": 1.0, "distill_weight": 1.0}),
+        Row("compact, H 2, L 0", "shape", COMPACT | {"H_cycles": 2, "L_cycles": 0}),
+        Row("compact, H 2, L 0, matched", "shape", COMPACT | {"H_cycles": 2, "L_cycles": 0}, changes={"match_hidden_weight": 1.0}),
+        Row("compact of 6 layers, H 3, L 1", "shape", COMPACT | {"L_layers": 6}),
+        Row("compact of 6 layers, H 3, L 1, matched", "shape", COMPACT | {"L_layers": 6}, changes={"match_hidden_weight": 1.0}),
+        Row("adapter: donor frozen, LoRA 16 in the loop", "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3, "start_gain": 0.1}, seeds=3),
+        Row("adapter: start gain 0.45", "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3, "start_gain": 0.45}),
+        Row("donor, LoRA 16 on all layers, same tokens", "adapter", lora_rank=16, changes={"lr": 3e-3}, seeds=3),
         Row("naive loop", shape=KEEP, rival="naive"),
         Row("bare sum (TRM)", shape=KEEP | {"injection": "sum_norm"}),
         Row("concat adapter (retrofitting-recurrence)", shape=KEEP, rival="concat"),
@@ -77,8 +86,9 @@ def study(size: Size) -> Study:
         return found.train, found.validation.select(range(min(size.items, len(found.validation))))
 
     def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
-        """Loss, and that of every window for paired differences."""
+        """Loss, and that of every window for paired differences; of an adapter at 0 cycles, too."""
         test = text(tokenizer).test
+        depths = [0, *depths] if getattr(model.config, "is_adapter", False) else depths
         windows = window_losses(model, test.select(range(min(size.items, len(test)))), tuple(depths))
         return {
             "donor" if H is None else str(H): {"loss": round(row.mean().item(), 5), "windows": [round(loss, 4) for loss in row.tolist()]}

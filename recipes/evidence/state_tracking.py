@@ -7,6 +7,7 @@ it for longer ones: here recursion should pay, if it does anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,13 @@ def study(size: Size) -> Study:
     return Study("state_tracking", OURS, settings, rows(), donor, train, measure)
 
 
-def shares(model: Any, tokenizer: Any, items: list[Item], depths: Any) -> Figures:
+def shares(model: Any, tokenizer: Any, items: list[Item], depths: Any, shown: Sequence[int] = SHOWN) -> Figures:
     """Accuracy at every position, at every depth."""
     runs = [DecodingOptions(H_cycles=H) for H in depths] or [DecodingOptions()]
     report, _ = evaluate_questions(model, tokenizer, "permutations", items, runs, "labels", batch_size=100)
     found: Figures = {}
     for row in report.rows:
-        if row.difficulty in SHOWN:
+        if row.difficulty in shown:
             found.setdefault("donor" if row.H_cycles is None else str(row.H_cycles), {})[str(row.difficulty)] = round(row.accuracy, 4)
     return found
 

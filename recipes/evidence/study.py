@@ -102,10 +102,10 @@ class Study:
     start_gain: float = 0.45
 
 
-def rows_of_questions(items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[dict[str, list[int]]]:
+def rows_of_questions(items: Sequence[Item], tokenizer: Any, seq_len: int, with_steps: bool = False) -> list[dict[str, list[int]]]:
     """Questions packed into rows, without the datasets library: a GPU machine may lack it."""
-    columns = question_columns(items, tokenizer, seq_len)
-    return [{"input_ids": ids, "labels": labels} for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)]
+    columns = question_columns(items, tokenizer, seq_len, with_steps)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def small_model(shape: dict[str, Any], words: int) -> Qwen2ForCausalLM:
@@ -278,7 +278,7 @@ def varied(H_cycles: int) -> dict[str, Any]:
 
 
 def _teacher(settings: TrainSettings, folder: Path, device: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).to(device) if settings.distill_weight else None
+    return AutoModelForCausalLM.from_pretrained(folder).to(device) if settings.needs_teacher else None
 
 
 def earlier(file: Path) -> dict[str, Any]:

@@ -119,6 +119,19 @@ def cycles(found: dict[str, Any], groups: Sequence[str]) -> str:
     return _table([f"row, at {at}", *(f"cycle {H}" for H in range(1, most + 1))], lines)
 
 
+def grid(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """In %, by cycles at test and difficulty; bold: the trained depth."""
+    shown, lines = _difficulties(found), []
+    for name, runs in _rows(found, groups).items():
+        for depth in runs[0]["figures"]:
+            cells = [_spread([100 * run["figures"][depth][d] for run in runs], ".1f") for d in shown]
+            trained = depth == str(runs[0]["trained_cycles"])
+            lines.append(
+                [name, str(len(runs)), _flops(runs, found), "" if depth == "donor" else f"**{depth}**" if trained else depth, *cells]
+            )
+    return _table(["row", "seeds", "FLOPs", "cycles", *shown], lines)
+
+
 def verdict(found: dict[str, Any], groups: Sequence[str]) -> str:
     """Whether ours is ahead where the donor fails, and whether more cycles ever harm; of the recorded runs."""
     rows = _rows(found, ["main"])
@@ -172,6 +185,20 @@ def losses(found: dict[str, Any], groups: Sequence[str]) -> str:
     return _table(head, lines)
 
 
+def kept(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """The loss of trained adapters at 0 cycles, beside that of their donor."""
+    donor = next(run["figures"]["donor"] for run in found["runs"] if run["name"] == "donor as it is")
+    runs = [run for run in found["runs"] if "0" in run["figures"]]
+    if not runs:
+        return "(No adapter has been trained yet.)"
+    losses = sorted({str(run["figures"]["0"]["loss"]) for run in runs})
+    apart = max(abs(a - b) for run in runs for a, b in zip(run["figures"]["0"]["windows"], donor["windows"], strict=True))
+    return (
+        f"At 0 cycles, after training, the loss of each of {len(runs)} adapters is {', '.join(losses)}; "
+        f"the donor's is {donor['loss']}; the largest difference on a window is {apart:g}."
+    )
+
+
 def _against(runs: Runs, tuned: dict[int, list[float]], H: int) -> str:
     """Mean over seeds, with the standard error over windows of the first."""
     if runs[0]["name"] == SAME_TOKENS or not runs[0]["flops"]:
@@ -198,5 +225,5 @@ def setting(found: dict[str, Any], groups: Sequence[str]) -> str:
 
 
 KINDS: dict[str, Callable[[dict[str, Any], Sequence[str]], str]] = {
-    "accuracy": accuracy, "cycles": cycles, "verdict": verdict, "losses": losses, "setting": setting,
+    "accuracy": accuracy, "cycles": cycles, "grid": grid, "verdict": verdict, "losses": losses, "kept": kept, "setting": setting,
 }  # fmt: skip

@@ -123,7 +123,7 @@ def _steps_of_answer(item: Item, ids: Sequence[int], places: Sequence[int], toke
     if not reached:
         raise UserError(
             "--cycle_targets steps: expected questions that say what is known after each step, got one without: "
-            f"{item.question[:60]!r}; permutations, pointers, chains, facts, gsm8k and prosqa have steps; others take --cycle_targets answer"
+            f"{item.question[:60]!r}; permutations, pointers, chains, facts, gsm8k and prosqa have steps; else use --cycle_targets answer"
         )
     found = []
     for count, text in enumerate(reached[:-1] if places else (), start=1):

@@ -60,8 +60,9 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
     tokens of context. Default: seq_len."""
     questions: tuple[str, ...] = ()
     """Question sets, e.g. --questions permutations:difficulty=4-32/4,count=200 babi:qa2_test.txt. Synthetic: permutations, pointers,
-    addition, booleans, chains, facts, with difficulty, count, seed and options of their own. Read from a file: gsm8k, svamp, prosqa, babi, scan, each with a local
-    one, e.g. gsm8k:test.jsonl, or one of a dataset on the hub, e.g. gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet."""
+    addition, booleans, chains, facts, with difficulty, count, seed and options of their own. Read from a file: gsm8k, svamp, prosqa,
+    babi, scan, each with a local one, e.g. gsm8k:test.jsonl, or one of a dataset on the hub, e.g.
+    gsm8k:openai/gsm8k/main/test-00000-of-00001.parquet."""
     judge: Judge = "answer"
     """Metric of the questions: exact match of the generated answer, or, for state tracking, teacher-forced accuracy at every label."""
     tasks: tuple[str, ...] = ()

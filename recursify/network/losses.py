@@ -227,6 +227,18 @@ def worsening(losses: Tensor, before: Tensor) -> Tensor:
     return torch.relu(losses - before.detach())
 
 
+def hidden_distances(state: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+    """The mean squared error of states from a teacher's, both divided by their root mean square, `[B, T - 1]` in float32: 0 for equal
+    directions, 2 for orthogonal ones, 0 where the next token is not counted. (Hidden states of a donor differ in norm by a factor of 1000
+    between tokens and layers.)
+
+    Args:
+        state, target: `[B, T, D]`; the target gets no gradient.
+    """
+    own, wanted = (F.rms_norm(each[:, :-1].float(), each.shape[-1:], eps=1e-6) for each in (state, target.detach()))
+    return (own - wanted).square().mean(dim=-1).masked_fill(labels[:, 1:] == IGNORED, 0.0)
+
+
 def halting_loss(
     halt_logits: Sequence[Tensor], losses: Sequence[Tensor], labels: Tensor, num_items: Tensor | float | None = None
 ) -> Tensor:

@@ -76,6 +76,7 @@ def step_flops(
     recomputes_logits: bool = False,
     self_distills: bool = False,
     teacher_config: PreTrainedConfig | None = None,
+    reads_teacher_logits: bool = True,
 ) -> float:
     """Floating-point operations of one forward and backward pass over `tokens` tokens in sequences of `seq_len`.
 
@@ -94,6 +95,7 @@ def step_flops(
         self_distills: Self-distillation from the last cycle: the head once more at each earlier cycle; with "cycle" an additional pass
             through the loop first.
         teacher_config: The teacher of knowledge distillation: one forward pass, and its head once per supervised cycle.
+        reads_teacher_logits: Whether its head is read.
     """
     shape = shape_of(config)
     trained = everything(config) if trained is None else trained
@@ -114,7 +116,8 @@ def step_flops(
             flops += forwards * forward + backwards * backward
     head_passes = 1 + recomputes_logits
     if teacher_config is not None:
-        flops += _forward_flops(shape_of(teacher_config), seq_len, {"lm_head": passes["lm_head"][0] * head_passes})
+        readouts = passes["lm_head"][0] * head_passes if reads_teacher_logits else 0
+        flops += _forward_flops(shape_of(teacher_config), seq_len, {"lm_head": readouts})
     if self_distills and "L_level" in passes:
         more = {"L_level": passes["L_level"][0], "coda": 1, "lm_head": 0} if backprop == "cycle" else dict.fromkeys(passes, 0)
         flops += _forward_flops(shape, seq_len, more | {"prelude": 0, "lm_head": (passes["lm_head"][0] - 1) * head_passes})
@@ -401,12 +404,13 @@ def _disk(config: PreTrainedConfig, settings: Any, steps: int, parameters: int, 
 
 def _references(settings: Any, teacher_config: PreTrainedConfig | None) -> int:
     """Number of distributions that each cycle is distilled from."""
-    return (teacher_config is not None) + (settings.self_distill_weight > 0)
+    return (teacher_config is not None and settings.distill_weight > 0) + (settings.self_distill_weight > 0)
 
 
 def _by_token(settings: Any, teacher_config: PreTrainedConfig | None) -> bool:
     """Whether the loss has terms other than the next-token loss."""
-    return bool(_references(settings, teacher_config) or settings.monotone_weight or settings.halting_weight)
+    others = (settings.monotone_weight, settings.halting_weight, settings.match_hidden_weight)
+    return bool(_references(settings, teacher_config) or any(others))
 
 
 def pass_flops(
@@ -427,6 +431,7 @@ def pass_flops(
         recomputes_logits=recomputes_logits(config, tokens, by_token=by_token, references=references),
         self_distills=settings.self_distill_weight > 0,
         teacher_config=teacher_config,
+        reads_teacher_logits=settings.distill_weight > 0,
     )
 
 

@@ -93,7 +93,7 @@ class RecursiveTrainer(CycleTrainer):
         processing_class: The tokenizer.
         data_collator: Rows to a batch of `input_ids`, `labels` and, for a block-diagonal mask, `position_ids`.
         callbacks: As for the Trainer.
-        teacher: The causal model for knowledge distillation (`distill_weight`).
+        teacher: The causal model for knowledge distillation (`distill_weight`, `match_hidden_weight`).
         saver: Writes checkpoints and metrics.jsonl. Default: to `output_dir` of the settings. None writes no files.
         resuming: Whether the model already has the weights of the checkpoint given to `train(resume_from_checkpoint=)`.
         console: Whether to show the progress bar, samples and summaries.
@@ -316,15 +316,15 @@ def _saving_callbacks(trainer: CycleTrainer, quiet: bool) -> list[TrainerCallbac
 
 
 def _frozen_teacher(teacher: Any, settings: RunSettings, device: torch.device) -> Any:
-    """The teacher, frozen and on the device; None without knowledge distillation.
+    """The teacher, frozen and on the device; None if no term of the loss needs one.
 
     Raises:
-        UserError: Knowledge distillation without a teacher.
+        UserError: A term without a teacher.
     """
-    if not settings.distill_weight:
+    if not settings.needs_teacher:
         return None
     if teacher is None:
-        raise UserError("--distill_weight: expected a teacher, got none")
+        raise UserError(f"--{'distill' if settings.distill_weight else 'match_hidden'}_weight: expected a teacher, got none")
     return teacher.to(device).eval().requires_grad_(False)
 
 

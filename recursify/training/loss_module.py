@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..network.losses import IGNORED, Reference, counted, cycle_shares, halting_loss, losses_and_divergences, worsening
+from ..network.losses import IGNORED, Reference, counted, cycle_shares, halting_loss, hidden_distances, losses_and_divergences, worsening
 from ..utils.models import is_recursive
 from .approaches import NEXT_TOKEN, Objective
 from .settings import RunSettings
@@ -41,6 +41,7 @@ class Supervision:
     self_distill: float = 0.0
     monotone: float = 0.0
     halting: float = 0.0
+    match_hidden: float = 0.0
 
     @classmethod
     def of(cls, settings: RunSettings) -> Supervision:
@@ -54,6 +55,7 @@ class Supervision:
             self_distill=settings.self_distill_weight,
             monotone=settings.monotone_weight,
             halting=settings.halting_weight,
+            match_hidden=settings.match_hidden_weight,
         )
 
     def shares(self, H: int) -> list[float]:
@@ -62,8 +64,8 @@ class Supervision:
 
     @property
     def by_token(self) -> bool:
-        """Whether a term needs the losses or logits of each token rather than the summed loss of a cycle."""
-        return bool(self.distill or self.self_distill or self.monotone or self.halting)
+        """Whether a term needs the losses, logits or states of each token rather than the summed loss of a cycle."""
+        return bool(self.distill or self.self_distill or self.monotone or self.halting or self.match_hidden)
 
 
 class LossModule(nn.Module):
@@ -120,11 +122,11 @@ class LossModule(nn.Module):
             token.
         """
         H = H_cycles or (self.model.config.H_cycles if is_recursive(self.model) else 1)
-        references = self._teacher_reference(input_ids, position_ids)
-        batch_loss = BatchLoss(self, labels, num_items_in_batch, H, references, cycle_labels)
+        references, hidden = self._read_teacher(input_ids, position_ids, H)
+        batch_loss = BatchLoss(self, labels, num_items_in_batch, H, references, hidden, cycle_labels)
         if not is_recursive(self.model):
             state = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            return batch_loss.outputs(batch_loss.cycle_loss(0, state, None))
+            return batch_loss.outputs(batch_loss.cycle_loss(0, state, state, None))
         base = self.model.base_model
         e, block, read = base.begin_pass(input_ids, position_ids)
 
@@ -140,9 +142,7 @@ class LossModule(nn.Module):
         return batch_loss.outputs(backpropagate_each(losses, e, self.model) if per_cycle else torch.stack(list(losses(e))).sum())
 
     @torch.no_grad()
-    def row_sums(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, cycle_labels: Tensor | None = None
-    ) -> Tensor:
+    def row_sums(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, cycle_labels: Tensor | None = None) -> Tensor:
         """`[B, cycles]`: the summed loss of each sequence at every cycle up to `deepest`; if the objective has `token_hits`, one more
         column with the number of correct predictions at `main_cycle`. What is measured are the final labels, whatever cycles learn."""
         states = self._states(input_ids, position_ids)
@@ -165,12 +165,16 @@ class LossModule(nn.Module):
         return [read(z_H) for z_H in base.recursion.steps(e, block, self.deepest, self.model.config.L_cycles)]
 
     @torch.no_grad()
-    def _teacher_reference(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Reference]:
+    def _read_teacher(self, input_ids: Tensor, position_ids: Tensor | None, H: int) -> tuple[list[Reference], list[Tensor]]:
+        """The teacher's predictions, and the hidden state that each of H cycles aims at; each empty where no term needs it."""
         (teacher,) = self.teacher
         if teacher is None:
-            return []
-        state = teacher.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        return [Reference(state, teacher.get_output_embeddings(), self.supervision.temperature)]
+            return [], []
+        depths = matched_depths(self.model.config, len(teacher.base_model.layers), H) if self.supervision.match_hidden else []
+        with _outputs_of(teacher.base_model.layers, {depth - 1 for depth in depths}) as hidden:
+            state = teacher.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        references = [Reference(state, teacher.get_output_embeddings(), self.supervision.temperature)] if self.supervision.distill else []
+        return references, [hidden[depth - 1] for depth in depths]
 
     @property
     def reader(self) -> nn.Module:
@@ -180,6 +184,33 @@ class LossModule(nn.Module):
     def main_cycle(self) -> int:
         """The cycle whose output is the model's prediction, from 1."""
         return self.model.config.H_cycles if is_recursive(self.model) else 1
+
+
+def matched_depths(config: Any, layers: int, H: int) -> list[int]:
+    """The number of the teacher's layers, at least 1, whose output each of H cycles aims at: evenly spaced, the last at the end of those
+    that neither prelude nor coda hold.
+
+    Args:
+        layers: Of the teacher.
+    """
+    first, last = config.prelude_layers, layers - config.coda_layers
+    return [max(1, round(first + c * (last - first) / H)) for c in range(1, H + 1)]
+
+
+@contextmanager
+def _outputs_of(layers: Any, wanted: set[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside, the outputs of these layers are kept, by index."""
+    found: dict[int, Tensor] = {}
+
+    def keep(n: int) -> Callable[..., None]:
+        return lambda layer, args, output: found.__setitem__(n, output[0] if isinstance(output, tuple) else output)
+
+    handles = [layers[n].register_forward_hook(keep(n)) for n in wanted]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class BatchLoss:
@@ -192,12 +223,13 @@ class BatchLoss:
         num_items: Any,
         H: int,
         references: list[Reference],
+        hidden: list[Tensor],
         cycle_labels: Tensor | None = None,
     ):
         self.loss_module, self.supervision, self.objective = loss_module, loss_module.supervision, loss_module.objective
         self.labels, self.cycle_labels = labels, cycle_labels
         self.items = torch.as_tensor(counted(labels) if num_items is None else num_items, device=labels.device).clamp(min=1)
-        self.H, self.shares, self.references = H, self.supervision.shares(H), references
+        self.H, self.shares, self.references, self.hidden = H, self.supervision.shares(H), references, hidden
         self.cycle_losses = torch.zeros(loss_module.deepest, device=labels.device)
         self.scored = torch.zeros(loss_module.deepest, device=labels.device)
         self.terms: dict[str, Tensor] = {}
@@ -232,7 +264,7 @@ class BatchLoss:
             if state is None:
                 continue
             if self.supervision.by_token or self.supervision.backprop == "cycle" or self.cycle_labels is not None:
-                yield self.cycle_loss(c, state, last)
+                yield self.cycle_loss(c, z, state, last)
             else:
                 deferred[c] = state
         if deferred:
@@ -255,9 +287,14 @@ class BatchLoss:
     def _is_scored(self, c: int) -> bool:
         return self.supervision.every_cycle or c == self.H - 1
 
-    def cycle_loss(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
-        """The weighted loss of cycle `c`; `last` is the state of the last cycle, for self-distillation."""
-        return self._loss_with_terms(c, state, last) if self.supervision.by_token else self._objective_loss({c: state})
+    def cycle_loss(self, c: int, z: Tensor, state: Tensor, last: Tensor | None) -> Tensor:
+        """The weighted loss of cycle `c`.
+
+        Args:
+            z, state: z_H of the cycle, and the state that is scored.
+            last: The state of the last cycle, for self-distillation.
+        """
+        return self._loss_with_terms(c, z, state, last) if self.supervision.by_token else self._objective_loss({c: state})
 
     def _objective_loss(self, states: dict[int, Tensor]) -> Tensor:
         """The weighted loss of these cycles, which have the same labels, without further terms."""
@@ -267,7 +304,7 @@ class BatchLoss:
             self._keep(c, loss)
         return total
 
-    def _loss_with_terms(self, c: int, state: Tensor, last: Tensor | None) -> Tensor:
+    def _loss_with_terms(self, c: int, z: Tensor, state: Tensor, last: Tensor | None) -> Tensor:
         head, supervision = self.loss_module.reader, self.supervision
         references = list(self.references)
         if last is not None and c < self.H - 1:
@@ -277,6 +314,8 @@ class BatchLoss:
         weights = [("distill", supervision.distill)] * len(self.references) + [("self_distill", supervision.self_distill)]
         for (name, weight), divergence in zip(weights, divergences, strict=False):
             total = total + weight * self._record(name, c, divergence)
+        if self.hidden:
+            total = total + supervision.match_hidden * self._record("match_hidden", c, hidden_distances(z, self.hidden[c], self.labels))
         if supervision.monotone and self.token_losses:
             total = total + supervision.monotone * self._record("monotone", c, worsening(tokens, self.token_losses[-1]))
         self.token_losses.append(tokens.detach())

@@ -197,8 +197,8 @@ def _load_text(settings: RunSettings, tokenizer: PreTrainedTokenizerBase) -> Blo
 
 
 def _load_teacher(settings: RunSettings, loaded: checkpoint.Checkpoint, device: torch.device) -> Any:
-    """The teacher of knowledge distillation, in bfloat16 on GPUs that support it; None if distill_weight is 0."""
-    if not settings.distill_weight:
+    """The teacher, in bfloat16 on GPUs that support it; None if no term of the loss needs one."""
+    if not settings.needs_teacher:
         return None
     name, revision = split_revision(settings.teacher) if settings.teacher else _recorded_donor(loaded.notes, settings)
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -209,18 +209,20 @@ def _load_teacher(settings: RunSettings, loaded: checkpoint.Checkpoint, device: 
     size, own_size = (model.get_output_embeddings().out_features for model in (teacher, loaded.model))
     if size != own_size:
         raise UserError(f"--teacher: expected one with the vocabulary of the model, but {name} has {size} entries, the model {own_size}")
+    size, own_size = teacher.config.hidden_size, loaded.model.config.hidden_size
+    if settings.match_hidden_weight and size != own_size:
+        raise UserError(f"--match_hidden_weight: expected a teacher of the model's hidden size {own_size}, but {name} has {size}")
     return teacher
 
 
 def _recorded_donor(notes: dict[str, Any], settings: RunSettings) -> tuple[str, str | None]:
     """Name and revision of the donor that a checkpoint was converted from."""
     name, revision, missing = recorded_donor(notes)
+    flag = "--distill_weight" if settings.distill_weight else "--match_hidden_weight"
     if missing:
-        raise UserError(
-            f"--distill_weight: {settings.source} was converted from the folder {name}, which is not there; name it with --teacher"
-        )
+        raise UserError(f"{flag}: {settings.source} was converted from the folder {name}, which is not there; name it with --teacher")
     if name is None:
-        raise UserError(f"--distill_weight: {settings.source} does not say which donor it comes from; name one with --teacher")
+        raise UserError(f"{flag}: {settings.source} does not say which donor it comes from; name one with --teacher")
     return name, revision
 
 

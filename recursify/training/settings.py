@@ -27,7 +27,7 @@ GAIN_LR_RATIO = 10.0
 
 NOT_NEGATIVE = (
     "warmup_steps", "weight_decay", "max_grad_norm", "deep_supervision_weight", "distill_weight", "self_distill_weight", "monotone_weight",
-    "halting_weight", "generate_every", "save_every", "keep_last", "early_stopping_patience",
+    "halting_weight", "match_hidden_weight", "generate_every", "save_every", "keep_last", "early_stopping_patience",
 )  # fmt: skip
 
 # Settings that determine the tokens and labels of each step. They must not change on resume.
@@ -192,8 +192,12 @@ class LossTerms(Options):
     """Weight of knowledge distillation: forward KL from the teacher at every scored cycle."""
     distill_temperature: float = 1.0
     """Temperature of the distillation terms."""
+    match_hidden_weight: float = 0.0
+    """Weight of hidden-state matching: of H cycles the c-th is drawn to the teacher's hidden state after c/H of its layers, by the mean
+    squared error of states of unit size. Needs enable_deep_supervision."""
     teacher: str | None = None
-    """Teacher of distill_weight: a folder, a hub id, or id@revision. Default: the donor that the checkpoint was converted from."""
+    """Teacher of distill_weight and match_hidden_weight: a folder, a hub id, or id@revision. Default: the donor that the checkpoint was
+    converted from."""
     self_distill_weight: float = 0.0
     """Weight of self-distillation: KL of each earlier cycle from the last. Needs enable_deep_supervision."""
     monotone_weight: float = 0.0
@@ -316,7 +320,7 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
             _check_gain(self.start_gain)
 
     def _validate_terms(self) -> None:
-        for name in ("self_distill_weight", "monotone_weight", "halting_weight"):
+        for name in ("self_distill_weight", "monotone_weight", "halting_weight", "match_hidden_weight"):
             if getattr(self, name) and not self.enable_deep_supervision:
                 raise UserError(f"--{name}: compares cycles, but only the last one is scored; add --enable_deep_supervision")
         if self.steps_per_cycle < 1:
@@ -325,8 +329,10 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
             self._validate_steps()
         elif self.steps_per_cycle != 1:
             raise UserError(f"--steps_per_cycle: {self.steps_per_cycle} has no effect without --cycle_targets steps; add it")
-        if self.teacher is not None and not self.distill_weight:
-            raise UserError(f"--teacher: {self.teacher} has no effect without --distill_weight; set its weight")
+        if self.teacher is not None and not self.needs_teacher:
+            raise UserError(
+                f"--teacher: {self.teacher} has no effect without --distill_weight or --match_hidden_weight; set the weight of one"
+            )
 
     def _validate_steps(self) -> None:
         if not self.enable_deep_supervision:
@@ -359,6 +365,11 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
     def source(self) -> str:
         """The source of the model, for error messages."""
         return "the model"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term of the loss compares the model with a teacher."""
+        return bool(self.distill_weight or self.match_hidden_weight)
 
     @property
     def separates(self) -> bool:
@@ -437,7 +448,7 @@ class EmbeddingSettings(DonorSettings):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("distill_weight", "self_distill_weight", "monotone_weight", "halting_weight"):
+        for name in ("distill_weight", "self_distill_weight", "monotone_weight", "halting_weight", "match_hidden_weight"):
             if getattr(self, name):
                 raise UserError(f"--{name}: needs next-token predictions, but this approach predicts embeddings; leave it out")
 

@@ -652,10 +652,14 @@ class Training(Cases):
     def distill_temperature(self) -> None:
         teacher = tiny_donor("qwen2", seed=8, num_hidden_layers=2)
         trainer = self._trainer(teacher=teacher, distill_weight=0.7, distill_temperature=3.0)
-        [view] = trainer.model._teacher_reference(torch.tensor([[5, 6, 7]]), None)
+        [view], _ = trainer.model._read_teacher(torch.tensor([[5, 6, 7]]), None, 2)
         assert view.temperature == 3.0
         warm, plain = (self._explained(teacher=teacher, distill_weight=0.7, distill_temperature=T)["loss_distill"] for T in (3.0, 1.0))
         assert abs(warm - plain) > 1e-3
+
+    def match_hidden_weight(self) -> None:
+        teacher = tiny_donor("qwen2", seed=8, num_hidden_layers=4)
+        self._explained(teacher=teacher, match_hidden_weight=0.7)
 
     def teacher(self) -> None:
         found = self._launched(teacher=self._world.path("other_donor"), distill_weight=0.1).teacher
@@ -669,6 +673,15 @@ class Training(Cases):
 
     def halting_weight(self) -> None:
         self._explained(halting_weight=0.7)
+
+    def cycle_targets(self) -> None:
+        asked = {"dataset_name": "permutations:difficulty=2,count=60", "seq_len": 32, "enable_deep_supervision": True}
+        assert "step_counts" not in self._launched(**asked).train.column_names
+        assert "step_counts" in self._launched(**asked, cycle_targets="steps").train.column_names
+
+    def steps_per_cycle(self) -> None:
+        steps = {"cycle_targets": "steps", "enable_deep_supervision": True, "dataset_name": "permutations"}
+        assert [self._trainer(**steps, steps_per_cycle=n).data_collator.steps_per_cycle for n in (1, 3)] == [1, 3]
 
     # What a run shows and leaves
 
@@ -880,6 +893,9 @@ class Embedding(FromDonor):
 
     def monotone_weight(self) -> None:
         self._refused("--monotone_weight: needs next-token predictions", monotone_weight=0.1, enable_deep_supervision=True)
+
+    def match_hidden_weight(self) -> None:
+        self._refused("--match_hidden_weight: needs next-token predictions", match_hidden_weight=0.1, enable_deep_supervision=True)
 
     def halting_weight(self) -> None:
         self._refused("--halting_weight: needs next-token predictions", halting_weight=0.1, enable_deep_supervision=True)

@@ -79,7 +79,10 @@ def test_a_file_of_a_data_set_on_the_hub(hub: HubStandIn, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("riddles", "no question set 'riddles'; there are permutations, pointers, addition, booleans, chains, facts, and as NAME:FILE gsm8k, svamp"),
+        (
+            "riddles",
+            "no question set 'riddles'; there are permutations, pointers, addition, booleans, chains, facts, and as NAME:FILE gsm8k, svamp",
+        ),
         ("babi", "babi is read from a file: a local one, babi:FILE, such as gsm8k:test.jsonl, or one of a dataset on the hub"),
         ("gsm8k:", "gsm8k is read from a file: a local one, gsm8k:FILE"),
         ("babi:nowhere.txt", "no file nowhere.txt; expected a file of babi"),

@@ -349,10 +349,12 @@ SETTINGS: dict[str, Any] = {
     "approach": "full", "batch_size": 2, "seq_len": 32, "grad_accum_steps": 3, "backprop": "full", "gradient_checkpointing": False,
     "enable_deep_supervision": True, "cycle_choices": (), "cycle_weights": (), "depth_curriculum": 0.0, "optimizer": "adamw",
     "ema_decay": 0.0, "bf16": False, "fsdp": False, "self_distill_weight": 0.0, "monotone_weight": 0.0, "halting_weight": 0.0,
+    "distill_weight": 0.5, "match_hidden_weight": 0.0,
 }  # fmt: skip
 
 
 def settings(**changed: Any) -> Any:
+    """Of a run; distill_weight matters with a teacher alone."""
     return SimpleNamespace(**({"save_every": 0, "keep_last": 2} | SETTINGS | changed))
 
 
@@ -563,3 +565,12 @@ def test_the_table_in_the_documentation_is_what_its_script_prints() -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(script, {})
     assert printed.getvalue() == table
+
+
+def test_a_teacher_whose_states_alone_are_read_costs_no_head() -> None:
+    config, donor = config_of(H=3), tiny_config("qwen2", num_hidden_layers=5)
+    matched, distilled = (
+        cost.pass_flops(config, settings(match_hidden_weight=0.1, distill_weight=weight), 32, 3, donor) for weight in (0.0, 0.5)
+    )
+    assert distilled - matched == 32 * 3 * 2 * size.shape_of(donor).matrices["lm_head"]
+    assert matched > cost.pass_flops(config, settings(), 32, 3)

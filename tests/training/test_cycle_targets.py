@@ -185,7 +185,10 @@ def test_a_run(tmp_path: Path) -> None:
         ({"cycle_targets": "answer"}, "--steps_per_cycle: 2 has no effect without --cycle_targets steps; add it"),
         ({"steps_per_cycle": 0}, "--steps_per_cycle: expected at least 1, got 0"),
         ({"dataset_name": "addition:count=20"}, "--cycle_targets steps: expected questions that say what is known after each step"),
-        ({"dataset_name": "text.txt"}, "--cycle_targets steps: expected question sets, whose steps are known, .*, got text.txt, which is text"),
+        (
+            {"dataset_name": "text.txt"},
+            "--cycle_targets steps: expected question sets, whose steps are known, .*, got text.txt, which is text",
+        ),
         ({"mix": ("text.txt=1",)}, "--cycle_targets steps: expected question sets, .*, got text.txt, which is text"),
     ],
 )

@@ -341,6 +341,45 @@ def test_each_term_alone_and_all_together(terms: str, backprop: str) -> None:
     assert {name: value.item() for name, value in shallow["terms"].items()} == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("backprop", ["full", "cycle"])
+def test_each_cycle_is_drawn_to_the_hidden_state_of_the_teacher_at_its_depth(backprop: str) -> None:
+    model, (ids, labels) = recursive(), unequal()
+    teacher = tiny_donor("qwen2", num_hidden_layers=8, hidden_size=model.config.hidden_size)
+    want = settings(
+        enable_deep_supervision=True, deep_supervision_schedule="early_decay", deep_supervision_weight=0.6, match_hidden_weight=0.3,
+        backprop=backprop,
+    )  # fmt: skip
+    loss_module = LossModule(model, Supervision.of(want), teacher=teacher)
+    found = loss_module(ids, labels)
+    found["loss"].backward()
+    assert model.model.recursion.inject_H.theta_A.grad.abs().max() > 0
+    assert not any(layer._forward_hooks for layer in teacher.model.layers)
+
+    with torch.no_grad():
+        hidden = teacher(ids, output_hidden_states=True).hidden_states  # entry n: after n layers
+        base = model.model
+        e, block, _ = base.begin_pass(ids, None)
+        states = list(base.recursion.steps(e, block, 3, 1))
+    # prelude and coda are one layer each: the cycles aim at 1/3, 2/3 and all of the 6 layers between
+    assert module.matched_depths(model.config, 8, 3) == [3, 5, 7] and module.matched_depths(model.config, 8, 2) == [4, 7]
+    counts = labels[:, 1:] != -100
+    expected = 0.0
+    for share, z, depth in zip(cycle_shares("early_decay", 0.6, 3), states, (3, 5, 7), strict=True):
+        a, b = (x / x.square().mean(-1, keepdim=True).sqrt() for x in (z, hidden[depth]))
+        expected += share * (a - b).square().mean(-1)[:, :-1][counts].mean().item()
+    assert found["terms"]["match_hidden"].item() == pytest.approx(expected, rel=1e-4) and expected > 0.1
+    plain = LossModule(model, Supervision.of(replace(want, match_hidden_weight=0.0)))(ids, labels)
+    assert found["loss"].item() == pytest.approx(plain["loss"].item() + 0.3 * expected, rel=1e-4)
+    torch.testing.assert_close(found["cycle_losses"], plain["cycle_losses"])
+
+
+def test_matching_lowers_the_distance() -> None:
+    teacher = tiny_donor("qwen2", num_hidden_layers=6, hidden_size=recursive().config.hidden_size)
+    flags: dict[str, Any] = {"enable_deep_supervision": True, "match_hidden_weight": 1.0, "num_epochs": 10, "lr": 3e-3}
+    distances = logged(run(recursive(), teacher=teacher, **flags), "loss_match_hidden")
+    assert distances[-1] < 0.8 * distances[0]
+
+
 def test_distillation_of_the_last_cycle_alone() -> None:
     model, teacher, (ids, labels) = recursive(), tiny_donor("qwen2", num_hidden_layers=2), unequal()
     want = settings(distill_weight=0.7, distill_temperature=3.0)

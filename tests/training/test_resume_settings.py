@@ -23,13 +23,13 @@ OBEYED: dict[str, Any] = {
     "lr": 3e-3, "gain_lr": 0.2, "weight_decay": 9.0, "lr_schedule": "cosine", "warmup_steps": 1, "max_grad_norm": 1e-3, "num_epochs": 3,
     "max_steps": 5, "max_tokens": 1000, "deep_supervision_weight": 5.0, "deep_supervision_schedule": "constant",
     "self_distill_weight": 9.0, "monotone_weight": 9.0, "cycle_choices": (1, 2), "enable_deep_supervision": False,
-    "distill_weight": 9.0,
+    "distill_weight": 9.0, "match_hidden_weight": 9.0,
 }  # fmt: skip
 # Other values that need others beside them, or an effect other than on the weights: shown elsewhere (tests/cli/test_settings.py).
 ELSEWHERE = {
     "output_dir", "resume", "device", "eval_batch_size", "eval_every", "early_stopping_patience", "save_every", "keep_last", "log_every",
     "generate_every", "generation_prompt", "report_to", "dry_run", "compile", "gradient_checkpointing", "bf16", "tf32", "fsdp", "deepspeed",
-    "distill_temperature", "teacher", "cycle_weights", "depth_curriculum", "decay_share", "tokenizer_path", "donor",
+    "distill_temperature", "teacher", "cycle_weights", "depth_curriculum", "decay_share", "tokenizer_path", "donor", "load_in_4bit",
 }  # fmt: skip
 
 

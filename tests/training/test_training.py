@@ -1255,7 +1255,7 @@ def test_checkpoint_trigger_steps(every: int, at_once: list[int], after_validati
         ({"backprop": "last"}, r"--backprop last: only the last cycle has gradients, .* use --backprop cycle"),
         ({"backprop": "none"}, r"--backprop: expected one of full, cycle, last, got 'none'"),
         ({"halting_weight": 1.0, "enable_deep_supervision": False}, r"--halting_weight: compares cycles, .* add --enable_deep_supervision"),
-        ({"teacher": "x"}, r"--teacher: x has no effect without --distill_weight; set its weight"),
+        ({"teacher": "x"}, r"--teacher: x has no effect without --distill_weight or --match_hidden_weight; set the weight of one"),
         ({"distill_weight": -1.0}, r"--distill_weight: expected at least 0, got -1.0"),
         ({"distill_temperature": 0.0}, r"--distill_temperature: expected a number above 0, got 0.0"),
         ({"ema_decay": 1.0}, r"--ema_decay: expected at least 0 and less than 1, got 1.0"),

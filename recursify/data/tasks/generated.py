@@ -9,8 +9,8 @@
     addition      4 7 + 8 5                              1 3 2   digits of each number
     booleans      ( not ( True or False ) )              False   nesting depth
 
-Everything is plain ASCII, and every symbol stands between spaces (but in facts, which is plain sentences): no tokenizer can join two digits,
-two letters or a bracket and a word. chains and facts, whose questions are words, are in in_words.py.
+Everything is plain ASCII, and every symbol stands between spaces: no tokenizer can join two digits, two letters or a bracket and a word.
+chains and facts, whose questions are of words (those of facts are sentences), are in in_words.py.
 Nothing is explained in the question; what letters and arrows mean is for training to teach.
 
 Of each task one item in five is for test and can be in no training set, whatever the seed, see random_items.py. What decides is the item

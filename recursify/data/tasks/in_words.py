@@ -12,33 +12,32 @@ from .random_items import Draw, check, some
 
 DECIDING = 3  # names at the beginning of a way that decide on its split
 
-WORDS = """
-    ant apple arm arrow ash aunt autumn back bag baker ball bank barn basket beach bean bear bed bee beer bell belt berry bird black
-    blanket blood blue board boat bone book bottle bow bowl box branch bread brick bridge brother brown brush bucket bus bush butter
-    button cable cake camera candle car card carpet castle cat chair cheese cherry child church circle city clock cloud coal coast
-    coat coffee coin color comb comet copper corn corner cotton cow crown cup curtain dance day desert desk dice doctor dog door
-    drum duck ear egg engine evening eye face farm farmer father field fire fish floor flower flute fly foot forest forge fork fox
-    friend frog fruit game garden garlic gate glass glove goat gold grape grass green guard guitar hair hammer hand hat head heart
-    hill honey hook horn horse house hunter ice ink iron island judge key king knife lake lamp leaf leg lemon letter lion lock
-    market milk mill mirror month moon morning mother motor mouse mouth nail neck needle net night nose number nurse nut ocean
-    office onion orange page painter palace pan paper path peach pen pepper phone piano pig pillow pink pizza planet plate plum pot
-    prince purple queen radio rain rat red rice ring river road rock rocket roof room root rope rose sail sailor salad salt sand
-    sauce saw school screen sea seed sheep shield ship shirt shoe shop silk silver singer sister skin smoke snake snow soap soldier
-    song soup spoon spring square star steel stone store storm street student sugar summer sun sword table tea teacher temple thread
-    tiger tool tooth towel tower town train tree triangle truck trumpet uncle valley village vine violin wall watch water week wheel
-    white wind window wine winter wire wolf wood wool word worm writer year yellow
-""".split()
-PEOPLE = """
-    Ann Tim Bob Tom Sam Max Leo Ben Dan Eva Amy Kim Lee Ray Roy Jim Joe Ken Guy Ron Don Jack John Mary Anna Emma Lucy Rose Alice
-    Clara Diana Ellen Frank Grace Helen Henry James Julia Kevin Laura Linda Louis Maria Martin Nancy Oliver Oscar Paul Peter Ralph
-    Robert Ruth Sarah Simon Susan Victor Walter William David Adam Alex Brian Carl Chris Eric George Harry Ian Jane Kate Mark Mike
-    Nick Rachel Steve
-""".split()
-PLACES = """
-    Paris Rome London Berlin Madrid Vienna Prague Dublin Oslo Athens Cairo Delhi Tokyo Seoul Moscow Boston Chicago Dallas Denver
-    Houston Miami Seattle Toronto Sydney Melbourne Oxford Cambridge Manchester Munich Hamburg Milan Venice Naples Florence Geneva
-    Brussels Warsaw Budapest Istanbul Dubai
-""".split()
+_WORDS = """
+ant apple arm arrow ash aunt autumn back bag baker ball bank barn basket beach bean bear bed bee beer bell belt berry bird black blanket
+blood blue board boat bone book bottle bow bowl box branch bread brick bridge brother brown brush bucket bus bush butter button cable
+cake camera candle car card carpet castle cat chair cheese cherry child church circle city clock cloud coal coast coat coffee coin color
+comb comet copper corn corner cotton cow crown cup curtain dance day desert desk dice doctor dog door drum duck ear egg engine evening
+eye face farm farmer father field fire fish floor flower flute fly foot forest forge fork fox friend frog fruit game garden garlic gate
+glass glove goat gold grape grass green guard guitar hair hammer hand hat head heart hill honey hook horn horse house hunter ice ink
+iron island judge key king knife lake lamp leaf leg lemon letter lion lock market milk mill mirror month moon morning mother motor mouse
+mouth nail neck needle net night nose number nurse nut ocean office onion orange page painter palace pan paper path peach pen pepper
+phone piano pig pillow pink pizza planet plate plum pot prince purple queen radio rain rat red rice ring river road rock rocket roof
+room root rope rose sail sailor salad salt sand sauce saw school screen sea seed sheep shield ship shirt shoe shop silk silver singer
+sister skin smoke snake snow soap soldier song soup spoon spring square star steel stone store storm street student sugar summer sun
+sword table tea teacher temple thread tiger tool tooth towel tower town train tree triangle truck trumpet uncle valley village vine
+violin wall watch water week wheel white wind window wine winter wire wolf wood wool word worm writer year yellow
+"""
+_PEOPLE = """
+Ann Tim Bob Tom Sam Max Leo Ben Dan Eva Amy Kim Lee Ray Roy Jim Joe Ken Guy Ron Don Jack John Mary Anna Emma Lucy Rose Alice Clara Diana
+Ellen Frank Grace Helen Henry James Julia Kevin Laura Linda Louis Maria Martin Nancy Oliver Oscar Paul Peter Ralph Robert Ruth Sarah
+Simon Susan Victor Walter William David Adam Alex Brian Carl Chris Eric George Harry Ian Jane Kate Mark Mike Nick Rachel Steve
+"""
+_PLACES = """
+Paris Rome London Berlin Madrid Vienna Prague Dublin Oslo Athens Cairo Delhi Tokyo Seoul Moscow Boston Chicago Dallas Denver Houston
+Miami Seattle Toronto Sydney Melbourne Oxford Cambridge Manchester Munich Hamburg Milan Venice Naples Florence Geneva Brussels Warsaw
+Budapest Istanbul Dubai
+"""
+WORDS, PEOPLE, PLACES = _WORDS.split(), _PEOPLE.split(), _PLACES.split()
 RELATIONS = ("boss", "teacher", "friend", "doctor", "neighbor")
 KNOWN = 2  # relations that an item has
 
@@ -86,8 +85,8 @@ def facts(difficulty: int, count: int, seed: int, *, split: str = "train", peopl
 
         Ann's boss is Tim. Tim's friend is Ann. Tim lives in Rome. ... Where does the boss of Ann live?
 
-    Of every person the same two relations and the place are told, so all but the way of the question are distractors. No way comes back to a
-    person.
+    Of every person the same two relations and the place are told: all but the way of the question are distractors. No way comes back to
+    a person.
 
     Args:
         difficulty: Hops from the first name to the place: relations and one more. At most people.
@@ -109,7 +108,9 @@ def facts(difficulty: int, count: int, seed: int, *, split: str = "train", peopl
     def make(draw: Draw) -> tuple[Item, str]:
         names, places = draw.shuffled(PEOPLE)[:people], draw.shuffled(PLACES)[:people]
         relations = draw.shuffled(RELATIONS)[:KNOWN]
-        known = {(name, relation): draw.one([other for other in names if other != name] or names) for name in names for relation in relations}
+        known = {
+            (name, relation): draw.one([other for other in names if other != name] or names) for name in names for relation in relations
+        }
         way = [draw.one(relations) for _ in range(difficulty - 1)]
         known |= {(names[n], relation): names[n + 1] for n, relation in enumerate(way)}
         home = dict(zip(names, places, strict=True))

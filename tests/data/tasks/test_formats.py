@@ -7,8 +7,8 @@ import json
 import math
 import re
 from collections.abc import Callable
-from fractions import Fraction
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,9 @@ def test_the_training_files_of_svamp(tmp_path: Path) -> None:
 
 def test_prosqa(tmp_path: Path) -> None:
     (item,) = read("prosqa", file(tmp_path, [PROSQA], ".json"))
-    assert item == Item(PROSQA["question"], "Tom is a lem.", 2, steps="Tom is a zor.\nEvery zor is a lem.", reached=("Tom is a zor.", "Tom is a lem."))
+    assert item == Item(
+        PROSQA["question"], "Tom is a lem.", 2, steps="Tom is a zor.\nEvery zor is a lem.", reached=("Tom is a zor.", "Tom is a lem.")
+    )
 
 
 def test_babi(tmp_path: Path) -> None:

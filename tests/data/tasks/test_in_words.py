@@ -75,7 +75,7 @@ def test_chains_are_of_one_length_and_every_name_is_set_after_what_it_stands_for
             name, other = statement.split(" = ")
             known.add(name)
             assert other not in {each.split(" = ")[0] for each in statements} or other in known
-        last = [place for place, each in enumerate(statements) if each.startswith(asked.removesuffix("?"))][0]
+        last = next(place for place, each in enumerate(statements) if each.startswith(asked.removesuffix("?")))
         places[last] += 1
     assert len(places) > 8  # where the chain ends in the text says nothing
 
