@@ -138,6 +138,22 @@ def compare(argv: Argv = None) -> None:
     _command("compare", CompareSettings, job, argv)
 
 
+def probe(argv: Argv = None) -> None:
+    """Measure where in a base model a loop costs least, before any training."""
+    from ..conversion.settings import ProbeSettings
+
+    def job(settings: ProbeSettings) -> None:
+        from ..conversion import probe_page
+        from ..conversion.probe import run
+
+        report = run(settings)
+        _print_json(report) if settings.json else print(report.render())
+        if settings.report is not None:
+            _to_stderr(f"✓ Page in {probe_page.write(report, settings.report)}")
+
+    _command("probe", ProbeSettings, job, argv)
+
+
 def inspect(argv: Argv = None) -> None:
     """Show plan, parameters by part, and cost per token of a model."""
     from ..conversion.settings import InspectSettings
@@ -176,7 +192,7 @@ def demo(argv: Argv = None) -> None:
 
 
 JOBS: dict[str, Callable[[Argv], None]] = {
-    job.__name__: job for job in (convert, train, generate, chat, serve, evaluate, compare, inspect, export, demo)
+    job.__name__: job for job in (convert, train, generate, chat, serve, evaluate, compare, probe, inspect, export, demo)
 }
 
 

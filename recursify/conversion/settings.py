@@ -1,14 +1,15 @@
-"""Flags of a conversion, and of the look at a model."""
+"""Flags of a conversion, of a probe, and of the look at a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..checkpoints.settings import ModelSource, Revision, TokenizerSource
 from ..errors import UserError
-from ..utils.options import JsonOutput, Options
+from ..utils.options import DeviceOptions, JsonOutput, Options, check_page
 
 Say = Callable[[str], None]
 
@@ -70,6 +71,45 @@ class ConvertSettings(LoopSettings, TokenizerSource, Revision, JsonOutput):
             raise UserError("--layer_selection auto: it chooses prelude and coda itself; leave --prelude_layers and --coda_layers out")
         if self.calibration_file is None:
             raise UserError("--layer_selection auto: needs --calibration_file, a text file like what the model is for")
+
+
+@dataclass(kw_only=True)
+class ProbeSettings(TokenizerSource, Revision, DeviceOptions, JsonOutput):
+    """Measure what looping each block of a donor's layers costs before any training."""
+
+    checkpoint: str
+    """The donor: a plain model, as a folder or hub id."""
+    text: str
+    """A UTF-8 text file like what the model is for, on whose beginning the losses are measured."""
+    lengths: tuple[int, ...] = ()
+    """Layers of the blocks, e.g. 2,4,8. Default: a twelfth, a sixth and a quarter of the donor's."""
+    gains: tuple[float, ...] = (0.1, 0.45, 0.9)
+    """Gains of the loop: at 0 it repeats itself and changes nothing, at 1 the block is run twice in a row."""
+    seq_len: int = 128
+    """Tokens per window of the text."""
+    max_windows: int = 8
+    """Windows of the text that are measured."""
+    batch_size: int = 8
+    """Windows per forward pass."""
+    report: str | None = None
+    """Write a self-contained HTML page with a heat map to this file, e.g. report.html."""
+
+    def validate(self) -> None:
+        """Check what needs no donor.
+
+        Raises:
+            UserError: A value out of range.
+        """
+        for name in ("seq_len", "max_windows", "batch_size"):
+            least = 2 if name == "seq_len" else 1
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}: expected at least {least}, got {getattr(self, name)}")
+        if any(length < 1 for length in self.lengths):
+            raise UserError(f"--lengths: expected numbers of layers of at least 1, got {min(self.lengths)}")
+        if not self.gains or any(not 0 <= gain <= 1 for gain in self.gains):
+            raise UserError(f"--gains: expected numbers from 0 to 1, got {', '.join(f'{gain:g}' for gain in self.gains) or 'none'}")
+        if self.report is not None:
+            check_page(Path(self.report))
 
 
 @dataclass(kw_only=True)

@@ -6,9 +6,9 @@
 
 A name is that of a task or a format of `recursify.data.tasks`; what follows the first colon are the options of a task, or the file.
 Options are `difficulty` (4, or 4-32, or 4-32/4 for every fourth, or 2+8 for several of these; 1-8 where not given), `count` (items of
-each difficulty, 500), `seed` (0), and the task's own: `group` and `unscored` of permutations, `nodes` of pointers, `chains` of chains,
-`people` of facts. Training and test items of a set that
-is made are never the same; a file is all of one kind, and which file is for what is for its user to say.
+each difficulty, 500), `seed` (0), and the task's own: `group`, `unscored` and `offset` of permutations, `nodes` of pointers, `chains` of
+chains, `people` of facts. Training and test items of a set that is made are never the same; a file is all of one kind, and which file is
+for what is for its user to say.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .tasks import FORMATS, GENERATED, Item, generate, read
 
 DIFFICULTIES = "1-8"
 COUNT = 500
-_WHOLE = ("nodes", "unscored", "chains", "people")  # options that are numbers
+_WHOLE = ("nodes", "unscored", "offset", "chains", "people")  # options that are numbers
 _RANGES = "a number, a range such as 4-32, every fourth of it as 4-32/4, or several of these joined by +"
 
 

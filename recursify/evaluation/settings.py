@@ -14,7 +14,7 @@ from ..data.settings import TextSource
 from ..data.tasks import FORMATS, GENERATED, Item
 from ..errors import UserError
 from ..inference.options import EarlyExit
-from ..utils.options import DeviceOptions, JsonOutput, ModelDtype
+from ..utils.options import DeviceOptions, JsonOutput, ModelDtype, check_page
 
 DEFAULT_TEXT = "wikitext"
 Judge = Literal["answer", "labels"]
@@ -92,7 +92,7 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
             raise UserError(f"--cycles: expected whole numbers of at least 0, each once, got {list(self.cycles)}")
         self._validate_together()
         if self.report is not None:
-            _check_page(Path(self.report))
+            check_page(Path(self.report))
         question_sets(self)
         if self.tasks:
             from . import lm_eval_harness  # here: flags are read without torch
@@ -121,11 +121,6 @@ class MeasureSettings(TextMeasurement, ModelDtype, EarlyExit, JsonOutput):
 @dataclass(kw_only=True)
 class EvaluateSettings(MeasureSettings, TokenizerSource, ModelSource):
     """Measure a model at several cycle counts: loss on text, accuracy on questions, tasks of lm-eval."""
-
-
-def _check_page(path: Path) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--report: expected a file in a folder that exists, such as report.html, got {path}")
 
 
 def question_sets(settings: MeasureSettings) -> dict[str, list[Item]]:

@@ -153,7 +153,8 @@ def _attribute(value: str | float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def _svg(size: Size, title: str, description: str, *children: str) -> str:
+def svg(size: Size, title: str, description: str, *children: str) -> str:
+    """A picture with its title and description, for those who cannot see it."""
     return element(
         "svg",
         element("title", escape(title)),
@@ -297,7 +298,7 @@ def line_chart(lines: Sequence[Line], levels: Sequence[Level], axes: Axes, size:
         return _empty_chart(axes, size)
     label_width = _label_width(lines, levels, size)
     frame = _frame(xs, [*ys, *axes.y_reach], axes, size, label_width)
-    return _svg(
+    return svg(
         size,
         axes.title,
         axes.description,
@@ -318,7 +319,7 @@ def _all_ys(lines: Sequence[Line], levels: Sequence[Level]) -> list[float]:
 
 def _empty_chart(axes: Axes, size: Size) -> str:
     note = "nothing to draw: no finite values were given"
-    return _svg(size, axes.title, note, _text(size.width / 2, size.height / 2, note, class_="muted", text_anchor="middle"))
+    return svg(size, axes.title, note, _text(size.width / 2, size.height / 2, note, class_="muted", text_anchor="middle"))
 
 
 def _label_width(lines: Sequence[Line], levels: Sequence[Level], size: Size) -> float:
@@ -479,7 +480,7 @@ def architecture_picture(
     strip, strip_height = _donor_strip(named, donor_layers, 11 if narrow else 24)
     drawn, size = (_stacked if narrow else _in_a_row)(blocks, repeats, strip_height + 12)
     strip_width = min(donor_layers, 11 if narrow else 24) * (CELL + GAP)
-    return _svg(Size(max(size.width, strip_width + 2), size.height), "The plan", _plan_in_words(named, repeats), *strip, *drawn)
+    return svg(Size(max(size.width, strip_width + 2), size.height), "The plan", _plan_in_words(named, repeats), *strip, *drawn)
 
 
 def _plan_in_words(blocks: Sequence[Block], repeats: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
 from ..errors import UserError
@@ -75,3 +76,13 @@ class JsonOutput(Options):
 
     json: bool = False
     """Print the result as one JSON object on stdout; everything else goes to stderr."""
+
+
+def check_page(path: Path) -> None:
+    """Check the file of --report.
+
+    Raises:
+        UserError: A folder, or a file in a folder that does not exist.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--report: expected a file in a folder that exists, such as report.html, got {path}")

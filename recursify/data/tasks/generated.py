@@ -25,12 +25,12 @@ import difflib
 import inspect
 import itertools
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ...errors import UserError
 from .in_words import chains, facts
 from .item import Item
-from .random_items import Draw, check, some
+from .random_items import Draw, check, some, split_of
 
 Permutation = tuple[int, ...]  # who is at place 0, 1, ...
 
@@ -40,7 +40,9 @@ NODES = 16
 DEEPEST = 12  # an expression has (5/3)^depth literals on average
 
 
-def permutations(difficulty: int, count: int, seed: int, *, split: str = "train", group: str = "S3", unscored: int = 0) -> list[Item]:
+def permutations(
+    difficulty: int, count: int, seed: int, *, split: str = "train", group: str = "S3", unscored: int = 0, offset: int = 0
+) -> list[Item]:
     """Running products in a permutation group: the state tracking task.
 
     A letter of the question moves what lies in n places: the first ones, from "a", exchange two places each, in the order (0 1),
@@ -55,6 +57,8 @@ def permutations(difficulty: int, count: int, seed: int, *, split: str = "train"
         group: "S3", which a model of fixed depth can track in theory, or "S5", which as far as is known it cannot.
         unscored: Letters behind the word that are read and have no label. A model that is trained with them has read words longer than
             those that it was scored on.
+        offset: Up to so many letters before the word, by chance, whose product is told and goes into the labels: "b a C e d" goes on
+            from C. What is known after how many steps is then not a matter of the place.
 
     Returns:
         Items with the product so far as the label of each letter.
@@ -65,22 +69,36 @@ def permutations(difficulty: int, count: int, seed: int, *, split: str = "train"
     check("permutations", difficulty, count, split)
     if group not in GROUPS:
         raise UserError(f"permutations: expected the group {' or '.join(GROUPS)}, got {group!r}")
-    if unscored < 0:
-        raise UserError(f"permutations: expected 0 or more letters as unscored, got {unscored}")
+    for name, letters in (("unscored", unscored), ("offset", offset)):
+        if letters < 0:
+            raise UserError(f"permutations: expected 0 or more letters as {name}, got {letters}")
     places = GROUPS[group]
     moves, names = _moves(places), _names(places)
 
     def make(draw: Draw) -> tuple[Item, str]:
         word = [draw.one(moves) for _ in range(difficulty + unscored)]
-        state, labels = tuple(range(places)), []
+        key = _key(group, word)
+        before = [draw.one(moves) for _ in range(draw.below(offset + 1))] if offset else []
+        while len(before) >= DECIDING and split_of(_key(group, before)) != split_of(key):  # its product is told, too
+            before = [draw.one(moves) for _ in before]
+        told, labels = [], []
+        state = tuple(range(places))
+        for _, move in before:
+            state = tuple(state[place] for place in move)
+        if before:
+            told = [*(letter for letter, _ in before), names[state]]
         for _, move in word:
             state = tuple(state[place] for place in move)
             labels.append(names[state])
-        letters, scored = [letter for letter, _ in word], tuple(labels[:difficulty])
-        item = Item(" ".join(letters), labels[-1], difficulty, labels=scored, unscored=unscored)
-        return item, f"{group} {' '.join(letters[:DECIDING])}"
+        words = [*told, *(letter for letter, _ in word)]
+        return Item(" ".join(words), labels[-1], difficulty, labels=tuple(labels[:difficulty]), unscored=unscored), key
 
     return some("permutations", make, difficulty, count, seed, split, group)
+
+
+def _key(group: str, word: Sequence[tuple[str, Permutation]]) -> str:
+    """What decides on the split of a word."""
+    return f"{group} {' '.join(letter for letter, _ in word[:DECIDING])}"
 
 
 def pointers(difficulty: int, count: int, seed: int, *, split: str = "train", nodes: int = NODES) -> list[Item]:
@@ -198,8 +216,8 @@ def generate(name: str, difficulty: int, count: int, seed: int, *, split: str = 
         count: At least 1. Fewer items of the same seed are the first of more. No question comes twice, unless there are fewer questions.
         seed: Any whole number.
         split: "train" or "test".
-        options: What the task has besides: ``group`` and ``unscored`` for permutations, ``nodes`` for pointers, ``chains`` for chains,
-            ``people`` for facts.
+        options: What the task has besides: ``group``, ``unscored`` and ``offset`` for permutations, ``nodes`` for pointers, ``chains`` for
+            chains, ``people`` for facts.
 
     Raises:
         UserError: An unknown task or option, and all that the task itself raises.

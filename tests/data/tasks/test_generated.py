@@ -270,7 +270,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("pointers", {"nodes": 27}, "pointers: expected 2 to 26 nodes, got 27"),
     ("pointers", {"nodes": 1}, "pointers: expected 2 to 26 nodes, got 1"),
     ("pointers", {"nodes": 3}, "pointers: expected fewer hops than nodes, got 3 hops with 3 nodes"),
-    ("permutations", {"nodes": 3}, "permutations: unknown option 'nodes'; it has difficulty, count, seed, group, unscored"),
+    ("permutations", {"nodes": 3}, "permutations: unknown option 'nodes'; it has difficulty, count, seed, group, unscored, offset"),
     ("addition", {"group": "S3"}, "addition: unknown option 'group'; it has difficulty, count, seed"),
 ]
 
