@@ -13,7 +13,7 @@ from recursify.checkpoints.settings import ModelSource
 from recursify.cli import flags, main
 from recursify.cli.names import model_field, other_names
 from recursify.conversion.inspection import InspectSettings
-from recursify.conversion.settings import ConvertSettings
+from recursify.conversion.settings import ConvertSettings, ProbeSettings
 from recursify.demo.run import DemoSettings
 from recursify.errors import UserError
 from recursify.evaluation.settings import CompareSettings, EvaluateSettings
@@ -28,12 +28,12 @@ from recursify.utils.options import ALIASES, Options
 COMMANDS: dict[str, Any] = {
     "convert": ConvertSettings, "train": TrainSettings, "train_trm": EmbeddingSettings, "train_trm_hybrid": HybridSettings,
     "generate": GenerateSettings, "chat": ChatSettings, "serve": ServeSettings, "evaluate": EvaluateSettings, "compare": CompareSettings,
-    "inspect": InspectSettings, "export": ExportSettings, "demo": DemoSettings,
+    "probe": ProbeSettings, "inspect": InspectSettings, "export": ExportSettings, "demo": DemoSettings,
 }  # fmt: skip
 # The least that each needs, from Python and from the command line.
 NEEDED: dict[str, dict[str, Any]] = {name: {"checkpoint": "x"} for name in ("train", "generate", "chat", "serve", "evaluate", "inspect")}
-NEEDED |= {"export": {"checkpoint": "x", "out": "out"}, "compare": {"checkpoints": ("x", "y")}}
-WORDS = dict.fromkeys(NEEDED, "--checkpoint x") | {"export": "out --checkpoint x", "compare": "x y"}
+NEEDED |= {"probe": {"checkpoint": "x", "text": "y"}, "export": {"checkpoint": "x", "out": "out"}, "compare": {"checkpoints": ("x", "y")}}
+WORDS = dict.fromkeys(NEEDED, "--checkpoint x") | {"probe": "--checkpoint x --text y", "export": "out --checkpoint x", "compare": "x y"}
 EVERY = [(name, field.name) for name, settings in COMMANDS.items() for field in dataclasses.fields(settings)]
 
 
@@ -64,7 +64,7 @@ def test_other_names_are_accepted_on_the_command_line_and_in_recipes(name: str, 
     before = WORDS.get(name, "").replace({"checkpoint": "--checkpoint x", "out": "out "}.get(field, "nothing"), "")
     ours, theirs = (parse(name, f"--{flag} {value}", before) for flag in (field, other))
     assert ours == theirs and getattr(ours, field) != getattr(COMMANDS[name](**NEEDED.get(name, {})), field)
-    if name not in ("inspect", "demo"):
+    if name not in ("probe", "inspect", "demo"):
         (tmp_path / "r.yaml").write_text(f"{name}: {{{other}: {value or 'true'}}}")
         assert parse(name, f"--config {tmp_path / 'r.yaml'}", before) == ours
 
@@ -73,7 +73,8 @@ def test_other_names_are_accepted_on_the_command_line_and_in_recipes(name: str, 
 def test_the_model_has_the_same_names_in_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     field = model_field(COMMANDS[name])
     for other in ("model", "model_name_or_path"):
-        assert getattr(parse(name, f"--{other} y", "out" if name == "export" else ""), str(field)) == "y"
+        before = {"export": "out", "probe": "--text x"}.get(name, "")
+        assert getattr(parse(name, f"--{other} y", before), str(field)) == "y"
         assert f"--{other} STR" in help_of(name, capsys)
 
 

@@ -12,7 +12,7 @@ import pytest
 from recursify.cli import main as cli
 from recursify.cli.habits import INSTEAD
 from recursify.cli.names import fields_by_name
-from recursify.conversion.settings import ConvertSettings, InspectSettings
+from recursify.conversion.settings import ConvertSettings, InspectSettings, ProbeSettings
 from recursify.errors import UserError
 from recursify.evaluation.settings import CompareSettings, EvaluateSettings
 from recursify.hub.export import ExportSettings
@@ -84,7 +84,7 @@ def test_a_value_that_looks_like_a_flag_stays_one_word() -> None:
 
 COMMANDS: dict[str, Any] = {
     "convert": ConvertSettings, "train": TrainSettings, "generate": GenerateSettings, "chat": ChatSettings, "serve": ServeSettings,
-    "evaluate": EvaluateSettings, "compare": CompareSettings, "inspect": InspectSettings, "export": ExportSettings,
+    "evaluate": EvaluateSettings, "compare": CompareSettings, "probe": ProbeSettings, "inspect": InspectSettings, "export": ExportSettings,
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from recursify import (
 from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
 from recursify.conversion import convert, inspection, probe
-from recursify.conversion.settings import ConvertSettings
+from recursify.conversion.settings import ConvertSettings, ProbeSettings
 from recursify.data.loading import DataSettings, load_blocks
 from recursify.demo import prose, state_tracking
 from recursify.demo import run as demo
@@ -190,7 +190,7 @@ class Cases:
             asked.append(name)
             return torch.device(name or "meta")
 
-        for module in (training_run, fitting, training_settings, session, write_settings, evaluation, running, serve_settings):
+        for module in (training_run, fitting, training_settings, session, write_settings, evaluation, running, serve_settings, probe):
             self._patch.setattr(module, "choose_device", choose)
         return asked
 
@@ -1486,6 +1486,62 @@ class Comparing(Measuring):
         assert len(opened) == 2 and all(MARK in args[1].get_vocab() for args, _, _ in opened)
 
 
+class Probing(Cases):
+    settings = ProbeSettings
+
+    def _probed(self, **given: Any) -> probe.ProbeReport:
+        common = {"checkpoint": self._world.path("donor"), "text": self._world.path("text.txt"), "lengths": (1,), "gains": (0.3,)}
+        return probe.run(self._make(**common | {"seq_len": 8, "max_windows": 2, "device": "cpu"} | given))
+
+    def checkpoint(self) -> None:
+        assert self._probed().loss != self._probed(checkpoint=self._world.path("other_donor")).loss
+
+    def text(self) -> None:
+        (self._tmp / "other.txt").write_text("the river runs " * 40)
+        assert self._probed().loss != self._probed(text=str(self._tmp / "other.txt")).loss
+
+    def lengths(self) -> None:
+        assert [block.length for block in self._probed(lengths=(2,)).blocks] == [2] * 5
+
+    def gains(self) -> None:
+        found = self._probed(gains=(0.6, 0.2))
+        assert found.gains == (0.2, 0.6) and set(found.blocks[0].increase) == {0.2, 0.6}
+
+    def seq_len(self) -> None:
+        assert (self._probed().tokens, self._probed(seq_len=12).tokens) == (2 * 7, 2 * 11)
+
+    def max_windows(self) -> None:
+        assert self._probed(max_windows=5).tokens == 5 * 7
+
+    def batch_size(self) -> None:
+        looped = self._spy(probe.LoopedBlocks, "looped")
+        few, many = self._probed(batch_size=1, max_windows=4), self._probed(batch_size=4, max_windows=4)
+        assert [len(args[1]) for args, _, _ in looped] == [1] * (6 * 4) + [4] * 6
+        assert few.loss == pytest.approx(many.loss, abs=1e-5)
+
+    def report(self) -> None:
+        words = ["--checkpoint", self._world.path("donor"), "--text", self._world.path("text.txt"), "--lengths", "1", "--seq_len", "8"]
+        self._said(lambda: cli.probe([*words, "--report", str(self._tmp / "page.html")]))
+        assert "<rect" in (self._tmp / "page.html").read_text()
+
+    def json(self) -> None:
+        words = ["--checkpoint", self._world.path("donor"), "--text", self._world.path("text.txt"), "--lengths", "1", "--seq_len", "8"]
+        assert json.loads(self._said(lambda: cli.probe([*words, "--json"]))[0])["layers"] == 6
+        assert "nats per token" in self._said(lambda: cli.probe(words))[0]
+
+    def tokenizer_path(self) -> None:
+        opened = self._spy(probe, "calibration_windows")
+        self._probed(tokenizer_path=self._world.path("marked"))
+        assert MARK in opened[0][0][1].get_vocab()
+
+    def revision(self) -> None:
+        self._refuses_a_revision(lambda **given: self._probed(**given))
+
+    def device(self) -> None:
+        asked = self._pretend_a_better_device()
+        assert self._probed(device="cpu").blocks and set(asked) == {"cpu"}
+
+
 class Inspecting(Cases):
     settings = inspection.InspectSettings
 
@@ -1677,7 +1733,8 @@ class Showing(Cases):
 CASES: dict[type, type[Cases]] = {
     each.settings: each
     for each in (
-        Converting, FineTuning, Embedding, Hybrid, Generating, Chatting, Serving, Evaluating, Comparing, Inspecting, Exporting, Showing,
+        Converting, FineTuning, Embedding, Hybrid, Generating, Chatting, Serving, Evaluating, Comparing, Probing, Inspecting,
+        Exporting, Showing,
     )
 }  # fmt: skip
 

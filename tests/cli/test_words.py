@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from recursify.cli import main as cli
-from recursify.conversion.settings import ConvertSettings, InspectSettings
+from recursify.conversion.settings import ConvertSettings, InspectSettings, ProbeSettings
 from recursify.evaluation.settings import CompareSettings, EvaluateSettings
 from recursify.hub.export import ExportSettings
 from recursify.inference.settings import ChatSettings, GenerateSettings
@@ -17,7 +17,7 @@ from recursify.training import EmbeddingSettings, HybridSettings, TrainSettings
 SETTINGS: dict[str, Any] = {
     "convert": ConvertSettings, "train": TrainSettings, "train_trm": EmbeddingSettings, "train_trm_hybrid": HybridSettings,
     "generate": GenerateSettings, "chat": ChatSettings, "serve": ServeSettings, "evaluate": EvaluateSettings, "compare": CompareSettings,
-    "inspect": InspectSettings, "export": ExportSettings,
+    "probe": ProbeSettings, "inspect": InspectSettings, "export": ExportSettings,
 }  # fmt: skip
 
 

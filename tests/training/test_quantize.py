@@ -14,8 +14,8 @@ from recursify.checkpoints import checkpoint
 from recursify.errors import UserError
 from recursify.training import RecursiveTrainer, fit, quantize, train
 from recursify.training.cost import estimate
+from tests.support.adapters import blocks, donor_and_adapter, settings
 from tests.support.tiny import make_tiny_tokenizer
-from tests.training.test_adapter import blocks, donor_and_adapter, settings
 
 CPU = torch.device("cpu")
 
