@@ -22,12 +22,13 @@ compat: .venv/.installed-test .venv-compat/.installed
 	$(BIN)/python -m tests.compat.write .venv-compat/exports
 	.venv-compat/bin/python tests/compat/read.py .venv-compat/exports
 
-# vLLM, on a CPU in an environment of its own, writes what recursify writes: every family, depth 0 to 3, 16 requests at once. Folders of further
-# models made by tests/vllm/write.py may be named: RECURSIFY_SMOLLM2=FOLDER adds the real donor; RECURSIFY_VLLM_COMPILE=1 compiles.
+# vLLM, on a CPU in an environment of its own, writes what recursify writes: every family, depths 0 to 3, adapters, 16 requests at once.
+# RECURSIFY_SMOLLM2=FOLDER adds the real donor. The two faults must be noticed.
 test-vllm: .venv/.installed-test .venv-vllm/.installed
 	rm -rf .venv-vllm/models
 	$(BIN)/python -m tests.vllm.write .venv-vllm/models
 	.venv-vllm/bin/python tests/vllm/read.py .venv-vllm/models/*
+	.venv-vllm/bin/python tests/vllm/read.py .venv-vllm/models/qwen2 --depth 2,1 --mutant one_slot_per_layer
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -1,66 +1,39 @@
-"""The recursive model of vLLM: the donor's own vLLM layers, and one attention, hence one slot of the KV cache, per layer application.
+"""The recursive model of vLLM: a donor's layers, applied several times, each application with a slot of the KV cache of its own.
 
     e = prelude(embeddings)
     z_L, z_H = e + L_init, e + H_init
     H_cycles times: L_cycles updates z_L = block(mix(e, z_L, z_H)), then z_H = block(mix(e, z_H, z_L))
     output = norm(coda(z_H));  at 0 cycles norm(coda(block(e)))
 
-as in recursify/network/modeling_recursive_llm.py, which the tests compare with. Slots are numbered as there: prelude, coda, then the
-applications of the block. Weights are there once, and read under their names in the folder.
+as in recursify/network/modeling_recursive_llm.py, with which the tests compare it. Slots are numbered as there: prelude, coda, then the
+applications of the block. `layers` holds the weights, once, under their names in the folder; `slots` holds a view of a layer for each slot.
 
 Shape letters: N tokens of all requests in a step, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
+from vllm.logger import init_logger
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models import llama, mistral, qwen2, qwen3
-from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-GAIN_SUM = 0.9  # as in recursify/network/configuration_recursive_llm.py
-DONORS: dict[str, Any] = {
-    "recursive_qwen2": qwen2.Qwen2Model,
-    "recursive_qwen3": qwen3.Qwen3Model,
-    "recursive_llama": llama.LlamaModel,
-    "recursive_mistral": mistral.MistralModel,
-    "recursive_phi3": llama.LlamaModel,
-}
+from recursify.network.configuration_recursive_llm import GAIN_SUM, applications
 
+from .layers import LAYERS, PACKED, attention_like, low_rank_updates, make_layers, updated, view
 
-class Applications(nn.Module):
-    """In the place of a layer's attention: one for each application of the layer, each with keys and values of its own.
-
-    Args:
-        first: The attention that the donor's layer was made with; its like are made.
-        slots: Numbers of the KV slots, one per application.
-        names: From a slot's number to the name that vLLM knows its attention by.
-    """
-
-    def __init__(self, first: Attention, slots: list[int], names: Any, vllm_config: VllmConfig):
-        super().__init__()
-        self.each = nn.ModuleList(
-            Attention(
-                first.num_heads, first.head_size, first.impl.scale, num_kv_heads=first.num_kv_heads, cache_config=vllm_config.cache_config,
-                quant_config=vllm_config.quant_config, per_layer_sliding_window=first.sliding_window, prefix=names(slot),
-                attn_type=first.attn_type,
-            )
-            for slot in slots
-        )  # fmt: skip
-        self.number = 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.each[self.number](*args, **kwargs)
-        return out
+logger = init_logger(f"vllm.{__name__}")
+RECURSION, HALTING_HEAD = "model.recursion.", "model.recursion.q_head."
 
 
 class Injection(nn.Module):
@@ -77,17 +50,19 @@ class Injection(nn.Module):
 
 
 class Recursion(nn.Module):
-    """The parameters that the donor does not have, but for the halting head: tokens do not halt here."""
+    """The parameters that the donor does not have, but for the halting head: every token runs all cycles."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, looped: Iterable[Any]):
         super().__init__()
         self.H_init, self.L_init = (nn.Parameter(torch.zeros(config.hidden_size), requires_grad=False) for _ in range(2))
         self.anchored, self.eps = config.injection == "anchored", config.rms_norm_eps
         if self.anchored:
             self.inject_L, self.inject_H = Injection(config.hidden_size), Injection(config.hidden_size)
+        if config.is_adapter:
+            self.lora = nn.ModuleList(low_rank_updates(layer, config) for layer in looped)
 
     def mix(self, e: Tensor, z_L: Tensor, z_H: Tensor, of_H: bool) -> Tensor:
-        """The input of the block that updates `z_H`, or else `z_L`; a tensor of its own, since vLLM's norms write into theirs."""
+        """The input of the block for the update of `z_H`, or of `z_L`."""
         if not self.anchored:
             return z_H + z_L if of_H else z_L + z_H + e
         mixed: Tensor = self.inject_H(e, z_H, z_L) if of_H else self.inject_L(e, z_L, z_H)
@@ -98,35 +73,36 @@ class Recursion(nn.Module):
         return z if self.anchored else nn.functional.rms_norm(z.float(), z.shape[-1:], eps=self.eps).to(z.dtype)
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class RecursiveModel(nn.Module):
-    """Embeddings, layers and recursion, up to the input of the head."""
+    """Embeddings, layers and recursion, up to the input of the head. Not compiled by vLLM: what vLLM 0.32 compiles on a CPU
+    is right at one cycle and writes other texts at two."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
-        self.donor_class = DONORS[config.model_type]
-        donor = _donor(self.donor_class, vllm_config, prefix)
-        self.embed_tokens, self.layers, self.norm = donor.embed_tokens, donor.layers, donor.norm
-        self.recursion = Recursion(config)
         self.P, self.K, self.C = config.prelude_layers, config.L_layers, config.coda_layers
-        self.H_cycles, self.steps = config.H_cycles, config.L_cycles + 1
-        known = vllm_config.compilation_config.static_forward_context
-        for layer in self.layers:
-            for name in [name for name, each in known.items() if each is layer.self_attn.attn]:
-                del known[name]  # made with the layer; those of the slots take its place
-        for index, layer in enumerate(self.layers):
-            names = lambda slot: f"{prefix}.layers.{slot}.self_attn.attn"  # noqa: E731
-            layer.self_attn.attn = Applications(layer.self_attn.attn, self._slots(index), names, vllm_config)
+        self.H_cycles, self.steps, self.is_adapter = config.H_cycles, config.L_cycles + 1, config.is_adapter
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=f"{prefix}.embed_tokens"
+        )
+        self.layers = make_layers(vllm_config, f"{prefix}.layers")
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.recursion = Recursion(config, self.layers[self.P : self.P + self.K])
+        self.slots = nn.ModuleList(self._make_slots(vllm_config, f"{prefix}.layers"))
 
-    def _slots(self, index: int) -> list[int]:
-        """The slots of a physical layer: prelude and coda have one; of the block, one per application."""
-        P, K, C = self.P, self.K, self.C
-        if index < P:
-            return [index]
-        if index >= P + K:
-            return [index - K]
-        return [P + C + n * K + index - P for n in range(max(1, self.H_cycles * self.steps))]
+    def _make_slots(self, vllm_config: VllmConfig, prefix: str) -> Iterator[Any]:
+        """A view of a layer for each slot."""
+        for slot, (i, n) in enumerate(slot_order(self.config)):
+            layer: Any = self.layers[i]
+            kind = self.config.block_types[i]
+            attention = attention_like(layer.self_attn.attn, kind, f"{prefix}.{slot}.self_attn.attn", vllm_config)
+            updates = {}
+            if self.is_adapter and n > 0:  # the first application is the donor's own
+                pair = min(n // self.steps, self.config.lora_pairs - 1)
+                updates = updated(layer, self.recursion.lora[i - self.P], pair, self.config)
+            yield view(layer, attention, updates)
+            if n == 0:  # so that no attention without a slot is left
+                layer.self_attn.attn = attention
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         embedded: Tensor = self.embed_tokens(input_ids)
@@ -142,12 +118,13 @@ class RecursiveModel(nn.Module):
         """`[N, D]`, the input of the head.
 
         Args:
-            positions: `[N]`.
+            input_ids, positions: `[N]`.
+            inputs_embeds: `[N, D]`, instead of `input_ids`.
         """
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
         e = self._run(positions, x, 0, self.P)
         z = self._cycles(positions, e) if self.H_cycles else self._block(positions, e, 0)
-        out: Tensor = self.norm(self._run(positions, z, self.P + self.K, self.C))
+        out: Tensor = self.norm(self._run(positions, z, self.P, self.C))
         return out
 
     def _cycles(self, positions: Tensor, e: Tensor) -> Tensor:
@@ -155,37 +132,42 @@ class RecursiveModel(nn.Module):
         z_L, z_H = e + recursion.L_init.to(e.dtype), e + recursion.H_init.to(e.dtype)
         for n in range(self.H_cycles * self.steps):
             of_H = n % self.steps == self.steps - 1
-            z = recursion.after(self._block(positions, recursion.mix(e, z_L, z_H, of_H), n))
+            x = e if self.is_adapter and n == 0 else recursion.mix(e, z_L, z_H, of_H)
+            z = recursion.after(self._block(positions, x, n))
             z_L, z_H = (z_L, z) if of_H else (z, z_H)
         return z_H
 
     def _block(self, positions: Tensor, x: Tensor, n: int) -> Tensor:
-        for layer in self.layers[self.P : self.P + self.K]:
-            layer.self_attn.attn.number = n
-        return self._run(positions, x, self.P, self.K)
+        """The looped block as application number `n`."""
+        return self._run(positions, x, self.P + self.C + n * self.K, self.K)
 
     def _run(self, positions: Tensor, x: Tensor, first: int, count: int) -> Tensor:
-        """Layers one after another. vLLM's carry the residual beside the state; it is added at the end."""
-        residual = None
-        for layer in self.layers[first : first + count]:
-            x, residual = layer(positions, x, residual)
+        """The layers of a range of slots."""
+        # vLLM's layers carry the residual beside the state, and their fused norms write into what they are given: a state that is needed
+        # again must be another tensor, and the two are added before they are mixed with others
+        x, residual = x.clone(), None
+        for slot in range(first, first + count):
+            x, residual = self.slots[slot](positions, x, residual)
         return x if residual is None else x + residual
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        wanted = ((name, weight) for name, weight in weights if not name.startswith("recursion.q_head."))
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(wanted, mapper=self.donor_class.hf_to_vllm_mapper)
-        return loaded
 
 
 class RecursiveForCausalLM(nn.Module):
-    """A recursive model with its head, for all families."""
+    """A recursive model with its head, of any family."""
 
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping = PACKED
+    mapper = WeightsMapper(
+        orig_to_new_stacked={
+            f".{part}": (f".{name}", shard if name == "gate_up_proj" else part[0])
+            for name, parts in PACKED.items()
+            for shard, part in enumerate(parts)
+        }
+    )
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
-        _check(vllm_config)
+        check(vllm_config)
+        self.secondary_weights = donor_of_adapter(vllm_config.model_config.model, config)  # which vLLM's loader reads, too
         self.model = RecursiveModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=maybe_prefix(prefix, "lm_head")
@@ -193,6 +175,10 @@ class RecursiveForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        logger.info(
+            "recursify: H_cycles %d, L_cycles %d: %d applications of %d layers, each with a KV slot; no early exit, every token runs all",
+            config.H_cycles, config.L_cycles, config.num_hidden_layers, config.physical_layers,
+        )  # fmt: skip
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -212,38 +198,73 @@ class RecursiveForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        wanted = ((name, weight) for name, weight in weights if not (self.config.tie_word_embeddings and name.startswith("lm_head.")))
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(wanted)
-        return loaded
+        """Names of the tensors that were loaded; vLLM compares them with those of the model."""
+        own, loaded = dict(self.named_parameters()), set()
+
+        def of_donor() -> Iterator[tuple[str, Tensor]]:
+            """The donor's tensors, for vLLM's loader; those of the recursion are copied on the way."""
+            for name, tensor in weights:
+                if not name.startswith(RECURSION):
+                    yield name, tensor
+                elif not name.startswith(HALTING_HEAD):
+                    own[name].data.copy_(tensor)
+                    loaded.add(name)
+
+        return AutoWeightsLoader(self).load_weights(of_donor(), mapper=self.mapper) | loaded
 
 
-def _donor(donor_class: Any, vllm_config: VllmConfig, prefix: str) -> Any:
-    """vLLM's own model of the donor's family with the physical layers, of which the parts are taken."""
-    config = vllm_config.model_config.hf_config
-    shape = config.num_hidden_layers, config.layer_types
-    config.num_hidden_layers, config.layer_types = config.physical_layers, config.block_types
-    try:
-        return donor_class(vllm_config=vllm_config, prefix=prefix)
-    finally:
-        config.num_hidden_layers, config.layer_types = shape
+def slot_order(config: Any) -> list[tuple[int, int]]:
+    """(physical layer, application) of each slot: prelude, coda, then the applications of the block, as caches of recursify have them."""
+    P, K, C = config.prelude_layers, config.L_layers, config.coda_layers
+    once = [*range(P), *range(P + K, P + K + C)]
+    return [(i, 0) for i in once] + [(P + j, n) for n in range(applications(config.H_cycles, config.L_cycles)) for j in range(K)]
 
 
-def _check(vllm_config: VllmConfig) -> None:
-    """Refuse what the plugin cannot do.
+def donor_of_adapter(folder: str, config: Any) -> list[DefaultModelLoader.Source]:
+    """Where the donor's weights are, for the folder of an adapter, which holds its own alone. None for whole models.
 
     Raises:
-        ValueError: A family without layers of vLLM's own, an adapter, or pipeline parallelism.
+        ValueError: The donor is not there, or its weights are not those that the adapter was trained on.
     """
-    config = vllm_config.model_config.hf_config
-    if config.model_type not in DONORS:
+    from recursify.checkpoints import adapter
+    from recursify.checkpoints.donor import open_donor
+
+    if not config.is_adapter or not adapter.is_adapter_folder(Path(folder)):
+        return []
+    name, revision = adapter.donor_place(config.conversion or {}, folder)
+    if adapter.donor_hash(open_donor(name, revision=revision)) != (config.conversion or {}).get(adapter.HASH):
+        raise ValueError(f"{folder}: an adapter of other weights than those of {name}; serve what `recursify export {folder} OUT` writes")
+    return [DefaultModelLoader.Source(name, revision)]
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Refuse what cannot be served, by name.
+
+    Raises:
+        ValueError: It names the setting, what was expected and what to do instead.
+    """
+    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+    if config.model_type not in LAYERS:
+        raise ValueError(f"model_type: expected one of {', '.join(LAYERS)}, got {config.model_type}; use `recursify serve`")
+    if (config.conversion or {}).get("approach") == "embedding":
+        raise ValueError("this model predicts embeddings and has no trained head (approach embedding), so it cannot write text")
+    for name, plain in (("halt", None), ("cache_policy", "full")):
+        if (got := getattr(config, name, plain)) != plain:
+            raise ValueError(
+                f"{name}: expected {plain!r}, got {got!r}: here every token runs all cycles, with a slot for each application; use "
+                "`recursify generate`, or fewer H_cycles"
+            )
+    if parallel.pipeline_parallel_size > 1:
+        got = parallel.pipeline_parallel_size
+        raise ValueError(f"pipeline_parallel_size: expected 1, got {got}: the loop goes back to earlier layers; use tensor_parallel_size")
+    if vllm_config.lora_config is not None:
         raise ValueError(
-            f"{config.model_type}: expected one of {', '.join(DONORS)}: vLLM has no layers of its own for this family; serve it with "
-            "`recursify serve`"
+            "enable_lora: expected False: a LoRA of a request would act in every application of a layer, for which none was trained; "
+            "merge it into the weights"
         )
-    if config.lora_rank:
-        raise ValueError(
-            f"lora_rank: expected a model without low-rank updates in its loop, got {config.lora_rank}: vLLM's layers cannot take those of "
-            "an adapter; serve it with `recursify serve`"
+    if parallel.tensor_parallel_size > 1 and (config.is_adapter or config.model_type == "recursive_olmo2"):
+        got, what = (
+            parallel.tensor_parallel_size,
+            "low-rank updates of an adapter" if config.is_adapter else "OLMo2's norms over all queries",
         )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError("pipeline_parallel_size: expected 1: the loop returns to earlier layers; use tensor parallelism")
+        raise ValueError(f"tensor_parallel_size: expected 1, got {got}: {what} are not divided between processes")

@@ -1,1 +1,1 @@
-"""Recursive models in vLLM, in an environment of its own: `make test-vllm`."""
+"""`make test-vllm`: recursive models written here with what they must say, and served by vLLM in an environment of its own."""

@@ -1,7 +1,7 @@
-"""Folders of small recursive models, and what they write: python -m tests.vllm.write OUT, in recursify's own environment.
+"""Write small recursive models and the text that each must write: python -m tests.vllm.write FOLDER [CASE...], with recursify installed.
 
-Every folder has `expected.json`: for every depth the greedy continuation and the log-probabilities of its tokens, of prompts of 1 to 300
-tokens, in float32, without a cache of vLLM's. read.py compares a vLLM with them.
+Each case is a folder that vLLM serves, with `expected.json`: for each depth, greedy texts of prompts of 1 to 300 tokens, in float32, by
+`generate`. Their log-probabilities are those of passes without any cache, so a fault of a cache cannot be on both sides.
 """
 
 from __future__ import annotations
@@ -9,75 +9,137 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recursify import RecursiveLLM, convert
-from recursify.network.configuration_recursive_llm import from_donor
-from tests.support.tiny import make_tiny_tokenizer, tiny_config
+from recursify import as_adapter, convert
+from recursify.checkpoints import checkpoint
+from tests.support.tiny import make_tiny_tokenizer, tiny_donor
 
-LENGTHS = (1, 2, 3, 5, 7, 16, 17, 31, 40, 63, 64, 100, 128, 200, 255, 300)
+LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 40, 63, 64, 100, 129, 200, 255, 300)
 NEW = 64
-# head size 32: what vLLM's attention on a CPU wants
-WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2-whole": ("qwen2", {"prelude_layers": 1, "L_layers": 2, "coda_layers": 1, "H_cycles": 3, "L_cycles": 1}),
-    "qwen2-compact": ("qwen2", {"L_layers": 2, "H_cycles": 2, "L_cycles": 0}),
-    "qwen3-whole": ("qwen3", {"prelude_layers": 1, "L_layers": 1, "coda_layers": 2, "H_cycles": 2, "L_cycles": 1}),
-    "llama-whole": ("llama", {"prelude_layers": 2, "L_layers": 2, "H_cycles": 2, "L_cycles": 0}),
-    "llama-sum_norm": ("llama", {"L_layers": 2, "coda_layers": 1, "H_cycles": 2, "L_cycles": 1, "injection": "sum_norm"}),
-    "mistral-whole": ("mistral", {"prelude_layers": 1, "L_layers": 2, "coda_layers": 1, "H_cycles": 2, "L_cycles": 1}),
-    "phi3-whole": ("phi3", {"prelude_layers": 1, "L_layers": 2, "coda_layers": 1, "H_cycles": 2, "L_cycles": 1}),
+# Heads of 32, the least that vLLM's attention on a CPU has; weights so small that rounding does not grow from cycle to cycle.
+WIDTHS: dict[str, Any] = {
+    "num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "initializer_range": 0.08,
+}  # fmt: skip
+WHOLE: dict[str, Any] = {"keep_donor": True, "L_layers": 2}  # prelude, loop and coda
+ALL = [(H, L) for H in range(4) for L in (0, 1)]
+SOME = [(0, 1), (3, 1)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and the depths (H_cycles, L_cycles) to serve it at.
+
+    Args:
+        shape: Of `convert`.
+        donor: Fields of the donor.
+        lora: Of `as_adapter`; None for a model that is none.
+        alone: Of an adapter: its own folder, beside its donor, instead of a whole one.
+    """
+
+    family: str
+    shape: dict[str, Any]
+    depths: Iterable[tuple[int, int]] = tuple(SOME)
+    donor: Any = ()
+    lora: dict[str, Any] | None = None
+    alone: bool = False
+
+
+WINDOW = ("sliding_window", 48)
+CASES = {
+    "qwen2": Case("qwen2", WHOLE, ALL),  # tied head, biases
+    "qwen2-compact": Case("qwen2", {"L_layers": 2}, ALL),
+    "qwen3": Case("qwen3", WHOLE, ALL),
+    "qwen3-compact": Case("qwen3", {"L_layers": 2}, ALL),
+    "llama": Case("llama", WHOLE, ALL),  # untied head
+    "llama-compact": Case("llama", {"L_layers": 2}, ALL),
+    "llama-sum_norm": Case("llama", WHOLE | {"injection": "sum_norm"}),
+    "mistral": Case("mistral", WHOLE, donor=(WINDOW,)),
+    "smollm3": Case("smollm3", WHOLE, donor=(WINDOW,)),  # a layer without rotary embedding and with a window
+    "olmo2": Case("olmo2", WHOLE),
+    "phi3": Case("phi3", WHOLE),
+    "qwen3-adapter": Case("qwen3", WHOLE, [(0, 1), (1, 1), (3, 1), (2, 2)], lora={"lora_rank": 2, "lora_per": "cycle"}),
+    "qwen2-adapter-alone": Case("qwen2", WHOLE, lora={"lora_rank": 2}, alone=True),
+    "phi3-adapter": Case("phi3", WHOLE, lora={"lora_rank": 2}),
+    "llama-adapter-mlp": Case("llama", WHOLE, lora={"lora_rank": 2, "lora_targets": "mlp"}),
 }
 
 
-def model_of(name: str) -> Any:
-    """Random, with gains and states that matter."""
-    family, shape = CASES[name]
-    layers = sum(shape.get(part, 0) for part in ("prelude_layers", "L_layers", "coda_layers"))
-    torch.manual_seed(len(name))
-    gains = {} if shape.get("injection") == "sum_norm" else {"gain_init": 0.3}
-    donor = tiny_config(family, num_hidden_layers=layers, **WIDE, **({"sliding_window": 48} if family == "mistral" else {}))
-    model: Any = RecursiveLLM(from_donor(donor, list(range(layers)), state_init_std=0.5, **gains, **shape))
+def make(case: Case, folder: Path) -> None:
+    """Write the folder of a case, by the code that every command saves with."""
+    donor = folder.with_name(f"{folder.name}-donor")
+    tiny_donor(case.family, donor, **WIDTHS | dict(case.donor))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = convert(str(donor), H_cycles=3, L_cycles=1, **case.shape)
+        if case.lora is not None:
+            model = as_adapter(model, **case.lora)
+        with torch.no_grad():  # gains, states and updates that matter
+            for name, parameter in model.model.recursion.named_parameters():
+                if "theta" in name or "lora" in name:
+                    parameter.copy_(0.6 * torch.rand_like(parameter) - 0.1 if "theta" in name else 0.05 * torch.randn_like(parameter))
+                elif name.endswith("_init"):
+                    parameter.copy_(0.5 * torch.randn_like(parameter))
+    checkpoint.save(folder, model, make_tiny_tokenizer(), whole=not case.alone)
+
+
+def make_real(donor: str, folder: Path) -> None:
+    """The real donor of `python -m recipes.donors smollm2`, converted, with gains and states that matter, in float32."""
+    model = convert(donor, keep_donor=True, L_layers=4, H_cycles=2, L_cycles=1, gain=0.2).float()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(1.1 if gains else 1.0)  # logits that differ, and yet do not multiply what float32 rounds
-    return model.eval()
-
-
-def write(folder: Path, model: Any, tokenizer: Any, depths: tuple[int, ...], lengths: tuple[int, ...] = LENGTHS) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    prompts = [torch.randint(5, min(300, model.config.vocab_size), (length,)).tolist() for length in lengths]
-    expected = {str(depth): [continuation(model, prompt, depth) for prompt in prompts] for depth in depths}
-    (folder / "expected.json").write_text(json.dumps({"prompts": prompts, "new": NEW, "expected": expected}))
-    print(folder, flush=True)
+        for name in ("H_init", "L_init"):
+            getattr(model.model.recursion, name).normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    checkpoint.save(folder, model, checkpoint.load_tokenizer(donor))
 
 
 @torch.no_grad()
-def continuation(model: Any, prompt: list[int], depth: int) -> dict[str, Any]:
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, H_cycles=depth, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, eos_token_id=None)
-    chosen = out[0, len(prompt) :]
-    logits = model(out, H_cycles=depth, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    found = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-    margin = logits.topk(2).values
-    return {"ids": chosen.tolist(), "logprobs": found.tolist(), "margins": (margin[:, 0] - margin[:, 1]).tolist()}
+def expected(model: Any, prompts: list[list[int]], H: int, L: int) -> list[dict[str, Any]]:
+    """For each prompt the greedy continuation, the log-probabilities of its tokens in nats, and how far ahead of the second each was."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    depth = {"H_cycles": H, "L_cycles": L}
+    written = model.generate(
+        ids, attention_mask=mask, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, **depth
+    )
+    found = []
+    for prompt, row in zip(prompts, written[:, longest:], strict=True):
+        whole = torch.tensor([prompt + row.tolist()])
+        logprobs = model(whole, use_cache=False, **depth).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        best = logprobs.topk(2)
+        lead = (best.values[:, 0] - best.values[:, 1]).tolist()
+        same = [first == token for first, token in zip(best.indices[:, 0].tolist(), row.tolist(), strict=True)]
+        assert all(equal or ahead < 1e-5 for equal, ahead in zip(same, lead, strict=True)), "generate and an uncached pass disagree"
+        chosen = logprobs.gather(1, row[:, None])[:, 0]
+        found.append({"ids": row.tolist(), "logprobs": chosen.tolist(), "lead": lead})
+    return found
 
 
-def main(out: Path) -> None:
-    for name in CASES:
-        write(out / name, model_of(name), make_tiny_tokenizer(), (0, 1, 2, 3))
-    if donor := os.environ.get("RECURSIFY_SMOLLM2"):
-        from transformers import AutoTokenizer
+def write(folder: Path, make_folder: Any, depths: Iterable[tuple[int, int]], lengths: Iterable[int]) -> None:
+    """Make a folder, and write what the model in it says."""
+    make_folder(folder)
+    model: Any = checkpoint.load(folder).model
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 300, (length,), generator=draw).tolist() for length in lengths]
+    runs = [{"H_cycles": H, "L_cycles": L, "texts": expected(model, prompts, H, L)} for H, L in depths]
+    (folder / "expected.json").write_text(json.dumps({"prompts": prompts, "new": NEW, "runs": runs}))
+    print(f"wrote {folder}", flush=True)
 
-        real: Any = convert(donor, keep_donor=True, L_layers=4, L_cycles=1, H_cycles=2, gain=0.2, dtype=torch.float32).eval()
-        write(out / "smollm2", real, AutoTokenizer.from_pretrained(donor), (0, 2), (1, 9, 120))
+
+def main(out: Path, names: list[str]) -> None:
+    for name in names or CASES:
+        if name in CASES:
+            write(out / name, partial(make, CASES[name]), CASES[name].depths, LENGTHS)
+    if (donor := os.environ.get("RECURSIFY_SMOLLM2")) and (not names or "smollm2" in names):
+        write(out / "smollm2", partial(make_real, donor), [(0, 1), (2, 1)], (1, 9, 40, 120, 300))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
