@@ -213,14 +213,20 @@ def _against(runs: Runs, tuned: dict[int, list[float]], H: int) -> str:
 
 def setting(found: dict[str, Any], groups: Sequence[str]) -> str:
     """How it was made."""
-    machine, seconds = found["machine"], sum(run["seconds"] for run in found["runs"])
+    machine, seconds = found["machine"], sum(run["seconds"] for run in found["runs"] if "machine" not in run)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     device = machine["gpu"] or machine["cpu"]
     donor = ", ".join(f"{key} {value}" for key, value in found["donor"].items() if key != "seconds")
+    elsewhere: dict[str, list[str]] = {}
+    for run in found["runs"]:  # rows that were added later, on another machine
+        if "machine" in run:
+            where = f"{run['machine']['gpu'] or run['machine']['cpu']}, commit {(run['machine']['commit'] or 'unknown')[:10]}"
+            elsewhere.setdefault(where, []).append(run["name"])
+    added = "".join(f" Rows run on {where}: {'; '.join(dict.fromkeys(names))}." for where, names in elsewhere.items())
     return (
         f"Donor: {donor}. Fine-tuning: {found['steps']} steps of {found['batch_size']} rows of {found['settings']['seq_len']} tokens, "
         f"learning rate {found['settings']['lr']:g}. {seconds / 60:.0f} minutes of training on {device}; {versions}; "
-        f"commit {(machine['commit'] or 'unknown')[:10]}."
+        f"commit {(machine['commit'] or 'unknown')[:10]}.{added}"
     )
 
 
