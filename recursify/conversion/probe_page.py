@@ -17,7 +17,9 @@ from ..reports.html import (
     header,
     main,
     number,
+    paragraph,
     plural,
+    preformatted,
     row,
     section,
     signed,
@@ -25,9 +27,9 @@ from ..reports.html import (
     tile,
     write_document,
 )
-from .probe_report import ProbedBlock, ProbeReport
+from .probe_report import CHOSEN, ProbedBlock, ProbeReport
 
-CELL, LEFT, TOP = 26.0, 72.0, 34.0  # pixels
+CELL, LEFT, TOP = 26.0, 80.0, 34.0  # pixels
 KEY, STEPS = 40.0, (0.0, 0.25, 0.5, 0.75, 1.0)  # height of the key of the colours, and its shades
 LEAST_DARK = 0.01  # nats that are not drawn darkest even where all costs are tiny
 NOTES = (
@@ -60,7 +62,7 @@ def render(report: ProbeReport) -> str:
         main(
             [
                 *(_map(report, gain) for gain in report.gains),
-                section("Where to loop", _choices(report)),
+                section("Where to loop", *_choices(report)),
                 section("All numbers", _table(report)),
                 section("How to read this", findings(NOTES)),
             ]
@@ -142,14 +144,12 @@ def _key(darkest: float, y: float) -> Iterator[str]:
     yield element("text", "nats", x=LEFT - 8, y=y + 11, text_anchor="end", class_="tick")
 
 
-def _choices(report: ProbeReport) -> str:
-    rows = []
-    for length in report.lengths:
-        chosen = dict.fromkeys((report.cheapest(length).first, report.auto(length).first))
-        for block in (block for block in report.blocks if block.length == length and block.first in chosen):
-            rows.append(row(_place(block), [report.marks(block), signed(block.mean), report.command(block)]))
-    head = ["", "chosen as", "mean over the gains", "conversion"]
-    return table(head, rows, "The cheapest block of each length beside the choice of --layer_selection auto")
+def _choices(report: ProbeReport) -> Iterator[str]:
+    """The conversions that loop the blocks of choice."""
+    for block in report.choices:
+        marks = " and ".join(CHOSEN[mark] for mark in report.marks(block))
+        yield paragraph(f"{plural(block.length, 'layer')}, {block.first} to {block.last}, {signed(block.mean)} nats, {marks}:")
+        yield preformatted(report.command(block))
 
 
 def _table(report: ProbeReport) -> str:
@@ -159,4 +159,4 @@ def _table(report: ProbeReport) -> str:
 
 
 def _numbers(report: ProbeReport, block: ProbedBlock) -> list[str]:
-    return [*(signed(block.increase[gain]) for gain in report.gains), number(block.divergence), report.marks(block)]
+    return [*(signed(block.increase[gain]) for gain in report.gains), number(block.divergence), ", ".join(report.marks(block))]

@@ -8,6 +8,7 @@ from typing import Any
 from ..utils.tables import table
 
 AUTO_GAIN = 0.5  # at which `--layer_selection auto` runs a block twice
+CHOSEN = {"cheapest": "the cheapest", "auto": "the choice of auto"}
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,16 @@ class ProbeReport:
         """The block that `--layer_selection auto` chooses on this text."""
         return min((block for block in self.blocks if block.length == length), key=lambda block: block.divergence)
 
-    def marks(self, block: ProbedBlock) -> str:
+    @property
+    def choices(self) -> list[ProbedBlock]:
+        """Of each length the cheapest block, and the one that auto chooses if it is another."""
+        pairs = [(self.cheapest(length), self.auto(length)) for length in self.lengths]
+        return [block for cheapest, auto in pairs for block in ([cheapest] if cheapest is auto else [cheapest, auto])]
+
+    def marks(self, block: ProbedBlock) -> list[str]:
         """Who chooses a block: cheapest, auto, both or neither."""
         chosen = {"cheapest": self.cheapest(block.length), "auto": self.auto(block.length)}
-        return ", ".join(word for word, other in chosen.items() if other is block)
+        return [word for word, other in chosen.items() if other is block]
 
     def command(self, block: ProbedBlock) -> str:
         """The conversion that loops a block, with the cycles that were measured."""
@@ -111,30 +118,21 @@ class ProbeReport:
         for length in self.lengths:
             lines += ["", _layers(length), *self._table(length)]
         lines += ["", "Where to loop: the cheapest block of each length, as a mean over the gains, and the one that auto chooses"]
-        for length in self.lengths:
-            lines += ["", _layers(length), *self._choices(length)]
+        for block in self.choices:
+            marks = " and ".join(CHOSEN[mark] for mark in self.marks(block))
+            lines += ["", f"{_layers(block.length)}, {block.first}..{block.last}, {block.mean:+.4f}, {marks}:", f"  {self.command(block)}"]
         return "\n".join(lines)
 
     def _table(self, length: int) -> list[str]:
         rows = [
             (
                 f"{block.first}..{block.last}", *(f"{block.increase[gain]:+.4f}" for gain in self.gains), f"{block.divergence:.4f}",
-                self.marks(block),
+                ", ".join(self.marks(block)),
             )
             for block in self.blocks
             if block.length == length
         ]  # fmt: skip
         return table(("layers", *(f"gain {gain:g}" for gain in self.gains), "KL of auto", ""), rows)
-
-    def _choices(self, length: int) -> list[str]:
-        cheapest, auto = self.cheapest(length), self.auto(length)
-        chosen = [(cheapest, "costs least"), (auto, "auto chooses it")]
-        chosen = [(cheapest, "costs least, and auto chooses it")] if cheapest is auto else chosen
-        return [
-            line
-            for block, said in chosen
-            for line in (f"  {block.first}..{block.last} {block.mean:+.4f}: {said}", f"    {self.command(block)}")
-        ]
 
 
 def _layers(length: int) -> str:

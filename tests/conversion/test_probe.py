@@ -151,14 +151,12 @@ def test_where_auto_and_the_loss_disagree_both_are_shown() -> None:
     blocks = (ProbedBlock(0, 1, {0.1: 0.25}, 0.1), ProbedBlock(1, 2, {0.1: 0.125}, 0.2))
     report = ProbeReport("d", "--qwen_model d --revision r", 3, 2.0, 10, 2, 0, (0.1,), blocks)
     kept = "recursify convert --qwen_model d --revision r --keep_donor"
-    assert report.render().split("auto chooses\n\n")[1].splitlines() == [
-        "2 layers",
-        "  1..2 +0.1250: costs least",
-        f"    {kept} --prelude_layers 1 --L_layers 2 --H_cycles 2 --L_cycles 0",
-        "  0..1 +0.2500: auto chooses it",
-        f"    {kept} --coda_layers 1 --L_layers 2 --H_cycles 2 --L_cycles 0",
+    assert report.render().split("\n\n")[-2:] == [
+        f"2 layers, 1..2, +0.1250, the cheapest:\n  {kept} --prelude_layers 1 --L_layers 2 --H_cycles 2 --L_cycles 0",
+        f"2 layers, 0..1, +0.2500, the choice of auto:\n  {kept} --coda_layers 1 --L_layers 2 --H_cycles 2 --L_cycles 0",
     ]
     page = probe_page.render(report)
+    assert "2 layers, 0 to 1, +0.2500 nats, the choice of auto:</p><pre>recursify convert" in page
     assert "layers 1 to 2 cost least, +0.1250 nats as a mean over the gains; auto chooses layers 0 to 1 (+0.2500)" in page
     assert page.count("stroke-dasharray: 3 2") == page.count("stroke-dasharray: none") == 2
 
