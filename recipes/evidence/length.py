@@ -1,8 +1,9 @@
 """Length: do more cycles than were trained go further than what was trained?
 
 The bundled tracker (products of permutations of three things, up to 6 to 8 letters) is fine-tuned on words of which 16 letters are scored
-and 16 more are read, and evaluated at every letter of words of 64, with up to four times the trained cycles. What differs is what each
-cycle is asked for: what can be known after its steps, the answer at every cycle, or the answer at the last.
+and 8 more are read, and evaluated at every letter of words of 64, with up to four times the trained cycles. Most words go on from a
+product that is told, behind up to 16 letters (`offset`): how far a cycle gets is then a matter of steps, not of places. What differs
+between rows is what each cycle is asked for: what can be known after its steps, the answer at every cycle, or the answer at the last.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from recipes.evidence.state_tracking import shares
 from recipes.evidence.study import Figures, Row, Size, Study, rows_of_questions
 from recursify.data.tasks import generate
 
-SCORED, UNSCORED, ASKED = 16, 16, 64  # letters
-EXTRA = 8  # tokens besides the letters, which the bundled tokenizer writes: "Question:", "Answer:", the answer, the end
+SCORED, UNSCORED, OFFSET, ASKED = 16, 8, 16, 64  # letters
+EXTRA = 9  # tokens besides the letters: "Question:", "Answer:", the product that is told, the answer, the end
+SEQ_LEN = OFFSET + SCORED + UNSCORED + EXTRA
 SHOWN = (8, 16, 20, 24, 32, 48, 64)
 STEPS_PER_CYCLE = 4
 
@@ -27,7 +29,7 @@ SIZES = {
 }
 
 KEEP = {"keep_donor": True, "L_layers": 2, "H_cycles": 4, "L_cycles": 1}
-DEPTHS = {"cycle_choices": (2, 4, 6, 8, 12), "cycle_weights": ()}
+DEPTHS: dict[str, Any] = {"cycle_choices": (2, 4, 6, 8), "cycle_weights": ()}
 STAGED = {
     "cycle_targets": "steps",
     "steps_per_cycle": STEPS_PER_CYCLE,
@@ -55,8 +57,8 @@ def rows() -> list[Row]:
 
 def study(size: Size) -> Study:
     settings: dict[str, Any] = {
-        "seq_len": SCORED + UNSCORED + EXTRA, "lr": 1e-3, "warmup_steps": size.steps // 10, "weight_decay": 0.1, "lr_schedule": "wsd",
-        "dataset_name": f"permutations:difficulty={SCORED},unscored={UNSCORED}",
+        "seq_len": SEQ_LEN, "lr": 1e-3, "warmup_steps": size.steps // 10, "weight_decay": 0.1, "lr_schedule": "wsd",
+        "dataset_name": f"permutations:difficulty={SCORED},unscored={UNSCORED},offset={OFFSET}", "bf16": False,
     }  # fmt: skip
 
     def donor(folder: Path) -> dict[str, Any]:
@@ -66,12 +68,12 @@ def study(size: Size) -> Study:
         return {"name": "the tracker that ships"}
 
     def train(tokenizer: Any, count: int) -> tuple[Any, Any]:
-        words = generate("permutations", SCORED, count // 4, 1, unscored=UNSCORED)
-        blocks = rows_of_questions(words, tokenizer, SCORED + UNSCORED + EXTRA, with_steps=True)
+        words = generate("permutations", SCORED, count // 4, 1, unscored=UNSCORED, offset=OFFSET)
+        blocks = rows_of_questions(words, tokenizer, SEQ_LEN, with_steps=True)
         return blocks, blocks[:16]
 
     def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
-        wanted = (1, 2, 4, 6, 8, 12, 16) if depths else ()
+        wanted = (1, 2, 4, 6, 8, 10, 12, 16) if depths else ()
         return shares(model, tokenizer, generate("permutations", ASKED, size.items, 2, split="test"), wanted, SHOWN)
 
     return Study("length", OURS, settings, rows(), donor, train, measure)

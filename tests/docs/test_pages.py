@@ -38,6 +38,7 @@ NOT_RUN = {
     "python - <<": "measures the memory of a process of its own",
     "torchrun": "several processes: tests/training/test_torchrun.py",
     "recursify serve": "does not end; run in tests/serving",
+    "vllm serve": "needs vLLM: make test-vllm",
     "recursify evaluate --checkpoint model.pt --tasks hellaswag": "reads datasets of the hub",
     "recursify train --config recipes": "a donor of full size; tests/recipes checks every recipe",
 }

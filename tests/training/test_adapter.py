@@ -276,6 +276,7 @@ def test_training_writes_adapters(desk: Path, tmp_path: Path) -> None:
     record = json.loads((best / "adapter_config.json").read_text())
     assert record["base_model_name_or_path"] == str(desk / "donor") and len(record["donor_sha256"]) == 64
     assert (record["lora_rank"], record["H_cycles"], record["prelude_layers"]) == (2, 3, 1)
+    assert json.loads((best / "config.json").read_text())["architectures"] == ["RecursiveQwen2ForCausalLM"]  # engines choose by it
     ids = torch.randint(0, 300, (1, 7))
     donor = AutoModelForCausalLM.from_pretrained(desk / "donor")
     for path in (best, tmp_path / "checkpoint_step_4.pt"):
