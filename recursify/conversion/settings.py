@@ -13,6 +13,9 @@ from ..utils.options import DeviceOptions, JsonOutput, Options, check_page
 
 Say = Callable[[str], None]
 
+LARGEST_GAIN = 0.9  # of a state in its own update: the network's GAIN_SUM, whose import would load transformers before a flag is read
+_LEAST = {"seq_len": 2, "max_windows": 1, "batch_size": 1, "H_cycles": 1, "L_cycles": 0}  # of a probe
+
 
 @dataclass(kw_only=True)
 class LoopSettings(Options):
@@ -84,7 +87,12 @@ class ProbeSettings(TokenizerSource, Revision, DeviceOptions, JsonOutput):
     lengths: tuple[int, ...] = ()
     """Layers of the blocks, e.g. 2,4,8. Default: a twelfth, a sixth and a quarter of the donor's."""
     gains: tuple[float, ...] = (0.1, 0.45, 0.9)
-    """Gains of the loop: at 0 it repeats itself and changes nothing, at 1 the block is run twice in a row."""
+    """Gains of the loop, 0 to 0.9: the weight of a state in its own update. That of the other state is the same, as with recursify
+    convert --gain, or what is left of 0.9, the largest sum of the two. At 0 a loop changes nothing."""
+    H_cycles: int = 3
+    """Cycles; the loss after the last of them is measured."""
+    L_cycles: int = 1
+    """Updates of the scratch state z_L per cycle, before the one of z_H. Every block is applied H_cycles * (L_cycles + 1) times."""
     seq_len: int = 128
     """Tokens per window of the text."""
     max_windows: int = 8
@@ -100,14 +108,14 @@ class ProbeSettings(TokenizerSource, Revision, DeviceOptions, JsonOutput):
         Raises:
             UserError: A value out of range.
         """
-        for name in ("seq_len", "max_windows", "batch_size"):
-            least = 2 if name == "seq_len" else 1
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name}: expected at least {least}, got {getattr(self, name)}")
         if any(length < 1 for length in self.lengths):
             raise UserError(f"--lengths: expected numbers of layers of at least 1, got {min(self.lengths)}")
-        if not self.gains or any(not 0 <= gain <= 1 for gain in self.gains):
-            raise UserError(f"--gains: expected numbers from 0 to 1, got {', '.join(f'{gain:g}' for gain in self.gains) or 'none'}")
+        if not self.gains or any(not 0 <= gain <= LARGEST_GAIN for gain in self.gains):
+            given = ", ".join(f"{gain:g}" for gain in self.gains) or "none"
+            raise UserError(f"--gains: expected numbers from 0 to {LARGEST_GAIN}, got {given}")
         if self.report is not None:
             check_page(Path(self.report))
 

@@ -708,17 +708,19 @@ class RecursiveModelMixin(PreTrainedModel):
         return self.norm(one_pass.coda(z_H))
 
     def begin_pass(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, e: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-        """Start a pass without a cache, for training code that runs the cycles itself.
+        """Start a pass without a cache, for code that runs the cycles itself.
+
+        Args:
+            e: `[B, T, D]`, the output of the prelude if it is known already.
 
         Returns:
             e `[B, T, D]`; `block(x, n)` for `Recursion.steps`; `read(z_H)`, which returns the `[B, T, D]` input of `lm_head`.
         """
-        inputs_embeds = self.embed_tokens(input_ids)
-        depth = self.cycles()
-        one_pass = self._one_pass(inputs_embeds, None, position_ids, None, None, depth, "full", {"use_cache": False})
-        return one_pass.prelude(inputs_embeds), one_pass.block, lambda z_H: self.norm(one_pass.coda(z_H))
+        x = self.embed_tokens(input_ids) if e is None else e
+        one_pass = self._one_pass(x, None, position_ids, None, None, self.cycles(), "full", {"use_cache": False})
+        return one_pass.prelude(x) if e is None else e, one_pass.block, lambda z_H: self.norm(one_pass.coda(z_H))
 
     def _one_pass(
         self,

@@ -2,7 +2,7 @@
 
 document         a whole page: style and pictures are inline, there is no script
 write_document   the same into a file, atomically
-section, paragraph, findings, figure, table, details, row, tiles    parts; text is escaped, markup (`Markup`) is not
+section, paragraph, preformatted, findings, figure, table, details, row, tiles    parts; text is escaped, markup (`Markup`) is not
 number, signed, plural, magnitude, visible                          for reading
 """
 
@@ -129,6 +129,11 @@ def section(title: str, *content: str) -> Markup:
 
 def paragraph(text: str, class_: str | None = None) -> Markup:
     return _parts().paragraph(text, class_)
+
+
+def preformatted(text: str) -> Markup:
+    """Text to be copied, such as a command."""
+    return _parts().preformatted(text)
 
 
 def findings(sentences: Sequence[str]) -> Markup:

@@ -1507,6 +1507,16 @@ class Probing(Cases):
         found = self._probed(gains=(0.6, 0.2))
         assert found.gains == (0.2, 0.6) and set(found.blocks[0].increase) == {0.2, 0.6}
 
+    def H_cycles(self) -> None:
+        once, twice = self._probed(H_cycles=1), self._probed(H_cycles=2)
+        assert (once.H_cycles, twice.H_cycles) == (1, 2) and once.blocks[0].increase != twice.blocks[0].increase
+        assert "--H_cycles 2" in twice.command(twice.blocks[0])
+
+    def L_cycles(self) -> None:
+        none, two = self._probed(L_cycles=0), self._probed(L_cycles=2)
+        assert (none.L_cycles, two.L_cycles) == (0, 2) and none.blocks[0].increase != two.blocks[0].increase
+        assert "--L_cycles 2" in two.command(two.blocks[0])
+
     def seq_len(self) -> None:
         assert (self._probed().tokens, self._probed(seq_len=12).tokens) == (2 * 7, 2 * 11)
 
@@ -1514,7 +1524,7 @@ class Probing(Cases):
         assert self._probed(max_windows=5).tokens == 5 * 7
 
     def batch_size(self) -> None:
-        looped = self._spy(probe.LoopedBlocks, "looped")
+        looped = self._spy(probe.LoopedBlocks, "twice")
         few, many = self._probed(batch_size=1, max_windows=4), self._probed(batch_size=4, max_windows=4)
         assert [len(args[1]) for args, _, _ in looped] == [1] * (6 * 4) + [4] * 6
         assert few.loss == pytest.approx(many.loss, abs=1e-5)

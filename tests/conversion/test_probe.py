@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
+from transformers import AutoModelForCausalLM
 
-from recursify import convert
 from recursify.checkpoints.donor import open_donor
 from recursify.cli import main as cli
 from recursify.conversion import probe, probe_page
 from recursify.conversion.layer_selection import candidates
 from recursify.conversion.probe import LoopedBlocks
-from recursify.conversion.settings import ConvertSettings, ProbeSettings
+from recursify.conversion.probe_report import ProbedBlock, ProbeReport
+from recursify.conversion.settings import LARGEST_GAIN, ConvertSettings, ProbeSettings
 from recursify.data.calibration import calibration_windows
 from recursify.errors import UserError
-from recursify.network.losses import token_losses
+from recursify.network.configuration_recursive_llm import GAIN_SUM
 from tests.support.tiny import FAMILIES, make_tiny_tokenizer, sentences, tiny_donor
 
 LAYERS = 6
@@ -41,70 +43,122 @@ def settings(desk: Path, **changes: Any) -> ProbeSettings:
     return ProbeSettings(**common | changes)
 
 
-def test_figures_are_those_of_a_conversion(desk: Path) -> None:
-    """At a gain, of the model that `recursify convert --keep_donor` makes there."""
-    report = probe.run(settings(desk))
+@pytest.mark.parametrize(("H_cycles", "L_cycles"), [(3, 1), (2, 0)])
+def test_figures_are_what_evaluate_measures_of_a_conversion(
+    H_cycles: int, L_cycles: int, desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the command that the report prints, with the gain added: at a few blocks, by `recursify convert` and `recursify evaluate`."""
+    monkeypatch.chdir(desk)
+    torch.manual_seed(7)  # the start states are drawn at random
+    report = probe.run(settings(desk, H_cycles=H_cycles, L_cycles=L_cycles, gains=(0.1, 0.45)))
     assert [(block.first, block.length) for block in report.blocks] == [(n, 2) for n in range(5)] + [(n, 3) for n in range(4)]
-    ids = calibration_windows(str(desk / "text.txt"), make_tiny_tokenizer(), 32, 3)
-    seen = set()
-    for block in report.blocks:
-        for gain in (0.1, 0.4):
-            place = {"prelude_layers": block.first} if block.first else {"coda_layers": LAYERS - block.length}
-            model = convert(str(desk / "donor"), keep_donor=True, L_layers=block.length, H_cycles=2, L_cycles=0, gain=gain, **place)
-            with torch.no_grad():
-                model.model.recursion.H_init.zero_()
-                model.model.recursion.L_init.zero_()
-                plain, looped = (
-                    token_losses(model.model(ids, H_cycles=H, use_cache=False).last_hidden_state, ids, model.lm_head).mean().item()
-                    for H in (0, 2)
-                )
+    chosen, seen = [report.blocks[n] for n in (0, 2, 4, 6)], set()
+    for block in chosen:
+        for gain in report.gains:
+            torch.manual_seed(7)
+            cli.main([*shlex.split(report.command(block))[1:], "--gain", f"{gain}", "--output_path", "out.pt"])
+            capsys.readouterr()
+            measured = f"--seq_len 32 --max_windows 3 --cycles 0,{H_cycles} --device cpu --dtype float32 --json".split()
+            cli.main(["evaluate", "--checkpoint", "out.pt", "--dataset_name", "text.txt", *measured])
+            plain, looped = (row["loss"] for row in json.loads(capsys.readouterr().out)["text"]["rows"])
             assert report.loss == pytest.approx(plain, abs=1e-5)
             assert block.increase[gain] == pytest.approx(looped - plain, abs=2e-5)
-            seen.add(round(block.increase[gain], 3))
-    assert len(seen) > 8  # they differ
+            seen.add(round(block.increase[gain], 4))
+    assert len(seen) == 2 * len(chosen)  # they differ
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_at_gain_0_every_block_is_the_donor(family: str, desk: Path) -> None:
+def test_at_gain_0_every_block_is_the_donor_exactly(family: str, desk: Path) -> None:
     folder = desk / family
     tiny_donor(family, folder, num_hidden_layers=4)
-    donor = open_donor(str(folder))
-    plans = [plan for length in (1, 2, 4) for plan in candidates(donor.name, 4, length)]
-    blocks = LoopedBlocks(donor, plans, ConvertSettings(qwen_model=str(folder)))
-    ids = torch.randint(0, 300, (2, 9))
-    for plan in plans:
-        same, other = blocks.looped(ids, plan, [0.0, 0.5])
-        torch.testing.assert_close(same, blocks.plain(ids), atol=1e-5, rtol=1e-5)
-        assert (other - same).abs().max() > 1e-3
+    report = probe.run(settings(desk, checkpoint=str(folder), lengths=(1, 2, 4), gains=(0.0, 0.3), batch_size=2))
+    donor = AutoModelForCausalLM.from_pretrained(folder)
+    ids = calibration_windows(str(desk / "text.txt"), make_tiny_tokenizer(), 32, 3)
+    with torch.no_grad():
+        assert report.loss == pytest.approx(donor(ids, labels=ids).loss.item(), abs=1e-5)
+    assert len(report.blocks) == 4 + 3 + 1
+    assert all(block.increase[0.0] == 0.0 and abs(block.increase[0.3]) > 1e-5 for block in report.blocks)
+
+
+def test_above_the_largest_gain_of_a_conversion_the_other_state_counts_less(desk: Path) -> None:
+    """With gains A of a state's own and B of the other, A + B stays at the network's limit."""
+    assert LARGEST_GAIN == GAIN_SUM
+    blocks = LoopedBlocks(open_donor(str(desk / "donor")), 2, 1)
+    [plan], ids = candidates("donor", LAYERS, LAYERS), torch.randint(0, 300, (1, 9))
+    [(_, e)] = blocks.starts(ids, [plan])
+    for gain, other in ((0.2, 0.2), (0.45, 0.45), (0.6, 0.3), (0.9, 0.0)):
+        blocks.cycles(ids, plan, e, gain)
+        for injection in (blocks.model.model.recursion.inject_L, blocks.model.model.recursion.inject_H):
+            A, B = (each.detach() for each in injection.gains(torch.float32))
+            torch.testing.assert_close(A, torch.full_like(A, gain), atol=1e-6, rtol=0)
+            torch.testing.assert_close(B, torch.full_like(B, other), atol=1e-6, rtol=0)
+
+
+def test_every_layer_before_the_loops_is_run_once(desk: Path) -> None:
+    """And the inputs of the loops are the donor's hidden states."""
+    donor = open_donor(str(desk / "donor"))
+    blocks = LoopedBlocks(donor)
+    ids, counts = torch.randint(0, 300, (2, 9)), [0] * LAYERS
+    for number, layer in enumerate(blocks.model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: counts.__setitem__(number, counts[number] + 1))
+    plans = [plan for length in (1, 3) for plan in candidates(donor.name, LAYERS, length)]
+    found = list(blocks.starts(ids, plans))
+    assert counts == [1] * LAYERS
+    assert sorted((plan.loop for plan, _ in found), key=lambda loop: (len(loop), loop)) == [plan.loop for plan in plans]
+    plain = AutoModelForCausalLM.from_pretrained(desk / "donor")
+    with torch.no_grad():
+        states = plain(ids, output_hidden_states=True).hidden_states
+    for plan, e in found:
+        torch.testing.assert_close(e, states[plan.loop[0]], atol=1e-5, rtol=1e-5)
 
 
 def test_auto_is_what_convert_chooses(desk: Path) -> None:
     text = desk / "text.txt"
     report = probe.run(settings(desk, lengths=(2,), seq_len=probe._PROBE_TOKENS, max_windows=probe._PROBE_WINDOWS))
-    donor = open_donor(str(desk / "donor"))
+    donor, said = open_donor(str(desk / "donor")), list[str]()
     asked = ConvertSettings(qwen_model=str(desk / "donor"), layer_selection="auto", calibration_file=str(text), L_layers=2)
-    chosen = probe.probe(donor, candidates(donor.name, LAYERS, 2), asked, lambda _: None)
+    chosen = probe.probe(donor, candidates(donor.name, LAYERS, 2), asked, said.append)
     assert report.auto(2).first == chosen.loop[0]
+    printed = [float(line.split()[-2]) for line in said[1:]]
+    assert printed == pytest.approx([block.divergence for block in report.blocks], abs=6e-5)
 
 
 def test_command_line(desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
-    flags = ["--checkpoint", "donor", "--text", "text.txt", "--lengths", "2,6", "--gains", "0.3", "--device", "cpu", "--seq_len", "16"]
+    (desk / "donor").rename(desk / "my donor")
+    flags = ["--model", "my donor", "--text", "text.txt", "--lengths", "2,6", "--gains", "0.3", "--device", "cpu", "--seq_len", "16"]
     cli.main(["probe", *flags, "--report", "page.html"])
     text = capsys.readouterr().out
-    assert text.count("cheapest") == 2 and "gain 0.3" in text and "0..5" in text
-    commands = [line.strip() for line in text.splitlines() if line.strip().startswith("recursify convert")]
-    assert len(commands) == 2 and "--prelude_layers" not in commands[1]
-    for number, command in enumerate(commands):
-        cli.main([*shlex.split(command)[1:], "--output_path", f"out{number}.pt"])
-    cli.main(["inspect", "--checkpoint", "out0.pt", "--json"])
-    plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
-    page = (desk / "page.html").read_text()
-    assert page.count("<rect") == 2 * (5 + 1) and f"layers {plan['loop'][0]} to {plan['loop'][-1]}" in page
+    tables, choices = text.split("Where to loop")
+    assert tables.count("cheapest") == 2 and tables.count("auto") >= 2 and "gain 0.3" in tables and "0..5" in tables
+    commands = [line.strip() for line in choices.splitlines() if line.strip().startswith("recursify convert")]
     cli.main(["probe", *flags, "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["best"][0]["cheapest"] == plan["loop"][0] and found["tokens"] == 8 * 15
-    assert probe_page.render(probe.run(settings(desk))).count("<section") >= 5
+    assert found["tokens"] == 8 * 15 and (found["H_cycles"], found["L_cycles"]) == (3, 1)
+    best = {choice["command"]: choice for each in found["best"] for choice in (each["cheapest"], each["auto"])}
+    assert list(best) == commands and "--prelude_layers" not in commands[-1]
+    page = (desk / "page.html").read_text()
+    assert page.count("<title>layers ") == 2 * (5 + 1)  # for wide and for narrow screens
+    for number, (command, choice) in enumerate(best.items()):
+        cli.main([*shlex.split(command)[1:], "--output_path", f"out{number}.pt"])
+        cli.main(["inspect", "--checkpoint", f"out{number}.pt", "--json"])
+        plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+        assert (plan["loop"][0], plan["loop"][-1]) == (choice["first"], choice["last"])
+        assert f"layers {choice['first']} to {choice['last']}" in page and escape(command) in page
+
+
+def test_where_auto_and_the_loss_disagree_both_are_shown() -> None:
+    blocks = (ProbedBlock(0, 1, {0.1: 0.25}, 0.1), ProbedBlock(1, 2, {0.1: 0.125}, 0.2))
+    report = ProbeReport("d", "--qwen_model d --revision r", 3, 2.0, 10, 2, 0, (0.1,), blocks)
+    kept = "recursify convert --qwen_model d --revision r --keep_donor"
+    assert report.render().split("\n\n")[-2:] == [
+        f"2 layers, 1..2, +0.1250, the cheapest:\n  {kept} --prelude_layers 1 --L_layers 2 --H_cycles 2 --L_cycles 0",
+        f"2 layers, 0..1, +0.2500, the choice of auto:\n  {kept} --coda_layers 1 --L_layers 2 --H_cycles 2 --L_cycles 0",
+    ]
+    page = probe_page.render(report)
+    assert "2 layers, 0 to 1, +0.2500 nats, the choice of auto:</p><pre>recursify convert" in page
+    assert "layers 1 to 2 cost least, +0.1250 nats as a mean over the gains; auto chooses layers 0 to 1 (+0.2500)" in page
+    assert page.count("stroke-dasharray: 3 2") == page.count("stroke-dasharray: none") == 2
 
 
 @pytest.mark.parametrize(
@@ -112,8 +166,11 @@ def test_command_line(desk: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     [
         ({"lengths": (7,)}, r"--lengths: expected at most 6, the layers of .*donor, got 7"),
         ({"lengths": (0,)}, "--lengths: expected numbers of layers of at least 1, got 0"),
-        ({"gains": (1.5,)}, "--gains: expected numbers from 0 to 1, got 1.5"),
-        ({"gains": ()}, "--gains: expected numbers from 0 to 1, got none"),
+        ({"gains": (0.91,)}, "--gains: expected numbers from 0 to 0.9, got 0.91"),
+        ({"gains": ()}, "--gains: expected numbers from 0 to 0.9, got none"),
+        ({"H_cycles": 0}, "--H_cycles: expected at least 1, got 0"),
+        ({"L_cycles": -1}, "--L_cycles: expected at least 0, got -1"),
+        ({"seq_len": 600}, r"--seq_len: expected at most 512, the positions that .*donor has, got 600"),
         ({"seq_len": 1}, "--seq_len: expected at least 2, got 1"),
         ({"max_windows": 0}, "--max_windows: expected at least 1, got 0"),
         ({"text": "none.txt"}, "--text: none.txt cannot be read"),
@@ -122,6 +179,4 @@ def test_command_line(desk: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 )
 def test_refused_by_name(desk: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        asked = settings(desk, **changes)
-        asked.validate()
-        probe.run(asked)
+        probe.run(settings(desk, **changes))
