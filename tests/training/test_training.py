@@ -880,7 +880,7 @@ def test_run_loads_its_data_once(files: TrainSettings, tmp_path: Path, monkeypat
     class Read(Exception):
         pass
 
-    def load_blocks(*args: Any) -> Any:
+    def load_blocks(*args: Any, with_steps: bool) -> Any:
         raise Read(*args)
 
     monkeypatch.setattr("recursify.data.loading.load_blocks", load_blocks)
