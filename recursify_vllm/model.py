@@ -28,13 +28,24 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from recursify.network.configuration_recursive_llm import GAIN_SUM, applications
 
 from .layers import LAYERS, PACKED, attention_like, low_rank_updates, make_layers, updated, view
 
 logger = init_logger(f"vllm.{__name__}")
+
 RECURSION, HALTING_HEAD = "model.recursion.", "model.recursion.q_head."
+
+
+def state(x: Tensor) -> Tensor:
+    """A copy, as an operation that compilation cannot look into. A sum would be computed where it is used, which for a state is also behind
+    later layers: by then, compiled on a CPU, these have written into the buffers that it is the sum of."""
+    return x.clone()
+
+
+direct_register_custom_op("recursify_state", state, fake_impl=state)
 
 
 class Injection(nn.Module):
@@ -149,7 +160,8 @@ class RecursiveModel(nn.Module):
         x, residual = x.clone(), None
         for slot in range(first, first + count):
             x, residual = self.slots[slot](positions, x, residual)
-        return x if residual is None else x + residual
+        out: Tensor = torch.ops.vllm.recursify_state(x if residual is None else x + residual)
+        return out
 
 
 class RecursiveForCausalLM(nn.Module):

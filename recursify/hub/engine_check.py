@@ -66,7 +66,8 @@ def write(folder: Path, model: Any, tokenizer: Any) -> None:
         "prompt_ids": ids,
         "depths": [_answer(model, ids, H) for H in range(config.H_cycles + 1)],
     }
-    (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+    (folder / FILE).write_text("{\n " + ",\n ".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _slots(config: Any) -> list[int]:
