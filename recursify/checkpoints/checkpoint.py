@@ -508,6 +508,7 @@ def write_folder(
     # by itself: published donors have inconsistent ones, such as a temperature without sampling, which transformers refuses to save
     model.generation_config.to_json_file(folder / _GENERATION)
     fields = read_json(folder / "config.json")  # with dtype and record of the model in memory
+    # engines find the class by `architectures`, which `save_pretrained` alone would write
     fields |= {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch."), "conversion": record}
     write_config(folder, fields, notes.get("donor_fields"))
     if tokenizer is not None:

@@ -1,6 +1,7 @@
 """Export a checkpoint: a folder for the hub, or a plain model for engines that do not support recursion.
 
-    run(settings)         the command `recursify export`: a folder with model card and charts or, with --donor, a plain model; --push
+    run(settings)         the command `recursify export`: a folder with model card and charts or, with --donor, a plain model; --push. With
+                          --check, compare a running server with such a folder (engine_check.py)
     export_donor(model)   the layers of a recursive model as a model of the donor's class: the recursive model at H_cycles = 0
 
 Every tensor of the plain model comes from the recursive one; tensors that are left out are listed with their number of parameters.
@@ -28,7 +29,7 @@ from ..network.plan import ConversionPlan
 from ..utils.atomic import write_atomic
 from ..utils.files import read_json
 from ..utils.models import without_donor_settings
-from . import upload
+from . import engine_check, upload
 from .settings import ExportSettings
 
 Say = Callable[[str], None]
@@ -56,9 +57,12 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
     """Run the command `recursify export`.
 
     Raises:
-        UserError: Bad input, and nothing is written; or a failed upload of a folder that has been written.
+        UserError: Bad input, and nothing is written; a failed upload of a folder that has been written; or a server that differs.
     """
     _check(settings)
+    if settings.check is not None:
+        engine_check.compare(settings.checkpoint, settings.check, settings.cycles, say)
+        return ExportReport(settings.checkpoint, {})
     measured = _read_evaluations(settings.evaluation)
     if settings.push is not None:
         upload.check(settings.push)
@@ -107,6 +111,8 @@ def run(settings: ExportSettings, say: Say = print) -> ExportReport:
 
 def _check(settings: ExportSettings) -> None:
     settings.validate()
+    if settings.check is not None:
+        return
     out = Path(settings.out)
     if checkpoint.is_file_form(out):
         raise UserError(f"{out}: expected the name of a folder, got one of a .pt file; a hub repository is a folder")
@@ -299,6 +305,8 @@ def _write_recursive(
         )
         for name, svg in drawn.items():
             (folder / name).write_text(svg, encoding="utf-8")
+        if found.notes.get("approach") != checkpoint.EMBEDDING:  # without a trained head it says nothing
+            engine_check.write(folder, model, tokenizer)
 
     return _write(settings, write)
 

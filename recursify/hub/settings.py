@@ -20,7 +20,7 @@ _SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
 class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
     """Write a folder for the Hugging Face hub, or the layers as a plain model, and upload it."""
 
-    out: tyro.conf.Positional[str]
+    out: tyro.conf.Positional[str] = ""
     """Where to write: a new folder, or one that holds a recursive model, which is replaced. Also as --output_dir OUT."""
     donor: bool = False
     """Write prelude, loop and coda, as they are trained, as a plain model of the donor's architecture: the recursive model at 0 cycles."""
@@ -30,6 +30,10 @@ class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
     """Dtype of the weights. Default: that of the checkpoint."""
     max_shard_size: str = MAX_SHARD_SIZE
     """Largest size of a weights file, such as 500MB; larger weights are sharded."""
+
+    check: str | None = None
+    """Write nothing: ask the running server at this address, such as http://127.0.0.1:8000, what it says to the prompt in
+    recursify_export.json of the folder --checkpoint, and compare; at --cycles, or at any depth."""
 
     license: str | None = None
     """License for the model card, by its identifier on the hub, such as apache-2.0."""
@@ -53,6 +57,10 @@ class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
         Raises:
             UserError: A value of another form, or mutually exclusive ones.
         """
+        if self.check is not None and self.out:
+            raise UserError(f"--check: compares a server with the folder --checkpoint and writes nothing; leave {self.out} out")
+        if self.check is None and not self.out:
+            raise UserError("OUT: expected the name of the folder to write; give one, such as recursify export OUT --checkpoint model.pt")
         _expect("--license", _LICENSE, self.license, "an identifier of the hub's such as apache-2.0, mit or other")
         _expect("--base_model", HUB_ID, self.base_model, "a hub id such as Qwen/Qwen2-0.5B")
         _expect("--max_shard_size", _SIZE, self.max_shard_size, "a size such as 500MB or 5GB")

@@ -1600,6 +1600,12 @@ class Exporting(Cases):
         self._exported(out=str(self._tmp / "there"))
         assert (self._tmp / "there" / "model.safetensors").is_file() and not (self._tmp / "out").exists()
 
+    def check(self) -> None:
+        folder, _, _ = self._exported()
+        asked = self._spy(export.engine_check, "compare", answer=[])
+        export.run(self._make(checkpoint=str(folder), check="http://engine", cycles=(1,)), say=print)
+        assert asked[0][0][:3] == (str(folder), "http://engine", (1,))
+
     def checkpoint(self) -> None:
         folder, _, _ = self._exported(checkpoint=self._world.path("other.pt"))
         found = checkpoint.load(folder).model

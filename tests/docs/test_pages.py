@@ -37,8 +37,9 @@ NOT_RUN = {
     ".venv/bin/python -m benchmarks": "run in tests/benchmarks",
     "python - <<": "measures the memory of a process of its own",
     "torchrun": "several processes: tests/training/test_torchrun.py",
+    "vllm serve": "does not end; make test-vllm runs the same in an environment of its own",
+    "recursify export --checkpoint hub_folder --check": "asks a running server: tests/hub/test_engine_check.py",
     "recursify serve": "does not end; run in tests/serving",
-    "vllm serve": "needs vLLM: make test-vllm",
     "recursify evaluate --checkpoint model.pt --tasks hellaswag": "reads datasets of the hub",
     "recursify train --config recipes": "a donor of full size; tests/recipes checks every recipe",
 }

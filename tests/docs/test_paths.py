@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/**/README.md")]
-    if not {".venv", ".venv-oldest"} & set(path.parts)
+    if not {".venv", ".venv-oldest", ".venv-vllm"} & set(path.parts)
 )
-FOLDERS = ("recursify", "recipes", "benchmarks", "models", "mutants")
+FOLDERS = ("recursify", "recursify_vllm", "recipes", "benchmarks", "models", "mutants")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.name != "_moved.py")  # which lists old names
 FILE = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)*[\w-]+\.(?:py|md|css))\b(?!\()")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

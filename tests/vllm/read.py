@@ -54,7 +54,8 @@ def differences(folder: Path, told: dict[str, Any], run: dict[str, Any], options
 
     llm = LLM(
         model=str(folder), dtype="float32", hf_overrides={name: run[name] for name in ("H_cycles", "L_cycles")}, max_model_len=512,
-        max_num_seqs=16, max_num_batched_tokens=64, enable_chunked_prefill=True, enable_prefix_caching=True, disable_log_stats=True,
+        max_num_seqs=16, max_num_batched_tokens=64 + 64 * ("speculative_config" in options),
+        enable_chunked_prefill=True, enable_prefix_caching=True, disable_log_stats=True,
         block_size=32, **options,
     )  # fmt: skip
     sampling = SamplingParams(temperature=0.0, max_tokens=told["new"], ignore_eos=True, logprobs=0, detokenize=False)
@@ -84,11 +85,14 @@ def main() -> int:
     parser.add_argument("--mutant", choices=MUTANTS)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tensor_parallel", type=int, default=1)
+    parser.add_argument("--draft", help="a plain model that drafts four tokens at a time, such as recursify export --donor writes")
     given = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if given.mutant:
         MUTANTS[given.mutant]()
-    options = {"enforce_eager": not given.compile, "tensor_parallel_size": given.tensor_parallel}
+    options: dict[str, Any] = {"enforce_eager": not given.compile, "tensor_parallel_size": given.tensor_parallel}
+    if given.draft:
+        options["speculative_config"] = {"method": "draft_model", "model": given.draft, "num_speculative_tokens": 4}
     failed = 0
     for folder in (path for path in given.folders if (path / "expected.json").is_file()):
         told = json.loads((folder / "expected.json").read_text())

@@ -83,10 +83,12 @@ def make(case: Case, folder: Path) -> None:
             model = as_adapter(model, **case.lora)
         with torch.no_grad():  # gains, states and updates that matter
             for name, parameter in model.model.recursion.named_parameters():
-                if "theta" in name or "lora" in name:
-                    parameter.copy_(0.6 * torch.rand_like(parameter) - 0.1 if "theta" in name else 0.05 * torch.randn_like(parameter))
+                if "theta" in name:
+                    parameter.copy_(0.6 * torch.rand_like(parameter) - 0.1)
+                elif name.endswith(".B"):
+                    parameter.normal_(std=0.03)
                 elif name.endswith("_init"):
-                    parameter.copy_(0.5 * torch.randn_like(parameter))
+                    parameter.normal_(std=0.5)
     checkpoint.save(folder, model, make_tiny_tokenizer(), whole=not case.alone)
 
 
