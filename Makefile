@@ -16,7 +16,7 @@ test: .venv/.installed-test
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest
 
-# Models of every family, served by vLLM in an environment of its own (on a CPU, about half an hour on two cores), and two planted faults
+# Models of every family, served by vLLM in an environment of its own (on a CPU, about twenty minutes on two cores), and two planted faults
 # that it must notice. RECURSIFY_SMOLLM2=folder adds the donor of `python -m recipes.donors smollm2`.
 VLLM_CASES := .venv-vllm/cases
 VLLM_READ := VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python tests/vllm/read.py

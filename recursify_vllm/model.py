@@ -251,12 +251,13 @@ def donor_of_adapter(folder: str, config: Any) -> list[DefaultModelLoader.Source
 
 
 def check(vllm_config: VllmConfig) -> None:
-    """Refuse what cannot be served, by name.
+    """Refuse what cannot be served, by name. (Pipeline parallelism, in which the loop would go back to earlier processes, vLLM refuses for
+    models that do not declare it.)
 
     Raises:
         ValueError: It names the setting, what was expected and what to do instead.
     """
-    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+    config, processes = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
     if config.model_type not in LAYERS:
         raise ValueError(f"model_type: expected one of {', '.join(LAYERS)}, got {config.model_type}; use `recursify serve`")
     if (config.conversion or {}).get("approach") == "embedding":
@@ -267,17 +268,11 @@ def check(vllm_config: VllmConfig) -> None:
                 f"{name}: expected {plain!r}, got {got!r}: here every token runs all cycles, with a slot for each application; use "
                 "`recursify generate`, or fewer H_cycles"
             )
-    if parallel.pipeline_parallel_size > 1:
-        got = parallel.pipeline_parallel_size
-        raise ValueError(f"pipeline_parallel_size: expected 1, got {got}: the loop goes back to earlier layers; use tensor_parallel_size")
     if vllm_config.lora_config is not None:
         raise ValueError(
             "enable_lora: expected False: a LoRA of a request would act in every application of a layer, for which none was trained; "
             "merge it into the weights"
         )
-    if parallel.tensor_parallel_size > 1 and (config.is_adapter or config.model_type == "recursive_olmo2"):
-        got, what = (
-            parallel.tensor_parallel_size,
-            "low-rank updates of an adapter" if config.is_adapter else "OLMo2's norms over all queries",
-        )
-        raise ValueError(f"tensor_parallel_size: expected 1, got {got}: {what} are not divided between processes")
+    if processes > 1 and (config.is_adapter or config.model_type == "recursive_olmo2"):
+        what = "low-rank updates of an adapter" if config.is_adapter else "OLMo2's norms over all queries"
+        raise ValueError(f"tensor_parallel_size: expected 1, got {processes}: {what} are not divided between processes")

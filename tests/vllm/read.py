@@ -52,10 +52,10 @@ def differences(folder: Path, told: dict[str, Any], run: dict[str, Any], options
     """What differs in words, the largest difference of log-probabilities in nats, and how many tokens of prompts came from the cache."""
     from vllm import LLM, SamplingParams
 
+    tokens = 64 if "speculative_config" not in options else 128  # 16 sequences with drafts of 4 are more than 64
     llm = LLM(
         model=str(folder), dtype="float32", hf_overrides={name: run[name] for name in ("H_cycles", "L_cycles")}, max_model_len=512,
-        max_num_seqs=16, max_num_batched_tokens=64 + 64 * ("speculative_config" in options),
-        enable_chunked_prefill=True, enable_prefix_caching=True, disable_log_stats=True,
+        max_num_seqs=16, max_num_batched_tokens=tokens, enable_chunked_prefill=True, enable_prefix_caching=True, disable_log_stats=True,
         block_size=32, **options,
     )  # fmt: skip
     sampling = SamplingParams(temperature=0.0, max_tokens=told["new"], ignore_eos=True, logprobs=0, detokenize=False)
