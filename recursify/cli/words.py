@@ -132,7 +132,7 @@ class _Reader:
 
     def several(self, flag: str, field: str, given: list[str]) -> tuple[Any, ...]:
         kind = get_args(self.hints[field])[0]
-        unfilled = [name for name in self.required if name in self.places and name not in self.found]
+        unfilled = [name for name in self.places if not self.is_list(name) and name not in self.found]
         while self.follows() and len(self.rest) > len(unfilled) - len(self.loose):
             given.append(self.rest.popleft())
         if not given:

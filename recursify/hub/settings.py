@@ -32,8 +32,8 @@ class ExportSettings(TextMeasurement, TokenizerSource, RecursiveSource):
     """Largest size of a weights file, such as 500MB; larger weights are sharded."""
 
     check: str | None = None
-    """Write nothing: ask the running server at this address, such as http://127.0.0.1:8000, what it says to the prompt in
-    recursify_export.json of the folder --checkpoint, and compare; at --cycles, or at any depth."""
+    """Write nothing: ask the running server at this address, such as http://127.0.0.1:8000, for the log-probabilities of the prompt in
+    recursify_export.json of the folder --checkpoint, and say how far they are from it; at --cycles, or at any depth."""
 
     license: str | None = None
     """License for the model card, by its identifier on the hub, such as apache-2.0."""
