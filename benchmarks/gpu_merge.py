@@ -73,12 +73,12 @@ def put_case(name: str, data: dict[str, Any], file: Path) -> None:
 def put_row(data: dict[str, Any], folder: Path) -> None:
     """A run of a study, in the place of an earlier one of the same row and seed."""
     from recipes.evidence.__main__ import STUDIES
-    from recipes.evidence.study import add, earlier
+    from recipes.evidence.study import add
 
     make, sizes = STUDIES[data["study"]]
     file = folder / f"{data['study']}-{data['size']}.json"
-    common = {name: value for name, value in data.items() if name != "run"}
-    add(data["run"], earlier(file) | common, file, make(sizes[data["size"]]))
+    here = {name: value for name, value in data.items() if name != "run"} | {"runs": []}
+    add(data["run"], here, file, make(sizes[data["size"]]))
 
 
 def render(evidence: bool) -> None:

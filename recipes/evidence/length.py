@@ -58,7 +58,7 @@ def rows() -> list[Row]:
 def study(size: Size) -> Study:
     settings: dict[str, Any] = {
         "seq_len": SEQ_LEN, "lr": 1e-3, "warmup_steps": size.steps // 10, "weight_decay": 0.1, "lr_schedule": "wsd",
-        "dataset_name": f"permutations:difficulty={SCORED},unscored={UNSCORED},offset={OFFSET}", "bf16": False,
+        "dataset_name": f"permutations:difficulty={SCORED},unscored={UNSCORED},offset={OFFSET}",
     }  # fmt: skip
 
     def donor(folder: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def study(size: Size) -> Study:
         tokenizer = make_tokenizer([as_text(item) for item in items])
         model = small_model(shape, len(tokenizer))
         blocks = rows_of_questions([item for item in items if item.difficulty <= EASY], tokenizer, SEQ_LEN)
-        own = settings | {"max_steps": size.donor_steps, "batch_size": size.batch_size, "bf16": True, "generate_every": 0, "save_every": 0}
+        own = settings | {"max_steps": size.donor_steps, "batch_size": size.batch_size, "generate_every": 0, "save_every": 0}
         fit(model, tokenizer, blocks, blocks[: size.batch_size], TrainSettings(checkpoint="", **own), console=False)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

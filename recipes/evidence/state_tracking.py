@@ -79,7 +79,18 @@ def rows() -> list[Row]:
             for name, rank, changes in (
                 ("LoRA 4", 4, {}), ("LoRA 64", 64, {}),
                 ("start gain 0", 16, {"start_gain": 0.0}), ("start gain 0.2", 16, {"start_gain": 0.2}),
-                ("learning rate 1e-3", 16, {"lr": 1e-3}), ("one depth", 16, {"cycle_choices": (), "cycle_weights": ()}),
+                ("learning rate 1e-3", 16, {"lr": 1e-3}), ("learning rate 1e-2", 16, {"lr": 1e-2}),
+                ("one depth", 16, {"cycle_choices": (), "cycle_weights": ()}),
+            )
+        ),
+        *(
+            Row(f"adapter: {name}", "adapter", KEEP | shape, lora_rank=16, lora=lora, changes={"lr": 3e-3})
+            for name, shape, lora in (
+                ("attention alone", {}, {"lora_targets": "attention"}), ("MLP alone", {}, {"lora_targets": "mlp"}),
+                ("LoRA for every cycle", {}, {"lora_per": "cycle"}),
+                ("loop of the first two layers", {"prelude_layers": 0, "coda_layers": 2}, {}),
+                ("loop of the last two layers", {"prelude_layers": 2, "coda_layers": 0}, {}),
+                ("L 3", {"L_cycles": 3}, {}),
             )
         ),
     ]  # fmt: skip
@@ -100,7 +111,7 @@ def study(size: Size) -> Study:
         blocks = rows_of_questions(words, tokenizer, SHORT + EXTRA)
         own = settings | {
             "seq_len": SHORT + EXTRA, "lr": 1.5e-3, "warmup_steps": size.donor_steps // 15, "max_steps": size.donor_steps,
-            "batch_size": size.batch_size, "bf16": True, "generate_every": 0, "save_every": 0,
+            "batch_size": size.batch_size, "generate_every": 0, "save_every": 0,
         }  # fmt: skip
         fit(model, tokenizer, blocks, blocks[: size.batch_size], TrainSettings(checkpoint="", **own), console=False)
         model.save_pretrained(folder)

@@ -29,6 +29,7 @@ from recursify.data.question_rows import question_columns
 from recursify.data.tasks import Item
 from recursify.network.size import shape_of
 from recursify.training import TrainSettings, fit
+from recursify.training.arguments import choose_autocast
 from recursify.training.cost import estimate
 from recursify.utils.device import choose_device
 
@@ -50,6 +51,7 @@ class Row:
         rival: The baseline whose recursion replaces ours.
         lora_rank: The donor is frozen: of ours the recursion is an adapter of it, of the donor itself all linear layers get LoRA of that
             rank (PEFT's). None trains everything.
+        lora: More arguments of `as_adapter`.
         changes: Of the study's training settings.
         budget: "none" trains nothing; "tokens" as many steps as all; "flops" as many as cost what another row costs.
         against: That row; the study's main one where None.
@@ -61,6 +63,7 @@ class Row:
     shape: dict[str, Any] | None = None
     rival: str | None = None
     lora_rank: int | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     budget: Literal["none", "tokens", "flops"] = "tokens"
     against: str | None = None
@@ -137,7 +140,7 @@ def run(
     folder = donor_folder(study, size_name, work)
     make_donor(study, folder)
     file = output / f"{study.name}-{size_name}.json"
-    found = earlier(file) | about(study, size_name, size, folder, where)
+    found, here = earlier(file), about(study, size_name, size, folder, where)
     jobs = [
         (make, size, number, seed, folder, str(where))
         for number, row in enumerate(study.rows)
@@ -145,8 +148,8 @@ def run(
         if (row.name in wanted if wanted else not _is_there(found, row, seed))
     ]
     for entry in _done(jobs, processes):
-        add(entry, found, file, study)
-    return found
+        add(entry, here, file, study)
+    return earlier(file)
 
 
 def donor_folder(study: Study, size_name: str, work: Path) -> Path:
@@ -176,10 +179,20 @@ def about(study: Study, size_name: str, size: Size, folder: Path, device: torch.
     }  # fmt: skip
 
 
-def add(entry: dict[str, Any], found: dict[str, Any], file: Path, study: Study) -> None:
-    """Put a run in the place of an earlier one of the same row and seed, and keep all."""
+def add(entry: dict[str, Any], here: dict[str, Any], file: Path, study: Study) -> None:
+    """Put a run in the place of an earlier one of the same row and seed, and keep all.
+
+    Args:
+        here: `about` this run. What the file says holds for its other runs; a run of another machine, commit or version says its own.
+    """
+    found = here | earlier(file)  # runs, too
+    if any(found["machine"].get(key) != here["machine"].get(key) for key in ("cpu", "gpu", "versions", "commit")):
+        entry = entry | {"machine": here["machine"]}
     found["runs"] = [e for e in found["runs"] if (e["name"], e["seed"]) != (entry["name"], entry["seed"])] + [entry]
-    _write(file, found, study)
+    order = [row.name for row in study.rows]
+    found["runs"].sort(key=lambda e: (order.index(e["name"]) if e["name"] in order else len(order), e["seed"]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _done(jobs: Sequence[tuple[Any, ...]], processes: int) -> Iterator[dict[str, Any]]:
@@ -198,7 +211,8 @@ def one(make: Maker, size: Size, number: int, seed: int, folder: Path, device_na
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # the auto class takes any tokenizer of a Qwen2 for Qwen2's own
     data = study.train(tokenizer, size.steps * size.batch_size)
     torch.manual_seed(seed)  # what a rival, H_init and L_init start from
-    model, settings = _model(row, folder, device), _settings(study, size, row, seed, folder, device)
+    model = _model(row, folder, device)
+    settings = choose_autocast(_settings(study, size, row, seed, folder, device), model.config, device)
     if row.budget == "flops":
         budget = _flops_of(row.against or study.main, study, size, folder, device)
         settings = replace(settings, max_steps=max(1, round(budget / _flops(row, model.config, settings, 1))))
@@ -216,7 +230,8 @@ def one(make: Maker, size: Size, number: int, seed: int, folder: Path, device_na
     return {
         "name": row.name, "group": row.group, "seed": seed, "shape": row.shape, "rival": row.rival, "changes": row.changes,
         "trained_cycles": trained, "steps": steps, "flops": _flops(row, model.config, settings, steps),
-        "parameters": sum(p.numel() for p in model.parameters()), "lora_rank": row.lora_rank,
+        "parameters": sum(p.numel() for p in model.parameters()), "lora_rank": row.lora_rank, "lora": row.lora,
+        "bf16": settings.bf16,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) if steps else 0,
         "seconds": round(seconds, 1), "figures": figures, "loss": history,
     }  # fmt: skip
@@ -248,7 +263,7 @@ def _model(row: Row, folder: Path, device: Any) -> Any:
     else:
         model = convert(str(folder), **row.shape)
         if row.lora_rank:
-            model = as_adapter(model, lora_rank=row.lora_rank, lora_alpha=2.0 * row.lora_rank)
+            model = as_adapter(model, lora_rank=row.lora_rank, lora_alpha=2.0 * row.lora_rank, **row.lora)
     if device.type == "cpu":
         model.set_attn_implementation("eager")  # at these lengths faster than sdpa
     if row.rival is not None:
@@ -259,7 +274,7 @@ def _model(row: Row, folder: Path, device: Any) -> Any:
 def _settings(study: Study, size: Size, row: Row, seed: int, folder: Path, device: Any) -> TrainSettings:
     values: dict[str, Any] = {
         "checkpoint": str(folder), "max_steps": size.steps, "batch_size": size.batch_size, "seed": seed, "device": str(device),
-        "bf16": True, "generate_every": 0, "save_every": 0, "log_every": max(1, size.steps // 20),
+        "generate_every": 0, "save_every": 0, "log_every": max(1, size.steps // 20),
     }  # fmt: skip
     if row.shape is not None:
         values |= SUPERVISED | varied(row.shape["H_cycles"])
@@ -282,22 +297,12 @@ def _teacher(settings: TrainSettings, folder: Path, device: Any) -> Any:
 
 
 def earlier(file: Path) -> dict[str, Any]:
-    """The `runs` of a file of results; none if it is not there."""
-    return {"runs": json.loads(file.read_text())["runs"] if file.exists() else []}
+    """What a file of results has; no runs if it is not there."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
 
 
 def _is_there(found: dict[str, Any], row: Row, seed: int) -> bool:
     return any((entry["name"], entry["seed"]) == (row.name, seed) for entry in found["runs"])
-
-
-def _write(file: Path, found: dict[str, Any], study: Study) -> None:
-    """Keeps what another process has added meanwhile."""
-    own = {(entry["name"], entry["seed"]) for entry in found["runs"]}
-    found["runs"] += [entry for entry in earlier(file)["runs"] if (entry["name"], entry["seed"]) not in own]
-    order = [row.name for row in study.rows]
-    found["runs"].sort(key=lambda entry: (order.index(entry["name"]) if entry["name"] in order else len(order), entry["seed"]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:

@@ -221,6 +221,7 @@ def setting(found: dict[str, Any], groups: Sequence[str]) -> str:
     for run in found["runs"]:  # rows that were added later, on another machine
         if "machine" in run:
             where = f"{run['machine']['gpu'] or run['machine']['cpu']}, commit {(run['machine']['commit'] or 'unknown')[:10]}"
+            where += "" if run.get("bf16", True) else ", in float32"
             elsewhere.setdefault(where, []).append(run["name"])
     added = "".join(f" Rows run on {where}: {'; '.join(dict.fromkeys(names))}." for where, names in elsewhere.items())
     return (

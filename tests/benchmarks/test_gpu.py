@@ -226,19 +226,21 @@ def test_merging_keeps_other_cases_and_replaces_the_same(tmp_path: Path) -> None
 
 
 def test_rows_of_a_study_are_merged_by_row_and_seed(tmp_path: Path) -> None:
-    def row(name: str, seed: int, loss: float) -> dict[str, Any]:
-        common = {"study": "prose", "size": "gpu", "settings": {}, "steps": 1, "batch_size": 1, "donor": {}, "machine": {}}
+    def row(name: str, seed: int, loss: float, gpu: str = "small") -> dict[str, Any]:
+        common = {"study": "prose", "size": "gpu", "settings": {}, "steps": 1, "batch_size": 1, "donor": {}, "machine": {"gpu": gpu}}
         return result(f"evidence: prose, {name}, seed {seed}", common | {"run": {"name": name, "seed": seed, "loss": loss}})
 
     gpu_merge.merge(
         put(tmp_path / "found", row("naive loop", 0, 1.0), row("donor as it is", 0, 2.0), row("naive loop", 1, 3.0)), tmp_path, tmp_path
     )
-    gpu_merge.merge(put(tmp_path / "later", row("naive loop", 1, 4.0)), tmp_path, tmp_path)
+    gpu_merge.merge(put(tmp_path / "later", row("naive loop", 1, 4.0, "large")), tmp_path, tmp_path)
     found = json.loads((tmp_path / "prose-gpu.json").read_text())
     assert found["study"] == "prose" and "run" not in found
     assert [(run["name"], run["seed"], run["loss"]) for run in found["runs"]] == [
         ("donor as it is", 0, 2.0), ("naive loop", 0, 1.0), ("naive loop", 1, 4.0),
     ]  # fmt: skip
+    assert found["machine"] == {"gpu": "small"}, "of the first run; one of another machine says its own"
+    assert [run.get("machine") for run in found["runs"]] == [None, None, {"gpu": "large"}]
 
 
 def test_nothing_to_merge(tmp_path: Path) -> None:
