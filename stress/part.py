@@ -72,8 +72,9 @@ def next_case(file: Path, seed: int) -> int:
 def record(file: Path, outcome: Outcome, seed: int, seconds: float) -> None:
     """Add a run to a file of results, with machine, versions and commit."""
     run = {
-        "seed": seed, "first": outcome.first, "cases": outcome.cases, "minutes": round(seconds / 60, 2), "counts": dict(sorted(outcome.counts.items())),
-        "faults": outcome.faults, **({"notes": outcome.notes} if outcome.notes else {}), "machine": provenance(torch.device("cpu")),
+        "seed": seed, "first": outcome.first, "cases": outcome.cases, "minutes": round(seconds / 60, 2),
+        "counts": dict(sorted(outcome.counts.items())), "faults": outcome.faults, "notes": outcome.notes,
+        "machine": provenance(torch.device("cpu")),
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({"runs": [*earlier(file), run]}, indent=1) + "\n")

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import shlex
 from array import array
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,11 @@ from .arguments import check_tf32, choose_autocast, total_steps
 from .cost import estimate
 from .fitting import FitResult, fit, result_of
 from .gains import sweep_length
+from .lock import sole_run
 from .optimizers import warmup_of
 from .parallel import announce, check_launch, describe_launch, processes
 from .quantize import check_4bit
-from .saving import RUN, STATE, Saver, best_name, keep_previous, make_folder, resume_points, state_folder, step_of
+from .saving import RUN, STATE, Saver, best_name, keep_previous, make_folder, sound_point, state_folder, step_of
 from .settings import DonorSettings, RunSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -66,8 +68,8 @@ def train(settings: RunSettings) -> TrainResult:
     """Train a checkpoint, or the initial model of an approach, on a dataset; write checkpoints, the best model and metrics.jsonl.
 
     Raises:
-        UserError: A setting out of range, an unusable checkpoint, donor or dataset, a folder that cannot be written, or a resume with
-            other settings.
+        UserError: A setting out of range, an unusable checkpoint, donor or dataset, a folder that cannot be written or that another run
+            is writing to, or a resume with other settings or of damaged checkpoints.
     """
     settings.validate()
     device = choose_device(settings.device)
@@ -75,6 +77,13 @@ def train(settings: RunSettings) -> TrainResult:
     check_tf32(settings, device)
     check_4bit(settings, device)
     PartialState(cpu=device.type == "cpu")  # initialises the process group before the first collective
+    if settings.dry_run:
+        return _train(settings, device, lambda: None)
+    with sole_run(settings.folder) as lock:
+        return _train(settings, device, lock)
+
+
+def _train(settings: RunSettings, device: torch.device, lock: Callable[[], None]) -> TrainResult:
     point = _point_to_resume(settings) if settings.resume else None
     if point is not None and settings.bf16 is None:  # what a probe chose then holds: another choice would not be the same run
         settings = replace(settings, bf16=read_json(state_folder(point) / RUN)["settings"].get("bf16"))
@@ -109,6 +118,7 @@ def train(settings: RunSettings) -> TrainResult:
         return TrainResult(best, result_of(state, interrupted=False))
 
     make_folder(settings.folder)
+    lock()
     if best.exists() and point is None:
         announce(f"{best} is of an earlier run; it is kept as {keep_previous(best).name}, the last one before this run")
     notes = {**loaded.notes, "approach": settings.approach}
@@ -230,12 +240,11 @@ def _recorded_donor(notes: dict[str, Any], settings: RunSettings) -> tuple[str, 
 
 
 def _point_to_resume(settings: RunSettings) -> Path | None:
-    """The newest complete checkpoint; None if there is none, and the run starts from the beginning."""
-    points = resume_points(settings.folder)
-    if not points:
+    """The newest sound checkpoint; None if there is none, and the run starts from the beginning."""
+    point = sound_point(settings.folder, announce)
+    if point is None:
         announce(f"--resume: no checkpoint_step_N.pt with its _state folder in {settings.folder.absolute()}; starting from the beginning")
         return None
-    point = points[0]
     run, now = read_json(state_folder(point) / RUN), asdict(settings)
     if run["approach"] != settings.approach:
         raise UserError(

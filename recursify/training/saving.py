@@ -5,7 +5,8 @@
     ..._best_previous.pt               the best model that an earlier run left in the folder
     checkpoint_step_N.pt               the weights after optimizer step N, likewise
     checkpoint_step_N_state/           further state for a resume: optimizer, schedule, random states of each rank; the float32 weights if
-                                       those in the .pt are rounded or averaged
+                                       those in the .pt are rounded or averaged; SHA256SUMS of the whole checkpoint, for sha256sum -c
+    .recursify.lock                    held by the run that writes here, until it ends or is killed
     metrics.jsonl                      all log entries
 
 Both parts of a checkpoint are written to a temporary folder, synced and renamed together, so a kill at any moment leaves the previous
@@ -25,12 +26,14 @@ from zipfile import is_zipfile
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..checkpoints import checkpoint
 from ..errors import UserError
 from ..network.configuration_recursive_llm import PREFIX
 from ..network.plan import ConversionPlan
+from ..utils.checksums import first_damaged, write_sums
 from ..utils.files import read_json
 from .optimizers import warmup_of
 from .parallel import processes
@@ -132,7 +135,7 @@ class Saver:
         """
         path = self.folder / f"checkpoint_step_{step}.pt"
         _delete_state(path)  # left by an earlier run with other weights
-        self.save(path, model, {} if write_state is None else {state_folder(path): write_state}, step=step, **notes)
+        self.save(path, model, {} if write_state is None else {state_folder(path): _with_sums(write_state, path)}, step=step, **notes)
         # The checkpoint just written comes first even if the clock was set back.
         points = [path, *(point for point in resume_points(self.folder) if point != path)]
         for old in points[KEPT_STATES:]:
@@ -160,6 +163,51 @@ def resume_points(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, latest first by time of writing: an earlier run may have left a higher step."""
     written = {path: when for path in _checkpoints(folder) if (when := _saved_at(path)) is not None}
     return sorted(written, key=written.__getitem__, reverse=True)
+
+
+def sound_point(folder: Path, say: Callable[[str], object]) -> Path | None:
+    """The newest complete checkpoint whose files are as they were written; None if none was written. Collective; rank 0 reads.
+
+    Args:
+        say: Called with a line for every checkpoint that is damaged.
+
+    Raises:
+        UserError: There are checkpoints, and all of them are damaged.
+    """
+    found: list[Any] = [None, []]
+    if PartialState().is_main_process:
+        found = list(_sound_point(folder))
+    point, damaged = broadcast_object_list(found)
+    for file in damaged:
+        say(f"{file} is damaged: it is not as it was written; that checkpoint is not resumed from")
+    if point is None and damaged:
+        raise UserError(
+            f"--resume: no checkpoint in {folder} is sound; restore {damaged[0]} from a backup, or give no --resume, which starts anew"
+        )
+    return point
+
+
+def _sound_point(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The point, and what is damaged in those that are newer or cannot be dated."""
+    points = resume_points(folder)
+    damaged = [path for path in _checkpoints(folder) if path not in points and (state_folder(path) / RUN).exists()]
+    for point in points:
+        file = first_damaged(state_folder(point))
+        if file is None:
+            return point, damaged
+        damaged.append(file)
+    return None, damaged
+
+
+def _with_sums(write: Callable[[Path], Any], path: Path) -> Callable[[Path], Any]:
+    """A writer of a state folder that adds the checksums of the checkpoint, which has been written beside it."""
+
+    def write_with_sums(state: Path) -> None:
+        write(state)
+        weights = state.parent / path.name
+        write_sums(state, [weights, *checkpoint.tokenizer_folder(weights).glob("*"), *state.glob("*")])
+
+    return write_with_sums
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 from transformers import Qwen2Config
@@ -175,6 +176,18 @@ class Case:
 TRAIN = "recursify train --checkpoint kept.pt"
 QUICK = "--start_gain 0.1 --max_steps 1 --generate_every 0 --save_every 0"
 
+SAVED = "--start_gain 0.1 --max_steps 2 --generate_every 0 --save_every 1 --output_dir runs/long"
+HELD: list[Any] = []
+
+
+def damaged(*steps: int) -> None:
+    """A run in runs/long of two steps, and the checkpoints of some of them with another last byte."""
+    cli.main([*shlex.split(f"{TRAIN} {SAVED}")[1:], "--dataset_name", "my_text.txt"])
+    for step in steps:
+        file = Path(f"runs/long/checkpoint_step_{step}.pt")
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
 
 def edited(path: str, change: Callable[[dict[str, Any]], Any]) -> None:
     """kept.pt with a change in its content, and its tokenizer."""
@@ -261,7 +274,12 @@ CASES: dict[str, dict[str, Case]] = {
             ],
         ),
         "Warm-up of": Case(f"{TRAIN} {QUICK} --dry_run"),
-        "--resume: no checkpoint": Case(f"{TRAIN} --resume --dry_run --output_dir runs/none"),
+        "--resume: no checkpoint_step": Case(f"{TRAIN} --resume --dry_run --output_dir runs/none"),
+        "runs/long/checkpoint_step": Case(f"{TRAIN} {SAVED} --resume", prepare=lambda: damaged(2)),
+        "--resume: no checkpoint in": Case(f"{TRAIN} {SAVED} --resume", prepare=lambda: damaged(1, 2)),
+        "--output_dir: another run": Case(
+            f"{TRAIN} {SAVED}", prepare=lambda: HELD.append(filelock.FileLock("runs/long/.recursify.lock").acquire())
+        ),
         "step": Case(f"{TRAIN} --start_gain 0.1 --lr 1e30 --max_steps 3 --output_dir runs/hot"),
         "The validation loss": Case(
             f"{TRAIN} --start_gain 0.1 --lr 1e-30 --eval_every 1 --early_stopping_patience 1 --max_steps 3 --save_every 0"

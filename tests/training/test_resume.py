@@ -33,9 +33,10 @@ from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
 from recursify.conversion.convert import convert
 from recursify.errors import UserError
-from recursify.training import TrainSettings, fit, saving
+from recursify.training import TrainSettings, fit, lock, saving
 from recursify.training.loss_module import LossModule
 from recursify.training.saving import BEST, Saver, make_folder, resume_points, state_folder
+from recursify.utils import checksums
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_donor
 
 SEQ_LEN = 32
@@ -536,6 +537,91 @@ def test_damaged_state_is_skipped(tmp_path: Path) -> None:
     for damage in ("", "{}", "[]"):
         (tmp_path / "checkpoint_step_2_state" / saving.RUN).write_text(damage)
         assert newest(tmp_path) == 1
+
+
+def flip_a_bit(file: Path, seed: int) -> None:
+    content, rng = bytearray(file.read_bytes()), random.Random(seed)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+def files_of(point: Path) -> list[Path]:
+    return sorted([point, *checkpoint.tokenizer_folder(point).iterdir(), *state_folder(point).iterdir()])
+
+
+def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_taken(tmp_path: Path) -> None:
+    saver, model = Saver(tmp_path, make_tiny_tokenizer(), torch.float32), constant_model(1.0)
+    for step in (1, 2):
+        save_constant(saver, step, model, float(step))
+    first, second = (tmp_path / f"checkpoint_step_{step}.pt" for step in (1, 2))
+    said: list[str] = []
+    assert saving.sound_point(tmp_path, said.append) == second and not said
+    assert {file.name for file in files_of(second)} > {"checkpoint_step_2.pt", "tokenizer.json", "optimizer.pt", "run.json", "SHA256SUMS"}
+    for number, file in enumerate(files_of(second)):
+        for seed in range(3):
+            whole = file.read_bytes()
+            flip_a_bit(file, 10 * number + seed)
+            said.clear()
+            assert saving.sound_point(tmp_path, said.append) == first, (file, seed)
+            (line,) = said
+            named = line.partition(" is damaged")[0]
+            assert named in (str(file), str(second)) or file.name == checksums.NAME, line
+            file.write_bytes(whole)
+    flip_a_bit(second, 0), flip_a_bit(first, 0)
+    with pytest.raises(UserError, match=r"--resume: no checkpoint in .* is sound; restore .*checkpoint_step_2.pt from a backup, or give"):
+        saving.sound_point(tmp_path, said.append)
+
+
+def test_sha256sum_reads_the_checksums(tmp_path: Path) -> None:
+    save_constant(Saver(tmp_path, make_tiny_tokenizer(), torch.float32), 1, constant_model(1.0), 1.0)
+    checked = ["sha256sum", "--check", "--strict", "--quiet", checksums.NAME]
+    if shutil.which(checked[0]) is None:
+        pytest.skip("no sha256sum here")
+    assert subprocess.run(checked, cwd=tmp_path / "checkpoint_step_1_state").returncode == 0
+    flip_a_bit(tmp_path / "checkpoint_step_1.pt", 0)
+    assert subprocess.run(checked, cwd=tmp_path / "checkpoint_step_1_state", capture_output=True).returncode == 1
+
+
+def test_a_checkpoint_without_checksums_is_taken(tmp_path: Path) -> None:
+    """Earlier versions wrote none."""
+    save_constant(Saver(tmp_path, make_tiny_tokenizer(), torch.float32), 1, constant_model(1.0), 1.0)
+    (tmp_path / "checkpoint_step_1_state" / checksums.NAME).unlink()
+    assert saving.sound_point(tmp_path, print) == tmp_path / "checkpoint_step_1.pt"
+
+
+def test_resume_from_the_checkpoint_before_a_damaged_one_equals_uninterrupted(
+    server: Server, whole_runs: Callable[[str], Path], corner: Path, tmp_path: Path
+) -> None:
+    whole, out = whole_runs("bfloat16 files"), tmp_path / "out"
+    shutil.copytree(whole, out)
+    newest_point, before = resume_points(out)
+    flip_a_bit(newest_point, 1)
+    life = server.run("command", *argv_of("bfloat16 files", corner, out), "--resume")
+    assert life.status == 0, life.output
+    assert f"{newest_point} is damaged: it is not as it was written" in life.output
+    assert f"Resuming from {before}" in life.output
+    assert_same_results(out, whole)
+
+
+# Two runs in one folder
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends_or_is_killed(server: Server, corner: Path, tmp_path: Path) -> None:
+    words = argv_of("everything", corner, out := tmp_path / "out")
+    life = server.start("command", *words)
+    until(lambda: (out / lock.LOCK).exists() and list(out.glob("checkpoint_step_*.pt")), life)
+    life.kill(signal.SIGSTOP)
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as ended:
+            command(*words, *more)
+        assert ended.value.code == 2
+    words = rf"--output_dir: another run is writing to {out}; wait until it ends, stop it, or choose another"
+    with pytest.raises(UserError, match=words), lock.sole_run(out):
+        pass
+    life.kill()
+    life.wait()
+    with lock.sole_run(out):
+        pass
 
 
 # Disks that are full
