@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..errors import UserError
 from ..utils.atomic import write_text
 from .charts import Size, chart_style, shown
 
@@ -64,10 +65,17 @@ def style_sheet(package: str, name: str) -> str:
 
 
 def write_document(html: str, path: str | Path) -> Path:
-    """Write a page to `path` atomically, creating its folder."""
+    """Write a page to `path` atomically, creating its folder.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, html)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, html)
+    except OSError as error:
+        raise UserError(f"{path}: the page could not be written ({error.strerror}); free some space, or name another file") from error
     return path
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from ..checkpoints import checkpoint
 from ..errors import UserError
 from ..network.configuration_recursive_llm import PREFIX
 from ..network.plan import ConversionPlan
+from ..utils.atomic import clear_leftovers
 from ..utils.checksums import first_damaged, write_sums
 from ..utils.files import read_json
 from .optimizers import warmup_of
@@ -44,7 +44,6 @@ BEST_ADAPTER = "qwen_recursive_adapter_best"
 METRICS = "metrics.jsonl"
 RUN, STATE, MASTERS, AVERAGES = "run.json", "trainer_state.json", "float32_weights.pt", "averaged_weights.pt"  # in a state folder
 KEPT_STATES = 2  # only the newest is resumed from; the previous one is a backup in case it is damaged
-EMPTY_FOLDER_GRACE = 60.0  # seconds in which an empty temporary folder may still be in use
 # Settings recorded in a checkpoint: those that affect the weights. Paths and hardware are not recorded.
 _RECORDED_SETTINGS = (
     "dataset_name", "dataset_config_name", "mix", "seq_len", "separate_documents", "batch_size", "grad_accum_steps", "cycle_choices",
@@ -52,9 +51,6 @@ _RECORDED_SETTINGS = (
     "distill_weight", "self_distill_weight", "monotone_weight", "halting_weight",
 )  # fmt: skip
 _STEP_NAME = re.compile(r"checkpoint_step_\d+")  # not a user's copy such as checkpoint_step_1000_good.pt
-_SAVED_NAME = re.compile(
-    rf"({_STEP_NAME.pattern}|[a-z0-9]+_recursive_(finetuned|adapter)_best)(\.pt|_tokenizer|_state)"
-)  # contents of a save's temporary folder
 
 
 def best_name(config: Any) -> str:
@@ -251,27 +247,9 @@ def make_folder(folder: Path) -> None:
 
 
 def _delete_leftovers(folder: Path) -> None:
-    """Delete temporary folders of killed saves, and states without weights. Two runs do not share a folder, but another command may be
-    writing to it: its temporary folder is kept, and an empty one, which may be its, until EMPTY_FOLDER_GRACE has passed."""
-    for temporary in folder.glob(".recursify-*"):
-        entries = list(temporary.iterdir())
-        if entries and all(_SAVED_NAME.fullmatch(entry.name.removesuffix(".old")) for entry in entries):
-            for old in temporary.glob("*.old"):
-                _restore_or_delete(old, folder / old.stem)
-            if not any(temporary.glob("*.old")):
-                shutil.rmtree(temporary, ignore_errors=True)
-        elif not entries and time.time() - temporary.stat().st_mtime > EMPTY_FOLDER_GRACE:
-            temporary.rmdir()
+    """Delete what killed saves left, and states without weights."""
+    clear_leftovers(folder)
     for state in folder.glob("checkpoint_step_*_state"):
         path = state.with_name(state.name.removesuffix("_state") + ".pt")
         if _STEP_NAME.fullmatch(path.stem) and not path.exists():
             shutil.rmtree(state, ignore_errors=True)
-
-
-def _restore_or_delete(old: Path, place: Path) -> None:
-    """A folder that a killed save was replacing: restore it if the new one is missing; delete it if all of its files exist in the new one.
-    Files of a user are kept."""
-    if not place.exists():
-        old.rename(place)
-    elif all((place / entry.name).exists() for entry in old.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)

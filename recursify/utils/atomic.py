@@ -1,4 +1,8 @@
-"""Atomic writes of files and folders: write to a temporary place, then rename."""
+"""Atomic writes of files and folders: write to a temporary place, then rename.
+
+The temporary place is a folder `.recursify-...` beside the result, locked as long as its process lives. What a killed process left there is
+deleted by the next write beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,19 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from ..errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
+_ASIDE, _LOCK = ".recursify-", ".lock"
+_GRACE = 60.0  # seconds in which an empty temporary folder may be about to be locked
 _WINDOWS = sys.platform == "win32"
 
 
@@ -39,9 +47,11 @@ def write_atomic(
     """
     folders = folders or {}
     last = [*writers][-1]
-    temporary = None
+    temporary, lock = None, None
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=".recursify-", dir=last.absolute().parent))
+        clear_leftovers(last.absolute().parent)
+        temporary = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=last.absolute().parent))
+        lock = _locked(temporary)
         for path, write in writers.items():
             target = temporary / path.name
             if path in folders:
@@ -64,7 +74,62 @@ def write_atomic(
         ) from error
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary, lock)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed writes left beside their results, and restore a folder that one of them was replacing."""
+    with suppress(OSError):  # a folder that cannot be read or written has other troubles, which the caller meets
+        for temporary in folder.glob(f"{_ASIDE}*"):
+            if (lock := _lock_of_the_dead(temporary)) is not None:
+                for old in temporary.glob("*.old"):
+                    _restore_or_delete(old, folder / old.stem)
+                if not any(temporary.glob("*.old")):
+                    _remove(temporary, lock)
+                lock.release()
+            elif not any(temporary.iterdir()) and time.time() - temporary.stat().st_mtime > _GRACE:
+                temporary.rmdir()
+
+
+def _locked(temporary: Path) -> filelock.BaseFileLock | None:
+    """The lock of a temporary folder, taken; None on a disk without locks."""
+    lock = filelock.FileLock(temporary / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except (NotImplementedError, filelock.Timeout):
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+        return None
+    return lock
+
+
+def _lock_of_the_dead(temporary: Path) -> filelock.BaseFileLock | None:
+    """The lock of a temporary folder whose process is gone, taken; None if the process lives, or the folder has no lock."""
+    return _locked(temporary) if (temporary / _LOCK).is_file() else None
+
+
+def _remove(temporary: Path, lock: filelock.BaseFileLock | None) -> None:
+    """Delete a temporary folder, its lock last, so that a kill in between leaves what the next write deletes."""
+    with suppress(OSError):
+        for entry in temporary.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != _LOCK:
+                entry.unlink()
+    if lock is not None:
+        lock.release()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _restore_or_delete(old: Path, place: Path) -> None:
+    """A folder that a killed write was replacing: restore it if the new one is missing; delete it if all of its files exist in the new one.
+    Files of a user are kept."""
+    if not place.exists():
+        old.rename(place)
+    elif all((place / entry.name).exists() for entry in old.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,7 +143,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk that failed the write fails this, too
+            temporary.unlink(missing_ok=True)
 
 
 def _flush(target: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partialmethod
@@ -612,6 +613,21 @@ def test_beside_files_are_renamed_last_after_fsync(form: str, model: RecursiveLL
     assert moved == (["model_tokenizer", "model.pt", "state.pt"] if form == "model.pt" else ["model", "state.pt"])
     assert saved.stat().st_ino in synced and (saved / "state.pt").read_text() == "new"
     checkpoint.load(saved / form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_killed_write_is_cleared_away_by_the_next(form: str, model: RecursiveLLM, saved: Path) -> None:
+    before = {path.name for path in saved.iterdir()}
+    if not (pid := os.fork()):
+        try:
+            checkpoint.save(saved / form, model, other_tokenizer(), approve=lambda: os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    (left,) = {path.name for path in saved.iterdir()} - before
+    assert left.startswith(".recursify-") and (saved / left / form).exists()
+    checkpoint.save(saved / form, model, other_tokenizer())
+    assert {path.name for path in saved.iterdir()} == before
 
 
 def test_identical_folder_is_not_replaced(model: RecursiveLLM, saved: Path) -> None:

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import filelock
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -476,18 +477,22 @@ def test_next_run_removes_leftovers_of_killed_runs(kind: str, server: Server, tm
 
 
 def test_temporary_folders_of_other_commands_are_kept(tmp_path: Path) -> None:
-    """Convert may be writing beside the run right now."""
-    theirs, ours, empty, spent = (tmp_path / f".recursify-{name}" for name in ("theirs", "ours", "empty", "spent"))
-    for folder, name in ((theirs, "init.pt"), (theirs, "init_tokenizer.old"), (ours, "checkpoint_step_7.pt"), (ours, BEST)):
-        folder.mkdir(exist_ok=True)
-        (folder / name).write_text("")
-    empty.mkdir(), spent.mkdir()
+    """Convert may be writing beside the run right now: it holds the lock of its folder."""
+    theirs, dead, unknown, empty, spent = (tmp_path / f".recursify-{name}" for name in ("theirs", "dead", "unknown", "empty", "spent"))
+    for folder in (theirs, dead, unknown, empty, spent):
+        folder.mkdir()
+    for folder in (theirs, dead, unknown):
+        (folder / "init.pt").write_text("")
+    (dead / ".lock").touch()
     os.utime(spent, (time.time() - 600,) * 2)
     (tmp_path / "checkpoint_step_7_state").mkdir()
     (tmp_path / "checkpoint_step_old_state").mkdir()
+    with filelock.FileLock(theirs / ".lock"):
+        make_folder(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {theirs.name, unknown.name, empty.name, "checkpoint_step_old_state"}
+        assert (theirs / "init.pt").exists()
     make_folder(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {theirs.name, empty.name, "checkpoint_step_old_state"}
-    assert len(list(theirs.iterdir())) == 2
+    assert not theirs.exists() and unknown.exists()
 
 
 def test_replaced_tokenizer_is_restored_after_a_kill(tmp_path: Path) -> None:
@@ -496,6 +501,7 @@ def test_replaced_tokenizer_is_restored_after_a_kill(tmp_path: Path) -> None:
     for name in (f"{Path(BEST).stem}_tokenizer", "checkpoint_step_4_tokenizer"):
         (aside / f"{name}.old").mkdir(parents=True)
         (aside / f"{name}.old" / "mine.txt").write_text("of the user")
+    (aside / ".lock").touch()
     (tmp_path / "checkpoint_step_4_tokenizer").mkdir()
     make_folder(tmp_path)
     assert (tmp_path / f"{Path(BEST).stem}_tokenizer" / "mine.txt").is_file()
@@ -515,7 +521,7 @@ def test_keep_last_deletes_only_old_step_checkpoints(server: Server, corner: Pat
     assert life.status == 0, life.output
     parts = {f"checkpoint_step_{n}{end}" for n in (8, 10, 12) for end in (".pt", "_tokenizer")} | {BEST, BEST.replace(".pt", "_tokenizer")}
     states = {"checkpoint_step_10_state", "checkpoint_step_12_state"}
-    assert {path.name for path in tmp_path.iterdir()} == parts | states | {put_by.name, "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == parts | states | {put_by.name, "metrics.jsonl", lock.LOCK}
     assert newest(tmp_path) == 12
 
 
