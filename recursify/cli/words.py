@@ -133,7 +133,7 @@ class _Reader:
     def several(self, flag: str, field: str, given: list[str]) -> tuple[Any, ...]:
         kind = get_args(self.hints[field])[0]
         unfilled = [name for name in self.places if not self.is_list(name) and name not in self.found]
-        while self.follows() and len(self.rest) > len(unfilled) - len(self.loose):
+        while self.follows() and (len(self.rest) > len(unfilled) - len(self.loose) or self.is_a_value(self.rest[0], kind, unfilled)):
             given.append(self.rest.popleft())
         if not given:
             raise self.missing(flag, kind)
@@ -141,6 +141,15 @@ class _Reader:
             given = [part for word in given for part in re.findall(r"[^,\s]+", word) or [word]]
             given = [] if [word.lower() for word in given] == ["none"] else given
         return tuple(self.spelt(flag, word, kind) for word in given)
+
+    def is_a_value(self, word: str, kind: Any, unfilled: list[str]) -> bool:
+        """Whether a word at the end of the line, which might be for a place, is a value: a number is, where no place has to be filled."""
+        if kind is str or any(name in self.required for name in unfilled):
+            return False
+        try:
+            return bool([spelt(part, kind) for part in word.split(",")])
+        except TypeError:
+            return False
 
     def follows(self) -> bool:
         """Whether a value comes next."""
