@@ -42,7 +42,7 @@ def steps_of(bench: Bench) -> int:
 def settings(bench: Bench, **flags: Any) -> TrainSettings:
     common: dict[str, Any] = {
         "checkpoint": "", "seq_len": 32, "batch_size": 4, "max_steps": steps_of(bench), "lr": 1e-3, "warmup_steps": 2, "start_gain": 0.2,
-        "log_every": 1, "generate_every": 0, "save_every": 0, "bf16": True, "device": bench.device.type,
+        "log_every": 1, "generate_every": 0, "save_every": 0, "bf16": bench.on_gpu, "device": bench.device.type,
     }  # fmt: skip
     return TrainSettings(**common | flags)
 

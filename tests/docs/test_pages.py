@@ -86,7 +86,7 @@ def workdir(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     hub.add_model("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path / "chatting")
     write_jsonl(Path("chats.jsonl"), [{"messages": say("Hello", f"Ship {number}.")} for number in range(40)])
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
-    Path("my_text.txt").write_text("\n".join(tiny.sentences(3, 300)), encoding="utf-8")
+    Path("my_text.txt").write_text("\n".join(tiny.sentences(3, 120)), encoding="utf-8")
     babi = "1 Mary went to the hall.\n2 John went to the garden.\n3 Where is Mary? \thall\t1\n"
     Path("qa2_two-supporting-facts_test.txt").write_text(babi, encoding="utf-8")
     Path("test.jsonl").write_text(json.dumps({"question": "How much is 2 + 3?", "answer": "5 it is.\n#### 5"}) + "\n", encoding="utf-8")
