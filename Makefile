@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Each stamp is remade when what it installs has changed.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-oldest test-vllm compat lint docs mutants evidence bench gpu gpu-merge clean
+.PHONY: demo test test-oldest test-vllm compat lint docs mutants stress evidence bench gpu gpu-merge clean
 
 demo: .venv/.installed
 	$(BIN)/recursify demo
@@ -52,6 +52,10 @@ JOBS ?= 2
 MINUTES ?= 0
 mutants: .venv/.installed-test
 	$(BIN)/python -m mutants $(AREA) --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS) --minutes $(MINUTES)
+
+# Kills, bad bytes and a soak of the server, for so many minutes: make stress MINUTES=20 SEED=1; stress/README.md says how.
+stress: .venv/.installed-test
+	$(BIN)/python -m stress --seed $(SEED) --minutes $(if $(filter-out 0,$(MINUTES)),$(MINUTES),20)
 
 # On a CPU: all cores, under 15 minutes on two.
 bench: .venv/.installed

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import gpu_evidence, real_donor
+from . import engine_throughput, gpu_evidence, real_donor
 from .case import Bench, missed, registry
 from .job_queue import Job, Keep, Place
 from .named_checks import failed
@@ -43,7 +43,8 @@ LAST = {
 def jobs(size: str) -> list[Job]:
     """All at a size of a place, in order."""
     donor = Job("published donor", real_donor.measure, 60, 2, real_donor.obstacle, verdict)
-    return [*map(of_case, FIRST), donor, *gpu_evidence.evidence(size), *map(of_case, LAST)]
+    engines = Job("engines", engine_throughput.measure, 420, 1, engine_throughput.obstacle, verdict)
+    return [*map(of_case, FIRST), donor, *gpu_evidence.evidence(size), *map(of_case, LAST), engines]
 
 
 def of_case(name: str) -> Job:

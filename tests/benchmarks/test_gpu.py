@@ -65,6 +65,7 @@ def test_what_cannot_run_says_why(tmp_path: Path, monkeypatch: Any) -> None:
     assert "config.json" in (real_donor.obstacle(Place("cuda", tmp_path, tmp_path)) or "")
     assert "RECURSIFY_SCAN" in (jobs["evidence: scan, the donor"].obstacle(place) or "")
     assert "has not been made" in (jobs["evidence: state_tracking, donor as it is, seed 0"].obstacle(place) or "")
+    assert "pip install vllm" in (jobs["engines"].obstacle(place) or "")
     assert jobs["evidence: state_tracking, the donor"].obstacle(place) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "datasets" in (jobs["evidence: prose, the donor"].obstacle(place) or "")
