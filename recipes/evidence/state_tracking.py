@@ -69,6 +69,7 @@ def rows() -> list[Row]:
     }
     frozen = [
         Row(ADAPTER, "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3}, seeds=3),
+        Row("adapter: one depth", "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3, "cycle_choices": (), "cycle_weights": ()}, seeds=3),
         Row("donor, LoRA 16 on all layers, same tokens", "adapter", lora_rank=16, changes={"lr": 3e-3}),
         Row(
             "donor, LoRA 16 on all layers, for the same FLOPs", "adapter", lora_rank=16, changes={"lr": 3e-3}, budget="flops", seeds=3,
@@ -80,7 +81,6 @@ def rows() -> list[Row]:
                 ("LoRA 4", 4, {}), ("LoRA 64", 64, {}),
                 ("start gain 0", 16, {"start_gain": 0.0}), ("start gain 0.2", 16, {"start_gain": 0.2}),
                 ("learning rate 1e-3", 16, {"lr": 1e-3}), ("learning rate 1e-2", 16, {"lr": 1e-2}),
-                ("one depth", 16, {"cycle_choices": (), "cycle_weights": ()}),
             )
         ),
         *(
