@@ -91,13 +91,14 @@ async def serve(service: Service, sock: socket.socket, stop: Stop, ready: Callab
     import uvicorn
 
     from .app import make_app
+    from .connections import patient
 
     class Server(uvicorn.Server):
         def capture_signals(self) -> Any:  # `Stop` handles signals
             return nullcontext()
 
     config = uvicorn.Config(
-        make_app(service), http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
+        make_app(service), http=patient(service.settings.request_timeout), ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
         timeout_graceful_shutdown=_GOODBYE,
     )  # fmt: skip
     server = Server(config)
