@@ -9,7 +9,7 @@ top_p and seed), `pieces.py` (what an answer is made of), `logprobs.py` (the log
 `tool_calls.py` (calls of tools in a text), `metrics.py` (in Prometheus' text format).
 """
 
-from .running import run
+from .running import EngineStopped, run
 from .settings import ServeSettings
 
-__all__ = ["ServeSettings", "run"]
+__all__ = ["EngineStopped", "ServeSettings", "run"]

@@ -125,11 +125,11 @@ def test_a_client_that_does_not_read_is_left_and_leaves_nothing(
     stream: bool, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_buffers(monkeypatch)
-    with running(model, tokenizer, request_timeout=2.0, max_running=16) as server:
-        with unread(server, max_tokens=40, stream=stream, logprobs=5) as raw:
-            assert soon(lambda: bool(server.batcher.running)) and is_open(server, raw)
-            assert soon(lambda: not is_open(server, raw), 12)
-            assert soon(lambda: server.idle and over(server) == 1, 1)
+    body = {"max_tokens": 40, "stream": stream, "logprobs": 5}
+    with running(model, tokenizer, request_timeout=2.0, max_running=16) as server, unread(server, **body) as raw:
+        assert soon(lambda: bool(server.batcher.running)) and is_open(server, raw)
+        assert soon(lambda: not is_open(server, raw), 12)
+        assert soon(lambda: server.idle and over(server) == 1, 1)
 
 
 def test_a_client_that_reads_slowly_gets_all(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
