@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import tempfile
 import threading
@@ -114,9 +113,13 @@ class Soak:
         while time.monotonic() < self.until and not crowd.wait(1.0):
             samples.append(sampled(url, process))
         crowd.leave()
-        if samples and samples[-1].at - samples[0].at > JUDGED:
+        lasted = samples[-1].at - samples[0].at if samples else 0.0
+        self.outcome.notes |= {"minutes of the last life": round(lasted / 60, 1), "answers timed": len(crowd.times)}
+        if lasted > JUDGED:
             found = drift(samples, crowd.times)
-            self.outcome.notes |= {"first and last tenth, and the bound of their ratio": {k: [*v, BOUNDS[k]] for k, v in found.items()}}
+            self.outcome.notes |= {
+                "first and last tenth, and the bound of their ratio": {name: [*ends, BOUNDS[name]] for name, ends in found.items()}
+            }
             for name in grown(found):
                 self._fault(name, f"at most {BOUNDS[name]} times as much in the last tenth", found[name])
         for fault in not_idle(url, process, before):
@@ -165,6 +168,7 @@ class Crowd:
             with self.lock:
                 self.outcome.add(kind, fault)
         visitor.http.close()
+        visitor.crowd.close()
 
     def _next(self) -> int | None:
         with self.lock:

@@ -18,7 +18,7 @@ from benchmarks.serving import Client, Sizes, Tally, Text
 from stress.part import draw
 
 TOKENS = 40
-PATIENCE = 20.0  # seconds that the server has for a request, and for a client that says nothing
+PATIENCE = 45.0  # seconds that the server has for a request, and for a client that says nothing
 LATE = 10.0  # seconds, beyond the patience and those for which an idle connection is kept, until a connection must have been closed
 FAIR = {"right", "gone", "left", "closed", "200", "400", "404", "413", "429"}
 
@@ -28,13 +28,16 @@ class Stops:
 
     def __init__(self) -> None:
         self.spans: list[list[float]] = []
+        self.is_up = threading.Event()
 
     def stopped(self) -> None:
         self.spans.append([time.monotonic(), float("inf")])
+        self.is_up.clear()
 
     def up(self) -> None:
         if self.spans:
             self.spans[-1][1] = time.monotonic()
+        self.is_up.set()
 
     def excuse(self, began: float, ended: float, kind: str) -> bool:
         """Whether a connection may have been lost: a stop fell into the action, but a plain request was not under way for a second."""
@@ -55,6 +58,7 @@ class Visitor(Client):
         super().__init__(0, url, right, Sizes(tokens=TOKENS), Tally())
         self.http = httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(keepalive_expiry=2))  # before the server closes it
         self.url, self.where = f"{url}/v1/completions", (httpx.URL(url).host, httpx.URL(url).port or 80)
+        self.crowd = httpx.Client(timeout=60, limits=httpx.Limits(keepalive_expiry=2))  # for all texts at once
         self.closing = closing
         self.times: list[tuple[float, float]] = []  # when a text came, and how long after it was asked for
         self.kinds |= {
@@ -72,7 +76,7 @@ class Visitor(Client):
         except (httpx.HTTPError, http.client.HTTPException, OSError) as error:
             lost = stops.excuse(began, time.monotonic(), kind)
             self.tally.add(kind, "gone" if lost else f"{type(error).__name__}: {error}")
-            self.closing.wait(0.2)  # the server may be down
+            stops.is_up.wait(60)
         ends = [end for _, end in self.tally.counts]
         down = stops.excuse(began, time.monotonic(), "any")
         wrong = [end for end in ends if end not in FAIR and not (down and end in ("unexpected 503", "told"))]
@@ -93,7 +97,7 @@ class Visitor(Client):
     def everything(self) -> None:
         """All texts at once: those that the queue has no room for are turned away."""
         with ThreadPoolExecutor(len(self.texts)) as pool:
-            answers = list(pool.map(lambda text: httpx.post(self.url, json=text.body(TOKENS), timeout=60), self.texts))
+            answers = list(pool.map(lambda text: self.crowd.post(self.url, json=text.body(TOKENS)), self.texts))
         for text, answer in zip(self.texts, answers, strict=True):
             if answer.status_code == 200:
                 self._judge("everything", answer.json()["choices"][0]["text"], text)
@@ -121,7 +125,7 @@ class Visitor(Client):
     def deaf(self) -> None:
         """Asks for a lot and reads nothing."""
         with self._connected(room=1024) as raw:
-            raw.sendall(self._request({"prompt": "Once", "max_tokens": 200, "n": 2, "stream": True, "logprobs": 5}))
+            raw.sendall(self._request({"prompt": "Once", "max_tokens": 100, "n": 2, "stream": True, "logprobs": 5}))
             self.closing.wait(self.rng.uniform(0.5, 8))
         self.tally.add("deaf", "left")
 
@@ -147,8 +151,8 @@ class Visitor(Client):
         self._stall("kept", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
 
     def _stall(self, kind: str, said: bytes) -> None:
-        """Say this and no more; one in four waits until the server closes the connection, which it must."""
-        stay = PATIENCE + 5 + LATE if self.rng.random() < 0.25 else self.rng.uniform(0.5, 5)
+        """Say this and no more; one in eight waits until the server closes the connection, which it must."""
+        stay = PATIENCE + 5 + LATE if self.rng.random() < 0.125 else self.rng.uniform(0.5, 5)
         with self._connected() as raw:
             raw.sendall(said)
             raw.settimeout(0.5)

@@ -108,7 +108,7 @@ async def serve(service: Service, sock: socket.socket, stop: Stop, ready: Callab
 
     config = uvicorn.Config(
         make_app(service), http=patient(service.settings.request_timeout), ws="none", lifespan="off", log_level="warning",
-        access_log=False, server_header=False, timeout_graceful_shutdown=_GOODBYE,
+        access_log=False, server_header=False,
     )  # fmt: skip
     server = Server(config)
     asked = stop.here()
@@ -128,7 +128,11 @@ async def serve(service: Service, sock: socket.socket, stop: Stop, ready: Callab
     finally:
         service.engine.abandon()
         server.should_exit = True
-        await asyncio.gather(serving, asyncio.to_thread(service.close))
+        closed = asyncio.create_task(asyncio.to_thread(service.close))
+        await asyncio.wait({serving}, timeout=_GOODBYE)
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()  # to its request, the client has gone
+        await asyncio.gather(serving, closed)
 
 
 async def _until_dead(service: Service) -> None:

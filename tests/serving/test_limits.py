@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from recursify.serving import EngineStopped
+from recursify.serving import running as serving_running
 from tests.support.served import PROMPTS, Running, running, soon, text_of
 from tests.support.tiny import sentences
 
@@ -139,6 +140,21 @@ def test_shutdown_timeout_fails_running_requests(model: Any, tokenizer: Any) -> 
         server.stop.ask()
         assert whole.result().status_code == 503
         assert "the server is stopping" in streamed.result().text and "[DONE]" not in streamed.result().text
+
+
+def test_the_end_is_quiet_where_a_client_has_stopped_in_its_head_or_body(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither holds up the end, nor is either an error of the server."""
+    monkeypatch.setattr(serving_running, "_GOODBYE", 0.5)
+    with running(model, tokenizer) as server, connected(server) as half, connected(server) as silent:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        silent.sendall(b"GET /hea")
+        assert server.http.get("/health").status_code == 200
+        server.stop.ask()
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), SystemExit()])
