@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.serving import DEPTHS, GROWTH_BOUND, PROMPTS, WRITTEN, Text, converted, gauges, resources, serving, stop, total
+from benchmarks.serving import DEPTHS, GROWTH_BOUND, PROMPTS, WRITTEN, Text, converted, gauges, resources, serving, settled, stop, total
 from stress.part import Outcome
 from stress.visitors import LATE, PATIENCE, TOKENS, Stops, Visitor
 
@@ -74,6 +74,7 @@ class Soak:
         with contextlib.ExitStack() as crowds:
             with self._life() as (url, process):
                 right = texts(url)
+                settled(url)  # the connections of those texts are closed
                 before, now = resources(process), time.monotonic()
                 crowd = crowds.enter_context(Crowd(url, right, self.outcome, seed, most, self.stops))
                 restarts = 0 if most is not None else max(0, min(RESTARTS, int((self.until - now) / 5 / BETWEEN_RESTARTS)))
@@ -117,9 +118,8 @@ class Soak:
         self.outcome.notes |= {"minutes of the last life": round(lasted / 60, 1), "answers timed": len(crowd.times)}
         if lasted > JUDGED:
             found = drift(samples, crowd.times)
-            self.outcome.notes |= {
-                "first and last tenth, and the bound of their ratio": {name: [*ends, BOUNDS[name]] for name, ends in found.items()}
-            }
+            bounded = {name: [*ends, BOUNDS[name]] for name, ends in found.items()}
+            self.outcome.notes["first and last tenth, and the bound of their ratio"] = bounded
             for name in grown(found):
                 self._fault(name, f"at most {BOUNDS[name]} times as much in the last tenth", found[name])
         for fault in not_idle(url, process, before):
@@ -217,11 +217,12 @@ def not_idle(url: str, process: psutil.Process, before: dict[str, int]) -> list[
 
 def _left(url: str, process: psutil.Process, before: dict[str, int]) -> Iterator[tuple[str, Any, Any]]:
     found = gauges(url)
+    # (expected, found); fewer threads and files than before are none that were left
     seen = {
         "running": (0, total(found, "recursify_running")),
         "queued": (0, total(found, "recursify_queued")),
         "free blocks": (total(found, "recursify_cache_blocks"), total(found, "recursify_cache_blocks_free")),
         "connections": (0, sum(each.status == psutil.CONN_ESTABLISHED for each in process.net_connections("tcp"))),
-        **{what: (before[what], now) for what, now in resources(process).items() if what != "resident"},
+        **{what: (before[what], max(now, before[what])) for what, now in resources(process).items() if what != "resident"},
     }
     yield from ((f"{what}, when all have left", expected, now) for what, (expected, now) in seen.items() if now != expected)
