@@ -72,7 +72,7 @@ class Client:
         self.http = httpx.Client(base_url=url, timeout=60)
         self.right, self.sizes, self.tally = right, sizes, tally
         self.texts = list(right)
-        self.kinds: dict[Callable[[], None], int] = {
+        self.kinds: dict[Callable[[], None], float] = {
             self.whole: 6, self.streamed: 6, self.vanish_streaming: 2, self.vanish_waiting: 2, self.too_long: 1, self.too_long_in_pieces: 1,
             self.no_json: 1, self.unknown_field: 1, self.absurd: 1, self.other_depth: 1, self.other_path: 1,
         }  # fmt: skip
@@ -131,7 +131,7 @@ class Client:
 
     def absurd(self) -> None:
         values: list[dict[str, Any]] = [
-            {"max_tokens": -1}, {"max_tokens": 10**12}, {"n": 10**6}, {"temperature": 1e9}, {"top_p": 0}, {"prompt": [1] * 10**4},
+            {"max_tokens": -1}, {"n": 10**6}, {"temperature": 1e9}, {"top_p": -1}, {"prompt": [1] * 10**4},
         ]  # fmt: skip
         self._bad("absurd", 400, json={"prompt": "a", **self.rng.choice(values)})
 
@@ -183,30 +183,42 @@ class Tally:
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """Its address, and its process."""
-    words = [
-        "convert",
-        "--qwen_model",
-        str(ROOT / "recursify" / "demo" / "donors" / "prose"),
-        "--keep_donor",
-        "--L_layers",
-        "2",
-        "--L_cycles",
-        "1",
-    ]
-    recursify([*words, "--gain", "0.2", "--output_path", str(folder / "model.pt")])
-    words = ["serve", "--checkpoint", str(folder / "model.pt"), "--depths", *map(str, DEPTHS), "--port", "0", "--dtype", "float32"]
-    words += ["--max_body_bytes", str(MAX_BODY), "--max_running", str(RUNNING), "--max_queue", str(QUEUE)]
-    process = subprocess.Popen([sys.executable, "-m", "recursify", *words], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    """The address of a server, and its process."""
+    with serving(converted(folder)) as (url, process):
+        yield url, process
+        stop(process)
+
+
+def converted(folder: Path) -> Path:
+    """A small model of which every depth says something else."""
+    donor, model = ROOT / "recursify" / "demo" / "donors" / "prose", folder / "model.pt"
+    words = ["convert", "--qwen_model", str(donor), "--keep_donor", "--L_layers", "2", "--L_cycles", "1", "--gain", "0.2"]
+    recursify([*words, "--output_path", str(model)])
+    return model
+
+
+@contextmanager
+def serving(model: Path, *more: str, port: int = 0, stderr: Any = None) -> Iterator[tuple[str, psutil.Popen]]:
+    """The address of a server, and its process, which is killed at the end if it still runs; `more` are flags."""
+    words = ["serve", "--checkpoint", str(model), "--depths", *map(str, DEPTHS), "--port", str(port), "--dtype", "float32"]
+    words += ["--max_body_bytes", str(MAX_BODY), "--max_running", str(RUNNING), "--max_queue", str(QUEUE), *more]
+    command = [sys.executable, "-m", "recursify", *words]
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT)
     try:
-        assert process.stdout is not None
         found = next((m for line in process.stdout if (m := re.match(r"listening on (\S+);", line))), None)
         assert found is not None, "the server did not start"
-        yield found[1], psutil.Process(process.pid)
-        process.terminate()
-        assert process.wait(60) == 0, "the server did not end well"
+        yield found[1], process
     finally:
-        process.kill()
+        if process.is_running():
+            process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def stop(process: psutil.Popen) -> None:
+    """End a server as its owner does."""
+    process.terminate()
+    assert process.wait(60) == 0, "the server did not end well"
 
 
 def recursify(words: list[str]) -> None:

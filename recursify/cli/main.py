@@ -107,9 +107,13 @@ def serve(argv: Argv = None) -> None:
     from ..serving.settings import ServeSettings
 
     def job(settings: ServeSettings) -> None:
-        from ..serving.running import run
+        from ..serving.running import EngineStopped, run
 
-        run(settings)
+        try:
+            run(settings)
+        except EngineStopped as error:
+            _to_stderr(f"error: {error}")
+            sys.exit(1)  # neither bad input nor a normal end: whoever looks after the process starts it again
 
     _command("serve", ServeSettings, job, argv)
 

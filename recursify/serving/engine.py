@@ -109,6 +109,11 @@ class Batcher:
         return self.manager.is_running() and self.manager.background_thread_status.can_accept_new_requests() is None
 
     @property
+    def fault(self) -> Exception | None:
+        """What ended the manager's thread."""
+        return self.manager.background_thread_status.fatal_error
+
+    @property
     def page(self) -> int:
         """Tokens per block."""
         return _PAGE
@@ -273,7 +278,17 @@ class Engine:
         """Why nothing can be generated; None if healthy."""
         if self.stopping:
             return "the server is stopping"
-        return None if all(batcher.alive for batcher in self.batchers.values()) else "the engine has stopped"
+        return None if self.alive else "the engine has stopped"
+
+    @property
+    def alive(self) -> bool:
+        """Whether all managers are. A dead one cannot be started again."""
+        return all(batcher.alive for batcher in self.batchers.values())
+
+    @property
+    def fault(self) -> Exception | None:
+        """What a manager has died of, if it was an exception."""
+        return next((batcher.fault for batcher in self.batchers.values() if batcher.fault is not None), None)
 
     @property
     def idle(self) -> bool:
@@ -305,10 +320,14 @@ class Engine:
         self.batchers[depth].cancel(request)
 
     def abandon(self) -> None:
-        """Fail everything queued and running."""
+        """Take no more, and fail everything queued and running."""
         self.stopping = True
+        self.fail("the server is stopping")
+
+    def fail(self, reason: str) -> None:
+        """Fail everything queued and running."""
         for batcher in self.batchers.values():
-            batcher.abandon(Unavailable("the server is stopping"))
+            batcher.abandon(Unavailable(reason))
 
     def stop(self) -> None:
         """Stop all threads. Thread-safe."""

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..utils.device import choose_device, placed
 from .settings import ServeSettings
 
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from .answering import Service
 
 _NEEDED = ("fastapi", "uvicorn")
-_TICK = 0.05  # seconds between checks for running requests
+_TICK = 0.05  # seconds between checks for running requests, and for the engine
+_LAST_WORDS = 2.0  # seconds that /health says that the engine has stopped, before the process ends
 _GOODBYE = 5  # seconds for connections to receive the rest of their answers
 _KILLED = 130  # exit status after SIGINT
+
+
+class EngineStopped(RuntimeError):
+    """A batch manager has died; only a new process can serve again."""
 
 
 def run(settings: ServeSettings, say: Callable[[str], object] | None = None) -> None:
@@ -34,6 +39,7 @@ def run(settings: ServeSettings, say: Callable[[str], object] | None = None) -> 
     Raises:
         UserError: A flag out of range, a checkpoint that cannot be read, caches that do not fit, a port in use, packages that are
             missing.
+        EngineStopped: A batch manager has died.
     """
     say = say or _print
     settings.validate()
@@ -87,18 +93,22 @@ async def serve(service: Service, sock: socket.socket, stop: Stop, ready: Callab
 
     Args:
         ready: Called once when requests are accepted.
+
+    Raises:
+        EngineStopped: A batch manager has died. All requests have failed then, and `/health` has said so for a moment.
     """
     import uvicorn
 
     from .app import make_app
+    from .connections import patient
 
     class Server(uvicorn.Server):
         def capture_signals(self) -> Any:  # `Stop` handles signals
             return nullcontext()
 
     config = uvicorn.Config(
-        make_app(service), http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=_GOODBYE,
+        make_app(service), http=patient(service.settings.request_timeout), ws="none", lifespan="off", log_level="warning",
+        access_log=False, server_header=False,
     )  # fmt: skip
     server = Server(config)
     asked = stop.here()
@@ -108,20 +118,42 @@ async def serve(service: Service, sock: socket.socket, stop: Stop, ready: Callab
         while not server.started and not serving.done():
             await asyncio.sleep(_TICK)
         ready()
-        await asyncio.wait({serving, asyncio.ensure_future(asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        service.engine.stopping = True
-        await _until_idle(service, service.settings.shutdown_timeout)
+        ends = {serving, asyncio.ensure_future(asked.wait()), asyncio.ensure_future(_until_dead(service))}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if service.engine.alive:
+            service.engine.stopping = True
+            await _until_idle(service, service.settings.shutdown_timeout)
+        if not service.engine.alive:
+            raise await _last_words(service)
     finally:
         service.engine.abandon()
         server.should_exit = True
-        await asyncio.gather(serving, asyncio.to_thread(service.close))
+        closed = asyncio.create_task(asyncio.to_thread(service.close))
+        await asyncio.wait({serving}, timeout=_GOODBYE)
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()  # to its request, the client has gone
+        await asyncio.gather(serving, closed)
+
+
+async def _until_dead(service: Service) -> None:
+    while service.engine.alive:
+        await asyncio.sleep(_TICK)
 
 
 async def _until_idle(service: Service, seconds: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
-    while not service.engine.idle and loop.time() < deadline:
+    while service.engine.alive and not service.engine.idle and loop.time() < deadline:
         await asyncio.sleep(_TICK)
+
+
+async def _last_words(service: Service) -> EngineStopped:
+    """Fail all requests of an engine that has died, also those that its manager did not, and let `/health` say so for a moment."""
+    service.engine.fail("the engine has stopped")
+    await asyncio.sleep(_LAST_WORDS)
+    fault = service.engine.fault
+    cause = "" if fault is None else f" ({first_line(fault)})"
+    return EngineStopped(f"the engine has stopped{cause}; what was asked for has failed, and the server must be started again")
 
 
 class Stop:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
+from recursify.serving import EngineStopped
+from recursify.serving import running as serving_running
 from tests.support.served import PROMPTS, Running, running, soon, text_of
 from tests.support.tiny import sentences
 
@@ -136,15 +142,77 @@ def test_shutdown_timeout_fails_running_requests(model: Any, tokenizer: Any) -> 
         assert "the server is stopping" in streamed.result().text and "[DONE]" not in streamed.result().text
 
 
-def test_dead_manager_fails_requests_and_health(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(model, tokenizer) as server:
-        processor = server.batcher.manager.batch_processor
+def test_the_end_is_quiet_where_a_client_has_stopped_in_its_head_or_body(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither holds up the end, nor is either an error of the server."""
+    monkeypatch.setattr(serving_running, "_GOODBYE", 0.5)
+    with running(model, tokenizer) as server, connected(server) as half, connected(server) as silent:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        silent.sendall(b"GET /hea")
+        assert server.http.get("/health").status_code == 200
+        server.stop.ask()
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+    assert not capsys.readouterr().err
 
-        def fail(model: Any) -> None:
-            raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(processor, "_generation_step", fail)
-        assert server.post(prompt="a").status_code == 503
-        assert soon(lambda: server.http.get("/health").status_code == 503)
-        error = server.post(prompt="a").json()["error"]
-        assert (error["type"], error["message"]) == ("server_error", "the engine has stopped")
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), SystemExit()])
+def test_dead_manager_fails_requests_then_health_then_the_server(
+    error: BaseException, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also requests that wait, and those of a depth whose manager lives: a manager fails only its own, and only at an `Exception`."""
+
+    def fail(model: Any) -> None:
+        raise error
+
+    with running(model, tokenizer, max_running=1, depths=(1, 3)) as server, ThreadPoolExecutor(4) as pool:
+        batchers = server.service.engine.batchers
+        with server.batcher.manager.pause():
+            kinds = [{"H_cycles": depth, "stream": stream} for depth in (1, 3) for stream in (False, True)]
+            asked = [pool.submit(server.post, prompt="a", max_tokens=450, temperature=0, **kind) for kind in kinds]
+            assert soon(lambda: all(len(each.running) == len(each.waiting) == 1 for each in batchers.values()))
+            monkeypatch.setattr(server.batcher.manager.batch_processor, "_generation_step", fail)
+        for answer, kind in zip([one.result() for one in asked], kinds, strict=True):
+            assert answer.status_code == (200 if kind["stream"] else 503)
+            assert '"code": "unavailable"' in answer.text.replace('":"', '": "') and "[DONE]" not in answer.text
+        health, more = server.http.get("/health"), server.post(prompt="a")
+        assert (health.status_code, health.json()) == (503, {"status": "the engine has stopped"})
+        assert (more.status_code, more.json()["error"]["message"]) == (503, "the engine has stopped")
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+    cause = str(error) and f" ({error})"
+    assert isinstance(server.failure, EngineStopped) and f"the engine has stopped{cause}" in str(server.failure)
+
+
+DYING = """
+import sys
+from recursify.cli.main import main
+from recursify.serving.engine import Batcher
+
+def fail(model):
+    raise RuntimeError("out of memory")
+
+start = Batcher.start
+def start_dying(self):
+    self.manager.batch_processor._generation_step = fail
+    start(self)
+Batcher.start = start_dying
+main(sys.argv[1:])
+"""
+
+
+def test_the_process_of_a_dead_engine_ends_by_itself(donor_folder: Path) -> None:
+    words = ["serve", "--checkpoint", str(donor_folder), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-c", DYING, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = next(line.split()[2].rstrip(";") for line in process.stdout if line.startswith("listening on"))
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 503
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert errors.splitlines()[-1].startswith("error: the engine has stopped (out of memory)")
+    finally:
+        process.kill()

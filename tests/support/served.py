@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 
 from recursify.conversion.convert import convert
 from recursify.serving.answering import Service
-from recursify.serving.running import Stop, address, bound, serve
+from recursify.serving.running import EngineStopped, Stop, address, bound, serve
 from recursify.serving.settings import ServeSettings
 from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_donor
 
@@ -35,12 +36,19 @@ class Running:
         self._port = bound("127.0.0.1", 0)
         sock = self._port.__enter__()
         self.url = address(sock)
-        self.thread = threading.Thread(target=lambda: asyncio.run(serve(self.service, sock, self.stop, ready.set)), daemon=True)
+        self.failure: EngineStopped | None = None
+        self.thread = threading.Thread(target=lambda: self._serve(sock, ready.set), daemon=True)
         self.thread.start()
         assert ready.wait(30)
         # One of each for all threads: making one takes longer than asking.
         self.http = httpx.Client(base_url=self.url, timeout=60)
         self.openai = self.client()
+
+    def _serve(self, sock: socket.socket, ready: Callable[[], None]) -> None:
+        try:
+            asyncio.run(serve(self.service, sock, self.stop, ready))
+        except EngineStopped as error:
+            self.failure = error
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "unused", "max_retries": 0, "timeout": 60, **options})
