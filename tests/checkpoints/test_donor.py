@@ -163,6 +163,13 @@ def test_recursive_checkpoint_is_refused_as_donor(eight: Path, tmp_path: Path) -
         open_donor(str(tmp_path / "ours"))
 
 
+@pytest.mark.parametrize("fields", [{"temperature": "hot"}, {"top_k": []}])
+def test_a_damaged_generation_config(fields: dict[str, Any], broken: Path) -> None:
+    (broken / "generation_config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"generation_config.json: its generation config is damaged: .+; mend or delete it"):
+        open_donor(str(broken)).generation_config()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_opening_reads_config_json_only(family: str, tmp_path: Path) -> None:
     config = tiny_model(family, num_hidden_layers=2).config
@@ -176,6 +183,7 @@ def test_opening_reads_config_json_only(family: str, tmp_path: Path) -> None:
         ("{", "config.json: is not JSON"),
         ("", "config.json: is not JSON"),
         ("\xff", "config.json: is not JSON"),
+        ('{"a": ' + "[" * 200_000, "config.json: is not JSON .*nested"),
         ("[1, 2]", r"config.json: expected a JSON object, got \[1, 2\]"),
         ('{"hidden_size": 32}', "model_type = None"),
         (
