@@ -39,14 +39,15 @@ MEMORY = 2**30  # bytes that it may take beyond those before it
 MARKER = "marker"  # the file that code in a file would write
 FRESH = 0.002  # share of the commands that get a Python of their own
 _CACHED = 500  # cases whose texts stay in the cache of datasets
+_STOPPED = r"expected a finite (gradient|loss).*\n?.*the batches of the step are in"  # a run that has begun, and says what it leaves
 _SHOWN = 2000  # characters of an output in a fault
 
 _LOOP = ["--L_layers", "1", "--prelude_layers", "1", "--coda_layers", "1", "--H_cycles", "2", "--L_cycles", "1", "--gain", "0.3"]
 _CONVERT = ["convert", "--qwen_model", "donor", *_LOOP, "--output_path", "out.pt"]
 _EVALUATE = ["evaluate", "--checkpoint", "model.pt", "--cycles", "1", "--seq_len", "16", "--max_windows", "2", "--json", "--device", "cpu"]
 _GENERATE = ["generate", "--checkpoint", "model.pt", "--max_new_tokens", "4", "--temperature", "0", "--device", "cpu"]
-_TRAIN = ["train", "--checkpoint", "model.pt", "--dataset_name", "text.txt", "--seq_len", "16", "--max_steps", "1", "--batch_size", "2", "--device",
-          "cpu", "--output_dir", "out"]  # fmt: skip
+_TRAIN = ["train", "--checkpoint", "model.pt", "--dataset_name", "text.txt", "--seq_len", "16", "--max_steps", "1", "--batch_size", "2",
+          "--device", "cpu", "--output_dir", "out"]  # fmt: skip
 _ON_TEXT = ["--dataset_name", "text.txt"]
 _ON_PROMPT = ["--prompt", "The old"]
 _EXPORT = ["export", "--checkpoint", "model.pt", "--out", "out"]
@@ -63,7 +64,8 @@ _LASTING = frozenset(
     f"--{name}"
     for name in (
         "max_steps", "num_epochs", "H_cycles", "L_cycles", "grad_accum_steps", "max_tokens", "lora_rank", "cycles", "cycle_choices",
-        "batch_size",        "steps_per_cycle", "max_new_tokens", "cycle_weights", "depths", "questions", "mix", "tasks", "eval_batch_size", "max_windows",
+        "batch_size", "steps_per_cycle", "max_new_tokens", "cycle_weights", "depths", "questions", "mix", "tasks", "eval_batch_size",
+        "max_windows",
     )
 )  # fmt: skip
 _NOT_DRAWN = {"compile", "push", "fsdp", "deepspeed"}  # minutes of compilation, a network, several processes
@@ -205,9 +207,10 @@ def _broken_rows(rng: random.Random, rows: Any, suffix: str) -> bytes:
 
 _RECIPE: dict[str, Any] = {
     "about": "what it is for",
-    "convert": {"qwen_model": "donor", "L_layers": 1, "prelude_layers": 1, "coda_layers": 1, "H_cycles": 2, "L_cycles": 1, "output_path": "out.pt"},
-    "train": {"checkpoint": "model.pt", "dataset_name": "text.txt", "seq_len": 16, "max_steps": 1, "batch_size": 2, "output_dir": "out", "lr": "3e-5",
-              "cycle_choices": [1, 2], "enable_deep_supervision": True},
+    "convert": {"qwen_model": "donor", "L_layers": 1, "prelude_layers": 1, "coda_layers": 1, "H_cycles": 2, "L_cycles": 1,
+                "output_path": "out.pt"},
+    "train": {"checkpoint": "model.pt", "dataset_name": "text.txt", "seq_len": 16, "max_steps": 1, "batch_size": 2, "output_dir": "out",
+              "lr": "3e-5", "cycle_choices": [1, 2], "enable_deep_supervision": True},
     "evaluate": {"checkpoint": "model.pt", "dataset_name": "text.txt", "cycles": [1], "seq_len": 16, "max_windows": 2, "json": True},
     "generate": {"checkpoint": "model.pt", "prompt": "The old", "max_new_tokens": 4, "temperature": 0, "stop": ["x"]},
 }  # fmt: skip
@@ -242,8 +245,8 @@ def _flags(command: str) -> list[str]:
     from recursify.serving.settings import ServeSettings
     from recursify.training.settings import TrainSettings
 
-    classes = (ConvertSettings, InspectSettings, ProbeSettings, CompareSettings, EvaluateSettings, ExportSettings, GenerateSettings, ServeSettings,
-               TrainSettings)  # fmt: skip
+    classes = (ConvertSettings, InspectSettings, ProbeSettings, CompareSettings, EvaluateSettings, ExportSettings, GenerateSettings,
+               ServeSettings, TrainSettings)  # fmt: skip
     settings: Any = next(each for each in classes if each.__name__.lower() == f"{command}settings")
     return [field.name for field in dataclasses.fields(settings) if field.name not in _NOT_DRAWN]
 
@@ -341,7 +344,9 @@ def _fault_of_refusal(stderr: str, new: list[str]) -> str | None:
     messages = len(re.findall("^error: ", stderr, re.MULTILINE))
     if messages != 1:
         return f"{messages} messages"
-    return f"refused, and wrote {', '.join(new)}" if new else None
+    if new and not re.search(_STOPPED, stderr):
+        return f"refused, and wrote {', '.join(new)}"
+    return None
 
 
 def _fault_of_success(case: Case, stdout: str, folder: Path, new: list[str]) -> str | None:

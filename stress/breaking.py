@@ -54,7 +54,7 @@ def odd(rng: random.Random) -> Any:
     """A value of whatever type, seldom a deep one."""
     if rng.random() < 0.03:
         value: Any = []
-        for _ in range(rng.choice((20, 900))):
+        for _ in range(rng.choice((20, 200))):
             value = [value] if rng.random() < 0.5 else {"a": value}
         return value
     return copy.deepcopy(rng.choice(ODD))
@@ -334,11 +334,21 @@ def _tensors(rng: random.Random, state: dict[str, Any]) -> Any:
     if how == 0:
         del state[name]
     elif how == 1:
-        state[rng.choice((f"{name}x", "", "x", 3, None))] = state.pop(name)
+        other_name: Any = rng.choice((f"{name}x", "", "x", 3, None))
+        state[other_name] = state.pop(name)
     elif how == 2:
         state[name] = odd(rng)
     elif how == 3:
-        state[name] = rng.choice((tensor.transpose(0, -1) if tensor.ndim else tensor, tensor[:0], tensor.flatten(), tensor[None], tensor.sum(), tensor.to_sparse()))
+        state[name] = rng.choice(
+            (
+                tensor.transpose(0, -1) if tensor.ndim else tensor,
+                tensor[:0],
+                tensor.flatten(),
+                tensor[None],
+                tensor.sum(),
+                tensor.to_sparse(),
+            )
+        )
     elif how == 4:
         kinds = (torch.float64, torch.int64, torch.bool, torch.complex64, torch.bfloat16, torch.uint8, torch.float8_e4m3fn)
         state[name] = tensor.to(rng.choice(kinds))
@@ -409,7 +419,6 @@ def recipe(rng: random.Random, sections: dict[str, Any]) -> bytes:
         changed = json.loads(json.dumps(tree(rng, sections)))
         return yaml.dump(changed, allow_unicode=True, default_flow_style=rng.choice((None, True, False))).encode("utf-8", "surrogatepass")
     good = yaml.safe_dump(sections)
-    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
     lines = good.splitlines()
     at = rng.randrange(len(lines))
     key = lines[at].split(":")[0]
@@ -422,9 +431,9 @@ def recipe(rng: random.Random, sections: dict[str, Any]) -> bytes:
     choices: tuple[Callable[[], bytes], ...] = (
         lambda: "\n".join(lines).encode(),
         lambda: "\n".join(lines).encode(),
-        lambda: (bomb + good).encode(),
+        lambda: _bomb_in(rng, good),
+        lambda: _bomb_in(rng, good),
         lambda: (good + "\nconvert: &c [*c]\ngenerate: *c\n").encode(),
-        lambda: ("generate:\n" + "".join(bomb.replace("a0:", " a0:").replace("\na", "\n a"))).encode(),
         lambda: good.replace("  ", "\t").encode(),
         lambda: (good + "---\n" + good).encode(),
         lambda: (good + good).encode(),
@@ -432,6 +441,14 @@ def recipe(rng: random.Random, sections: dict[str, Any]) -> bytes:
         lambda: text(rng, good),
     )
     return rng.choice(choices)()
+
+
+def _bomb_in(rng: random.Random, good: str) -> bytes:
+    """References to references, many times larger than any memory if written out, in place of a section or of a value."""
+    name = rng.choice(("<<", "about", *re.findall(r"^  (\w+):", good, re.MULTILINE)))
+    bomb = "[&a0 [x, x]" + "".join(f", &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)) + "]"
+    changed = re.sub(rf"^( *{name}:).*", r"\1 *a11", good, count=1, flags=re.MULTILINE)
+    return f"cost: {bomb}\n{changed}".encode()
 
 
 def words(rng: random.Random, good: list[str], flags: list[str], lasting: frozenset[str]) -> list[str]:

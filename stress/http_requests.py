@@ -28,13 +28,14 @@ _PATIENCE = 1.0  # for an answer to what may be half of a request
 _START = 180.0
 _PATHS = ("/v1/completions", "/v1/chat/completions")
 _COMPLETION: dict[str, Any] = {
-    "model": "model", "prompt": "The old", "max_tokens": 4, "temperature": 0.5, "n": 2, "stop": ["\n"], "logprobs": 2, "seed": 1, "top_p": 0.9,
-    "top_k": 5, "presence_penalty": 0.5, "repetition_penalty": 1.1, "H_cycles": 2, "user": "x",
+    "model": "model", "prompt": "The old", "max_tokens": 4, "temperature": 0.5, "n": 2, "stop": ["\n"], "logprobs": 2, "seed": 1,
+    "top_p": 0.9, "top_k": 5, "presence_penalty": 0.5, "repetition_penalty": 1.1, "H_cycles": 2, "user": "x",
 }  # fmt: skip
 _CHAT: dict[str, Any] = {
     "model": "model", "max_completion_tokens": 4, "temperature": 0, "logprobs": True, "top_logprobs": 2, "stop": "x",
     "messages": [{"role": "system", "content": "Be of help."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
-                 {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+                 {"role": "assistant", "content": None,
+                  "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
                  {"role": "tool", "tool_call_id": "1", "content": "5"}, {"role": "user", "content": "And?"}],
     "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}],
     "tool_choice": "auto", "response_format": {"type": "text"},
@@ -42,16 +43,17 @@ _CHAT: dict[str, Any] = {
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 _METHODS = ("GET", "PUT", "HEAD", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "post", "P\xd6ST", "", "PRI", "A" * 3000)
 _WRONG_PATHS = (
-    "/", "/v1", "/v1/models", "/v1/models/x", "/v1/models/%00", "/v1/models/%ff", "/v1/models/..%2f..", "/v1/completions/", "//v1/completions", "*",
-    "/health", "/metrics", "/v1/completions?x=%zz", "/v1/completions#a", "/docs", "/%", "/\xff", "x", "http://other/v1/completions", "/" + "a" * 9000,
-    "/v1/models/" + "%E9%BE%99" * 300, "/v1/chat/completions?" + "a=b&" * 500, "",
+    "/", "/v1", "/v1/models", "/v1/models/x", "/v1/models/%00", "/v1/models/%ff", "/v1/models/..%2f..", "/v1/completions/",
+    "//v1/completions", "*", "/health", "/metrics", "/v1/completions?x=%zz", "/v1/completions#a", "/docs", "/%", "/\xff", "x",
+    "http://other/v1/completions", "/" + "a" * 9000, "/v1/models/" + "%E9%BE%99" * 300, "/v1/chat/completions?" + "a=b&" * 500, "",
 )  # fmt: skip
 _HEADERS = (
-    "Content-Length: -1", "Content-Length: x", "Content-Length: 99999999999999999999", "Content-Length: 0", "Content-Length: 5\r\nContent-Length: 6",
-    "Content-Length: 3000000", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip", "Content-Encoding: gzip", "Content-Type: text/plain", "Content-Type: \xff",
-    "Content-Type: application/json; charset=utf-16", "Authorization: Bearer \xff\xfe", "Authorization: ", "Expect: 100-continue", "Expect: x", "Connection: upgrade",
-    "Upgrade: websocket\r\nConnection: upgrade", "X: " + "a" * 70_000, "no colon", ": empty", "X : y", "X:\x00", " folded", "Host: a\r\nHost: b",
-    "Range: bytes=5-1", "Accept: \xff", "Origin: null", "Cookie: =;=;", "\r\n", "Accept-Encoding: " + "gzip," * 300,
+    "Content-Length: -1", "Content-Length: x", "Content-Length: 99999999999999999999", "Content-Length: 0",
+    "Content-Length: 5\r\nContent-Length: 6", "Content-Length: 3000000", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip",
+    "Content-Encoding: gzip", "Content-Type: text/plain", "Content-Type: \xff", "Content-Type: application/json; charset=utf-16",
+    "Authorization: Bearer \xff\xfe", "Authorization: ", "Expect: 100-continue", "Expect: x", "Connection: upgrade",
+    "Upgrade: websocket\r\nConnection: upgrade", "X: " + "a" * 70_000, "no colon", ": empty", "X : y", "X:\x00", " folded",
+    "Host: a\r\nHost: b", "Range: bytes=5-1", "Accept: \xff", "Origin: null", "Cookie: =;=;", "\r\n", "Accept-Encoding: " + "gzip," * 300,
 )  # fmt: skip
 _TAILS = (
     b"",
@@ -215,8 +217,8 @@ def _fault(answer: http.client.HTTPResponse, content: bytes, path: str) -> str |
     if content in (b"", b"Invalid HTTP request received.") or b"Unsupported" in content:  # uvicorn's, of what is no request at all
         return None
     try:
-        error = json.loads(content)["error"]
-        right = isinstance(error["message"], str) and error["type"].endswith("_error") and {"param", "code"} <= set(error)
+        told = json.loads(content)["error"]
+        right = isinstance(told["message"], str) and told["type"].endswith("_error") and {"param", "code"} <= set(told)
     except (ValueError, KeyError, TypeError, AttributeError):
         right = False
     return None if right else f"{shown}: no error in OpenAI's form"

@@ -112,7 +112,7 @@ def test_the_network_needs_only_torch_and_transformers(path: Path) -> None:
 def test_tests_are_in_their_subpackages_folder_and_share_only_support() -> None:
     tests = Path(__file__).resolve().parent
     folders = {path.name for path in tests.iterdir() if any(path.glob("*.py"))}
-    assert folders == {*SUBPACKAGES, "support", "docs", "recipes", "benchmarks", "mutants", "compat", "public_reports", "vllm"}
+    assert folders == {*SUBPACKAGES, "support", "docs", "recipes", "benchmarks", "mutants", "stress", "compat", "public_reports", "vllm"}
     for path in tests.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests"):
