@@ -287,6 +287,9 @@ REQUESTS = 17  # of requests, beside them
 # What a success leaves behind
 
 
+_MAKERS = ("convert", "train", "export")
+
+
 def _without(argv: list[str], flag: str) -> list[str]:
     """Words without a flag and its value."""
     if flag not in argv:
@@ -296,14 +299,12 @@ def _without(argv: list[str], flag: str) -> list[str]:
 
 
 def _result_of(argv: list[str]) -> tuple[tuple[str, ...] | None, Callable[[Path, str], str | None]]:
-    """What a success of this command makes, and what tells that it is whole; for command lines whose output has its usual name."""
-    if argv[0] == "convert":
-        return None, lambda folder, _: None if any(folder.glob("out*")) else "no output"
-    if argv[0] in ("train", "export"):
-        return None, lambda folder, _: None if any((folder / "out").glob("*")) else "no output"
+    """What a success of this command makes, and what tells that it is whole. Outputs may have any name."""
+    if argv[0] in _MAKERS or "--config" in argv:
+        return None, lambda folder, stdout: None
     if "--json" in argv:
         return (), lambda _, stdout: _one_object(stdout)
-    return None if "--config" in argv else (), lambda folder, stdout: None
+    return (), lambda folder, stdout: None
 
 
 def _one_object(stdout: str) -> str | None:
@@ -352,6 +353,8 @@ def _fault_of_refusal(stderr: str, new: list[str]) -> str | None:
 def _fault_of_success(case: Case, stdout: str, folder: Path, new: list[str]) -> str | None:
     if case.makes is not None and (other := set(new) ^ set(case.makes)):
         return f"expected to make {', '.join(case.makes) or 'nothing'}, missing or too many: {', '.join(sorted(other))}"
+    if case.argv[0] in _MAKERS and not new and not case.kind.startswith("command line"):  # which may ask for help, or a dry run
+        return "no output"
     return case.whole(folder, stdout) or next((fault for path in new if (fault := _damaged(folder / path))), None)
 
 

@@ -1,6 +1,6 @@
 """Commands by the thousand: one process imports everything and forks others, which run them, so that a command costs milliseconds.
 
-    with Forks() as forks:
+    with Forks(home) as forks:
         ended = forks.run(["inspect", "--checkpoint", "model.pt"], cwd=folder, seconds=60)
 
 A command runs with limits of memory and time; one that hangs is killed with all that it started, and the next one gets a new fork, which
@@ -103,7 +103,7 @@ class Forks:
     def _ask(self, argv: list[str], cwd: Path, seconds: float, learn: bool = False) -> Ended:
         process: Any = self._process
         self._renew, renew = False, self._renew
-        with _outputs(self.home) as (out, err):
+        with _Outputs(self.home) as (out, err):
             ask = {"argv": argv, "cwd": str(cwd), "seconds": seconds, "learn": learn, "renew": renew, "out": str(out), "err": str(err)}
             process.stdin.write(json.dumps(ask) + "\n")
             process.stdin.flush()
@@ -124,7 +124,7 @@ class Forks:
         process.stdout.close()
 
 
-class _outputs:
+class _Outputs:
     """Two files that a command writes to, in place of pipes, which it could fill."""
 
     def __init__(self, folder: Path):
@@ -158,7 +158,7 @@ def _serve(program: str) -> None:
             fork = _Fork(run)
         began = time.monotonic()
         told = fork.told(ask)
-        if told["status"] is None or told["status"] < 0:
+        if fork.ended:
             fork = None
         if ask["learn"]:
             _import_all(Path(ask["out"] + ".modules"))
@@ -173,7 +173,7 @@ class _Fork:
 
     def __init__(self, run: Any):
         gc.freeze()  # a collection in a fork would copy every page of what is imported
-        self.commands = 0
+        self.commands, self.ended = 0, False
         asks, self._asks = os.pipe()
         self._answers, answers = os.pipe()
         self.pid = os.fork()
@@ -185,7 +185,7 @@ class _Fork:
         os.close(answers)
 
     def told(self, ask: dict[str, Any]) -> dict[str, Any]:
-        """Status and growth of a command; the process has ended where the status is None or that of a signal."""
+        """Status and growth of a command; the status is None where the process was killed because of the time."""
         self.commands += 1
         os.write(self._asks, (json.dumps(ask) + "\n").encode())
         if not select.select([self._answers], [], [], ask["seconds"])[0]:
@@ -194,7 +194,7 @@ class _Fork:
         told = os.read(self._answers, 4096)
         if told:
             return json.loads(told)
-        return {"status": self._closed() or -signal.SIGKILL, "grown": 0}  # ended by itself, whatever status it gave
+        return {"status": self._closed() or -signal.SIGKILL, "grown": 0}  # the command has ended the process: never right, even with 0
 
     def end(self) -> None:
         """Kill the process, and what it started."""
@@ -203,6 +203,7 @@ class _Fork:
         self._closed()
 
     def _closed(self) -> int:
+        self.ended = True
         os.close(self._asks)
         os.close(self._answers)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

@@ -57,6 +57,9 @@ def main(argv):
     if how == "dies":
         import os
         os.kill(os.getpid(), 11)
+    if how == "exits":
+        import os
+        os._exit(1)
     if how == "refuses":
         refuse()
     if how == "says":
@@ -66,7 +69,7 @@ FAULTS = {
     "traceback": "status 1 with a traceback", "caught": "status 2 with a traceback", "partial": "refused, and wrote out.pt",
     "silent": "0 messages", "twice": "2 messages", "runs code": "code of a file has run", "edits": "changed its input: input.txt",
     "leftover": "left behind .recursify-abc", "damaged": "out.json is damaged", "grows": "took 200 MiB", "hangs": "still running",
-    "dies": "status -11", "refuses": None, "done": None,
+    "dies": "status -11", "exits": "status 1", "refuses": None, "done": None,
 }  # fmt: skip
 
 
@@ -93,8 +96,9 @@ def test_what_a_command_must_not_do_is_a_fault(how: str, forks: Forks, tmp_path:
 def test_a_success_has_what_was_asked_for(forks: Forks, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     done, said = forks.run(["done"], tmp_path, 30), forks.run(["says"], tmp_path, 30)
-    assert "missing or too many: out.pt" in str(fault_of(Case("stub", "", [], ("out.pt",)), done, tmp_path, before))
-    for_json = Case("evaluate", "", [], *bad_bytes._result_of(["evaluate", "--json"]))
+    assert "missing or too many: out.pt" in str(fault_of(Case("stub", "", ["generate"], ("out.pt",)), done, tmp_path, before))
+    assert fault_of(Case("checkpoint", "", ["convert"]), done, tmp_path, before) == "no output"
+    for_json = Case("evaluate", "", ["evaluate"], *bad_bytes._result_of(["evaluate", "--json"]))
     assert "no JSON object" in str(fault_of(for_json, done, tmp_path, before))
     assert "no JSON object" in str(fault_of(for_json, said, tmp_path, before))
     (tmp_path / "prompts.out.jsonl").write_text('{"index": 0, "prompt": "a"}\n')
