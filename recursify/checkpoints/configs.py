@@ -56,6 +56,18 @@ def generation_config(fields: dict[str, Any], where: str | Path) -> GenerationCo
     return found
 
 
+def check_cycles(config: Any, cycles: int, flag: str) -> None:
+    """Check that a recursive model can run at a number of cycles.
+
+    Raises:
+        UserError: More layer applications than any pass may have.
+    """
+    try:
+        config.at_depth(H_cycles=cycles)
+    except ValueError as error:
+        raise UserError(f"--{flag} {cycles}: {error}") from error
+
+
 def reason(error: Exception) -> str:
     """The message of an error on one line, with the type of errors whose message is only a name."""
     text = " ".join(str(error).split())
