@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError, first_line, short
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
