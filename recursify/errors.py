@@ -21,5 +21,35 @@ def first_line(error: Exception) -> str:
 
 def short(value: Any, most: int = 60) -> str:
     """A value as JSON, cut to what goes into a message of ours."""
-    text = json.dumps(value, default=str)
+    text = json.dumps(_beginning(value, most), default=str)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A value as Python writes it, cut to what goes into a message of ours."""
+    text = repr(_beginning(value, most))
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _beginning(value: Any, most: int) -> Any:
+    """The value, or as much of it as fills `most` characters: it may be larger than memory (YAML refers to what it has said before), or
+    contain itself, and Python refuses to write a number of more than 4300 digits."""
+    left = most
+
+    def begun(part: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if isinstance(part, str | bytes):
+            return part[: most + 1]
+        if isinstance(part, int) and part.bit_length() > 4 * most:
+            return hex(part)[: most + 1]
+        if not isinstance(part, dict | list | tuple) or not part:
+            return part
+        if depth > most:
+            return "..."
+        if isinstance(part, dict):
+            return {begun(key, depth): begun(inner, depth + 1) for key, inner in part.items() if left > 0}
+        found = [begun(inner, depth + 1) for inner in part if left > 0]
+        return tuple(found) if isinstance(part, tuple) else found
+
+    return begun(value, 0)

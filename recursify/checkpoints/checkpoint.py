@@ -268,8 +268,8 @@ def _load_file(path: Path, overrides: dict[str, Any], donor: str | None) -> Chec
         fields, stored, notes, generation = (content[part] for part in ("config", "model_state_dict", "notes", "generation_config"))
         if not all(isinstance(part, dict) for part in (fields, stored, notes, generation)):
             raise TypeError("config, model_state_dict, notes and generation_config must be dicts")
-        if not all(isinstance(tensor, torch.Tensor) for tensor in stored.values()):
-            raise TypeError("model_state_dict must hold tensors")
+        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in stored.items()):
+            raise TypeError("model_state_dict must hold tensors by name")
         record = conversion_record(content["plan"] and ConversionPlan.from_dict(content["plan"]), notes)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: a part of this checkpoint is missing or damaged ({error!r}); make it again with convert") from error
@@ -281,7 +281,7 @@ def _load_file(path: Path, overrides: dict[str, Any], donor: str | None) -> Chec
         model = _on_donor(config, own, str(path), donor)
     else:
         model = build(config, from_guides(stored, names, config, str(path)), str(path))
-    model.generation_config = generation_config(generation)
+    model.generation_config = generation_config(generation, path)
     return Checkpoint(model, None)
 
 
@@ -304,7 +304,7 @@ def _read_pt(path: Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of recursify: a pickle with objects other than tensors and plain values, which could run code; "
             "it was not loaded. Make one with convert"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's reader of a damaged pickle raises whatever it meets: of indices, of types, of struct
         raise UserError(f"{path}: truncated, corrupt, or not a .pt file ({first_line(error)}); make it again with convert") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         has = f"a {type(content).__name__}"
@@ -320,10 +320,11 @@ def _load_folder(path: Path, overrides: dict[str, Any], donor: str | None) -> Ch
     config = _read_config(read_json(path / "config.json"), overrides, str(path))
     if config.conversion is None and (path / RECORD).is_file():
         config.conversion = _read_record(path / RECORD)
+    has_generation = (path / _GENERATION).is_file()
+    generation = generation_config(read_json(path / _GENERATION), path / _GENERATION) if has_generation else None
     if adapter.is_adapter_folder(path):
         model = _on_donor(config, adapter.read(path), str(path), donor)
-        if (path / _GENERATION).is_file():
-            model.generation_config = generation_config(read_json(path / _GENERATION))
+        model.generation_config = generation or model.generation_config
         return Checkpoint(model, None)
     try:
         with quiet():
@@ -365,6 +366,8 @@ def _read_config(fields: Any, overrides: dict[str, Any], where: str) -> Any:
         config = config_class.from_dict(fields)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f"dtype: expected a type of torch such as bfloat16, got {config.dtype!r}")
+        if config.is_encoder_decoder:
+            raise ValueError(f"is_encoder_decoder: expected false, got {config.is_encoder_decoder!r}")
         stored_names(config)
         plan_of(config)
     except CONFIG_FAULTS as error:
@@ -386,6 +389,11 @@ def build(config: Any, state: dict[str, torch.Tensor], where: str, dtype: torch.
     Raises:
         UserError: A shape that does not match the configuration, or a missing tensor outside the recursion.
     """
+    for name, tensor in state.items():
+        if not tensor.dtype.is_floating_point:
+            raise UserError(
+                f"{where}: expected weights of float32, bfloat16 or float16, got {tensor.dtype} in {name}; make it again with convert"
+            )
     dtype = dtype or next(iter(state.values())).dtype
     family = FAMILIES[config.model_type]
     try:

@@ -137,10 +137,10 @@ class Donor:
         """The donor's generation config; derived from its configuration where there is no generation_config.json.
 
         Raises:
-            UserError: generation_config.json is not a JSON object.
+            UserError: generation_config.json is not a JSON object, or has values of other types.
         """
         path = find_file(self.name, "generation_config.json", **self.hub)
-        return GenerationConfig.from_model_config(self.config) if path is None else generation_config(read_json(Path(path)))
+        return GenerationConfig.from_model_config(self.config) if path is None else generation_config(read_json(Path(path)), path)
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
         """The donor itself, as a transformers model.

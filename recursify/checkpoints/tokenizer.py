@@ -46,14 +46,16 @@ def load_tokenizer(name: str, *, revision: str | None = None, token: str | None 
         revision, token: Of the hub, as `from_pretrained` takes them.
 
     Raises:
-        UserError: No tokenizer there, or a revision of a folder.
+        UserError: No tokenizer there, one that cannot be used, or a revision of a folder.
     """
     check_place(name, "a tokenizer", revision)
     hub = {"revision": revision, "token": token}
     try:
         if not any(find_file(name, file, **hub) for file in _TOKENIZERS):
             require_file(name, _TOKENIZERS[0], **hub)
-        return AutoTokenizer.from_pretrained(name, **hub)
+        found = AutoTokenizer.from_pretrained(name, **hub)
+        found.decode(found("a b").input_ids)  # some settings of other types are met by the first text only
+        return found
     except UserError as error:
         raise UserError(f"{error}; or name a folder that has a tokenizer with --tokenizer_path") from error
     except Exception as error:  # tokenizers raises bare exceptions

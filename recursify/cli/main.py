@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from ..errors import UserError
+from ..errors import UserError, short
 from .recipe import JOB_SECTIONS, read_approach, read_section
 
 if TYPE_CHECKING:
@@ -310,12 +311,16 @@ def _command(name: str, settings_class: type[Settings], job: Callable[[Settings]
         if os.environ.get("RECURSIFY_DEBUG") == "1":
             raise
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as in `recursify inspect X | head`
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _fail(f"{short(error.filename)}: expected the name of a file or folder, got one longer than this system allows; shorten it")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(message: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..utils.typed import typed
 from .names import fields_by_name
 
@@ -38,7 +38,7 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
         raise UserError(f"--config: {path} has no section {job!r} for this job; it has {', '.join(sections) or 'none'}")
     section = {} if sections[job] is None else sections[job]
     if not isinstance(section, dict):
-        raise UserError(f"--config: {path}: expected flags and their values under {job!r}, got {section!r}")
+        raise UserError(f"--config: {path}: expected flags and their values under {job!r}, got {shown(section)}")
     section = {name: value for name, value in section.items() if job != "train" or name != "approach"}
     section = _under_our_names(path, section, fields_by_name(settings_class))
     hints = {field.name: get_type_hints(settings_class)[field.name] for field in dataclasses.fields(settings_class)}
@@ -48,7 +48,7 @@ def read_section(path: str | Path, job: str, settings_class: type) -> dict[str, 
         try:
             values[name] = typed(value, hints[name], text=True)
         except TypeError as error:
-            raise UserError(f"--config: {path}: {job}: {name}: expected {error}, got {value!r}") from None
+            raise UserError(f"--config: {path}: {job}: {name}: expected {error}, got {shown(value)}") from None
     return values
 
 
@@ -70,7 +70,7 @@ def read_approach(path: str | Path) -> str | None:
     section = _read_yaml(path).get("train")
     approach = section.get("approach") if isinstance(section, dict) else None
     if approach not in (None, *APPROACHES):
-        raise UserError(f"--config: {path}: train: approach: expected one of {', '.join(APPROACHES)}, got {approach!r}")
+        raise UserError(f"--config: {path}: train: approach: expected one of {', '.join(APPROACHES)}, got {shown(approach)}")
     return approach
 
 
@@ -79,7 +79,9 @@ def _read_yaml(path: str | Path) -> dict[Any, Any]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceEach)
     except OSError as error:
         raise UserError(f"--config: {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise UserError(f"--config: {path} is not valid YAML: nested too deeply") from error
+    except Exception as error:  # what is no number or date raises whatever Python's own reader of them does
         raise UserError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config: {path}: expected a section for each job ({', '.join(JOB_SECTIONS)}), got {type(content).__name__}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import UserError, short
 from ..utils.encodings import check_characters
+from ..utils.files import parse_json
 
 MESSAGES, PROMPT, ALPACA = ("messages",), ("prompt", "completion"), ("instruction", "output")
 FORMS = (MESSAGES, PROMPT, ALPACA)
@@ -64,8 +65,8 @@ def _check_options(row: dict[str, Any], place: str) -> None:
     """Check what is for the chat template alone; tools may be given as JSON."""
     if isinstance(row.get("tools"), str):
         try:
-            row["tools"] = json.loads(row["tools"])
-        except json.JSONDecodeError as error:
+            row["tools"] = parse_json(row["tools"])
+        except ValueError as error:
             raise UserError(f"{place}: expected 'tools' as a list or its JSON, got {short(row['tools'])} ({error})") from error
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
         if not isinstance(row.get(name, kind()), kind):

@@ -9,7 +9,6 @@ Rows of conversations (conversations.py) are documents, too: their tables have t
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
@@ -28,6 +27,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from ..errors import UserError, short
 from ..utils.encodings import check_characters, open_text, read_text
+from ..utils.files import parse_json
 from ..utils.http import httpx
 from .cached_dataset import bars_on_terminals_only, make_table
 from .conversation_tables import as_conversations, conversation_files, form_of_file, not_streamed
@@ -321,7 +321,7 @@ def _without_metadata(files: list[Path], column: str) -> list[Path]:
 def _is_metadata(path: Path, column: str) -> bool:
     """Whether a .json file among other text files describes them rather than being one: a JSON object without the column."""
     try:
-        fields = json.loads(read_text(path))
+        fields = parse_json(read_text(path))
     except (ValueError, OSError):  # one object per line, or nothing that can be read: an error of its own
         return False
     return isinstance(fields, dict) and column not in fields and form_of(fields) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..utils.encodings import not_utf8, open_text, read_text
+from ..utils.files import parse_json
 
 # Rows of a .parquet file read at once.
 ROWS_AT_ONCE = 64
@@ -72,8 +72,8 @@ RECORDS: dict[str, Callable[[Path, Collection[str]], Records]] = {
 
 def _parse(content: str, place: str) -> Any:
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
+        return parse_json(content)
+    except ValueError as error:
         raise UserError(f"{place} is not valid JSON ({error}); expected an object with the text column") from error
 
 

@@ -132,6 +132,9 @@ class DecodingOptions(EarlyExit):
 
     def _check_model(self, model: Any) -> None:
         cycles = self.cycles(model)
+        from ..checkpoints.configs import check_cycles  # here: flags are read without transformers
+
+        check_cycles(model.config, cycles, "H_cycles")
         if self.halt != "none" and cycles == 0:
             raise UserError(f"--halt: expected a run of at least 1 cycle, got --halt {self.halt} with 0 cycles, which is one plain pass")
         if self.draft_cycles is not None and self.draft_cycles >= cycles:

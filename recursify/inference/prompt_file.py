@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..utils.atomic import write_text
 from ..utils.encodings import check_characters, read_text
+from ..utils.files import parse_json
 from .generation import Generated, decoding_stats, generate_batch
 from .options import Sampling
 from .prompt import EncodedPrompt
@@ -108,7 +109,7 @@ def read_prompts(file: str) -> list[Prompt]:
 
 def _prompt(file: str, index: int, line: str) -> Prompt:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         if isinstance(prompt := record.get("prompt"), str):
             return Prompt(index, prompt)
         if messages := [{"role": str(each["role"]), "content": each["content"]} for each in record["messages"]]:
@@ -217,7 +218,7 @@ class Results:
     def _check_record(self, made_of: dict[str, Any]) -> None:
         cure = "name another --output_file, or delete it to start over"
         try:
-            before = json.loads(self.record.read_text(encoding="utf-8"))
+            before = parse_json(self.record.read_text(encoding="utf-8"))
             if before["format"] != FORMAT:
                 raise ValueError
         except (OSError, ValueError, TypeError, KeyError):
@@ -235,7 +236,7 @@ class Results:
         known = {prompt.index for prompt in self.prompts}
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
-                index = json.loads(line)["index"]
+                index = parse_json(line)["index"]
                 if index not in known:
                     raise ValueError
             except (ValueError, TypeError, KeyError):

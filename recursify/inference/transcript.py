@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..utils.atomic import write_text
+from ..utils.files import parse_json
 
 FORMAT = "recursify-conversation/1"
 ROLES = ("system", "user", "assistant")
@@ -42,7 +43,7 @@ def load(path: str) -> tuple[list[Message], dict[str, Any]]:
     """
     place = Path(path).expanduser()
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
+        found = parse_json(place.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{place} cannot be read ({error.strerror}); name a conversation that /save wrote") from error
     except ValueError as error:

@@ -52,6 +52,8 @@ _FULL, _SLIDING = _KINDS = ("full_attention", "sliding_attention")
 _LAYERS = {"prelude_layers": 0, "L_layers": 1, "coda_layers": 0}  # name: minimum
 _CYCLES = {"H_cycles": 0, "L_cycles": 0}
 _LORA = {"lora_rank": 0, "lora_pairs": 1}
+# Far beyond any model: a larger number is a damaged one, and lists of so many layers would fill memory.
+_MOST_LAYERS, _MOST_APPLICATIONS = 10_000, 100_000
 
 
 def applications(H_cycles: int, L_cycles: int) -> int:
@@ -169,6 +171,7 @@ class RecursiveLLMConfig(_Mixed):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)
+        self._check_depth()
         count = self.physical_layers
         types = self.block_types
         if types is not None and len(types) != count:
@@ -235,8 +238,16 @@ class RecursiveLLMConfig(_Mixed):
         out.pop("_made", None)
         return out
 
+    def _check_depth(self) -> None:
+        """Raise a ValueError for a pass of more layers than a list can hold."""
+        if (depth := self.depth()) > _MOST_APPLICATIONS:
+            raise ValueError(
+                f"H_cycles, L_cycles: expected at most {_MOST_APPLICATIONS:,} layer applications in a pass, got {depth:,}; choose fewer"
+            )
+
     def _derive(self) -> None:
         self.check_adapter()
+        self._check_depth()
         P, K, types = self.prelude_layers, self.L_layers, self.block_types or []
         self.layer_types = types[:P] + types[P + K :] + types[P : P + K] * applications(self.H_cycles, self.L_cycles)
         self.num_hidden_layers = len(self.layer_types)
@@ -247,6 +258,8 @@ def _check(name: str, value: Any) -> None:
     least = (_LAYERS | _CYCLES | _LORA).get(name)
     if least is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if name in _LAYERS and value > _MOST_LAYERS:
+        raise ValueError(f"{name}: expected a whole number of {least} to {_MOST_LAYERS:,}, got {value}")
     if name == "conversion" and not isinstance(value, dict | None):
         raise ValueError(f"conversion: expected an object with donor and plan, or null, got {value!r}")
     if name == "injection" and value not in INJECTIONS:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_MOST_LAYERS = 10_000  # of a donor: any more is a damaged number
+
 
 @dataclass(frozen=True)
 class ConversionPlan:
@@ -58,7 +60,26 @@ class ConversionPlan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ConversionPlan:
         fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-        return cls(**fields)
+        plan = cls(**fields)
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Raise a TypeError for a field of another type or out of range."""
+        count = self.donor_layers
+        if not _is_count(count, _MOST_LAYERS):
+            raise TypeError(f"donor_layers: expected a whole number of 0 to {_MOST_LAYERS:,}, got {count!r}")
+        for name in ("prelude", "loop", "coda"):
+            indices = getattr(self, name)
+            if not isinstance(indices, tuple) or not all(_is_count(index, count - 1) for index in indices):
+                raise TypeError(f"{name}: expected layers of the donor, from 0 to {count - 1}, got {indices!r}")
+        for name in ("donor", "layer_selection"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: expected text, got {getattr(self, name)!r}")
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def conversion_record(plan: ConversionPlan | None, notes: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -82,7 +103,9 @@ def plan_of(config: Any) -> ConversionPlan | None:
     try:
         return ConversionPlan.from_dict({"donor": record["donor"], **record["plan"]})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"conversion: expected donor and plan of the conversion, got {record}; set it to null to load without") from error
+        raise ValueError(
+            f"conversion: expected donor and plan of the conversion ({error}), got {record}; set it to null to load without"
+        ) from error
 
 
 def notes_of(config: Any) -> dict[str, Any]:

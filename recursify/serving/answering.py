@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from ..checkpoints.configs import check_cycles
 from ..errors import UserError
 from ..inference.chat_prompt import Dialogue
 from ..inference.prompt import encode_prompt, end_tokens, prompt_ids
@@ -287,6 +288,8 @@ def _depths(model: Any, settings: ServeSettings) -> tuple[int, ...]:
     wanted = settings.wanted_depths()
     if isinstance(model, RecursiveLLM):
         config: Any = model.config
+        for depth in wanted:
+            check_cycles(config, depth, "depths")
         return wanted or (config.H_cycles,)
     if wanted:
         raise UserError(f"--depths: {settings.checkpoint} is a plain model without cycles; leave the flag out")

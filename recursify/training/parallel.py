@@ -17,7 +17,6 @@ Functions marked "collective" must be called by all processes, otherwise they de
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import OrderedDict
@@ -38,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..errors import UserError
+from ..utils.files import parse_json
 from ..utils.models import is_recursive
 from .settings import RunSettings
 
@@ -120,7 +120,7 @@ def _check_deepspeed(settings: RunSettings, file: str, device: torch.device) -> 
 
 def _zero_stage(file: str) -> int:
     try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        config = parse_json(Path(file).read_text(encoding="utf-8"))
         return int(config.get("zero_optimization", {}).get("stage", 0))
     except OSError as error:
         raise UserError(f"--deepspeed: expected DeepSpeed's JSON file, got {file}: {error.strerror}") from error

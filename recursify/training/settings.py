@@ -357,6 +357,11 @@ class RunSettings(Computation, Logging, LossTerms, Optimizer, Recursion, RunLeng
                 f"{self.source}: cannot train at 0 cycles: with H_cycles 0 the recursion is never run, so it is not trained; "
                 "convert with --H_cycles 1 or more"
             )
+        if hasattr(config, "at_depth"):
+            from ..checkpoints.configs import check_cycles  # here: flags are read without transformers
+
+            for cycles in self.cycle_choices:
+                check_cycles(config, cycles, "cycle_choices")
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and self.seq_len > positions:
             raise UserError(f"--seq_len: expected at most {positions}, the positions that the model has, got {self.seq_len}")

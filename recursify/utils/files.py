@@ -10,6 +10,18 @@ from typing import Any
 from ..errors import UserError, first_line, short
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: Not JSON, or nested more deeply or with a longer number than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -17,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: The file is not a JSON object.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: is not JSON ({first_line(error)}); download or copy it again") from error
     if not isinstance(fields, dict):

@@ -5,6 +5,7 @@ Choices are also taken in capitals, and under the names that transformers and to
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import os
 from types import UnionType
@@ -116,11 +117,9 @@ def _simple(value: Any, hint: Any, text: bool) -> Any:
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     if hint is float and not isinstance(value, bool):
-        if isinstance(value, numbers.Real):
-            return value if isinstance(value, int) and not text else float(value)
-        if text and isinstance(value, str):
-            try:
+        with contextlib.suppress(ValueError, OverflowError):  # a whole number may be larger than any other
+            if isinstance(value, numbers.Real):
+                return value if isinstance(value, int) and not text else float(value)
+            if text and isinstance(value, str):
                 return float(value)
-            except ValueError:
-                pass
     raise TypeError(f"{WORDS[hint]} (in quotes, where YAML reads it as something else)" if text and hint is str else WORDS[hint])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -210,6 +211,13 @@ def test_wrong_derived_fields_are_recomputed(form: str, model: RecursiveLLM, sav
         ({"dtype": "bogus"}, "its config is damaged: .*bogus.*; copy it again or make it again with convert"),
         ({"num_attention_heads": 0}, "its config is damaged: ZeroDivisionError: .*; copy it again"),
         ({"hidden_act": "zzz"}, "its config is damaged: KeyError: 'zzz'; copy it again"),
+        ({"H_cycles": 10**9}, "its config is damaged: .*expected at most 100,000 layer applications .*, got 6,000,000,003; "),
+        ({"H_cycles": 10**30}, "its config is damaged: .*expected at most 100,000 layer applications"),
+        (
+            {"L_layers": 10**12, "block_types": None},
+            "its config is damaged: L_layers: expected a whole number of 1 to 10,000, got 1000000000000",
+        ),
+        ({"is_encoder_decoder": True}, "its config is damaged: is_encoder_decoder: expected false, got True"),
         ({"physical_layers": 6}, "its config is damaged: .*physical_layers.* no setter"),
         ({"block_types": ["foo"] * 6}, "its config is damaged: block_types: expected full_attention or sliding_attention .*, got foo"),
         (
@@ -296,6 +304,46 @@ def test_a_file_with_a_part_missing_or_wrong(part: str, saved: Path) -> None:
             checkpoint.load(saved / "model.pt")
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("changes", [{"temperature": "hot"}, {"max_new_tokens": [1]}, {"max_length": {}}, {"watermarking_config": 3}])
+def test_a_damaged_generation_config(form: str, changes: dict[str, Any], saved: Path) -> None:
+    if form == "model":
+        (saved / form / "generation_config.json").write_text(json.dumps(changes))
+    else:
+        edit(saved / form, generation_config=changes)
+    with pytest.raises(UserError, match=rf"{saved / form}.*: its generation config is damaged: .+; mend or delete it"):
+        checkpoint.load(saved / form)
+
+
+def test_names_that_are_no_text_and_tensors_that_are_no_weights(saved: Path) -> None:
+    state = torch.load(saved / "model.pt", weights_only=True)["model_state_dict"]
+    first = next(iter(state))
+    for name in (3, None):
+        edit(saved / "model.pt", model_state_dict={**state, name: state[first]})
+        with pytest.raises(UserError, match="damaged .*model_state_dict must hold tensors by name"):
+            checkpoint.load(saved / "model.pt")
+    for dtype in (torch.bool, torch.int64, torch.complex64):
+        edit(saved / "model.pt", model_state_dict={**state, first: state[first].to(dtype)})
+        with pytest.raises(
+            UserError, match=rf"model.pt: expected weights of float32, .*got {dtype} in model.embed_tokens.weight; make it again"
+        ):
+            checkpoint.load(saved / "model.pt")
+    edit(saved / "model.pt", model_state_dict={})
+    with pytest.raises(UserError, match="does not match its config: .* missing"):
+        checkpoint.load(saved / "model.pt")
+
+
+def test_no_flipped_byte_of_a_pickle_is_a_traceback(saved: Path) -> None:
+    """torch's reader of pickles raises whatever error it meets: of `struct`, of indices, of types."""
+    path = saved / "model.pt"
+    whole = path.read_bytes()
+    start = whole.index(b"data.pkl") + 64
+    for at in range(start, start + 700, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1 :])
+        with contextlib.suppress(UserError):
+            checkpoint.load(path)
+
+
 def test_missing_and_unexpected_tensors_are_named(saved: Path) -> None:
     state = torch.load(saved / "model.pt", weights_only=True)["model_state_dict"]
     lost = {name: tensor for name, tensor in state.items() if name != "inner.coda.layers.0.mlp.w2.weight"}
@@ -352,6 +400,29 @@ def test_damaged_conversion_record_is_refused(record: Any, saved: Path) -> None:
     edit_config(saved / "model", conversion=record)
     with pytest.raises(UserError, match="model: its config is damaged: conversion: expected .*donor and plan"):
         checkpoint.load(saved / "model")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"donor_layers": [8]},
+        {"donor_layers": 10**12},
+        {"donor_layers": -1},
+        {"loop": 3},
+        {"loop": ["a"]},
+        {"coda": [True]},
+        {"layer_selection": 3},
+    ],
+)
+def test_a_plan_of_other_types_is_refused(form: str, changes: dict[str, Any], saved: Path) -> None:
+    if form == "model":
+        plan = json.loads((saved / form / "config.json").read_text())["conversion"]["plan"]
+        edit_config(saved / form, conversion={"donor": "a/donor", "plan": {**plan, **changes}})
+    else:
+        edit(saved / form, plan={**torch.load(saved / form, weights_only=True)["plan"], **changes})
+    with pytest.raises(UserError, match=rf"{saved / form}: .*damaged.*{next(iter(changes))}: expected "):
+        checkpoint.load(saved / form)
 
 
 def test_plain_save_pretrained_keeps_plan_and_donor(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from recursify.conversion.convert import run as run_convert
 from recursify.conversion.settings import ConvertSettings
 from recursify.errors import UserError
 from tests.support.hub_stand_in import HubStandIn
-from tests.support.tiny import FAMILIES, make_tiny_tokenizer, tiny_config, tiny_donor, tiny_model
+from tests.support.tiny import END_OF_TEXT, FAMILIES, make_tiny_tokenizer, tiny_config, tiny_donor, tiny_model
 
 SUPPORTED = r"Supported: qwen2, qwen3, llama, mistral, smollm3, olmo2, phi3 \(Qwen2.5 is qwen2\)"
 
@@ -163,6 +163,13 @@ def test_recursive_checkpoint_is_refused_as_donor(eight: Path, tmp_path: Path) -
         open_donor(str(tmp_path / "ours"))
 
 
+@pytest.mark.parametrize("fields", [{"temperature": "hot"}, {"top_k": []}])
+def test_a_damaged_generation_config(fields: dict[str, Any], broken: Path) -> None:
+    (broken / "generation_config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"generation_config.json: its generation config is damaged: .+; mend or delete it"):
+        open_donor(str(broken)).generation_config()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_opening_reads_config_json_only(family: str, tmp_path: Path) -> None:
     config = tiny_model(family, num_hidden_layers=2).config
@@ -176,6 +183,7 @@ def test_opening_reads_config_json_only(family: str, tmp_path: Path) -> None:
         ("{", "config.json: is not JSON"),
         ("", "config.json: is not JSON"),
         ("\xff", "config.json: is not JSON"),
+        ('{"a": ' + "[" * 200_000, "config.json: is not JSON .*nested"),
         ("[1, 2]", r"config.json: expected a JSON object, got \[1, 2\]"),
         ('{"hidden_size": 32}', "model_type = None"),
         (
@@ -436,11 +444,12 @@ def test_tokenizers(eight: Path, broken: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model"])
 def test_vocabulary_files(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda name, **hub: ("read from", name))
+    read: list[str] = []
+    monkeypatch.setattr(tokenizer_module.AutoTokenizer, "from_pretrained", lambda name, **hub: read.append(name) or make_tiny_tokenizer())
     with pytest.raises(UserError, match=r"tokenizer.json is not there; .*--tokenizer_path"):
         load_tokenizer(str(tmp_path))
     (tmp_path / file).write_text("of its own kind")
-    assert load_tokenizer(str(tmp_path)) == ("read from", str(tmp_path))
+    assert load_tokenizer(str(tmp_path)).eos_token == END_OF_TEXT and read == [str(tmp_path)]
 
 
 def test_load_passes_arguments(eight: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from recursify import FitSettings, MeasureSettings, RecursiveTrainer, evaluate
 from recursify.checkpoints import checkpoint
 from recursify.checkpoints.loading import load_model
+from recursify.checkpoints.tokenizer import load_tokenizer
 from recursify.conversion import convert
 from recursify.conversion.settings import ConvertSettings
 from recursify.errors import UserError
@@ -78,3 +80,12 @@ def make_small(folder: Path) -> None:
 
     words = Tokenizer(models.WordLevel({"<e>": 0, "a": 1}, unk_token="<e>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("field", [{"model_max_length": "long"}, {"model_max_length": [1]}, {"padding_side": 3}])
+def test_a_tokenizer_that_cannot_be_used_is_refused_when_it_is_loaded(field: dict[str, Any], tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | field))
+    with pytest.raises(UserError, match="its tokenizer cannot be loaded .*; name a folder that has one with --tokenizer_path"):
+        load_tokenizer(str(tmp_path))

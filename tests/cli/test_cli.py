@@ -67,6 +67,15 @@ def test_bad_input_is_one_message_and_status_2(capsys: pytest.CaptureFixture[str
     assert err.startswith("error: ") and err.count("\n") == 1 and "none.pt" in err
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["inspect --checkpoint X", "convert --qwen_model X", "export --checkpoint X --out out", "train --checkpoint a.pt --dataset_name X"],
+)
+def test_a_name_longer_than_the_system_takes(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call(capsys, *words.replace("X", "x" * 5000).split())
+    assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECURSIFY_DEBUG", "1")
     with pytest.raises(ValueError, match=r"none\.pt"):
@@ -199,6 +208,10 @@ def test_help_shows_the_recipe(recipe: Path, capsys: pytest.CaptureFixture[str])
     assert "--config" not in call(capsys, "inspect", "--help")[1]
 
 
+# Lists of lists: 2**30 words of text, in a kilobyte.
+BOMB = "about: [&a0 [x, x]" + "".join(f", &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 31)) + "]\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -219,6 +232,20 @@ def test_help_shows_the_recipe(recipe: Path, capsys: pytest.CaptureFixture[str])
         ("train: [1, 2]", ["under 'train'", "[1, 2]"]),
         ("train: {lr: 1, lr: 2}", ["'lr' is given twice"]),
         ("train: {lr: [", ["not valid YAML", "line 1"]),
+        ("train: {lr: !!int x}", ["not valid YAML", "invalid literal"]),
+        ("train: {lr: !!int ''}", ["not valid YAML"]),
+        ("train: {lr: !!float x}", ["not valid YAML", "could not convert"]),
+        ("train: {lr: !!timestamp x}", ["not valid YAML"]),
+        ("train: {lr: !!bool x}", ["not valid YAML"]),
+        ("train: {lr: 2020-13-45}", ["not valid YAML", "month"]),
+        (f"train: {{lr: {'1' * 5000}}}", ["not valid YAML", "4300 digits"]),
+        (f"train: {{lr: 0x{'f' * 5000}}}", ["lr", "a number"]),
+        (f"train: {'[' * 5000}", ["not valid YAML", "nested too deeply"]),
+        ("train: {lr: &a [*a]}", ["lr", "a number"]),
+        ("train: &a [*a]", ["under 'train'"]),
+        (BOMB + "train: {lr: *a30}", ["lr", "a number"]),
+        (BOMB + "train: *a30", ["under 'train'"]),
+        (BOMB + "train: {mix: *a30}", ["mix", "text"]),
         ("just text", ["a section for each job", "str"]),
         ("", ["a section for each job"]),
     ],

@@ -175,6 +175,7 @@ class TestRefusals:
             ({"prompt": say("a"), "completion": []}, "expected messages in 'completion', each with role and content, got []"),
             ({"prompt": "a", "completion": "\ud83d"}, "half of a surrogate pair"),
             ({"prompt": "a", "completion": "b", "tools": "[{"}, "expected 'tools' as a list or its JSON"),
+            ({"prompt": "a", "completion": "b", "tools": "[" * 200_000}, "expected 'tools' as a list or its JSON"),
             ({"prompt": "a", "completion": "b", "tools": 3}, "expected a list as 'tools', got 3"),
             ({"prompt": "a", "completion": "b", "chat_template_kwargs": []}, "expected a dict as 'chat_template_kwargs'"),
             (["a"], "expected an object with 'prompt' and 'completion', got list"),

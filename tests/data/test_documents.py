@@ -399,6 +399,11 @@ class TestErrors:
         (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
         with says("a.jsonl, line 2", "not valid JSON"):
             load(tmp_path / "a.jsonl")
+        for number, value in enumerate(("[" * 200_000, "1" * 5000)):  # deeper, or longer, than Python's reader goes
+            for suffix in ("json", "jsonl"):
+                (tmp_path / f"{number}.{suffix}").write_text(f'{{"text": "x"}}\n{{"text": "x", "a": {value}}}\n')
+                with says(f"{number}.{suffix}, line 2", "not valid JSON"):
+                    load(tmp_path / f"{number}.{suffix}")
         with says("b.jsonl, line 1", "expected an object", "found str"):
             load(write_jsonl(tmp_path / "b.jsonl", ["x"]))
 

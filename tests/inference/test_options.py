@@ -12,8 +12,11 @@ import torch
 from recursify.conversion.convert import convert
 from recursify.errors import UserError
 from recursify.inference.options import DecodingOptions, Sampling
+from recursify.serving.answering import Service
+from recursify.serving.settings import ServeSettings
+from recursify.training.settings import FitSettings
 from recursify.utils.models import evaluating, is_recursive
-from tests.support.tiny import tiny_model
+from tests.support.tiny import make_tiny_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,14 @@ def test_training_mode_is_restored(donor: Any) -> None:
         assert not donor.training
     finally:
         donor.eval()
+
+
+def test_more_cycles_than_any_pass_has_are_refused(model: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"--H_cycles 99999999: .*expected at most 100,000 layer applications in a pass, got .*; choose fewer"
+    ):
+        DecodingOptions(H_cycles=99_999_999).generate_kwargs(model)
+    with pytest.raises(UserError, match=r"--cycle_choices 99999999: .*at most 100,000"):
+        FitSettings(dataset_name="x", seq_len=8, cycle_choices=(1, 99_999_999)).validate_model(model.config)
+    with pytest.raises(UserError, match=r"--depths 99999999: .*at most 100,000"):
+        Service(model, make_tiny_tokenizer(), "x", ServeSettings(checkpoint="x", depths=(99_999_999,)))

@@ -79,6 +79,8 @@ def test_jsonl(tmp_path: Path) -> None:
             """line 2: expected a JSON object with a text "prompt" or with "messages", got '{"text": "b"}'""",
         ),
         ("x.jsonl", b'{"prompt": 3}', "line 1: expected a JSON object"),
+        ("x.jsonl", b'{"prompt": ' + b"[" * 200_000, "line 1: expected a JSON object"),
+        ("x.jsonl", b'{"prompt": "a", "id": ' + b"1" * 5000 + b"}", "line 1: expected a JSON object"),
         ("x.jsonl", b"nothing", "line 1: expected a JSON object"),
         ("x.jsonl", b"[1]", "line 1: expected a JSON object"),
     ],

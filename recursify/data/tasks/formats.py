@@ -28,6 +28,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...utils.encodings import check_characters, not_utf8, open_text, read_text
+from ...utils.files import parse_json
 from .item import FINAL, Item
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -204,10 +205,12 @@ def _table(path: Path) -> list[Any]:
 
 def _parsed(content: str, place: str) -> Any:
     try:
-        return json.loads(content)
+        return parse_json(content)
     except json.JSONDecodeError as error:
         where = place if ", line " in place else f"{place}, line {error.lineno}"
         raise UserError(f"{where}: expected JSON, found {_short(error.doc[error.pos :])} ({error.msg})") from error
+    except ValueError as error:
+        raise UserError(f"{place}: expected JSON, found {_short(content)} ({error})") from error
 
 
 def _object(record: Any, place: str) -> dict[str, Any]:

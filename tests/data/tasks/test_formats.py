@@ -147,6 +147,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("gsm8k", ".jsonl", GSM8K | {"answer": "5"}, ", line 1: expected an answer that ends in '#### NUMBER', found '5'"),
     ("gsm8k", ".jsonl", GSM8K | {"answer": "#### five"}, ", line 1: expected an answer that ends in '#### NUMBER', found '#### five'"),
     ("svamp", ".json", SVAMP, ": expected a list of objects, found {'ID': 'chal-1', "),
+    ("gsm8k", ".jsonl", "[" * 200_000, ", line 1: expected JSON, found '[[["),
+    ("gsm8k", ".jsonl", "1" * 5000, ", line 1: expected JSON, found '111"),
     ("svamp", ".json", "[\n{]", ", line 2: expected JSON, found ']' ("),
     ("svamp", ".json", [SVAMP, 3], ", element 2: expected an object, found 3"),
     ("svamp", ".json", [without(SVAMP, "Body")], ", element 1: expected a field Body, found ID, Question, Equation, Answer, Type"),
