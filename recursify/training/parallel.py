@@ -147,7 +147,7 @@ def _ignored_launcher(device: torch.device) -> str:
 # Sharding
 
 
-def shard(loss_module: Any, device: torch.device, *, reads_every_cycle: bool, methods: Sequence[str] = ("row_sums",)) -> None:
+def shard(loss_module: Any, device: torch.device, *, reads_every_cycle: bool, methods: Sequence[str] = ("row_sums", "plain_sums")) -> None:
     """Shard a model over all processes with FSDP2, in place, and move it to the device. Collective.
 
     Parameters must be frozen and cast to float32 before, and the optimizer created after. The Trainer then uses the model as it is.

@@ -19,10 +19,11 @@ from torch import distributed
 
 from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
+from recursify.conversion.convert import convert
 from recursify.training import train
-from recursify.training.saving import BEST
+from recursify.training.saving import BEST, BEST_ADAPTER
 from tests.support.parallel_runs import launch, recursive, run, settings
-from tests.support.tiny import make_tiny_tokenizer, sentences
+from tests.support.tiny import make_tiny_tokenizer, sentences, tiny_donor
 
 SUPERVISED: dict[str, Any] = {"enable_deep_supervision": True}
 WAYS: dict[str, dict[str, Any]] = {
@@ -48,6 +49,7 @@ def command(folder: Path, out: str, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
+ADAPTER = ("--adapter", "--lora_rank", "2")
 SCALING = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 
 
@@ -83,6 +85,7 @@ def work(folder: Path) -> None:
             rehearse(folder, flags)
     cli.main(command(folder, "ddp", "--batch_size", "2", "--backprop", "cycle", "--ema_decay", "0.5"))
     cli.main(command(folder, "fsdp", "--batch_size", "2", "--fsdp"))
+    cli.main(command(folder, "adapter", "--batch_size", "2", "--fsdp", *ADAPTER))
     if distributed.get_rank() == 0:  # as if the run had been killed after step 4
         (folder / "ddp" / "checkpoint_step_6.pt").unlink()
     distributed.barrier()
@@ -101,7 +104,10 @@ if __name__ == "__main__":
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The output folder of two processes, and their terminal output."""
     folder = tmp_path_factory.mktemp("torchrun")
-    checkpoint.save(folder / "init.pt", recursive(), make_tiny_tokenizer())
+    tiny_donor("qwen2", folder / "donor", num_hidden_layers=4)
+    torch.manual_seed(0)
+    model = convert(str(folder / "donor"), keep_donor=True, L_layers=2, H_cycles=3, L_cycles=1, gain=0.2)  # at 0 cycles the donor
+    checkpoint.save(folder / "init.pt", model, make_tiny_tokenizer())
     (folder / "text").mkdir()
     for name, seed, sequences in (("train", 5, 12), ("validation", 6, 3)):
         ids = make_tiny_tokenizer()(" ".join(sentences(seed, 60))).input_ids[: 16 * sequences]
@@ -130,11 +136,11 @@ def test_every_way_of_training_in_two_processes(name: str, done: tuple[Path, str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "adapter"])
 def test_distributed_command_writes_the_files_of_one_process(name: str, done: tuple[Path, str], tmp_path: Path) -> None:
     """Also where the second half was resumed; and one process loads it and goes on."""
     folder, printed = done
-    flags = {"ddp": {"backprop": "cycle", "ema_decay": 0.5}, "fsdp": {}}[name]
+    flags = {"ddp": {"backprop": "cycle", "ema_decay": 0.5}, "fsdp": {}, "adapter": {"adapter": True, "lora_rank": 2}}[name]
     wanted = replace(
         settings(**flags), checkpoint=str(folder / "init.pt"), dataset_name=str(folder / "text"), num_epochs=2, max_grad_norm=1.0,
         save_every=2, output_dir=str(tmp_path / "one"),
@@ -142,10 +148,10 @@ def test_distributed_command_writes_the_files_of_one_process(name: str, done: tu
     one = train(wanted)
     assert one.fit is not None
     ours = entries(folder / name)
-    for key in ("loss", "loss_cycle_1", "eval_loss_cycle_3", "train_loss"):
+    for key in ("donor_loss", "loss", "loss_cycle_1", "eval_loss_cycle_3", "train_loss"):
         mine, theirs = ([entry[key] for entry in history if key in entry] for history in (ours, one.fit.history))
         assert mine == pytest.approx(theirs, rel=2e-4), key
-    for file in (BEST, "checkpoint_step_6.pt"):
+    for file in (BEST_ADAPTER if name == "adapter" else BEST, "checkpoint_step_6.pt"):
         found, expected = (checkpoint.load(place / file).model.state_dict() for place in (folder / name, tmp_path / "one"))
         for key in expected:
             assert torch.allclose(found[key], expected[key], rtol=0, atol=2e-4), key
@@ -166,5 +172,5 @@ def test_launch_commands_of_the_docs_are_valid(done: tuple[Path, str]) -> None:
 @pytest.mark.slow
 def test_only_rank_0_prints(done: tuple[Path, str]) -> None:
     _, printed = done
-    assert printed.count("Epoch 1 Summary") == 2 and printed.count("Step 3 - Generating sample") == 2
+    assert printed.count("Epoch 1 Summary") == 3 and printed.count("Step 3 - Generating sample") == 3
     assert printed.count("Resuming from") == 1
