@@ -45,48 +45,53 @@ class Ended:
     seconds: float
 
 
-def run(argv: Sequence[str], log: Path, fault: Fault | None = None, processes: int = 1, touches: Path | None = None) -> Ended:
+def run(argv: Sequence[str], beside: Path, fault: Fault | None = None, processes: int = 1, touches: Path | None = None) -> Ended:
     """Run a command to its end.
 
     Args:
-        log: What it wrote, stdout and stderr.
+        beside: The folder in which touches of the disk count.
         processes: Of one training; the first one meets the fault, and the others are killed after it, as a launcher does.
         touches: Where to write how often it touched the disk.
     """
-    log.write_text("", encoding="utf-8")
     began, port = time.monotonic(), _free_port() if processes > 1 else None
+    reader, writer = os.pipe()  # a limit on files is none on it
+    os.set_blocking(reader, False)
     pids = []
     for rank in range(processes):
         if not (pid := os.fork()):
             launched = {} if port is None else _launched(rank, processes, port)
-            _be(argv, log, fault if rank == 0 else None, launched, touches if rank == 0 else None)
+            _be(argv, beside, writer, fault if rank == 0 else None, launched, touches if rank == 0 else None)
         pids.append(pid)
+    os.close(writer)
     moment = began + fault.at if fault is not None and fault.kind == "moment" else None
-    status = _wait(pids[0], moment)
+    output: list[bytes] = []
+    status = _wait(pids[0], moment, lambda: output.append(_read(reader)))
     for pid in pids[1:]:
         if status:
             os.kill(pid, signal.SIGKILL)
-        _wait(pid, None)
-    return Ended(status, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - began)
+        _wait(pid, None, lambda: output.append(_read(reader)))
+    output.append(_read(reader))
+    os.close(reader)
+    return Ended(status, b"".join(output).decode("utf-8", "replace"), time.monotonic() - began)
 
 
-def start(argv: Sequence[str], log: Path) -> int:
-    """Start a command, and give its process id; `end` ends it."""
-    log.write_text("", encoding="utf-8")
+def start(argv: Sequence[str], beside: Path) -> int:
+    """Start a command that nobody listens to, and give its process id; `end` ends it."""
     if not (pid := os.fork()):
-        _be(argv, log, None, {}, None)
+        _be(argv, beside, os.open(os.devnull, os.O_WRONLY), None, {}, None)
     return pid
 
 
 def end(pid: int) -> int:
     """Kill -9, and the exit status."""
     os.kill(pid, signal.SIGKILL)
-    return _wait(pid, None)
+    return _wait(pid, None, lambda: None)
 
 
-def _wait(pid: int, kill_at: float | None) -> int:
+def _wait(pid: int, kill_at: float | None, meanwhile: Callable[[], object]) -> int:
     give_up = time.monotonic() + PATIENCE
     while True:
+        meanwhile()
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -95,6 +100,17 @@ def _wait(pid: int, kill_at: float | None) -> int:
             os.kill(pid, signal.SIGKILL)
             kill_at = None
         time.sleep(0.002)
+
+
+def _read(reader: int) -> bytes:
+    """All that has been written."""
+    found = b""
+    try:
+        while part := os.read(reader, 2**16):
+            found += part
+    except BlockingIOError:
+        pass
+    return found
 
 
 def _launched(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -111,14 +127,13 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _be(argv: Sequence[str], log: Path, fault: Fault | None, launched: dict[str, str], touches: Path | None) -> NoReturn:
+def _be(argv: Sequence[str], beside: Path, writer: int, fault: Fault | None, launched: dict[str, str], touches: Path | None) -> NoReturn:
     """In the child: run the command, never return."""
     status: Any = 1
     try:
-        handle = os.open(log, os.O_WRONLY | os.O_APPEND)
-        os.dup2(handle, 1), os.dup2(handle, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(writer, 1), os.dup2(writer, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(launched)
-        count = _watch(fault, log)
+        count = _watch(fault, beside)
         if fault is not None and fault.kind == "size":
             resource.setrlimit(resource.RLIMIT_FSIZE, (max(1, int(fault.at)), resource.RLIM_INFINITY))
         from recursify.cli.main import main
@@ -139,9 +154,9 @@ def _be(argv: Sequence[str], log: Path, fault: Fault | None, launched: dict[str,
             os._exit(status if isinstance(status, int) else 0 if status is None else 1)
 
 
-def _watch(fault: Fault | None, log: Path) -> Callable[[], int]:
-    """Count touches of what is beside the log, and do what the fault says; how many there were so far."""
-    beside, seen = str(log.parent.resolve()), [0]
+def _watch(fault: Fault | None, folder: Path) -> Callable[[], int]:
+    """Count touches of what is in a folder, and do what the fault says; how many there were so far."""
+    beside, seen = str(folder.resolve()), [0]
     strikes = fault is not None and fault.kind in ("touch", "disk")
 
     def on(event: str, args: tuple[Any, ...]) -> None:

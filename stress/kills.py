@@ -58,7 +58,7 @@ class Bench:
             scenario, out = SCENARIOS[name], self.root / "whole" / name.replace(" ", "_") / "out"
             prepare(self, scenario, out)
             touches = out.parent / "touches"
-            ended = child.run(scenario.argv(self.inputs, out), out.parent / "log", None, scenario.processes, touches)
+            ended = child.run(scenario.argv(self.inputs, out), out.parent, None, scenario.processes, touches)
             assert ended.status == 0, ended.output
             sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
             self.whole[name] = Whole(out, ended.seconds, int(touches.read_text()), max(sizes))
@@ -89,24 +89,24 @@ def one(bench: Bench, rng: random.Random) -> tuple[str, list[str], dict[str, Any
     """A case: its scenario, the faults that it met, and what was wrong."""
     name = rng.choice(list(SCENARIOS))
     scenario, whole, happened = SCENARIOS[name], bench.of(name), []
-    out, log = bench.root / "case" / "out", bench.root / "case" / "log"
+    out = bench.root / "case" / "out"
     prepare(bench, scenario, out)
     argv = scenario.argv(bench.inputs, out) + (["--resume"] if scenario.trains else [])
     for _ in range(rng.randint(1, 3)):
         fault = _draw_fault(rng, whole)
-        ended = child.run(argv, log, fault, scenario.processes)
+        ended = child.run(argv, out.parent, fault, scenario.processes)
         happened.append(f"{fault.kind}: {_end(ended)}")
         wrong = _after(ended, out, scenario)
         if scenario.trains and wrong is None and len(resume_points(out)) > 1 and rng.random() < 0.3:
             happened.append("bit")
-            wrong = _flipped(rng, argv, out, log, scenario)
+            wrong = _flipped(rng, argv, out, scenario)
         if wrong is not None:
             return name, happened, {"what": f"{name}; {happened}; {fault}", "found": wrong}
     if scenario.trains and scenario.processes == 1 and rng.random() < 0.1:
         happened.append("twice")
-        if (wrong := _twice(argv, out, log)) is not None:
+        if (wrong := _twice(argv, out)) is not None:
             return name, happened, {"what": f"{name}; {happened}", "found": wrong}
-    ended = child.run(argv, log, None, scenario.processes)
+    ended = child.run(argv, out.parent, None, scenario.processes)
     wrong = f"status {ended.status}: {ended.output[-2000:]}" if ended.status else difference(out, whole.out)
     return name, happened, None if wrong is None else {"what": f"{name}; {happened}", "expected": "the undisturbed result", "found": wrong}
 
@@ -115,7 +115,7 @@ def prepare(bench: Bench, scenario: Scenario, out: Path) -> None:
     """An empty folder, or one with earlier results."""
     empty(out)
     for argv in scenario.before(bench.inputs, out):
-        ended = child.run(argv, out.parent / "log")
+        ended = child.run(argv, out.parent)
         assert ended.status == 0, ended.output
 
 
@@ -157,27 +157,27 @@ def _unreadable(out: Path) -> str | None:
     return None
 
 
-def _flipped(rng: random.Random, argv: list[str], out: Path, log: Path, scenario: Scenario) -> str | None:
+def _flipped(rng: random.Random, argv: list[str], out: Path, scenario: Scenario) -> str | None:
     """Flip a bit of the newest checkpoint: a resume that is killed soon has to name it and take the one before."""
     newest, before = resume_points(out)[:2]
     file = rng.choice([newest, *(path for path in sorted(state_folder(newest).iterdir()) if path.stat().st_size)])
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
-    ended = child.run(argv, log, None, scenario.processes)
+    ended = child.run(argv, out.parent, None, scenario.processes)
     if ended.status or " is damaged: " not in ended.output or f"Resuming from {before}" not in ended.output:
         return f"a flipped bit in {file.name}, status {ended.status}: {ended.output[-2000:]}"
     return None
 
 
-def _twice(argv: list[str], out: Path, log: Path) -> str | None:
+def _twice(argv: list[str], out: Path) -> str | None:
     """A second run in the folder of a first one, which stands still."""
     empty(out)
-    pid, give_up = child.start(argv, log), time.monotonic() + child.PATIENCE
+    pid, give_up = child.start(argv, out.parent), time.monotonic() + child.PATIENCE
     while not list(out.glob("checkpoint_step_*.pt")) and time.monotonic() < give_up:
         time.sleep(0.002)
     os.kill(pid, signal.SIGSTOP)
-    second = child.run(argv, log.with_name("second"))
+    second = child.run(argv, out.parent)
     child.end(pid)
     if second.status == 2 and "another run is writing" in second.output:
         return None
