@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recipes.evidence.study import Figures, Row, Size, Study
+from recipes.evidence.study import Figures, Row, Size, Study, on_layers
 from recursify.checkpoints.tokenizer import load_tokenizer
 from recursify.evaluation.text_loss import window_losses
 
@@ -54,7 +54,9 @@ def rows() -> list[Row]:
         Row("compact of 6 layers, H 3, L 1, matched", "shape", COMPACT | {"L_layers": 6}, changes={"match_hidden_weight": 1.0}),
         Row("adapter: donor frozen, LoRA 16 in the loop", "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3, "start_gain": 0.1}, seeds=3),
         Row("adapter: start gain 0.45", "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3, "start_gain": 0.45}),
+        Row("adapter: loop of 6 layers", "adapter", KEEP | {"L_layers": 6}, lora_rank=16, changes={"lr": 3e-3, "start_gain": 0.1}),
         Row("donor, LoRA 16 on all layers, same tokens", "adapter", lora_rank=16, changes={"lr": 3e-3}, seeds=3),
+        Row("donor, LoRA 16 on the looped layers, same tokens", "adapter", lora_rank=16, lora=on_layers(3, 4), changes={"lr": 3e-3}),
         Row("naive loop", shape=KEEP, rival="naive"),
         Row("bare sum (TRM)", shape=KEEP | {"injection": "sum_norm"}),
         Row("concat adapter (retrofitting-recurrence)", shape=KEEP, rival="concat"),

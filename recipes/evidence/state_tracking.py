@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from recipes.evidence.study import Figures, Row, Size, Study, rows_of_questions, small_model
+from recipes.evidence.study import Figures, Row, Size, Study, on_layers, rows_of_questions, small_model
 from recursify.data.tasks import Item, generate
 from recursify.evaluation.accuracy import evaluate_questions
 from recursify.inference.options import DecodingOptions
@@ -71,6 +71,7 @@ def rows() -> list[Row]:
         Row(ADAPTER, "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3}, seeds=3),
         Row("adapter: one depth", "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3, "cycle_choices": (), "cycle_weights": ()}, seeds=3),
         Row("donor, LoRA 16 on all layers, same tokens", "adapter", lora_rank=16, changes={"lr": 3e-3}),
+        Row("donor, LoRA 16 on the looped layers, same tokens", "adapter", lora_rank=16, lora=on_layers(1, 2), changes={"lr": 3e-3}),
         Row(
             "donor, LoRA 16 on all layers, for the same FLOPs", "adapter", lora_rank=16, changes={"lr": 3e-3}, budget="flops", seeds=3,
             against=ADAPTER,

@@ -51,7 +51,7 @@ class Row:
         rival: The baseline whose recursion replaces ours.
         lora_rank: The donor is frozen: of ours the recursion is an adapter of it, of the donor itself all linear layers get LoRA of that
             rank (PEFT's). None trains everything.
-        lora: More arguments of `as_adapter`.
+        lora: More arguments of `as_adapter`, or of PEFT's `LoraConfig`.
         changes: Of the study's training settings.
         budget: "none" trains nothing; "tokens" as many steps as all; "flops" as many as cost what another row costs.
         against: That row; the study's main one where None.
@@ -252,14 +252,19 @@ def _flops(row: Row, config: Any, settings: TrainSettings, steps: int) -> float:
     return estimate(config, settings, steps).flops - saved * steps * settings.batch_size * settings.seq_len
 
 
+def on_layers(*numbers: int) -> dict[str, Any]:
+    """LoRA of a donor on all linear layers of some of its layers, as `Row.lora`."""
+    return {"target_modules": rf".*\.layers\.({'|'.join(map(str, numbers))})\..*_proj"}
+
+
 def _model(row: Row, folder: Path, device: Any) -> Any:
     if row.shape is None:
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         if row.lora_rank:
             from peft import LoraConfig, get_peft_model
 
-            lora: Any = LoraConfig(r=row.lora_rank, lora_alpha=2 * row.lora_rank, target_modules="all-linear")
-            model = get_peft_model(model, lora).get_base_model()
+            given: dict[str, Any] = {"r": row.lora_rank, "lora_alpha": 2 * row.lora_rank, "target_modules": "all-linear"}
+            model = get_peft_model(model, LoraConfig(**given | row.lora)).get_base_model()
     else:
         model = convert(str(folder), **row.shape)
         if row.lora_rank:
