@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from ..checkpoints.configs import check_cycles
 from ..checkpoints.loading import load_model
 from ..checkpoints.tokenizer import check_vocabulary
 from ..data.settings import TextSource
@@ -141,6 +142,8 @@ def evaluate_paired(
         UserError: Unusable text, questions or tasks, more tokens than the model has positions, or an unsupported halting criterion.
     """
     own = model.config.H_cycles if isinstance(model, RecursiveLLM) else None
+    for cycles in settings.cycles if own is not None else ():
+        check_cycles(model.config, cycles, "cycles")
     depths: list[int | None] = [None] if own is None else [*(settings.cycles or range(1, 2 * own + 1) or (0,))]
     halting = _halting(model, settings)
     runs = [*(DecodingOptions(H_cycles=H) for H in depths), *([] if halting is None else [halting])]

@@ -45,6 +45,7 @@ NOT_RUN = {
 }
 # What a page names -> its replacement here.
 SMALL = {
+    "=4-32/4 --dataset_name": "=4-5,count=2 --dataset_name",
     "count=200": "count=2", "difficulty=4-32/4": "difficulty=4-5", "difficulty=32": "difficulty=4", "--cycles 0 1 2 3 6": "--cycles 0 1",
     "--prompt": "--max_new_tokens 3 --prompt", "--compute_budget 0.6": "--compute_budget 1.0", "--L_layers 4": "--L_layers 2",
     "recursify train": "recursify train --max_steps 1 --start_gain 0.1 --generate_every 0 --save_every 0",

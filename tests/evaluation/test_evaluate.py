@@ -98,6 +98,11 @@ def test_unsupported_halting(model: RecursiveLLM, text: Path) -> None:
         measure(model, dataset_name=str(text), cycles=(0,), halt="kl")
 
 
+def test_more_cycles_than_any_pass_has_are_refused(model: RecursiveLLM, text: Path) -> None:
+    with pytest.raises(UserError, match=r"--cycles 99999999: .*expected at most 100,000 layer applications in a pass, got .*; choose fewer"):
+        measure(model, dataset_name=str(text), cycles=(1, 99_999_999))
+
+
 def test_an_infinite_threshold_is_strict_json(model: RecursiveLLM, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save(tmp_path / "m.pt", model, make_tiny_tokenizer())
     flags = ["--dataset_name", str(text), "--seq_len", "16", "--cycles", "1", "--device", "cpu", "--json"]
