@@ -132,7 +132,7 @@ def _be(argv: Sequence[str], beside: Path, writer: int, fault: Fault | None, lau
     status: Any = 1
     try:
         os.dup2(writer, 1), os.dup2(writer, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # those of this process may be on files
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 - those of this process may be on files
         os.environ.update(launched)
         count = _watch(fault, beside)
         if fault is not None and fault.kind == "size":

@@ -8,16 +8,19 @@ bit for bit, what it wrote when nothing disturbed it.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from recursify.training.saving import resume_points, state_folder
 from recursify.utils.checksums import first_damaged
@@ -147,14 +150,35 @@ def _after(ended: Ended, out: Path, scenario: Scenario) -> str | None:
 
 
 def _unreadable(out: Path) -> str | None:
-    """A file under a final name that is not whole."""
-    for file in out.rglob("*.pt"):
-        if not any(part.startswith(".recursify-") for part in file.relative_to(out).parts):
+    """A file under a final name that is not whole. (Results of prompts and logs are written line by line.)"""
+    for file in out.rglob("*"):
+        if file.suffix in _WHOLE and not any(part.startswith(".") for part in file.relative_to(out).parts):
             try:
-                torch.load(file, map_location="cpu", weights_only=True)
+                _WHOLE[file.suffix](file)
             except Exception as error:
                 return f"{file.name}: {type(error).__name__}: {error}"
     return None
+
+
+def _whole_page(file: Path) -> None:
+    if not file.read_text(encoding="utf-8").rstrip().endswith("</html>"):
+        raise ValueError("a page without its end")
+
+
+def _whole_tensors(file: Path) -> None:
+    torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _whole_weights(file: Path) -> None:
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - no dict
+            tensors.get_tensor(name)
+
+
+# Suffix -> what raises for a file that is not whole.
+_WHOLE: dict[str, Callable[[Path], Any]] = {
+    ".pt": _whole_tensors, ".safetensors": _whole_weights, ".html": _whole_page, ".json": lambda file: json.loads(file.read_bytes()),
+}  # fmt: skip
 
 
 def _flipped(rng: random.Random, argv: list[str], out: Path, scenario: Scenario) -> str | None:
