@@ -155,7 +155,9 @@ def serve_by_transformers(folder: str, device: str, port: int) -> None:
     import asyncio
 
     import uvicorn
-    from fastapi import FastAPI, Request
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     import recursify  # noqa: F401 - registers the models
@@ -164,14 +166,12 @@ def serve_by_transformers(folder: str, device: str, port: int) -> None:
     model = loaded.to(device).eval()
     model.set_attn_implementation("sdpa")
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
-    app, waiting = FastAPI(), list[tuple[list[int], asyncio.Future[int]]]()
+    waiting: list[tuple[list[int], asyncio.Future[int]]] = []
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"data": [{"id": "m"}]}
+    async def models(request: Any) -> JSONResponse:
+        return JSONResponse({"data": [{"id": "m"}]})
 
-    @app.post("/v1/completions")
-    async def complete(request: Request) -> dict[str, Any]:
+    async def complete(request: Any) -> JSONResponse:
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         waiting.append(((await request.json())["prompt"], done))
         if len(waiting) == REQUESTS:
@@ -179,8 +179,9 @@ def serve_by_transformers(folder: str, device: str, port: int) -> None:
             found = await asyncio.to_thread(model.generate_batch, [prompt for prompt, _ in batch], config)
             for (_, future), output in zip(batch, found.values(), strict=True):
                 future.set_result(len(output.generated_tokens))
-        return {"usage": {"completion_tokens": await done}}
+        return JSONResponse({"usage": {"completion_tokens": await done}})
 
+    app = Starlette(routes=[Route("/v1/models", models), Route("/v1/completions", complete, methods=["POST"])])
     uvicorn.run(app, port=port, log_level="warning")
 
 
