@@ -38,7 +38,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --explicit-package-bases benchmarks
+	$(BIN)/mypy --explicit-package-bases benchmarks stress
 	$(BIN)/mlinter --no-progress recursify/network/modeling_recursive_llm.py recursify/network/configuration_recursive_llm.py
 
 docs: .venv/.installed-test

@@ -34,10 +34,14 @@ def _differs(found: Path, expected: Path) -> str | None:
     if found.read_bytes() == expected.read_bytes():
         return None
     if found.suffix == ".pt":
-        return _unlike(*(torch.load(path, map_location="cpu", weights_only=True) for path in (found, expected)), "")
+        return _unlike(_tensors(found), _tensors(expected), "")
     if found.suffix in (".json", ".jsonl"):
-        return _unlike(*(_records(path) for path in (found, expected)), "")
+        return _unlike(_records(found), _records(expected), "")
     return "other contents"
+
+
+def _tensors(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _text(path: Path) -> str:
