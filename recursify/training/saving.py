@@ -128,16 +128,25 @@ class Saver:
 
         Args:
             write_state: Writes the further state for a resume into a folder. None makes a checkpoint that cannot be resumed from.
+
+        Raises:
+            UserError: The disk is full, or fails.
         """
         path = self.folder / f"checkpoint_step_{step}.pt"
-        _delete_state(path)  # left by an earlier run with other weights
-        self.save(path, model, {} if write_state is None else {state_folder(path): _with_sums(write_state, path)}, step=step, **notes)
-        # The checkpoint just written comes first even if the clock was set back.
-        points = [path, *(point for point in resume_points(self.folder) if point != path)]
-        for old in points[KEPT_STATES:]:
-            _delete_state(old)
-        if self.keep_last:
-            self._delete_old(points)
+        try:
+            _delete_state(path)  # left by an earlier run with other weights
+            self.save(path, model, {} if write_state is None else {state_folder(path): _with_sums(write_state, path)}, step=step, **notes)
+            # The checkpoint just written comes first even if the clock was set back.
+            points = [path, *(point for point in resume_points(self.folder) if point != path)]
+            for old in points[KEPT_STATES:]:
+                _delete_state(old)
+            if self.keep_last:
+                self._delete_old(points)
+        except OSError as error:
+            raise UserError(
+                f"{path}: could not be written, or older ones not deleted ({error.strerror}: {error.filename}); the checkpoints saved so "
+                "far are intact. Mend the disk, or free some space, then continue with --resume"
+            ) from error
         return path
 
     def _delete_old(self, points: list[Path]) -> None:

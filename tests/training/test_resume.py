@@ -6,6 +6,7 @@ program (see `serve`), that has imported everything and forks: a child is the co
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -662,6 +663,24 @@ def test_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     assert f"Resuming from {tmp_path / f'checkpoint_step_{before}.pt'}" in last.output
     assert last.status == 0, last.output
     assert_same_results(tmp_path, whole)
+
+
+@pytest.mark.parametrize("name", ["unlink", "replace"])
+def test_a_disk_that_fails_while_old_checkpoints_go_is_one_message(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, model = Saver(tmp_path, make_tiny_tokenizer(), torch.float32, keep_last=1), constant_model(1.0)
+    save_constant(saver, 1, model, 1.0)
+    own = getattr(Path, name)
+
+    def fails(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if "checkpoint_step" in str(self):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return own(self, *args, **kwargs)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, name, fails)
+        with pytest.raises(UserError, match=r"checkpoint_step_2\S+ could not be written.*[Ii]nput/output error"):
+            save_constant(saver, 2, model, 2.0)
+    assert newest(tmp_path) >= 1
 
 
 def test_unwritable_metrics_file_ends_the_run(server: Server, whole_runs: Callable[[str], Path], corner: Path, tmp_path: Path) -> None:
