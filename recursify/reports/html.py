@@ -75,7 +75,9 @@ def write_document(html: str, path: str | Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, html)
     except OSError as error:
-        raise UserError(f"{path}: the page could not be written ({error.strerror}); free some space, or name another file") from error
+        raise UserError(
+            f"{path}: the page could not be written ({error.strerror or error}); free some space, or name another file"
+        ) from error
     return path
 
 

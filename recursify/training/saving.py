@@ -193,15 +193,11 @@ def sound_point(folder: Path, say: Callable[[str], object]) -> Path | None:
 
 
 def _sound_point(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The point, and what is damaged in those that are newer or cannot be dated."""
+    """The point, and what is damaged, also in older ones: what says when a checkpoint was written may be what is damaged."""
     points = resume_points(folder)
-    damaged = [path for path in _checkpoints(folder) if path not in points and (state_folder(path) / RUN).exists()]
-    for point in points:
-        file = first_damaged(state_folder(point))
-        if file is None:
-            return point, damaged
-        damaged.append(file)
-    return None, damaged
+    damaged = {point: file for point in points if (file := first_damaged(state_folder(point))) is not None}
+    undated = [path for path in _checkpoints(folder) if path not in points and (state_folder(path) / RUN).exists()]
+    return next((point for point in points if point not in damaged), None), [*undated, *damaged.values()]
 
 
 def _with_sums(write: Callable[[Path], Any], path: Path) -> Callable[[Path], Any]:

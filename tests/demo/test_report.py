@@ -26,6 +26,7 @@ from recursify.demo.report import (
     visible,
     write,
 )
+from recursify.errors import UserError
 from recursify.network.losses import perplexity
 from tests.support.pages import HOSTILE, Page, coordinates, pictures
 
@@ -286,6 +287,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path = write(example(), tmp_path / "report.html")
     before = path.read_bytes()
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"report.html: the page could not be written \(disk full\); free some space, or name another file"):
         write(replace(example(), machine="another machine"), path)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["report.html"]

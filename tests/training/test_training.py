@@ -35,6 +35,7 @@ from recursify.training.cost import pass_flops
 from recursify.training.depth import DepthSchedule
 from recursify.training.fitting import depth_schedule
 from recursify.training.gains import set_gains
+from recursify.training.lock import LOCK
 from recursify.training.loss_module import LossModule, Supervision
 from recursify.training.saving import BEST, Saver, resume_points, training_notes
 from tests.support import tiny
@@ -256,7 +257,7 @@ def test_train_writes_the_files_of_the_guide(files: TrainSettings, capsys: pytes
     out = Path(files.output_dir)
     names = [f"checkpoint_step_{n}{end}" for n in (2, 4, 6) for end in (".pt", "_tokenizer")] + [BEST, BEST.replace(".pt", "_tokenizer")]
     states = ["checkpoint_step_4_state", "checkpoint_step_6_state"]  # of the two newest only
-    assert sorted(p.name for p in out.iterdir()) == sorted([*names, *states, "metrics.jsonl"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([*names, *states, "metrics.jsonl", LOCK])
     assert all((out / name / "tokenizer.json").is_file() for name in names if name.endswith("_tokenizer"))
 
     captured = capsys.readouterr()
@@ -864,6 +865,7 @@ def test_resumed_run_keeps_gains_and_elapsed_time(files: TrainSettings, tmp_path
     state.write_text(json.dumps(record))
     del settings_then["settings"]["ema_decay"]
     told.write_text(json.dumps(settings_then))
+    told.with_name("SHA256SUMS").unlink()  # as of an earlier version
     capsys.readouterr()
     resumed = train(replace(common, output_dir=str(cut), resume=True))
     assert "already exists" not in capsys.readouterr().err
