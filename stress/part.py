@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import provenance
+from benchmarks.record import ROOT, provenance
 from recursify.utils.atomic import write_text
 
 Say = Callable[[str], None]
@@ -77,7 +79,15 @@ def record(file: Path, outcome: Outcome, seed: int, seconds: float) -> None:
         "machine": provenance(torch.device("cpu")),
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({"runs": [*earlier(file), run]}, indent=1) + "\n")
+    write_text(file, without_places(json.dumps({"runs": [*earlier(file), run]}, indent=1)) + "\n")
+
+
+def without_places(text: str) -> str:
+    """A text without the folders of this machine."""
+    places = {str(ROOT): "CHECKOUT", sys.prefix: "ENVIRONMENT", sys.base_prefix: "PYTHON", tempfile.gettempdir(): "TMP"}
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place])
+    return text
 
 
 def left(until: float) -> bool:

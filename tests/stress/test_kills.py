@@ -15,6 +15,7 @@ from recursify.training.lock import LOCK
 from stress import same
 from stress.child import KILLED, Ended
 from stress.kills import _after
+from stress.part import Outcome, next_case, record
 from stress.scenarios import SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,3 +129,13 @@ def test_how_a_command_may_end(status: int, output: str, fine: bool, tmp_path: P
 def test_a_broken_file_under_a_final_name_is_found(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"PK")
     assert "model.pt" in (_after(Ended(KILLED, "", 1.0), tmp_path, SCENARIOS["convert"]) or "")
+
+
+def test_results_name_no_place_of_this_machine(tmp_path: Path) -> None:
+    outcome = Outcome(5)
+    outcome.add("convert", {"found": f"{ROOT / 'stress'} {sys.prefix} {tmp_path} {sys.base_prefix}"})
+    outcome.add("convert")
+    record(tmp_path / "kills.json", outcome, 0, 60.0)
+    text = (tmp_path / "kills.json").read_text()
+    assert "CHECKOUT/stress" in text and not any(place in text for place in (str(ROOT), sys.prefix, sys.base_prefix))
+    assert next_case(tmp_path / "kills.json", 0) == 7 and next_case(tmp_path / "kills.json", 1) == 0
