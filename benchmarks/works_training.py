@@ -29,7 +29,7 @@ from .training import CHECKPOINTED, CYCLE, EVERY, FULL, KEEP, MAIN, Batch, Way, 
 from .works import shipped
 
 GB = 1e9
-FEW = 4  # steps at either end of a run, whose losses are compared
+FEW = 2  # steps at either end of a run, whose losses are compared
 FALL = 0.05  # nats
 MEMORY_BOUND = 0.15
 NOISE = 10.0  # a resumed run may differ by so many times as much as two uninterrupted ones do
