@@ -28,6 +28,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from recursify.training.lock import LOCK
 from tests.support.tiny import CHATML, make_tiny_tokenizer, sentences, tiny_donor
 
 from . import breaking, http_requests
@@ -336,7 +337,8 @@ def fault_of(case: Case, ended: Ended, folder: Path, before: dict[str, str]) -> 
         return f"status {ended.status} with a traceback"
     if changed := [path for path in before if after.get(path) != before[path]]:
         return f"changed its input: {', '.join(changed)}"
-    if left_over := [path for path in new if Path(path).name.startswith(".") or path.endswith(".partial")]:
+    hidden = [path for path in new if Path(path).name.startswith(".") and Path(path).name != LOCK]  # a run's lock stays
+    if left_over := [*hidden, *(path for path in new if path.endswith(".partial"))]:
         return f"left behind {', '.join(left_over)}"
     return _fault_of_refusal(ended.stderr, new) if ended.status == 2 else _fault_of_success(case, ended.stdout, folder, new)
 

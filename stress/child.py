@@ -60,7 +60,8 @@ def run(argv: Sequence[str], beside: Path, fault: Fault | None = None, processes
     for rank in range(processes):
         if not (pid := os.fork()):
             launched = {} if port is None else _launched(rank, processes, port)
-            _be(argv, beside, writer, fault if rank == 0 else None, launched, touches if rank == 0 else None)
+            heard = writer if rank == 0 else os.open(os.devnull, os.O_WRONLY)  # others complain when the first is killed
+            _be(argv, beside, heard, fault if rank == 0 else None, launched, touches if rank == 0 else None)
         pids.append(pid)
     os.close(writer)
     moment = began + fault.at if fault is not None and fault.kind == "moment" else None

@@ -15,8 +15,8 @@ _CHECKSUMS = "SHA256SUMS"  # of files that hold times; whether they fit their fi
 
 
 def difference(found: Path, expected: Path) -> str | None:
-    """The first thing that is in one of two folders and not in the other, in words; None if there is none. Empty folders of saves that were
-    killed as they began do not count."""
+    """The first thing that is in one of two folders and not in the other, in words; None if there is none. Folders of saves killed as
+    they began or ended, with nothing in them or a lock, do not count: the next write deletes them."""
     names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*") if _counts(path)} for folder in (found, expected)]
     if names[0] != names[1]:
         return f"files: {sorted(names[0] - names[1])} too many, {sorted(names[1] - names[0])} missing"
@@ -27,7 +27,7 @@ def difference(found: Path, expected: Path) -> str | None:
 
 
 def _counts(path: Path) -> bool:
-    return path.is_file() and path.name not in (LOCK, _CHECKSUMS)
+    return path.is_file() and path.name not in (LOCK, ".lock", _CHECKSUMS)
 
 
 def _differs(found: Path, expected: Path) -> str | None:

@@ -12,7 +12,7 @@ from ..errors import UserError, short
 from ..utils.typed import typed
 
 # Errors that transformers raises when a configuration has an invalid value.
-CONFIG_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
+CONFIG_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError, StrictDataclassError)
 
 # Types of what generation reads; transformers takes any, and fails while it writes.
 _NUMBERS = (

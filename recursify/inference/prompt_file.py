@@ -205,13 +205,23 @@ class Results:
                 yield batch
 
     def add(self, batch: Sequence[Prompt], generated: Sequence[Generated]) -> int:
-        """Append the missing results; returns their number."""
+        """Append the missing results; returns their number.
+
+        Raises:
+            UserError: They cannot be written; what has been written is kept.
+        """
         pairs = [(prompt, one) for prompt, one in zip(batch, generated, strict=True) if prompt.index not in self.done]
         lines = [json.dumps(_entry(prompt, one), ensure_ascii=False) + "\n" for prompt, one in pairs]
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write("".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"--output_file: {self.path} could not be written ({error.strerror}); the results so far are kept. Free some space, then "
+                "the same command resumes from there"
+            ) from error
         self.done |= {prompt.index for prompt, _ in pairs}
         return len(pairs)
 

@@ -211,6 +211,7 @@ def test_wrong_derived_fields_are_recomputed(form: str, model: RecursiveLLM, sav
         ({"dtype": "bogus"}, "its config is damaged: .*bogus.*; copy it again or make it again with convert"),
         ({"num_attention_heads": 0}, "its config is damaged: ZeroDivisionError: .*; copy it again"),
         ({"hidden_act": "zzz"}, "its config is damaged: KeyError: 'zzz'; copy it again"),
+        ({"pad_token_id": 10**6}, "its config is damaged: .*Padding_idx must be within num_embeddings; copy it again"),
         ({"H_cycles": 10**9}, "its config is damaged: .*expected at most 100,000 layer applications .*, got 6,000,000,003; "),
         ({"H_cycles": 10**30}, "its config is damaged: .*expected at most 100,000 layer applications"),
         (

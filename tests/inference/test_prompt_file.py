@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,19 @@ def test_output_file(settings: GenerateSettings, tmp_path: Path) -> None:
     prompt_file.run(replace(settings, output_file=str(tmp_path / "elsewhere.jsonl")))
     assert len((tmp_path / "elsewhere.jsonl").read_text(encoding="utf-8").splitlines()) == 7
     assert not prompt_file.output_path(settings).exists()
+
+
+def test_results_that_cannot_be_written_are_one_message(settings: GenerateSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(
+            UserError, match=r"--output_file: .* could not be written \(No space left on device\); the results so far are kept"
+        ):
+            prompt_file.run(settings)
+    prompt_file.run(settings)
 
 
 def test_every_batch_has_its_own_seed(settings: GenerateSettings, tmp_path: Path) -> None:
