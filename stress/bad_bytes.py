@@ -326,7 +326,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 def fault_of(case: Case, ended: Ended, folder: Path, before: dict[str, str]) -> str | None:
     """What is wrong with how a case ended."""
     after = snapshot(folder)
-    new = sorted(set(after) - set(before))
+    new = sorted(path for path in set(after) - set(before) if Path(path).name != LOCK)  # a run's lock stays
     if MARKER in new:
         return "code of a file has run"
     if ended.status is None:
@@ -337,8 +337,7 @@ def fault_of(case: Case, ended: Ended, folder: Path, before: dict[str, str]) -> 
         return f"status {ended.status} with a traceback"
     if changed := [path for path in before if after.get(path) != before[path]]:
         return f"changed its input: {', '.join(changed)}"
-    hidden = [path for path in new if Path(path).name.startswith(".") and Path(path).name != LOCK]  # a run's lock stays
-    if left_over := [*hidden, *(path for path in new if path.endswith(".partial"))]:
+    if left_over := [path for path in new if Path(path).name.startswith(".") or path.endswith(".partial")]:
         return f"left behind {', '.join(left_over)}"
     return _fault_of_refusal(ended.stderr, new) if ended.status == 2 else _fault_of_success(case, ended.stdout, folder, new)
 
