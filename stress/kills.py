@@ -182,7 +182,7 @@ _WHOLE: dict[str, Callable[[Path], Any]] = {
 
 
 def _flipped(rng: random.Random, argv: list[str], out: Path, scenario: Scenario) -> str | None:
-    """Flip a bit of the newest checkpoint: a resume that is killed soon has to name it and take the one before."""
+    """Flip a bit of the newest checkpoint: a resume has to name it and take the one before."""
     newest, before = resume_points(out)[:2]
     file = rng.choice([newest, *(path for path in sorted(state_folder(newest).iterdir()) if path.stat().st_size)])
     content = bytearray(file.read_bytes())

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ import torch
 
 from benchmarks.record import ROOT, provenance
 from recursify.utils.atomic import write_text
-
-Say = Callable[[str], None]
 
 
 @dataclass

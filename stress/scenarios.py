@@ -99,7 +99,8 @@ def make_inputs(folder: Path) -> None:
     for name, length in _LENGTHS.items():
         part, text = text[:length], text[length:]
         (folder / "text" / name).write_text(part, encoding="utf-8")
-    (folder / "prompts.txt").write_text("\n".join(text[:3000].split("\n\n")[0:1] * 3 + text[3000:6000].split(". ")[:9]), encoding="utf-8")
+    prompts = [line for line in text.splitlines() if line.strip()][:24]
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
 
 
 def empty(folder: Path) -> Path:

@@ -147,9 +147,11 @@ class _Reader:
         if kind is str or any(name in self.required for name in unfilled):
             return False
         try:
-            return bool([spelt(part, kind) for part in word.split(",")])
+            for part in word.split(","):
+                spelt(part, kind)
         except TypeError:
             return False
+        return True
 
     def follows(self) -> bool:
         """Whether a value comes next."""
