@@ -10,6 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from recipes.evidence.exits import every_exit
 from recipes.evidence.study import Figures, Row, Size, Study, on_layers
 from recursify.checkpoints.tokenizer import load_tokenizer
 from recursify.evaluation.text_loss import window_losses
@@ -52,6 +55,11 @@ def rows() -> list[Row]:
         Row("compact, H 2, L 0, matched", "shape", COMPACT | {"H_cycles": 2, "L_cycles": 0}, changes={"match_hidden_weight": 1.0}),
         Row("compact of 6 layers, H 3, L 1", "shape", COMPACT | {"L_layers": 6}),
         Row("compact of 6 layers, H 3, L 1, matched", "shape", COMPACT | {"L_layers": 6}, changes={"match_hidden_weight": 1.0}),
+        Row("compact, H 3, L 1, evenly picked layers", "starts", COMPACT),  # again: the same machine and precision as the rows beside it
+        Row("compact, H 3, L 1, averages of neighbours", "starts", COMPACT, averaged=True),
+        *(Row(f"compact, H 3, L 1, {name} layers", "starts", COMPACT | {"layer_selection": name}) for name in ("first", "middle", "last")),
+        Row("1 layer before, 2 looped, 1 behind, H 3, L 1", "starts", COMPACT | {"L_layers": 2, "prelude_layers": 1, "coda_layers": 1}),
+        Row("start gain 0.45, with a halting head", "exits", KEEP, changes={"start_gain": 0.45, "halting_weight": 0.1}, exits=True),
         Row("adapter: donor frozen, LoRA 16 in the loop", "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3, "start_gain": 0.1}, seeds=3),
         Row("adapter: start gain 0.45", "adapter", KEEP, lora_rank=16, changes={"lr": 3e-3, "start_gain": 0.45}),
         Row("adapter: loop of 6 layers", "adapter", KEEP | {"L_layers": 6}, lora_rank=16, changes={"lr": 3e-3, "start_gain": 0.1}),
@@ -97,4 +105,10 @@ def study(size: Size) -> Study:
             for H, row in zip(list(depths) or [None], windows, strict=True)
         }
 
-    return Study("prose", OURS, settings, rows(), donor, train, measure, start_gain=0.0)
+    def exits(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        """Of the test windows; thresholds are set on validation windows."""
+        found = text(tokenizer)
+        ids, held_out = (torch.tensor(part[: min(size.items, 100)]["input_ids"]) for part in (found.test, found.validation))
+        return every_exit(model, ids, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool), held_out, model.config.H_cycles)
+
+    return Study("prose", OURS, settings, rows(), donor, train, measure, start_gain=0.0, exits=exits)

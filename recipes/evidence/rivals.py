@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.evidence.anchors import ANCHORS
 from recursify.network.modeling_recursive_llm import Recursion
 
 
@@ -93,9 +94,9 @@ RIVALS: dict[str, type[OneState]] = {"naive": Naive, "concat": Concat, "gate": G
 
 
 def replace_loop(model: Any, rival: str) -> Any:
-    """The model with the recursion of a baseline in place of its own; layers and plan stay."""
+    """The model with the recursion of a baseline, or with another anchor, in place of its own; layers and plan stay."""
     own = model.model.recursion
-    other = RIVALS[rival](model.config)
+    other = (RIVALS | ANCHORS)[rival](model.config)
     other.q_head = own.q_head
     model.model.recursion = other.to(next(own.parameters()).dtype)
     return model

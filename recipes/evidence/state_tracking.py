@@ -11,10 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from recipes.evidence.anchors import ANCHORS
+from recipes.evidence.exits import every_exit
 from recipes.evidence.study import Figures, Row, Size, Study, on_layers, rows_of_questions, small_model
+from recursify.data.question_rows import label_tokens
 from recursify.data.tasks import Item, generate
 from recursify.evaluation.accuracy import evaluate_questions
 from recursify.inference.options import DecodingOptions
@@ -95,7 +100,11 @@ def rows() -> list[Row]:
             )
         ),
     ]  # fmt: skip
-    return [*main, *shapes, *frozen, *(Row(name, "parts", KEEP, changes=changes) for name, changes in parts.items())]
+    # ours again: the same machine and precision as the rows beside it
+    anchors = [Row("anchor: ours", "anchor", KEEP), *(Row(f"anchor: {name}", "anchor", KEEP, rival=name) for name in ANCHORS)]
+    halting = {"halting_weight": 0.1, "cycle_choices": (2, 4, 6), "cycle_weights": ()}
+    exits = [Row("keep_donor, H 4, L 1, with a halting head", "exits", KEEP | {"H_cycles": 4}, changes=halting, exits=True)]
+    return [*main, *shapes, *frozen, *(Row(name, "parts", KEEP, changes=changes) for name, changes in parts.items()), *anchors, *exits]
 
 
 def study(size: Size) -> Study:
@@ -126,7 +135,24 @@ def study(size: Size) -> Study:
     def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
         return shares(model, tokenizer, generate("permutations", ASKED, size.items, 2, split="test"), depths)
 
-    return Study("state_tracking", OURS, settings, rows(), donor, train, measure)
+    def exits(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        """Of all letters of words as long as those in training."""
+        words, others = (labelled(generate("permutations", LONG, size.items, seed, split="test"), tokenizer) for seed in (2, 3))
+        return every_exit(model, *words, others[0], model.config.H_cycles)
+
+    return Study("state_tracking", OURS, settings, rows(), donor, train, measure, exits=exits)
+
+
+def labelled(items: list[Item], tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids `[B, T]` of questions of one length, the targets of their labels, and where these are read: `[B, T - 1]`."""
+    rows = [found for item in items if (found := label_tokens(item, tokenizer)) is not None]
+    length = len(rows[0][0]) + 1
+    ids, targets, places = (torch.zeros(len(rows), length, dtype=dtype) for dtype in (torch.long, torch.long, torch.bool))
+    for row, (tokens, spots, labels) in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        targets[row, torch.tensor(spots) + 1] = torch.tensor(labels)
+        places[row, spots] = True
+    return ids, targets, places[:, :-1]
 
 
 def shares(model: Any, tokenizer: Any, items: list[Item], depths: Any, shown: Sequence[int] = SHOWN) -> Figures:

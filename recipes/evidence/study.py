@@ -23,7 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.record import provenance
-from recipes.evidence.rivals import replace_loop
+from recipes.evidence.rivals import RIVALS, replace_loop
+from recipes.evidence.starts import average_neighbours
 from recursify import as_adapter, convert
 from recursify.data.question_rows import question_columns
 from recursify.data.tasks import Item
@@ -48,7 +49,9 @@ class Row:
         name: In the table.
         group: The table that it belongs to.
         shape: Arguments of `convert`; None for the donor itself.
-        rival: The baseline whose recursion replaces ours.
+        rival: The baseline whose recursion, or the other anchor that, replaces ours.
+        averaged: The loop's layers start as averages of their neighbours.
+        exits: Measured at every exit, too.
         lora_rank: The donor is frozen: of ours the recursion is an adapter of it, of the donor itself all linear layers get LoRA of that
             rank (PEFT's). None trains everything.
         lora: More arguments of `as_adapter`, or of PEFT's `LoraConfig`.
@@ -62,6 +65,8 @@ class Row:
     group: str = "main"
     shape: dict[str, Any] | None = None
     rival: str | None = None
+    averaged: bool = False
+    exits: bool = False
     lora_rank: int | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +98,7 @@ class Study:
         train: Rows to fine-tune on, each with `input_ids`; the second part is for validation (the sweep of the start gain reads it).
         measure: Figures of a model at all depths that are given; none for a donor.
         start_gain: Of our rows, but for those that change it.
+        exits: What early exit costs and saves, beside fixed depth; for rows with `exits`.
     """
 
     name: str
@@ -103,6 +109,7 @@ class Study:
     train: Callable[[Any, int], tuple[Any, Any]]
     measure: Callable[[Any, Any, Sequence[int]], Figures]
     start_gain: float = 0.45
+    exits: Callable[[Any, Any], list[dict[str, Any]]] | None = None
 
 
 def rows_of_questions(items: Sequence[Item], tokenizer: Any, seq_len: int, with_steps: bool = False) -> list[dict[str, list[int]]]:
@@ -227,13 +234,14 @@ def one(make: Maker, size: Size, number: int, seed: int, folder: Path, device_na
     seconds = time.monotonic() - began
     trained = None if row.shape is None else model.config.H_cycles
     figures = study.measure(model.to(device).eval(), tokenizer, () if trained is None else range(1, 2 * trained + 1))
+    exits = {"exits": study.exits(model, tokenizer)} if row.exits and study.exits else {}
     return {
         "name": row.name, "group": row.group, "seed": seed, "shape": row.shape, "rival": row.rival, "changes": row.changes,
         "trained_cycles": trained, "steps": steps, "flops": _flops(row, model.config, settings, steps),
         "parameters": sum(p.numel() for p in model.parameters()), "lora_rank": row.lora_rank, "lora": row.lora,
         "bf16": settings.bf16,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) if steps else 0,
-        "seconds": round(seconds, 1), "figures": figures, "loss": history,
+        "seconds": round(seconds, 1), "figures": figures, "loss": history, **exits,
     }  # fmt: skip
 
 
@@ -273,6 +281,8 @@ def _model(row: Row, folder: Path, device: Any) -> Any:
         model.set_attn_implementation("eager")  # at these lengths faster than sdpa
     if row.rival is not None:
         replace_loop(model, row.rival)
+    if row.averaged:
+        average_neighbours(model, AutoModelForCausalLM.from_pretrained(folder))
     return model.float()
 
 
@@ -283,7 +293,7 @@ def _settings(study: Study, size: Size, row: Row, seed: int, folder: Path, devic
     }  # fmt: skip
     if row.shape is not None:
         values |= SUPERVISED | varied(row.shape["H_cycles"])
-        anchored = row.rival is None and row.shape.get("injection") != "sum_norm"
+        anchored = row.rival not in RIVALS and row.shape.get("injection") != "sum_norm"
         values |= {"start_gain": study.start_gain} if anchored else {"gain_lr": study.settings["lr"]}
     return TrainSettings(**values | study.settings | row.changes)
 

@@ -211,6 +211,42 @@ def _against(runs: Runs, tuned: dict[int, list[float]], H: int) -> str:
     return f"{statistics.mean(statistics.mean(each) for each in paired):+.4f} ± {error:.4f}"
 
 
+# Exits
+
+
+def exits(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """Early exit beside fixed depths: what it costs, what is right, and what fixed depth gives for the same compute."""
+    lines = []
+    for run, row in _exits(found, groups):
+        fixed = row["exit"] == "fixed"
+        name = f"{row['cycles']} cycles" if fixed else f"{row['exit']}, {row['budget']:.0%} of the compute"
+        same = ["", "", ""] if fixed else [f"{row['thinks']:.0%}", f"{100 * row['fixed_right']:.1f}", f"{row['fixed_loss']:.4f}"]
+        lines.append([run["name"], name, f"{row['applications']:.1f}", f"{100 * row['right']:.1f}", f"{row['loss']:.4f}", *same])
+    if not lines:
+        return "(No such row has been run yet.)"
+    head = ["row", "exit", "layers per token", "right, %", "nats", "take more than 1 cycle", "fixed depth for the same: right", "nats"]
+    return _table(head, lines)
+
+
+def changes(found: dict[str, Any], groups: Sequence[str]) -> str:
+    """What each cycle does to the tokens of the one before, in % of the scored tokens."""
+    lines = []
+    for run, row in _exits(found, groups):
+        if row["exit"] == "fixed" and row["cycles"] > 1:
+            shares = [row["mended"], row["spoiled"], row["better"], row["worse"], 1 - row["better"] - row["worse"]]
+            lines.append([run["name"], f"{row['cycles'] - 1} to {row['cycles']}", *(f"{100 * share:.1f}" for share in shares)])
+    if not lines:
+        return "(No such row has been run yet.)"
+    return _table(["row", "cycle", "mended", "spoiled", "better by .05 nats", "worse by .05 nats", "left as it was"], lines)
+
+
+def _exits(found: dict[str, Any], groups: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(run, row) for run in found["runs"] if run["group"] in groups for row in run.get("exits", ())]
+
+
+# Setting
+
+
 def setting(found: dict[str, Any], groups: Sequence[str]) -> str:
     """How it was made."""
     machine, seconds = found["machine"], sum(run["seconds"] for run in found["runs"] if "machine" not in run)
@@ -233,4 +269,5 @@ def setting(found: dict[str, Any], groups: Sequence[str]) -> str:
 
 KINDS: dict[str, Callable[[dict[str, Any], Sequence[str]], str]] = {
     "accuracy": accuracy, "cycles": cycles, "grid": grid, "verdict": verdict, "losses": losses, "kept": kept, "setting": setting,
+    "exits": exits, "changes": changes,
 }  # fmt: skip

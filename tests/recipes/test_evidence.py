@@ -13,10 +13,14 @@ from torch import Tensor
 
 from recipes.evidence import __main__ as evidence
 from recipes.evidence import tables
+from recipes.evidence.anchors import ANCHORS
+from recipes.evidence.exits import between, every_exit
 from recipes.evidence.rivals import RIVALS, replace_loop
+from recipes.evidence.starts import average_neighbours
 from recursify import RecursiveLLM
 from recursify.network.configuration_recursive_llm import from_donor
-from tests.support.tiny import tiny_config
+from recursify.training.gains import set_gains
+from tests.support.tiny import tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = tables.PAGES[0].read_text(encoding="utf-8")
@@ -91,15 +95,130 @@ def test_the_gate_lies_between_old_and_new() -> None:
     assert (moved > 0).all() and (moved < 1).all()
 
 
-@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("rival", [*RIVALS, *ANCHORS])
 def test_rival_loops_are_trainable_at_every_cycle(rival: str) -> None:
     model = looped(rival)
     x = torch.arange(12)[None]
     out = model(x, labels=x, output_cycle_logits=True, use_cache=False)
     assert len(out.cycle_logits) == 2
+    if rival in ANCHORS:
+        set_gains(model, 0.45)
+        out = model(x, labels=x, output_cycle_logits=True, use_cache=False)
     out.loss.backward()
     own = [p for name, p in model.model.recursion.named_parameters() if name.split(".")[0] not in ("q_head", "H_init", "L_init")]
     assert all(p.grad is not None and p.grad.any() for p in own)
+
+
+# Anchors
+
+
+def mixed(anchor: str, gain: float = 0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the loop's second application reads, and e, z_L and z_H of that moment; the block adds noise."""
+    model = looped(anchor)
+    set_gains(model, gain)
+    seen: dict[int, Tensor] = {}
+    torch.manual_seed(1)
+    e, noise = torch.randn(1, 1, model.config.hidden_size), torch.randn(1, 1, model.config.hidden_size)
+
+    def block(x: Tensor, n: int) -> Tensor:
+        seen[n] = x
+        return x + noise
+
+    with torch.no_grad():
+        _, z_H = model.model.recursion.start(e)
+        list(model.model.recursion.steps(e, block, 1, 1))
+    torch.testing.assert_close(seen[0], e)  # as converted, and at any gain, the first application is the donor's own
+    return seen[1], e, seen[0] + noise, z_H
+
+
+def test_fixed_sums_stretch_the_gains() -> None:
+    for name, each in (("fixed 0.9", 0.45), ("fixed 1.0", 0.5)):
+        x, e, z_L, z_H = mixed(name)
+        torch.testing.assert_close(x, e + each * (z_H - e) + each * (z_L - e))
+
+
+def test_the_orthogonal_anchor_adds_nothing_along_the_states() -> None:
+    x, e, z_L, z_H = mixed("orthogonal")
+    mean = (z_L + z_H) / 2
+    injected = x - 0.3 * (z_L + z_H) - 0.4 * mean
+    assert abs((injected * mean).sum()) < 1e-4 < injected.norm()
+    assert ((e - injected / 0.4) * mean).sum() == pytest.approx((e * mean).sum().item(), abs=1e-4)
+
+
+def test_history_takes_the_place_of_the_prelude() -> None:
+    model, seen = looped("history"), {}
+    set_gains(model, 0.3)
+
+    def block(x: Tensor, n: int) -> Tensor:
+        seen[n] = x
+        return x + n + 1
+
+    e = torch.zeros(1, 1, model.config.hidden_size)
+    with torch.no_grad():
+        first, _ = model.model.recursion.steps(e, block, 2, 1)
+    z_L = seen[0] + 1
+    torch.testing.assert_close(seen[2], first + 0.3 * (z_L - first))
+
+
+# Starts and exits
+
+
+def test_looped_layers_start_as_averages_of_their_neighbours() -> None:
+    donor: Any = tiny_model("qwen2", num_hidden_layers=4)
+    model = RecursiveLLM(from_donor(donor.config, [0, 2], L_layers=2, H_cycles=2, L_cycles=1))
+    average_neighbours(model, donor)
+    for number, own in enumerate(model.model.layers):
+        pair = donor.model.layers[2 * number : 2 * number + 2]
+        torch.testing.assert_close(own.mlp.up_proj.weight, (pair[0].mlp.up_proj.weight + pair[1].mlp.up_proj.weight) / 2)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, donor.model.layers[0].mlp.up_proj.weight)
+
+
+def test_every_exit_is_read() -> None:
+    torch.manual_seed(0)
+    shape = {"prelude_layers": 1, "L_layers": 1, "coda_layers": 1, "H_cycles": 3, "L_cycles": 1}
+    model = RecursiveLLM(from_donor(tiny_config("qwen2", num_hidden_layers=3), [0, 1, 2], **shape)).eval()
+    set_gains(model, 0.45)
+    for layer in model.model.layers:  # cycles that change guesses
+        layer.mlp.down_proj.weight.data *= 300
+    ids = torch.randint(0, model.config.vocab_size, (6, 12))
+    found = every_exit(model, ids, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool), ids, 3, ("entropy",))
+    fixed = [row for row in found if row["exit"] == "fixed"]
+    assert [row["applications"] for row in fixed] == [4, 6, 8]
+    for row in fixed:
+        loss = model(ids, labels=ids, H_cycles=row["cycles"], use_cache=False).loss.item()
+        assert row["loss"] == pytest.approx(loss, abs=1e-4)
+        assert row["right"] == pytest.approx(right_tokens(model, ids, row["cycles"]), abs=1e-4)
+    assert fixed[0]["mended"] == fixed[0]["worse"] == 0
+    assert fixed[2]["right"] == pytest.approx(fixed[1]["right"] + fixed[2]["mended"] - fixed[2]["spoiled"], abs=2e-4)
+    halted = [row for row in found if row["exit"] == "entropy"]
+    assert fixed[1]["mended"] + fixed[2]["mended"] > 0 and fixed[1]["worse"] > 0
+    assert halted and all(row["applications"] <= 8 * row["budget"] for row in halted)
+    curve = [(row["applications"], row["right"], row["loss"]) for row in fixed]
+    for row in halted:
+        assert row["fixed_loss"] == pytest.approx(between(curve, row["applications"], 2), abs=1e-4)
+        assert sum(row["at"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_fixed_depth_of_the_same_compute() -> None:
+    curve = [(4.0, 0.5, 2.0), (6.0, 0.9, 1.0), (8.0, 0.9, 0.8)]
+    assert [between(curve, cost, 1) for cost in (3, 4, 4.5, 6, 7, 9)] == pytest.approx([0.5, 0.5, 0.6, 0.9, 0.9, 0.9])
+    assert between(curve, 7, 2) == pytest.approx(0.9)
+
+
+def right_tokens(model: Any, ids: Tensor, cycles: int) -> float:
+    with torch.no_grad():
+        guesses = model(ids, H_cycles=cycles, use_cache=False).logits.argmax(-1)
+    return (guesses[:, :-1] == ids[:, 1:]).float().mean().item()
+
+
+def test_rows_with_exits_have_tables_of_them(tmp_path: Path) -> None:
+    run = ["state_tracking", "--size", "test", "--device", "cpu", "--processes", "1", "--output", str(tmp_path), "--work", str(tmp_path)]
+    evidence.main([*run, "--rows", "keep_donor, H 4, L 1, with a halting head"])
+    found = json.loads((tmp_path / "state_tracking-test.json").read_text())
+    table = tables.exits(found, ["exits"])
+    assert "| 4 cycles |" in table and "| q_head, 40% of the compute |" in table
+    assert "| 3 to 4 |" in tables.changes(found, ["exits"])
+    assert tables.exits(found, ["main"]) == "(No such row has been run yet.)"
 
 
 # Studies
