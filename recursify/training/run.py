@@ -112,18 +112,20 @@ def _train(settings: RunSettings, device: torch.device, lock: Callable[[], None]
     if point is not None:
         _check_data(point, data)
     best = settings.folder / best_name(loaded.model.config)
-    if point is not None and step_of(point) >= total:
-        announce(f"{point} is already the end of this run; increase --num_epochs or --max_steps to continue")
-        state = TrainerState.load_from_json(str(state_folder(point) / STATE))
-        return TrainResult(best, result_of(state, interrupted=False))
-
     make_folder(settings.folder)
     lock()
-    if best.exists() and point is None:
-        announce(f"{best} is of an earlier run; it is kept as {keep_previous(best).name}, the last one before this run")
     notes = {**loaded.notes, "approach": settings.approach}
     stored = torch.float32 if loaded.model.config.is_adapter else loaded.model.dtype
     saver = Saver(settings.folder, tokenizer, stored, loaded.plan, notes, settings.keep_last, data)
+    if point is not None and step_of(point) >= total:
+        announce(f"{point} is already the end of this run; increase --num_epochs or --max_steps to continue")
+        if PartialState().is_main_process:
+            saver.delete_old(point)  # what a kill after the last save has left
+        state = TrainerState.load_from_json(str(state_folder(point) / STATE))
+        return TrainResult(best, result_of(state, interrupted=False))
+
+    if best.exists() and point is None:
+        announce(f"{best} is of an earlier run; it is kept as {keep_previous(best).name}, the last one before this run")
     result = fit(loaded.model, tokenizer, blocks.train, blocks.validation, settings, teacher=teacher, saver=saver, resume_from=point)
     if result.interrupted:
         announce(f"Interrupted and saved at step {result.steps}; the same command with --resume continues from there")

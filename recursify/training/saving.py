@@ -136,12 +136,7 @@ class Saver:
         try:
             _delete_state(path)  # left by an earlier run with other weights
             self.save(path, model, {} if write_state is None else {state_folder(path): _with_sums(write_state, path)}, step=step, **notes)
-            # The checkpoint just written comes first even if the clock was set back.
-            points = [path, *(point for point in resume_points(self.folder) if point != path)]
-            for old in points[KEPT_STATES:]:
-                _delete_state(old)
-            if self.keep_last:
-                self._delete_old(points)
+            self.delete_old(path)
         except OSError as error:
             raise UserError(
                 f"{path}: could not be written, or older ones not deleted ({error.strerror}: {error.filename}); the checkpoints saved so "
@@ -149,8 +144,17 @@ class Saver:
             ) from error
         return path
 
-    def _delete_old(self, points: list[Path]) -> None:
-        """Delete all but the newest. Checkpoints without state are older than those with state."""
+    def delete_old(self, newest: Path) -> None:
+        """Delete old states, and checkpoints as set by `keep_last`. Those without state are older than those with state.
+
+        Args:
+            newest: The checkpoint that was written last, which comes first even if the clock was set back.
+        """
+        points = [newest, *(point for point in resume_points(self.folder) if point != newest)]
+        for old in points[KEPT_STATES:]:
+            _delete_state(old)
+        if not self.keep_last:
+            return
         others = [path for path in _checkpoints(self.folder) if path not in points]
         newest_first = points + sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
         for old in newest_first[self.keep_last :]:

@@ -50,8 +50,7 @@ def write_atomic(
     temporary, lock = None, None
     try:
         clear_leftovers(last.absolute().parent)
-        temporary = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=last.absolute().parent))
-        lock = _locked(temporary)
+        temporary, lock = _temporary(last.absolute().parent)
         for path, write in writers.items():
             target = temporary / path.name
             if path in folders:
@@ -91,12 +90,28 @@ def clear_leftovers(folder: Path) -> None:
                 temporary.rmdir()
 
 
+def _temporary(parent: Path) -> tuple[Path, filelock.BaseFileLock | None]:
+    """A new temporary folder and its lock. One whose lock another process took between its making and its locking, to delete it, is left to
+    that process."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=parent))
+        try:
+            lock = _locked(temporary)
+        except filelock.Timeout:
+            continue
+        if lock is None or (temporary / _LOCK).exists():
+            return temporary, lock
+        lock.release()
+
+
 def _locked(temporary: Path) -> filelock.BaseFileLock | None:
-    """The lock of a temporary folder, taken; None on a disk without locks."""
+    """The lock of a temporary folder, taken; None on a disk without locks. `filelock.Timeout` where another process has it."""
     lock = filelock.FileLock(temporary / _LOCK, timeout=0)
     try:
         lock.acquire()
-    except (NotImplementedError, filelock.Timeout):
+    except filelock.Timeout:
+        raise
+    except NotImplementedError:
         return None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
@@ -107,7 +122,9 @@ def _locked(temporary: Path) -> filelock.BaseFileLock | None:
 
 def _lock_of_the_dead(temporary: Path) -> filelock.BaseFileLock | None:
     """The lock of a temporary folder whose process is gone, taken; None if the process lives, or the folder has no lock."""
-    return _locked(temporary) if (temporary / _LOCK).is_file() else None
+    with suppress(filelock.Timeout):
+        return _locked(temporary) if (temporary / _LOCK).is_file() else None
+    return None
 
 
 def _remove(temporary: Path, lock: filelock.BaseFileLock | None) -> None:

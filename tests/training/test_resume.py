@@ -522,8 +522,16 @@ def test_keep_last_deletes_only_old_step_checkpoints(server: Server, corner: Pat
     assert life.status == 0, life.output
     parts = {f"checkpoint_step_{n}{end}" for n in (8, 10, 12) for end in (".pt", "_tokenizer")} | {BEST, BEST.replace(".pt", "_tokenizer")}
     states = {"checkpoint_step_10_state", "checkpoint_step_12_state"}
-    assert {path.name for path in tmp_path.iterdir()} == parts | states | {put_by.name, "metrics.jsonl", lock.LOCK}
+    files = parts | states | {put_by.name, "metrics.jsonl", lock.LOCK}
+    assert {path.name for path in tmp_path.iterdir()} == files
     assert newest(tmp_path) == 12
+
+    older = tmp_path / "checkpoint_step_6.pt"  # what a kill in the last rotation leaves, and only a resume finds: the run is at its end
+    shutil.copy(tmp_path / "checkpoint_step_8.pt", older)
+    os.utime(older, (0, 0))
+    life = server.run("command", "train", *flags(corner, tmp_path, keep_last=3), "--resume")
+    assert "already the end of this run" in life.output
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 def test_keep_last_survives_a_clock_set_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Atomic writing on Windows. (What a kill or a full disk leaves is tested with checkpoints and trainings.)"""
+"""Atomic writing on Windows, and beside another writer. (What a kill or a full disk leaves is tested with checkpoints and trainings.)"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from recursify.utils import atomic
@@ -48,3 +49,30 @@ def test_as_windows_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         )
         assert ((tmp_path / "file.pt").read_text(), (folder / "part.json").read_text()) == (text, text)
     assert handles and sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "folder"]
+
+
+@pytest.mark.parametrize("moment", ["before it is locked", "while it is deleted"])
+def test_a_folder_that_another_writer_takes_for_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Between the making of a lock file and its locking a temporary folder looks like that of a killed process."""
+    own, first = atomic._locked, []
+
+    def locked(temporary: Path) -> Any:
+        if first:
+            return own(temporary)
+        first.append(temporary)
+        (temporary / atomic._LOCK).touch()
+        if moment == "before it is locked":
+            atomic.clear_leftovers(tmp_path)
+            assert not temporary.exists()
+            return own(temporary)
+        other = own(temporary)  # of the writer that deletes it
+        assert other is not None
+        with pytest.raises(filelock.Timeout):
+            own(temporary)
+        atomic._remove(temporary, other)
+        raise filelock.Timeout(str(temporary))
+
+    monkeypatch.setattr(atomic, "_locked", locked)
+    atomic.write_atomic({tmp_path / "file.txt": lambda target: target.write_text("whole")})
+    assert first and [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+    assert (tmp_path / "file.txt").read_text() == "whole"
