@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from benchmarks import __main__ as runner
 from benchmarks import ceilings as bounds
-from benchmarks import page
+from benchmarks import decoding_static, page
 from benchmarks import training as steps
 from benchmarks.case import Bench, Case, Check, Registry, Table, registry
 from benchmarks.measure import alternate, ratio
@@ -37,11 +37,15 @@ Found = Callable[[Bench], Iterator[Table | Check]]
 # Every case
 
 
+# test_gpu.py runs `works`; the others are `decoding_static` again, at other points, each with a capture of half a minute.
+ELSEWHERE = {"works", "decoding_static_batches", "decoding_static_long"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # five minutes on two idle cores without bfloat16 of their own: it starts some twenty processes
 def test_every_case_runs_and_fills_its_page(tmp_path: Path) -> None:
     """All in one process, whose libraries take longer to load than most cases to run."""
-    names = [name for name in registry().cases if name != "works"]  # which test_gpu.py runs
+    names = [name for name in registry().cases if name not in ELSEWHERE]
     command = [sys.executable, "-m", "benchmarks", *names, "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -53,6 +57,20 @@ def test_every_case_runs_and_fills_its_page(tmp_path: Path) -> None:
         assert found["about"] and found["tables"] and all(one["rows"] for one in found["tables"])
         assert page.tables_of(name, results).strip() in done.stdout
         assert all(check["what"] in done.stdout for check in found["checks"])
+
+
+@pytest.mark.parametrize("name", sorted(ELSEWHERE - {"works"}))
+def test_other_points_of_decoding_static(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def one_token(models: Any, rows: int, context: int, bench: Bench) -> list[dict[str, Any]]:
+        asked.append((rows, context))
+        return [{"rows": rows, "graphs": len(asked)}]
+
+    monkeypatch.setattr(decoding_static, "one_token", one_token)
+    table, check = registry().cases[name].run(Bench("quick"))
+    assert isinstance(table, Table) and [row["rows"] for row in table.rows] == [rows for rows, _ in asked] and asked
+    assert isinstance(check, Check) and (check.value, check.most) == (len(asked), 1)
 
 
 def test_every_module_is_here_and_is_a_case() -> None:

@@ -30,7 +30,6 @@ def test_methods_have_default_target_modules(family: str, method: str) -> None:
     "order",
     [
         "import peft, recursify",
-        "import recursify, peft",
         "import recursify; from peft import LoraConfig",
         "import recursify; from importlib.util import find_spec; find_spec('peft'); import peft",
     ],
