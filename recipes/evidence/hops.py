@@ -1,9 +1,9 @@
 """Hops: reference chains and fact chains on a real pretrained donor.
 
 Answered at once, without written steps, a question of more hops needs more serial computation: here depth should pay on words. The donor
-is the one of `recipes.donors`, or the folder that RECURSIFY_DONOR names. Items are of 1 to 8 hops in training; reach is the number of hops
-that are followed at 90 % in test items. Beside it stands the loss on the language reference that every CPython carries: what the
-training cost the donor elsewhere.
+is the one of `recipes.donors`, or the folder that RECURSIFY_DONOR names. Items are of 1 to 8 hops in training, on a CPU chains alone, of
+two chains and 1 to 4 hops; reach is the number of hops that are followed at 90 % in test items. Beside it stands the loss on the language
+reference that every CPython carries: what the training cost the donor elsewhere.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from recursify.errors import UserError
 from recursify.evaluation.accuracy import evaluate_questions
 from recursify.inference.options import DecodingOptions
 
-HOPS = (1, 2, 3, 4, 6, 8)
 TASKS: dict[str, dict[str, Any]] = {"chains": {"chains": 3}, "facts": {"people": 8}}
-SEQ_LEN = 256
+ALL: dict[str, Any] = {"hops": (1, 2, 3, 4, 6, 8), "tasks": TASKS, "seq_len": 256}
+FEW: dict[str, Any] = {"hops": (1, 2, 3, 4), "tasks": {"chains": {"chains": 2}}, "seq_len": 64}
 WINDOWS = 50  # of the language reference
 
 SIZES = {
-    "cpu": Size({"layers": 30}, 0, steps=300, items=50, batch_size=8, seeds=1),
-    "gpu": Size({"layers": 30}, 0, steps=2000, items=500, batch_size=64, seeds=3),
-    "test": Size({"layers": 6, "hidden_size": 16, "intermediate_size": 32}, 0, steps=1, items=1, batch_size=2, seeds=1),
+    "cpu": Size({"layers": 30} | FEW, 0, steps=150, items=100, batch_size=8, seeds=1),
+    "gpu": Size({"layers": 30} | ALL, 0, steps=2000, items=500, batch_size=64, seeds=3),
+    "test": Size({"layers": 6, "hidden_size": 16, "intermediate_size": 32} | ALL, 0, steps=1, items=1, batch_size=2, seeds=1),
 }
 
 ADAPTER = "adapter: loop in the middle"
@@ -63,8 +63,9 @@ def rows(layers: int) -> list[Row]:
 
 
 def study(size: Size) -> Study:
+    hops, tasks, seq_len = (size.donor[key] for key in ("hops", "tasks", "seq_len"))
     settings: dict[str, Any] = {
-        "seq_len": SEQ_LEN, "lr": 1e-4, "gain_lr": 1e-3, "warmup_steps": size.steps // 20, "dataset_name": "chains", "halting_weight": 0.0,
+        "seq_len": seq_len, "lr": 1e-4, "gain_lr": 1e-3, "warmup_steps": size.steps // 20, "dataset_name": "chains", "halting_weight": 0.0,
     }  # fmt: skip
 
     def donor(folder: Path) -> dict[str, Any]:
@@ -82,17 +83,17 @@ def study(size: Size) -> Study:
         return {"name": SOURCES["smollm2"].name}
 
     def train(tokenizer: Any, count: int) -> tuple[Any, Any]:
-        each = max(2, count // (4 * len(HOPS)))
-        items = [item for name in TASKS for hops in HOPS for item in generate(name, hops, each, 1, **TASKS[name])]
-        blocks = rows_of_questions(items, tokenizer, SEQ_LEN if tokenizer.vocab_size > 10_000 else 2048, with_steps=True)
+        each = max(2, count // len(hops))
+        items = [item for name in tasks for number in hops for item in generate(name, number, each, 1, **tasks[name])]
+        blocks = rows_of_questions(items, tokenizer, seq_len if tokenizer.vocab_size > 10_000 else 2048, with_steps=True)
         return blocks, blocks[:8]
 
     def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
         runs = [DecodingOptions(H_cycles=H) for H in depths] or [DecodingOptions()]
         found: Figures = {}
-        for name, options in TASKS.items():
-            items = [item for hops in HOPS for item in generate(name, hops, size.items, 2, split="test", **options)]
-            for cycles, shares in _right(model, tokenizer, name, items, runs).items():
+        for name, options in tasks.items():
+            items = [item for number in hops for item in generate(name, number, size.items, 2, split="test", **options)]
+            for cycles, shares in _right(model, tokenizer, name, hops, items, runs).items():
                 found.setdefault(cycles, {}).update(shares)
         for cycles, loss in zip(found, _text_losses(model, tokenizer, depths, size), strict=True):
             found[cycles]["text, nats"] = round(loss, 4)
@@ -101,7 +102,7 @@ def study(size: Size) -> Study:
     return Study("hops", ADAPTER, settings, rows(size.donor["layers"]), donor, train, measure, start_gain=0.1)
 
 
-def _right(model: Any, tokenizer: Any, name: str, items: list[Item], runs: list[DecodingOptions]) -> Figures:
+def _right(model: Any, tokenizer: Any, name: str, hops: tuple[int, ...], items: list[Item], runs: list[DecodingOptions]) -> Figures:
     """Share of right answers by hops, and the reach: the most hops up to which nine in ten are right."""
     report, _ = evaluate_questions(model, tokenizer, name, items, runs, "answer", batch_size=20)
     found: Figures = {}
@@ -111,7 +112,7 @@ def _right(model: Any, tokenizer: Any, name: str, items: list[Item], runs: list[
             found.setdefault(cycles, {})[f"{name} {row.difficulty}"] = round(row.accuracy, 4)
     for shares in found.values():
         shares[f"{name}, reach"] = next(
-            (before for before, hops in zip((0, *HOPS), HOPS, strict=False) if shares[f"{name} {hops}"] < 0.9), HOPS[-1]
+            (before for before, number in zip((0, *hops), hops, strict=False) if shares[f"{name} {number}"] < 0.9), hops[-1]
         )
     return found
 
@@ -120,7 +121,7 @@ def _text_losses(model: Any, tokenizer: Any, depths: Any, size: Size) -> list[fl
     from recipes.shipped_donor import load_text
     from recursify.evaluation.text_loss import window_losses
 
-    test = load_text(tokenizer, SEQ_LEN).test
+    test = load_text(tokenizer, ALL["seq_len"]).test
     windows = window_losses(model, test.select(range(min(WINDOWS, size.items, len(test)))), tuple(depths))
     return [row.mean().item() for row in windows]
 
