@@ -6,6 +6,7 @@ signatures of api.md (test_api.py).
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -19,6 +20,8 @@ import torch
 from recursify import FitSettings, convert, fit
 from recursify.checkpoints import checkpoint
 from recursify.cli import main as cli
+from recursify.conversion.settings import LoopSettings
+from recursify.training.settings import Adapter, LossTerms, Optimizer, Recursion
 from tests.support import tiny
 from tests.support.corpora import write_jsonl
 from tests.support.hub_stand_in import HubStandIn
@@ -168,3 +171,19 @@ def test_every_anchor_is_a_heading(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)\s#]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+DEFAULTS = (Recursion, Adapter, Optimizer, LossTerms, LoopSettings)
+NOT_A_CHOICE = {"teacher", "distill_temperature", "cycle_weights", "steps_per_cycle", "load_in_4bit", "adapter"}
+
+
+def test_every_default_of_loop_objective_and_optimizer_names_what_it_rests_on() -> None:
+    page = (ROOT / "docs" / "decisions" / "defaults.md").read_text(encoding="utf-8")
+    rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| "))
+    for settings in DEFAULTS:
+        for field in dataclasses.fields(settings):
+            if field.name in NOT_A_CHOICE or field.name not in vars(settings):  # of a class that it inherits from
+                continue
+            assert (found := re.search(rf"--{field.name}\b ?([\d.e-]+)?", rows)), f"{field.name} is not in docs/decisions/defaults.md"
+            if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+                assert found[1] and float(found[1]) == field.default, f"{field.name}: {found[0]}"
