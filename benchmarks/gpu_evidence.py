@@ -16,16 +16,19 @@ import torch
 
 from recipes.evidence import scan
 from recipes.evidence.__main__ import STUDIES
+from recipes.evidence.real_donor import layers_of
 from recipes.evidence.study import Row, Size, Study, about, donor_folder, is_made, make_donor, one
 
 from .job_queue import Job, Keep, Place
 
 SIZES = {"cuda": "gpu", "quick": "test"}  # of a place, by the names that the studies have for them
-ORDER = ("state_tracking", "hops", "length", "prose", "scan")
+ORDER = ("state_tracking", "hops", "length", "compact", "prose", "scan")
 PREFIX = "evidence: "
 # Guesses: seconds of a layer application in training, of the rest of a step, of loading and measuring a row.
 APPLICATION, STEP, ROW = 1.2e-3, 6e-3, 20.0
-TOY = {"state_tracking": 1.0, "hops": 4.0, "length": 2.0, "prose": 3.0, "scan": 2.0}  # seconds of a row at toy size on two cores
+# Seconds of a row at toy size on two cores.
+TOY = {"state_tracking": 1.0, "hops": 4.0, "length": 2.0, "compact": 3.0, "prose": 3.0, "scan": 2.0}
+PRETRAINED = ("hops", "compact")  # whose donor is a real one
 BACK_TOO = 3  # times the work of a forward pass
 
 
@@ -36,7 +39,7 @@ def evidence(size: str) -> list[Job]:
         make, sizes = STUDIES[name]
         at = sizes[SIZES[size]]
         study = make(at)
-        layers = at.donor.get("layers", 8)
+        layers = layers_of(at) if name in PRETRAINED else at.donor.get("layers", 8)
         pretraining = at.donor_steps * (STEP + APPLICATION * layers)
         donor = f"{PREFIX}{name}, the donor"
         found.append(Job(donor, partial(_donor, name), 10 + pretraining, TOY[name], partial(_obstacle, name)))
@@ -70,9 +73,9 @@ def _applications(row: Row, layers: int) -> float:
 
 
 def _obstacle(name: str, place: Place, needs_donor: bool = False) -> str | None:
-    if name in ("prose", "hops") and importlib.util.find_spec("datasets") is None:
+    if name in ("prose", *PRETRAINED) and importlib.util.find_spec("datasets") is None:
         return "needs the datasets library, which is not installed here"
-    if name == "hops" and place.size == "cuda" and "RECURSIFY_DONOR" not in os.environ:
+    if name in PRETRAINED and place.size == "cuda" and "RECURSIFY_DONOR" not in os.environ:
         return "needs a pretrained donor; RECURSIFY_DONOR names its folder (`python -m recipes.donors smollm2 FOLDER` makes one)"
     if name == "scan" and place.size == "cuda" and not _scan_is_here():
         return "needs the files of SCAN's length split, which RECURSIFY_SCAN names the folder of"

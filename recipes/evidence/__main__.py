@@ -15,12 +15,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes.evidence import hops, length, prose, scan, state_tracking, tables
+from recipes.evidence import compact, hops, length, prose, scan, state_tracking, tables
 from recipes.evidence.study import RESULTS, Size, Study, run
 from recursify.errors import UserError
 from recursify.utils.device import choose_device
 
 STUDIES: dict[str, tuple[Callable[[Size], Study], dict[str, Size]]] = {
+    "compact": (compact.study, compact.SIZES),
     "hops": (hops.study, hops.SIZES),
     "length": (length.study, length.SIZES),
     "prose": (prose.study, prose.SIZES),

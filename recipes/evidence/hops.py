@@ -1,20 +1,19 @@
 """Hops: reference chains and fact chains on a real pretrained donor.
 
 Answered at once, without written steps, a question of more hops needs more serial computation: here depth should pay on words. The donor
-is the one of `recipes.donors`, or the folder that RECURSIFY_DONOR names. Items are of 1 to 8 hops in training, on a CPU chains alone, of
-two chains and 1 to 4 hops; reach is the number of hops that are followed at 90 % in test items. Beside it stands the loss on the language
-reference that every CPython carries: what the training cost the donor elsewhere.
+is a real one (real_donor.py). Items are of 1 to 8 hops in training, on a CPU chains alone, of two chains and 1 to 4 hops; reach is the
+number of hops that are followed at 90 % in test items. Beside it stands the loss on the language reference that every CPython carries:
+what the training cost the donor elsewhere.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from recipes.evidence.study import Figures, Row, Size, Study, rows_of_questions, small_model
+from recipes.evidence.real_donor import layers_of, put_donor
+from recipes.evidence.study import Figures, Row, Size, Study, rows_of_questions
 from recursify.data.tasks import Item, generate
-from recursify.errors import UserError
 from recursify.evaluation.accuracy import evaluate_questions
 from recursify.inference.options import DecodingOptions
 
@@ -24,8 +23,8 @@ FEW: dict[str, Any] = {"hops": (1, 2, 3, 4), "tasks": {"chains": {"chains": 2}},
 WINDOWS = 50  # of the language reference
 
 SIZES = {
-    "cpu": Size({"layers": 30} | FEW, 0, steps=150, items=100, batch_size=8, seeds=1),
-    "gpu": Size({"layers": 30} | ALL, 0, steps=2000, items=500, batch_size=64, seeds=3),
+    "cpu": Size(FEW, 0, steps=150, items=100, batch_size=8, seeds=1),
+    "gpu": Size(ALL, 0, steps=2000, items=500, batch_size=64, seeds=3),
     "test": Size({"layers": 6, "hidden_size": 16, "intermediate_size": 32} | ALL, 0, steps=1, items=1, batch_size=2, seeds=1),
 }
 
@@ -33,7 +32,7 @@ ADAPTER = "adapter: loop in the middle"
 STAGED = {"cycle_targets": "steps", "steps_per_cycle": 2}
 
 
-def loop(first: int, last: int, layers: int = 30) -> dict[str, Any]:
+def loop(first: int, last: int, layers: int) -> dict[str, Any]:
     """A loop over the layers from the first to before the last, of all layers of the donor."""
     return {
         "keep_donor": True,
@@ -68,20 +67,6 @@ def study(size: Size) -> Study:
         "seq_len": seq_len, "lr": 1e-4, "gain_lr": 1e-3, "warmup_steps": size.steps // 20, "dataset_name": "chains", "halting_weight": 0.0,
     }  # fmt: skip
 
-    def donor(folder: Path) -> dict[str, Any]:
-        if size.donor.get("hidden_size"):
-            return _made_up(folder, size)
-        given = os.environ.get("RECURSIFY_DONOR")
-        if given is not None:
-            if not Path(given, "config.json").is_file():
-                raise UserError(f"RECURSIFY_DONOR: expected a folder with config.json, got {given}")
-            folder.symlink_to(Path(given).resolve(), target_is_directory=True)
-            return {"name": Path(given).name}
-        from recipes.donors import SOURCES, make
-
-        make(SOURCES["smollm2"], folder)
-        return {"name": SOURCES["smollm2"].name}
-
     def train(tokenizer: Any, count: int) -> tuple[Any, Any]:
         each = max(2, count // len(hops))
         items = [item for name in tasks for number in hops for item in generate(name, number, each, 1, **tasks[name])]
@@ -99,7 +84,7 @@ def study(size: Size) -> Study:
             found[cycles]["text, nats"] = round(loss, 4)
         return found
 
-    return Study("hops", ADAPTER, settings, rows(size.donor["layers"]), donor, train, measure, start_gain=0.1)
+    return Study("hops", ADAPTER, settings, rows(layers_of(size)), partial(put_donor, size=size), train, measure, start_gain=0.1)
 
 
 def _right(model: Any, tokenizer: Any, name: str, hops: tuple[int, ...], items: list[Item], runs: list[DecodingOptions]) -> Figures:
@@ -124,16 +109,3 @@ def _text_losses(model: Any, tokenizer: Any, depths: Any, size: Size) -> list[fl
     test = load_text(tokenizer, ALL["seq_len"]).test
     windows = window_losses(model, test.select(range(min(WINDOWS, size.items, len(test)))), tuple(depths))
     return [row.mean().item() for row in windows]
-
-
-def _made_up(folder: Path, size: Size) -> dict[str, Any]:
-    """A donor without training, for tests."""
-    from recursify.checkpoints.tokenizer import load_tokenizer
-    from recursify.demo.prose import donor_folder
-
-    tokenizer = load_tokenizer(str(donor_folder()))
-    model = small_model(size.donor, len(tokenizer))
-    model.config.max_position_embeddings = 4096
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {"name": "random"}

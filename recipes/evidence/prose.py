@@ -14,7 +14,6 @@ import torch
 
 from recipes.evidence.exits import every_exit
 from recipes.evidence.study import Figures, Row, Size, Study, on_layers
-from recursify.checkpoints.tokenizer import load_tokenizer
 from recursify.evaluation.text_loss import window_losses
 
 SEQ_LEN = 128
@@ -56,6 +55,8 @@ def rows() -> list[Row]:
         Row("compact of 6 layers, H 3, L 1", "shape", COMPACT | {"L_layers": 6}),
         Row("compact of 6 layers, H 3, L 1, matched", "shape", COMPACT | {"L_layers": 6}, changes={"match_hidden_weight": 1.0}),
         Row("compact, H 3, L 1, evenly picked layers", "starts", COMPACT),  # again: the same machine and precision as the rows beside it
+        Row("compact, H 3, L 1, start gain by the sweep", "starts", COMPACT, changes={"start_gain": None}),
+        Row("compact, H 3, L 1, start gain 0.45", "starts", COMPACT, changes={"start_gain": 0.45}),
         Row("compact, H 3, L 1, averages of neighbours", "starts", COMPACT, averaged=True),
         *(Row(f"compact, H 3, L 1, {name} layers", "starts", COMPACT | {"layer_selection": name}) for name in ("first", "middle", "last")),
         Row("1 layer before, 2 looped, 1 behind, H 3, L 1", "starts", COMPACT | {"L_layers": 2, "prelude_layers": 1, "coda_layers": 1}),
@@ -78,37 +79,42 @@ def rows() -> list[Row]:
 def study(size: Size) -> Study:
     settings: dict[str, Any] = {"seq_len": SEQ_LEN, "lr": 3e-4, "warmup_steps": 10, "dataset_name": "pydoc_data.topics"}
 
-    # Imported in functions: the rows alone need no datasets library.
     def donor(folder: Path) -> dict[str, Any]:
         from recursify.demo.prose import donor_folder
 
         shutil.copytree(donor_folder(), folder)
         return {"name": "the donor that ships"}
 
-    def text(tokenizer: Any) -> Any:
-        from recipes.shipped_donor import load_text
-        from recursify.demo.prose import donor_folder
-
-        return load_text(load_tokenizer(str(donor_folder())), SEQ_LEN)
-
     def train(tokenizer: Any, count: int) -> tuple[Any, Any]:
-        found = text(tokenizer)
+        found = language_reference(tokenizer)
         return found.train, found.validation.select(range(min(size.items, len(found.validation))))
 
     def measure(model: Any, tokenizer: Any, depths: Any) -> Figures:
-        """Loss, and that of every window for paired differences; of an adapter at 0 cycles, too."""
-        test = text(tokenizer).test
+        test = language_reference(tokenizer).test
         depths = [0, *depths] if getattr(model.config, "is_adapter", False) else depths
-        windows = window_losses(model, test.select(range(min(size.items, len(test)))), tuple(depths))
-        return {
-            "donor" if H is None else str(H): {"loss": round(row.mean().item(), 5), "windows": [round(loss, 4) for loss in row.tolist()]}
-            for H, row in zip(list(depths) or [None], windows, strict=True)
-        }
+        return losses(model, test.select(range(min(size.items, len(test)))), depths)
 
     def exits(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         """Of the test windows; thresholds are set on validation windows."""
-        found = text(tokenizer)
+        found = language_reference(tokenizer)
         ids, held_out = (torch.tensor(part[: min(size.items, 100)]["input_ids"]) for part in (found.test, found.validation))
         return every_exit(model, ids, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool), held_out, model.config.H_cycles)
 
     return Study("prose", OURS, settings, rows(), donor, train, measure, start_gain=0.0, exits=exits)
+
+
+# Imported in functions: the rows alone need no datasets library.
+def language_reference(tokenizer: Any) -> Any:
+    """Windows of the text in three parts."""
+    from recipes.shipped_donor import load_text
+
+    return load_text(tokenizer, SEQ_LEN)
+
+
+def losses(model: Any, windows: Any, depths: Any) -> Figures:
+    """Loss at every depth, and that of every window for paired differences."""
+    found = window_losses(model, windows, tuple(depths))
+    return {
+        "donor" if H is None else str(H): {"loss": round(row.mean().item(), 5), "windows": [round(loss, 4) for loss in row.tolist()]}
+        for H, row in zip(list(depths) or [None], found, strict=True)
+    }

@@ -97,7 +97,7 @@ class Study:
         donor: Makes the donor, with its tokenizer, in a folder; what it returns is kept with the results.
         train: Rows to fine-tune on, each with `input_ids`; the second part is for validation (the sweep of the start gain reads it).
         measure: Figures of a model at all depths that are given; none for a donor.
-        start_gain: Of our rows, but for those that change it.
+        start_gain: Of our rows, but for those that change it; None is by the sweep.
         exits: What early exit costs and saves, beside fixed depth; for rows with `exits`.
     """
 
@@ -108,7 +108,7 @@ class Study:
     donor: Callable[[Path], dict[str, Any]]
     train: Callable[[Any, int], tuple[Any, Any]]
     measure: Callable[[Any, Any, Sequence[int]], Figures]
-    start_gain: float = 0.45
+    start_gain: float | None = 0.45
     exits: Callable[[Any, Any], list[dict[str, Any]]] | None = None
 
 

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from recipes.evidence import __main__ as evidence
-from recipes.evidence import tables
+from recipes.evidence import compact, hops, tables
 from recipes.evidence.anchors import ANCHORS
 from recipes.evidence.exits import between, every_exit
 from recipes.evidence.rivals import RIVALS, replace_loop
 from recipes.evidence.starts import average_neighbours
-from recursify import RecursiveLLM
+from recipes.evidence.study import is_made, make_donor
+from recursify import RecursiveLLM, convert
+from recursify.errors import UserError
 from recursify.network.configuration_recursive_llm import from_donor
 from recursify.training.gains import set_gains
-from tests.support.tiny import tiny_config, tiny_model
+from tests.support.tiny import tiny_config, tiny_donor, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = tables.PAGES[0].read_text(encoding="utf-8")
@@ -246,6 +248,33 @@ def test_scan_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         evidence.main(["scan", "--size", "test", "--device", "cpu", "--output", str(tmp_path), "--work", str(tmp_path)])
     assert ended.value.code == 2
     assert "RECURSIFY_SCAN: expected a folder with tasks_train_length.txt and tasks_test_length.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [hops, compact])
+def test_any_folder_may_be_the_real_donor(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, folder = tmp_path / "given", tmp_path / "work" / "donor"
+    tiny_donor("qwen2", given, num_hidden_layers=9)
+    monkeypatch.setenv("RECURSIFY_DONOR", str(given))
+    before = {file.name for file in given.iterdir()}
+    study = module.study(module.SIZES["cpu"])
+    make_donor(study, folder)
+    assert {file.name for file in given.iterdir()} == before and is_made(folder)  # what is somebody's stays as it was
+    plans = [convert(str(folder), **row.shape).config for row in study.rows if row.shape is not None]
+    assert len(plans) > 4
+    if module is hops:  # all layers kept
+        assert {config.prelude_layers + config.L_layers + config.coda_layers for config in plans} == {9}
+
+    monkeypatch.setenv("RECURSIFY_DONOR", str(tmp_path))
+    with pytest.raises(UserError, match="RECURSIFY_DONOR: expected a folder with config.json"):
+        module.study(module.SIZES["cpu"])
+
+
+def test_compact_plans_of_a_real_donor_run(tmp_path: Path) -> None:
+    run = ["compact", "--size", "test", "--device", "cpu", "--processes", "1", "--output", str(tmp_path), "--work", str(tmp_path)]
+    names = ["donor as it is", "donor, fine-tuned on the same tokens", "4 layers, H 3, L 1", "4 layers, H 3, L 1, matched and distilled"]
+    evidence.main([*run, "--rows", *names])
+    table = tables.losses(json.loads((tmp_path / "compact-test.json").read_text()), [])
+    assert all(f"| {name} | 1 |" in table for name in names)
 
 
 def test_names_of_rows_are_their_own() -> None:
