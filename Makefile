@@ -73,7 +73,7 @@ gpu-merge: .venv/.installed
 	$(BIN)/python -m benchmarks.gpu_merge $(RESULTS)
 
 evidence: .venv/.installed
-	for study in state_tracking length hops prose scan tables; do $(BIN)/python -m recipes.evidence $$study || exit 1; done
+	for study in state_tracking length hops compact prose scan tables; do $(BIN)/python -m recipes.evidence $$study || exit 1; done
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
