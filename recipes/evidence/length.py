@@ -20,7 +20,7 @@ SCORED, UNSCORED, OFFSET, ASKED = 16, 8, 16, 64  # letters
 EXTRA = 9  # tokens besides the letters: "Question:", "Answer:", the product that is told, the answer, the end
 SEQ_LEN = OFFSET + SCORED + UNSCORED + EXTRA
 SHOWN = (8, 16, 20, 24, 32, 48, 64)
-STEPS_PER_CYCLE = 4
+STEPS_PER_CYCLE = 6
 
 SIZES = {
     "cpu": Size({}, 0, steps=1500, items=200, batch_size=32, seeds=3),
@@ -28,7 +28,8 @@ SIZES = {
     "test": Size({}, 0, steps=2, items=4, batch_size=4, seeds=1),
 }
 
-KEEP = {"keep_donor": True, "L_layers": 2, "H_cycles": 4, "L_cycles": 1}
+KEEP = {"keep_donor": True, "L_layers": 2, "H_cycles": 4, "L_cycles": 2}
+ONE = KEEP | {"L_cycles": 1}
 DEPTHS: dict[str, Any] = {"cycle_choices": (2, 4, 6, 8), "cycle_weights": ()}
 STAGED = {
     "cycle_targets": "steps",
@@ -48,16 +49,20 @@ def rows() -> list[Row]:
         Row("answers at every cycle", shape=KEEP, changes=DEPTHS, seeds=3),
         Row(OURS, shape=KEEP, changes=DEPTHS | STAGED, seeds=3),
         Row("one depth", "parts", KEEP, changes=STAGED | {"cycle_choices": (), "cycle_weights": ()}),
-        Row("8 letters per cycle", "parts", KEEP, changes=DEPTHS | STAGED | {"steps_per_cycle": 8}),
+        Row("4 letters per cycle", "parts", KEEP, changes=DEPTHS | STAGED | {"steps_per_cycle": 4}),
+        Row("L 1", "parts", ONE, changes=DEPTHS | STAGED),
+        Row("L 1, 5 letters per cycle", "parts", ONE, changes=DEPTHS | STAGED | {"steps_per_cycle": 5}),
+        Row("L 1, learning rate 1e-3", "parts", ONE, changes=DEPTHS | STAGED | {"lr": 1e-3}),
+        Row("L 1, answers at every cycle, learning rate 1e-3", "parts", ONE, changes=DEPTHS | {"lr": 1e-3}),
         Row("L 3", "parts", KEEP | {"L_cycles": 3}, changes=DEPTHS | STAGED),
-        Row("loop of all 4 layers", "parts", KEEP | {"L_layers": 4}, changes=DEPTHS | STAGED),
+        Row("loop of all 4 layers, L 1", "parts", ONE | {"L_layers": 4}, changes=DEPTHS | STAGED),
         Row("depth curriculum", "parts", KEEP, changes=DEPTHS | STAGED | {"depth_curriculum": 0.5}),
     ]
 
 
 def study(size: Size) -> Study:
     settings: dict[str, Any] = {
-        "seq_len": SEQ_LEN, "lr": 1e-3, "warmup_steps": size.steps // 10, "weight_decay": 0.1, "lr_schedule": "wsd",
+        "seq_len": SEQ_LEN, "lr": 5e-4, "warmup_steps": size.steps // 10, "weight_decay": 0.1, "lr_schedule": "wsd",
         "dataset_name": f"permutations:difficulty={SCORED},unscored={UNSCORED},offset={OFFSET}",
     }  # fmt: skip
 
