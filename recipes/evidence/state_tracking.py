@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +20,7 @@ from recipes.evidence.exits import every_exit
 from recipes.evidence.study import Figures, Row, Size, Study, on_layers, rows_of_questions, small_model
 from recursify.data.question_rows import label_tokens
 from recursify.data.tasks import Item, generate
-from recursify.evaluation.accuracy import evaluate_questions
+from recursify.evaluation.accuracy import as_batch, evaluate_questions
 from recursify.inference.options import DecodingOptions
 from recursify.training import TrainSettings, fit
 
@@ -144,15 +143,8 @@ def study(size: Size) -> Study:
 
 
 def labelled(items: list[Item], tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids `[B, T]` of questions of one length, the targets of their labels, and where these are read: `[B, T - 1]`."""
-    rows = [found for item in items if (found := label_tokens(item, tokenizer)) is not None]
-    length = len(rows[0][0]) + 1
-    ids, targets, places = (torch.zeros(len(rows), length, dtype=dtype) for dtype in (torch.long, torch.long, torch.bool))
-    for row, (tokens, spots, labels) in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        targets[row, torch.tensor(spots) + 1] = torch.tensor(labels)
-        places[row, spots] = True
-    return ids, targets, places[:, :-1]
+    """Ids, the targets of their labels, and where these are read."""
+    return as_batch([found for item in items if (found := label_tokens(item, tokenizer)) is not None])
 
 
 def shares(model: Any, tokenizer: Any, items: list[Item], depths: Any, shown: Sequence[int] = SHOWN) -> Figures:

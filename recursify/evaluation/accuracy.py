@@ -221,7 +221,7 @@ def _label_guesses(
     batches = _batches(lengths, batch_size)
 
     def guess(batch: Sequence[int]) -> list[list[list[bool]]]:
-        ids, targets, places = (part.to(model.device) for part in _as_batch([labelled[number] for number in batch]))
+        ids, targets, places = (part.to(model.device) for part in as_batch([labelled[number] for number in batch]))
         counts = [len(labelled[number][1]) for number in batch]
         with evaluating(model), torch.no_grad():
             rights = [read_out(model.get_output_embeddings(), state, targets, places)[1].bool() for state in _states(model, ids, runs)]
@@ -241,7 +241,7 @@ def _labelled(item: Item, tokenizer: PreTrainedTokenizerBase, name: str) -> Labe
     return found
 
 
-def _as_batch(rows: Sequence[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
+def as_batch(rows: Sequence[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, T]` ids, right-padded (causality hides the padding); `[B, T]` labels, each one after its position; `[B, T - 1]` positions."""
     shape = len(rows), max(len(ids) for ids, _, _ in rows) + 1
     batch, targets, places = (torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.long, torch.bool))

@@ -136,12 +136,9 @@ class Saver:
         try:
             _delete_state(path)  # left by an earlier run with other weights
             self.save(path, model, {} if write_state is None else {state_folder(path): _with_sums(write_state, path)}, step=step, **notes)
-            self.delete_old(path)
         except OSError as error:
-            raise UserError(
-                f"{path}: could not be written, or older ones not deleted ({error.strerror}: {error.filename}); the checkpoints saved so "
-                "far are intact. Mend the disk, or free some space, then continue with --resume"
-            ) from error
+            raise _disk_failed(path, error) from error
+        self.delete_old(path)
         return path
 
     def delete_old(self, newest: Path) -> None:
@@ -149,7 +146,16 @@ class Saver:
 
         Args:
             newest: The checkpoint that was written last, which comes first even if the clock was set back.
+
+        Raises:
+            UserError: The disk fails.
         """
+        try:
+            self._delete_old(newest)
+        except OSError as error:
+            raise _disk_failed(newest, error) from error
+
+    def _delete_old(self, newest: Path) -> None:
         points = [newest, *(point for point in resume_points(self.folder) if point != newest)]
         for old in points[KEPT_STATES:]:
             _delete_state(old)
@@ -161,6 +167,13 @@ class Saver:
             _delete_state(old)
             shutil.rmtree(checkpoint.tokenizer_folder(old), ignore_errors=True)
             old.unlink()  # last: if killed before, the next save still finds it and deletes the rest
+
+
+def _disk_failed(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: could not be written, or older ones not deleted ({error.strerror}: {error.filename}); the checkpoints saved so "
+        "far are intact. Mend the disk, or free some space, then continue with --resume"
+    )
 
 
 def state_folder(path: Path) -> Path:
